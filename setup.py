@@ -1,0 +1,23 @@
+"""Packaging: `pip install -e .` for the trainer, `.[test]` for what the tests and linters need."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+setup(
+    name="verl",
+    version="0.1.0",
+    description="Black-box distillation: SeqKD, discriminator warmup and adversarial GRPO/GSPO from a teacher's text",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["verl", "verl.*"]),
+    package_data={"verl": ["trainer/config/**/*.yaml", "trainer/config/*.yaml"]},
+    install_requires=(here / "requirements.txt").read_text().split(),
+    extras_require={
+        "test": ["pytest", "ruff", "rouge-score", "scipy"],
+        "wandb": ["wandb"],
+    },
+)

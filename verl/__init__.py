@@ -1,0 +1,1 @@
+"""Black-box distillation trainer: SeqKD, discriminator warmup, GAD."""
