@@ -1,0 +1,95 @@
+"""A Hugging Face model with the head this trainer needs, as one module: the unit that FSDP wraps.
+
+`PolicyModel` turns rows into log-probs of their answer tokens, `ScoreModel` into one value per answer token. Both
+call the backbone and apply the head themselves, on answer tokens only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from verl.models.attention import PACKED_ATTENTION, check_full_attention
+from verl.models.packing import AnswerRows, pack
+from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
+
+
+class AnswerModel(nn.Module):
+    """The backbone's hidden states around the answers, packed or padded."""
+
+    def __init__(self, hf: PreTrainedModel, remove_padding: bool = True):
+        super().__init__()
+        self.hf = hf
+        self.remove_padding = remove_padding
+        if remove_padding:
+            check_full_attention(hf.config)
+        hf.set_attn_implementation(PACKED_ATTENTION if remove_padding else "sdpa")
+
+    def answer_hidden(self, rows: AnswerRows, shift: int) -> torch.Tensor:
+        """Hidden states (K, D) at the answer tokens, or `shift` tokens before them, in the order of the mask."""
+        if not self.remove_padding:
+            return self._padded_hidden(rows, shift)
+        packed = pack(rows)
+        hidden = self.hf.base_model(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            use_cache=False,
+            pad_index=packed.pad_index,
+            rows=packed.rows,
+            longest=packed.longest,
+        ).last_hidden_state
+        return hidden[0, packed.answer_index - shift]
+
+    def _padded_hidden(self, rows: AnswerRows, shift: int) -> torch.Tensor:
+        """The classic way: every row at full width, padding masked. The reference for the packed path."""
+        mask = torch.cat([rows.prompt_mask, rows.response_mask], dim=-1).long()
+        hidden = self.hf.base_model(
+            input_ids=torch.cat([rows.prompts, rows.responses], dim=-1),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        start = rows.prompts.shape[1] - shift
+        return hidden[:, start : start + rows.responses.shape[1]][rows.response_mask.bool()]
+
+
+def to_answer_grid(values: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """Values of the real answer tokens, (K,), as (R, T) with zeros elsewhere."""
+    return values.new_zeros(response_mask.shape).masked_scatter(response_mask.bool(), values)
+
+
+class PolicyModel(AnswerModel):
+    """Log-probs of the answers under a causal language model."""
+
+    def forward(
+        self, rows: AnswerRows, temperature: float = 1.0, entropy_grad: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies in nats, fp32, (R, T) each, zero outside the mask.
+
+        Args:
+            temperature: divides the logits, as in sampling.
+            entropy_grad: whether the entropy is differentiable; without it only its value is computed.
+        """
+        hidden = self.answer_hidden(rows, shift=1)
+        logits = self.hf.get_output_embeddings()(hidden).float() / temperature
+        targets = rows.responses[rows.response_mask.bool()]
+        log_probs = logprobs_from_logits(logits, targets)
+        entropy = entropy_from_logits(logits if entropy_grad else logits.detach())
+        return to_answer_grid(log_probs, rows.response_mask), to_answer_grid(entropy, rows.response_mask)
+
+
+class ScoreModel(AnswerModel):
+    """The discriminator: one fp32 value per answer token from a token-classification model with one label.
+
+    The head's dropout is left out: a score must not depend on chance, and the scores before an update must equal
+    those of its own forward.
+    """
+
+    def forward(self, rows: AnswerRows) -> torch.Tensor:
+        """Values (R, T) in fp32, zero outside the mask."""
+        hidden = self.answer_hidden(rows, shift=0)
+        head = self.hf.score
+        bias = None if head.bias is None else head.bias.float()
+        values = nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
+        return to_answer_grid(values, rows.response_mask)

@@ -1,0 +1,94 @@
+"""What every worker process knows about itself: its rank, its node, where rank 0 listens, its data-parallel places."""
+
+import os
+import random
+import socket
+
+from verl.single_controller.base.decorator import Dispatch, register
+
+# Below the range from which Linux hands out ports for outgoing connections (32768 upwards), so that none of the many
+# connections that start with the worker processes takes the port between the search and its use.
+_PORT_RANGE = range(20000, 32768)
+_PORT_TRIES = 200
+
+
+def find_free_port(host: str) -> int:
+    """Returns a TCP port on which nothing listens at `host` now. Raises RuntimeError if none is found."""
+    # Not the seeded global generator: two runs with one seed on one machine would race for the same port.
+    for port in random.SystemRandom().sample(_PORT_RANGE, _PORT_TRIES):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError(
+        f"no free TCP port on {host}: tried {_PORT_TRIES} between {_PORT_RANGE[0]} and {_PORT_RANGE[-1]}"
+    )
+
+
+def _from_environment(name: str) -> str:
+    if name not in os.environ:
+        raise RuntimeError(
+            f"the environment variable {name} is not set. RayWorkerGroup sets it for the workers it starts; "
+            "to use a Worker alone, set RANK=0 WORLD_SIZE=1 LOCAL_RANK=0."
+        )
+    return os.environ[name]
+
+
+class Worker:
+    """Base class of all workers. One instance per role and rank; several roles may share a process.
+
+    Raises RuntimeError when RANK, WORLD_SIZE or LOCAL_RANK is missing from the environment.
+    """
+
+    def __init__(self) -> None:
+        self._rank = int(_from_environment("RANK"))
+        self._world_size = int(_from_environment("WORLD_SIZE"))
+        self._local_rank = int(_from_environment("LOCAL_RANK"))
+        self._places: dict[str, tuple[int, bool]] = {}
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        return self._world_size
+
+    @property
+    def local_rank(self) -> int:
+        """The index of this process's device among those it can see.
+
+        Ray shows each GPU process its own GPU only, so it is 0 there; on CPU it is the rank within the node.
+        """
+        return self._local_rank
+
+    def get_master_addr_port(self) -> tuple[str, int]:
+        """Where rank 0 of this group listens for torch.distributed."""
+        return _from_environment("MASTER_ADDR"), int(_from_environment("MASTER_PORT"))
+
+    def register_dispatch_collect_info(self, mesh_name: str, dp_rank: int, is_collect: bool) -> None:
+        """Says which chunk of a batch this rank works on, and whether the driver takes the answer from here.
+
+        Args:
+            mesh_name: the name given to `make_nd_compute_dataproto_dispatch_fn`.
+            dp_rank: this rank's data-parallel group; all ranks of one group get the same chunk.
+            is_collect: true on exactly one rank of each group.
+
+        Raises:
+            ValueError: the mesh was registered before.
+        """
+        if mesh_name in self._places:
+            raise ValueError(f"mesh {mesh_name!r} is registered already on rank {self.rank}: register each mesh once.")
+        self._places[mesh_name] = (dp_rank, is_collect)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def query_dispatch_info(self, mesh_name: str) -> tuple[int, bool]:
+        """Returns this rank's (dp_rank, is_collect) in the mesh. Raises ValueError for an unknown mesh."""
+        if mesh_name not in self._places:
+            raise ValueError(
+                f"{type(self).__name__} has no mesh {mesh_name!r}; known: {sorted(self._places)}. "
+                "Call register_dispatch_collect_info in its __init__ or in init_model."
+            )
+        return self._places[mesh_name]

@@ -1,0 +1,330 @@
+"""Worker groups on Ray: one process per rank, each with its own CPU and GPU, one or several roles in each process."""
+
+import logging
+import os
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from verl.single_controller.base import ClassWithInitArgs, ResourcePool, Worker, WorkerGroup
+from verl.single_controller.base.worker import find_free_port
+from verl.single_controller.ray.resources import check_resources, describe
+
+logger = logging.getLogger(__name__)
+
+# Resources are checked first, so a placement group is there within a second unless somebody else took them meanwhile.
+_PLACEMENT_TIMEOUT_S = 30
+# When a rank dies, its neighbours' collectives fail too, and their error may arrive first.
+_CAUSE_GRACE_S = 2.0
+
+
+class RayResourcePool(ResourcePool):
+    """Processes reserved in the Ray cluster: one placement group per node, one bundle per process.
+
+    Args:
+        process_on_nodes: processes per node, for example [8, 8].
+        use_gpu: whether each process gets a GPU besides its CPU.
+        name_prefix: goes into the placement groups' names.
+        max_colocate_count: how many worker groups may use the pool at the same time. Each has its own process per
+            bundle, with a CPU of its own; they share the bundle's GPU. (Roles that live in one process are one group.)
+    """
+
+    def __init__(
+        self,
+        process_on_nodes: list[int],
+        use_gpu: bool = True,
+        name_prefix: str = "pool",
+        max_colocate_count: int = 1,
+    ) -> None:
+        super().__init__(process_on_nodes, max_colocate_count)
+        self.use_gpu = use_gpu
+        self.name_prefix = name_prefix
+        # The actors of each group that uses the pool; a group that is shut down leaves an empty list.
+        self.tenants: list[list] = []
+        self._placement_groups: list[PlacementGroup] | None = None
+
+    def get_placement_groups(self) -> list[PlacementGroup]:
+        """Reserves the processes at the first call; returns one placement group per node.
+
+        Raises:
+            ValueError: the cluster has not got what is asked for. Nothing is reserved then, and nothing waited for.
+        """
+        if self._placement_groups is None:
+            self._placement_groups = self._reserve()
+        return self._placement_groups
+
+    def _reserve(self) -> list[PlacementGroup]:
+        bundle = {"CPU": self.max_colocate_count} | ({"GPU": 1} if self.use_gpu else {})
+        check_resources(self.process_on_nodes, bundle)
+        # Ray refuses a name that is in use, and two pools may have one prefix.
+        name = f"{self.name_prefix}_{uuid.uuid4().hex[:8]}"
+        groups = [
+            placement_group([bundle] * count, strategy="STRICT_PACK", name=f"{name}_node{node}")
+            for node, count in enumerate(self.process_on_nodes)
+        ]
+        if not all(group.wait(timeout_seconds=_PLACEMENT_TIMEOUT_S) for group in groups):
+            text = describe(self.process_on_nodes, bundle, "What is free is spread over too many nodes, or just taken.")
+            for group in groups:
+                remove_placement_group(group)
+            raise ValueError(text)
+        return groups
+
+    def release(self) -> None:
+        """Gives the processes back to the cluster; actors that still run in them die."""
+        for group in self._placement_groups or []:
+            remove_placement_group(group)
+        self._placement_groups = None
+        self.tenants.clear()
+
+
+def merge_resource_pool(first: RayResourcePool, second: RayResourcePool) -> RayResourcePool:
+    """Returns a pool with the processes of both, those of `first` first. It reserves nothing new.
+
+    Raises:
+        ValueError: the pools differ in use_gpu or max_colocate_count.
+    """
+    for name in ("use_gpu", "max_colocate_count"):
+        if getattr(first, name) != getattr(second, name):
+            raise ValueError(
+                f"pools to merge must have the same {name}; got {getattr(first, name)} and {getattr(second, name)}."
+            )
+    merged = RayResourcePool(
+        first.process_on_nodes + second.process_on_nodes,
+        use_gpu=first.use_gpu,
+        name_prefix=f"{first.name_prefix}_{second.name_prefix}",
+        max_colocate_count=first.max_colocate_count,
+    )
+    merged._placement_groups = first.get_placement_groups() + second.get_placement_groups()
+    return merged
+
+
+class RayClassWithInitArgs(ClassWithInitArgs):
+    """A worker class, plain or wrapped by `ray.remote`, and the arguments of its constructor."""
+
+    def __init__(self, cls: type, *args: Any, **kwargs: Any) -> None:
+        super().__init__(getattr(cls, "__ray_actor_class__", cls), *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class ColocatedClasses:
+    """Worker classes by role that will share one process per rank."""
+
+    roles: dict[str, RayClassWithInitArgs]
+
+
+def create_colocated_worker_cls(class_dict: dict[str, RayClassWithInitArgs]) -> ColocatedClasses:
+    """Puts several roles into one process per rank. `RayWorkerGroup(pool, result).spawn(roles)` gives a group for each.
+
+    Raises:
+        ValueError: there is no role.
+        TypeError: a class is not a Worker.
+    """
+    if not class_dict:
+        raise ValueError("class_dict: expected at least one role, got none.")
+    for role, cls_with_args in class_dict.items():
+        if not issubclass(cls_with_args.cls, Worker):
+            raise TypeError(f"role {role!r}: expected a subclass of Worker, got {cls_with_args.cls.__name__}.")
+    return ColocatedClasses(dict(class_dict))
+
+
+class WorkerHost:
+    """The Ray actor: one process, holding one worker object per role."""
+
+    def __init__(self, roles: dict[str, RayClassWithInitArgs]) -> None:
+        self._workers = {role: cls_with_args() for role, cls_with_args in roles.items()}
+
+    def call(self, role: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._workers[role], method_name)(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        # Ray puts this before each line the process prints and into its tracebacks.
+        return f"{'+'.join(self._workers)}[rank {os.environ['RANK']}]"
+
+
+class RayWorkerGroup(WorkerGroup):
+    """Starts one process per bundle of a pool and calls their workers.
+
+    For a single class the group has that class's registered methods; for colocated classes `spawn` gives such a group
+    for each role.
+
+    Args:
+        resource_pool: where to start.
+        ray_cls_with_init: what to construct in each process.
+
+    Raises:
+        ValueError: the cluster is too small, or the pool is in use by as many groups as it allows.
+        RayActorError: a worker's constructor failed (its traceback is in the message) or its process died.
+    """
+
+    def __init__(
+        self, resource_pool: RayResourcePool, ray_cls_with_init: RayClassWithInitArgs | ColocatedClasses
+    ) -> None:
+        super().__init__(resource_pool.world_size)
+        if isinstance(ray_cls_with_init, ColocatedClasses):
+            self._role, self._roles = None, ray_cls_with_init.roles
+        else:
+            self._role = ray_cls_with_init.cls.__name__
+            self._roles = {self._role: ray_cls_with_init}
+            self._bind_worker_methods(ray_cls_with_init.cls)
+        self._actors = _start_actors(resource_pool, self._roles)
+        try:
+            self.wait([actor.__ray_ready__.remote() for actor in self._actors], "__init__")
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def spawn(self, prefix_set: Iterable[str]) -> dict[str, "RayWorkerGroup"]:
+        """Returns, for each role of colocated classes, a group with that role's methods over the same processes.
+
+        Raises:
+            ValueError: a role is not among the colocated ones.
+        """
+        roles = list(prefix_set)
+        unknown = sorted(set(roles) - self._roles.keys())
+        if unknown:
+            raise ValueError(f"unknown roles {unknown}; this group was created with {sorted(self._roles)}.")
+        return {role: self._view(role) for role in roles}
+
+    def _view(self, role: str) -> "RayWorkerGroup":
+        view = object.__new__(type(self))
+        WorkerGroup.__init__(view, self.world_size)
+        view._role, view._roles, view._actors = role, self._roles, self._actors
+        view._bind_worker_methods(self._roles[role].cls)
+        return view
+
+    def submit(self, rank: int, method_name: str, args: tuple, kwargs: dict) -> ray.ObjectRef:
+        """Starts a call on one rank. Raises ValueError on a group of colocated roles, which has to be told the role."""
+        if self._role is None:
+            roles = sorted(self._roles)
+            raise ValueError(
+                f"cannot call {method_name} on the roles {roles} at once: call it on one of spawn({roles})."
+            )
+        return self._actors[rank].call.remote(self._role, method_name, *args, **kwargs)
+
+    def wait(self, handles: list[ray.ObjectRef], method_name: str) -> list:
+        """Returns the results of one call, given its handles from rank 0 on.
+
+        Raises:
+            Exception: what the first failing rank raised, with its traceback, though others may still be at work.
+            RayActorError: a process died; the message says which.
+        """
+        ranks = {handle: rank for rank, handle in enumerate(handles)}
+        results: dict[int, Any] = {}
+        pending = handles
+        while pending:
+            (ready,), pending = ray.wait(pending, num_returns=1)
+            try:
+                results[ranks[ready]] = ray.get(ready)
+            except Exception as error:
+                raise self._cause(
+                    ranks[ready], error, {ranks[handle]: handle for handle in pending}, method_name
+                ) from None
+        return [results[rank] for rank in range(len(handles))]
+
+    def _cause(self, rank: int, error: Exception, pending: dict[int, ray.ObjectRef], method_name: str) -> Exception:
+        """Picks what to raise when a rank has failed: a rank's death before all else, since it makes others fail."""
+        errors = {rank: error}
+        if not isinstance(error, RayActorError):
+            errors |= _errors_soon(pending)
+        name = "+".join(self._roles) if self._role is None else self._role
+        deaths = [rank for rank, error in errors.items() if isinstance(error, RayActorError)]
+        for other in errors.keys() - {rank}:
+            last_line = str(errors[other]).strip().splitlines()[-1]
+            logger.error("%s rank %d failed in %s as well: %s", name, other, method_name, last_line)
+        if not deaths:
+            return error
+        death = errors[deaths[0]]
+        return RayActorError(
+            death.actor_id, f"{name} rank {deaths[0]} of {self.world_size} died in {method_name}: {death.error_msg}"
+        )
+
+    def shutdown(self) -> None:
+        """Kills the processes, those of all roles, and frees their places in the pool."""
+        for actor in self._actors:
+            ray.kill(actor)
+        # The list is shared with the pool and with the groups that `spawn` made.
+        self._actors.clear()
+
+
+def _errors_soon(pending: dict[int, ray.ObjectRef]) -> dict[int, Exception]:
+    """The errors, by rank, of the calls that fail within the grace period, or until a dead process is among them."""
+    errors: dict[int, Exception] = {}
+    rank_of = {handle: rank for rank, handle in pending.items()}
+    deadline = time.monotonic() + _CAUSE_GRACE_S
+    waiting = list(rank_of)
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        ready, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+        for handle in ready:
+            try:
+                ray.get(handle)
+            except Exception as error:
+                errors[rank_of[handle]] = error
+    return errors
+
+
+def _start_actors(pool: RayResourcePool, roles: dict[str, RayClassWithInitArgs]) -> list:
+    """Starts one WorkerHost per bundle, in rank order."""
+    bundles = [(group, index) for group in pool.get_placement_groups() for index in range(group.bundle_count)]
+    in_use = sum(bool(actors) for actors in pool.tenants)
+    if in_use == pool.max_colocate_count:
+        raise ValueError(
+            f"the pool is in use by {in_use} worker groups, as many as its max_colocate_count allows. "
+            "Raise it, shut a group down, or put the roles into one group with create_colocated_worker_cls."
+        )
+    gpus = 1 / pool.max_colocate_count if pool.use_gpu else 0
+    host = ray.remote(num_cpus=1, num_gpus=gpus)(WorkerHost)
+    actors = [
+        host.options(scheduling_strategy=_place(*bundle), runtime_env={"env_vars": env}).remote(roles)
+        for bundle, env in zip(bundles, _environments(bundles, pool.use_gpu), strict=True)
+    ]
+    pool.tenants.append(actors)
+    return actors
+
+
+def _place(group: PlacementGroup, index: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
+
+
+def _environments(bundles: list[tuple[PlacementGroup, int]], use_gpu: bool) -> list[dict[str, str]]:
+    """The environment variables of each rank."""
+    nodes = [placement_group_table(group)["bundles_to_node_id"][index] for group, index in bundles]
+    per_node = Counter(nodes)
+    cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 1)) for node in ray.nodes()}
+    one_node = len(per_node) == 1
+    if nodes[0] == ray.get_runtime_context().get_node_id():
+        address, port = _find_master(one_node)
+    else:
+        find_master = ray.remote(num_cpus=0, scheduling_strategy=_place(*bundles[0]))(_find_master)
+        address, port = ray.get(find_master.remote(one_node))
+    shared = {
+        "WORLD_SIZE": str(len(bundles)),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if one_node and sys.platform == "linux":
+        # By default gloo listens where the host's name points to, which may be a public address or nowhere.
+        shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    environments = []
+    for rank, node in enumerate(nodes):
+        # Ray shows a GPU process only its own GPU, as device 0, and torch and vLLM take LOCAL_RANK for the device.
+        local_rank = 0 if use_gpu else nodes[:rank].count(node)
+        # Ray would set one thread per process.
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cpus[node] // per_node[node])))
+        environments.append(shared | {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "OMP_NUM_THREADS": threads})
+    return environments
+
+
+def _find_master(one_node: bool) -> tuple[str, int]:
+    """Runs on rank 0's node. One node needs no other address than the loopback's."""
+    address = "127.0.0.1" if one_node else ray.util.get_node_ip_address()
+    return address, find_free_port(address)

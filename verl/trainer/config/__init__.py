@@ -1,0 +1,16 @@
+"""Settings of a run: YAML groups with the defaults, typed classes, loading and checks."""
+
+from verl.trainer.config.loading import ConfigError, compose_config, normalize_overrides, to_config
+from verl.trainer.config.schema import AlgorithmConfig, Config, DataConfig, KLControlConfig, TrainerConfig
+
+__all__ = [
+    "AlgorithmConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "KLControlConfig",
+    "TrainerConfig",
+    "compose_config",
+    "normalize_overrides",
+    "to_config",
+]

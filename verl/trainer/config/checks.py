@@ -1,0 +1,186 @@
+"""Settings that are each fine and contradict each other: all found before any process starts.
+
+Every check returns sentences that give the numbers and a way out; none raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from verl.trainer.config.schema import Config
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY, kl_penalty_forward
+from verl.utils.tracking import BACKENDS
+from verl.workers.config import ActorConfig, CriticConfig, FSDPConfig
+from verl.workers.rollout import ROLLOUTS
+
+
+def find_conflicts(config: Config) -> list[str]:
+    """Everything wrong with the combination of settings, as sentences."""
+    checks = (_batches, _token_budgets, _names, _stage, _sampling, _kl, _resume, _left_out)
+    return [problem for check in checks for problem in check(config)]
+
+
+def _batches(config: Config) -> Iterator[str]:
+    batch, ranks = config.data.train_batch_size, config.trainer.ranks
+    if batch % ranks:
+        yield f"data.train_batch_size={batch} does not divide over {ranks} ranks (nnodes x n_gpus_per_node)"
+    parts = [("actor_rollout_ref.actor", config.actor_rollout_ref.actor.ppo_mini_batch_size)]
+    if config.use_critic:
+        parts.append(("critic", config.critic.ppo_mini_batch_size))
+    for name, mini in parts:
+        if batch % mini:
+            yield (
+                f"{name}.ppo_mini_batch_size={mini} does not divide data.train_batch_size={batch} "
+                f"(both count prompts); use {batch} or a divisor of it"
+            )
+        if mini % ranks:
+            yield f"{name}.ppo_mini_batch_size={mini} does not divide over {ranks} ranks"
+
+
+def _token_budgets(config: Config) -> Iterator[str]:
+    rollout = config.actor_rollout_ref.rollout
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    actor = config.actor_rollout_ref.actor
+    budgets = [("actor_rollout_ref.actor.ppo_max_token_len_per_gpu", actor.use_dynamic_bsz,
+                actor.ppo_max_token_len_per_gpu),
+               ("actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu", rollout.log_prob_use_dynamic_bsz,
+                rollout.log_prob_max_token_len_per_gpu)]  # fmt: skip
+    if config.use_critic:
+        critic = config.critic
+        budgets.append(("critic.ppo_max_token_len_per_gpu", critic.use_dynamic_bsz, critic.ppo_max_token_len_per_gpu))
+    for name, used, budget in budgets:
+        if used and budget < longest:
+            yield (
+                f"{name}={budget} is below one whole sequence, max_prompt_length + max_response_length = {longest}; "
+                f"raise it to at least {longest}"
+            )
+    sized = [("actor_rollout_ref.actor", actor)] + ([("critic", config.critic)] if config.use_critic else [])
+    for name, part in sized:
+        if not part.use_dynamic_bsz and part.ppo_micro_batch_size_per_gpu is None:
+            yield f"{name}.use_dynamic_bsz=False needs {name}.ppo_micro_batch_size_per_gpu"
+    if not rollout.log_prob_use_dynamic_bsz and rollout.log_prob_micro_batch_size_per_gpu is None:
+        name = "actor_rollout_ref.rollout.log_prob"
+        yield f"{name}_use_dynamic_bsz=False needs {name}_micro_batch_size_per_gpu"
+    if rollout.max_model_len is not None and rollout.max_model_len < longest:
+        yield (
+            f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len} is below max_prompt_length + "
+            f"max_response_length = {longest}; raise it or shorten them"
+        )
+
+
+def _names(config: Config) -> Iterator[str]:
+    def unknown(key: str, value: str, known: list[str]) -> Iterator[str]:
+        if value not in known:
+            yield f"{key}={value} is not known: use one of {', '.join(sorted(known))}"
+
+    yield from unknown("algorithm.adv_estimator", config.algorithm.adv_estimator, list(ADV_ESTIMATOR_REGISTRY))
+    loss_mode = config.actor_rollout_ref.actor.policy_loss.loss_mode
+    yield from unknown("actor_rollout_ref.actor.policy_loss.loss_mode", loss_mode, list(POLICY_LOSS_REGISTRY))
+    yield from unknown("actor_rollout_ref.rollout.name", config.actor_rollout_ref.rollout.name, list(ROLLOUTS))
+    loggers = config.trainer.logger
+    for logger in [loggers] if isinstance(loggers, str) else loggers:
+        yield from unknown("trainer.logger", logger, list(BACKENDS))
+
+
+def _stage(config: Config) -> Iterator[str]:
+    trainer, critic = config.trainer, config.critic
+    if trainer.critic_warmup < -1:
+        yield f"trainer.critic_warmup={trainer.critic_warmup}: use -1 (no discriminator), 0, or a number of steps"
+    if critic.enable is not None and critic.enable != config.use_critic:
+        yield (
+            f"critic.enable={critic.enable} contradicts trainer.critic_warmup={trainer.critic_warmup}: "
+            "-1 means no discriminator, anything else means one; leave critic.enable at null"
+        )
+    if not config.use_critic and not config.use_sft:
+        yield (
+            "there is no discriminator (trainer.critic_warmup=-1), so nothing scores the answers: set "
+            "actor_rollout_ref.actor.use_sft_mode=True for SeqKD, or trainer.critic_warmup to 0 or more"
+        )
+    if config.use_critic and config.use_sft:
+        yield (
+            "actor_rollout_ref.actor.use_sft_mode=True trains on the teacher's answers alone and leaves no use for a "
+            "discriminator: set trainer.critic_warmup=-1 (stage=seqkd does)"
+        )
+    if trainer.warmup_use_sft:
+        yield "trainer.warmup_use_sft=True is not available yet; leave it at False (actor frozen, then GSPO)"
+    if trainer.val_only and config.data.val_files is None:
+        yield "trainer.val_only=True needs data.val_files"
+
+
+def _sampling(config: Config) -> Iterator[str]:
+    rollout = config.actor_rollout_ref.rollout
+    if config.use_critic:
+        if rollout.n < 2:
+            yield f"GRPO compares answers to one prompt: actor_rollout_ref.rollout.n={rollout.n} must be 2 or more"
+        if not rollout.do_sample:
+            yield "actor_rollout_ref.rollout.do_sample=False makes all n answers alike: advantages would be 0"
+        if rollout.top_p != 1.0 or rollout.top_k > 0:
+            yield (
+                f"training with top_p={rollout.top_p}, top_k={rollout.top_k} makes the policy ratio wrong: "
+                "use top_p=1 and top_k=-1 (val_kwargs may differ)"
+            )
+    for name, sampling in (("rollout", rollout.sampling), ("rollout.val_kwargs", rollout.val_kwargs)):
+        if sampling.do_sample and sampling.temperature <= 0:
+            yield f"actor_rollout_ref.{name}: sampling needs a temperature above 0, got {sampling.temperature}"
+        if not sampling.do_sample and sampling.n > 1:
+            yield f"actor_rollout_ref.{name}: n={sampling.n} greedy answers would be {sampling.n} copies"
+
+
+def _kl(config: Config) -> Iterator[str]:
+    named = []
+    if config.actor_rollout_ref.actor.use_kl_loss:
+        named.append(("actor_rollout_ref.actor.kl_loss_type", config.actor_rollout_ref.actor.kl_loss_type))
+    if config.algorithm.use_kl_in_reward:
+        named.append(("algorithm.kl_penalty", config.algorithm.kl_penalty))
+    for key, kind in named:
+        try:
+            kl_penalty_forward(torch.zeros(1, 1), torch.zeros(1, 1), kind.removesuffix("+"))
+        except NotImplementedError as error:
+            yield f"{key}: {error}"
+
+
+def _resume(config: Config) -> Iterator[str]:
+    trainer = config.trainer
+    if trainer.resume_mode == "resume_path" and trainer.resume_from_path is None:
+        yield "trainer.resume_mode=resume_path needs trainer.resume_from_path, a global_step_N folder"
+    if trainer.resume_mode != "resume_path" and trainer.resume_from_path is not None:
+        yield (
+            f"trainer.resume_from_path is set but trainer.resume_mode={trainer.resume_mode} would not use it: "
+            "set trainer.resume_mode=resume_path"
+        )
+
+
+def _left_out(config: Config) -> Iterator[str]:
+    """Keys that scripts pass and whose other values have no meaning here, or none yet."""
+    rollout, trainer, algorithm = config.actor_rollout_ref.rollout, config.trainer, config.algorithm
+    neutral = [
+        ("trainer.default_hdfs_dir", trainer.default_hdfs_dir, None, "checkpoints go to trainer.default_local_dir"),
+        ("trainer.device", trainer.device, "cpu", "training runs on CPU for now"),
+        ("algorithm.gamma", algorithm.gamma, 1.0, "outcome rewards are not discounted"),
+        ("algorithm.lam", algorithm.lam, 1.0, "it belongs to GAE, which needs a value function"),
+        ("reward_model.enable", config.reward_model.enable, False, "the discriminator is the reward"),
+        ("actor_rollout_ref.hybrid_engine", config.actor_rollout_ref.hybrid_engine, True, "the only layout"),
+        ("actor_rollout_ref.rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size, 1,
+         "rollout.name=hf runs one engine per rank"),
+        ("actor_rollout_ref.model.use_shm", config.actor_rollout_ref.model.use_shm, False, "not available yet"),
+        ("critic.model.use_shm", config.critic.model.use_shm, False, "not available yet"),
+    ]  # fmt: skip
+    neutral += _sharding("actor_rollout_ref.actor", config.actor_rollout_ref.actor.fsdp_config)
+    neutral += _sharding("actor_rollout_ref.ref", config.actor_rollout_ref.ref.fsdp_config)
+    neutral += _sharding("critic.model", config.critic.model.fsdp_config)
+    neutral += _sequence_parallel("actor_rollout_ref.actor", config.actor_rollout_ref.actor)
+    neutral += _sequence_parallel("critic", config.critic)
+    for key, value, only, why in neutral:
+        if value != only:
+            yield f"{key}={value} is not supported ({why}); use {only if only is not None else 'null'}"
+
+
+def _sharding(name: str, fsdp: FSDPConfig) -> list[tuple]:
+    return [(f"{name}.fsdp_config.fsdp_size", fsdp.fsdp_size, -1, "weights are sharded over all ranks")]
+
+
+def _sequence_parallel(name: str, part: ActorConfig | CriticConfig) -> list[tuple]:
+    key = f"{name}.ulysses_sequence_parallel_size"
+    return [(key, part.ulysses_sequence_parallel_size, 1, "sequences are not split over ranks")]

@@ -1,0 +1,148 @@
+"""The whole configuration as frozen dataclasses. Defaults and a line on each key are in the YAML beside this file."""
+
+from typing import Any, Literal
+
+from verl.workers.config import ActorRolloutRefConfig, CriticConfig
+from verl.workers.config.base import NonNegative, Positive, PositiveFloat, settings
+
+
+@settings
+class DataConfig:
+    """Prompts and teacher answers."""
+
+    train_files: str | list[str]
+    val_files: str | list[str] | None
+    prompt_key: str
+    response_key: str
+    train_batch_size: Positive
+    val_batch_size: Positive | None
+    max_prompt_length: Positive
+    max_response_length: Positive
+    truncation: Literal["error", "left", "right", "middle"]
+    filter_overlong_prompts: bool
+    filter_overlong_prompts_workers: Positive | None
+    on_bad_row: Literal["error", "skip"]
+    train_max_samples: int
+    val_max_samples: int
+    shuffle: bool
+    seed: int
+    dataloader_num_workers: int
+    return_raw_chat: bool
+    apply_chat_template_kwargs: dict[str, Any]
+
+
+@settings
+class KLControlConfig:
+    """The coefficient of the KL penalty in the reward."""
+
+    type: Literal["fixed", "adaptive"]
+    kl_coef: NonNegative
+    horizon: PositiveFloat
+    target_kl: PositiveFloat
+
+
+@settings
+class AlgorithmConfig:
+    """Advantages and the KL penalty in the reward."""
+
+    adv_estimator: str
+    norm_adv_by_std_in_grpo: bool
+    gamma: float
+    lam: float
+    use_kl_in_reward: bool
+    kl_penalty: str
+    kl_ctrl: KLControlConfig
+
+
+@settings
+class TrainerConfig:
+    """The loop: how long, how often, where to."""
+
+    project_name: str
+    experiment_name: str
+    total_epochs: Positive
+    total_training_steps: Positive | None
+    critic_warmup: int
+    warmup_use_sft: bool
+    sft_monitor_freq: int | None
+    nnodes: Positive
+    n_gpus_per_node: Positive
+    device: str
+    balance_batch: bool
+    logger: str | list[str]
+    default_local_dir: str
+    default_hdfs_dir: str | None
+    default_tensorboard_dir: str
+    val_before_train: bool
+    val_only: bool
+    test_freq: int
+    log_val_generations: int
+    validation_data_dir: str | None
+    rollout_data_dir: str | None
+    save_freq: int
+    max_actor_ckpt_to_keep: Positive | None
+    max_critic_ckpt_to_keep: Positive | None
+    resume_mode: Literal["auto", "disable", "resume_path"]
+    resume_from_path: str | None
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the run."""
+        return self.nnodes * self.n_gpus_per_node
+
+
+@settings
+class RayInitConfig:
+    """How to reach or start Ray."""
+
+    address: str | None
+    num_cpus: Positive | None
+
+
+@settings
+class RayConfig:
+    """Arguments for Ray."""
+
+    ray_init: RayInitConfig
+
+
+@settings
+class RewardModelConfig:
+    """Kept for scripts that switch it off."""
+
+    enable: bool
+
+
+@settings
+class HybridActorRolloutRefConfig(ActorRolloutRefConfig):
+    """The workers' group with the key that names its only layout."""
+
+    hybrid_engine: bool
+
+
+@settings
+class Config:
+    """A whole run."""
+
+    data: DataConfig
+    actor_rollout_ref: HybridActorRolloutRefConfig
+    critic: CriticConfig
+    reward_model: RewardModelConfig
+    algorithm: AlgorithmConfig
+    trainer: TrainerConfig
+    ray_kwargs: RayConfig
+
+    @property
+    def use_critic(self) -> bool:
+        """Whether there is a discriminator: yes, unless `trainer.critic_warmup` is -1."""
+        return self.trainer.critic_warmup >= 0
+
+    @property
+    def use_reference(self) -> bool:
+        """Whether a frozen reference is kept in memory: only where a KL term needs it."""
+        return not self.use_sft and (self.actor_rollout_ref.actor.use_kl_loss or self.algorithm.use_kl_in_reward)
+
+    @property
+    def use_sft(self) -> bool:
+        """Whether the actor is trained on the teacher's answers."""
+        return self.actor_rollout_ref.actor.use_sft_mode

@@ -1,0 +1,97 @@
+"""Entry point: `python -m verl.trainer.main_ppo stage=gad KEY=VALUE ...`.
+
+Hydra composes, the settings are typed and checked, Ray starts, the trainer runs; nothing else happens here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import ClassVar
+
+import hydra
+import ray
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
+from verl.trainer.ppo.utils import Role, need_critic
+from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+from verl.utils.model import load_tokenizer
+from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
+
+
+def create_rl_dataset(
+    data_paths: str | list[str], data_config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_samples: int = -1
+) -> RLHFDataset:
+    """The rows of one or several files, checked; ValueError for bad rows (see `RLHFDataset`)."""
+    return RLHFDataset(data_paths, tokenizer, data_config, max_samples=max_samples)
+
+
+class TaskRunner:
+    """Builds what a run needs and runs it; a subclass may swap parts, for instance the worker classes."""
+
+    worker_classes: ClassVar[dict[Role, type]] = {Role.ActorRollout: ActorRolloutRefWorker, Role.Critic: CriticWorker}
+
+    def run(self, config: Config) -> None:
+        """Train. Data and models are looked at before any worker process starts."""
+        model, data, trainer = config.actor_rollout_ref.model, config.data, config.trainer
+        tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
+        train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples)
+        val = (
+            None if data.val_files is None else create_rl_dataset(data.val_files, data, tokenizer, data.val_max_samples)
+        )
+        roles = [Role.ActorRollout] + ([Role.Critic] if need_critic(config) else [])
+        pools = ResourcePoolManager(
+            {"global_pool": [trainer.n_gpus_per_node] * trainer.nnodes},
+            dict.fromkeys(roles, "global_pool"),
+            use_gpu=trainer.device != "cpu",
+        )
+        runner = RayPPOTrainer(config, tokenizer, self.worker_classes, pools, train, val, collate_fn)
+        runner.init_workers()
+        runner.fit()
+
+
+def start_ray(config: Config) -> None:
+    """Join the cluster that `ray_kwargs.ray_init.address` or RAY_ADDRESS names, or start one on this machine alone."""
+    if ray.is_initialized():
+        return
+    settings = config.ray_kwargs.ray_init
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address)
+    else:
+        ray.init(address="local", num_cpus=settings.num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1")
+
+
+def run_ppo(config: Config, task_runner_class: type[TaskRunner] | None = None) -> None:
+    """Start Ray, train, stop Ray."""
+    start_ray(config)
+    try:
+        (task_runner_class or TaskRunner)().run(config)
+    finally:
+        ray.shutdown()
+
+
+@hydra.main(config_path="config", config_name="ppo_trainer", version_base="1.3")
+def _hydra_main(composed: DictConfig) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    try:
+        config = to_config(composed)
+    except ConfigError as error:
+        sys.exit(str(error))
+    run_ppo(config)
+
+
+def main() -> None:
+    """The command line."""
+    # A failure shows its whole traceback, the worker's first.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.argv[1:] = normalize_overrides(sys.argv[1:])
+    _hydra_main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The discriminator's scores and losses as pure functions of tensors.
+
+B prompts, N student answers per prompt, T response tokens. A pair is one student answer and the teacher's answer to
+the same prompt; d = score(teacher) - score(student). Losses see pooled scores only, student (B, N) against teacher
+(B, 1): broadcasting makes the pairs, so a teacher answer is scored once however many students it meets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from verl.utils.torch_functional import masked_mean
+
+POOLINGS = ("last_token", "mean", "sum")
+
+
+def pool_scores(values: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """One score per answer from per-token values (..., T) under a mask (..., T); rows without a token score 0.
+
+    Raises:
+        ValueError: unknown pooling.
+    """
+    mask = mask.to(values.dtype)
+    total = (values * mask).sum(-1)
+    if pooling == "sum":
+        return total
+    if pooling == "mean":
+        return total / mask.sum(-1).clamp(min=1)
+    if pooling == "last_token":
+        position = torch.arange(mask.shape[-1], device=mask.device)
+        last = (mask * (position + 1)).argmax(-1, keepdim=True)
+        return (values * mask).gather(-1, last).squeeze(-1)
+    raise ValueError(f"unknown pooling {pooling!r}: use one of {', '.join(POOLINGS)}")
+
+
+def score_mask(
+    responses: torch.Tensor, response_mask: torch.Tensor, eos_token_id: int, exclude_eos: bool
+) -> torch.Tensor:
+    """The tokens a score is pooled over: `response_mask` (..., T), without the closing EOS if `exclude_eos`.
+
+    EOS is recognised only as the last real token, so that a pad id equal to it changes nothing. An answer that is
+    nothing but EOS keeps it: it must have a score too.
+    """
+    if not exclude_eos:
+        return response_mask
+    lengths = response_mask.sum(-1, keepdim=True)
+    last = (lengths - 1).clamp(min=0).long()
+    ends_with_eos = (responses.gather(-1, last) == eos_token_id) & (lengths > 1)
+    is_last = torch.arange(responses.shape[-1], device=responses.device) == last
+    return response_mask * ~(is_last & ends_with_eos)
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Pooled scores of the pairs: `student` (B, N) and `teacher` (B, 1) (or both (R,), paired one to one), and the
+    sums over the same tokens, `student_raw` and `teacher_raw`."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    student_raw: torch.Tensor
+    teacher_raw: torch.Tensor
+
+    @classmethod
+    def pool(
+        cls,
+        student_values: torch.Tensor,
+        teacher_values: torch.Tensor,
+        student_mask: torch.Tensor,
+        teacher_mask: torch.Tensor,
+        pooling: str,
+    ) -> PairScores:
+        """From per-token values and masks: students (..., T), teachers (..., T) that broadcast against them."""
+        return cls(
+            student=pool_scores(student_values, student_mask, pooling),
+            teacher=pool_scores(teacher_values, teacher_mask, pooling),
+            student_raw=pool_scores(student_values, student_mask, "sum"),
+            teacher_raw=pool_scores(teacher_values, teacher_mask, "sum"),
+        )
+
+    @property
+    def difference(self) -> torch.Tensor:
+        """d, one per pair."""
+        return self.teacher - self.student
+
+
+@dataclass(frozen=True)
+class DiscriminatorLoss:
+    """A registered loss: `fn(PairScores, **constants) -> (scalar, metrics)`, and the pooling it was made for."""
+
+    fn: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
+    pooling: str
+
+
+DISCRIMINATOR_LOSS_REGISTRY: dict[str, DiscriminatorLoss] = {}
+
+
+def register_discriminator_loss(name: str, pooling: str = "mean") -> Callable[[Callable], Callable]:
+    """Register a loss under `name` with its usual pooling; ValueError if the name is taken by another function."""
+
+    def decorate(fn: Callable) -> Callable:
+        known = DISCRIMINATOR_LOSS_REGISTRY.get(name)
+        if known is not None and known.fn is not fn:
+            raise ValueError(f"discriminator loss {name!r} is already registered; pick another name")
+        DISCRIMINATOR_LOSS_REGISTRY[name] = DiscriminatorLoss(fn, pooling)
+        return fn
+
+    return decorate
+
+
+def get_discriminator_loss_fn(name: str) -> DiscriminatorLoss:
+    """The registered loss; ValueError if there is none of that name."""
+    if name not in DISCRIMINATOR_LOSS_REGISTRY:
+        known = ", ".join(sorted(DISCRIMINATOR_LOSS_REGISTRY))
+        raise ValueError(f"unknown discriminator loss {name!r}: registered are {known}")
+    return DISCRIMINATOR_LOSS_REGISTRY[name]
+
+
+@register_discriminator_loss("bradley_terry", pooling="last_token")
+def bradley_terry_loss(scores: PairScores) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """-logsigmoid(d), mean over pairs (GAD, arXiv 2511.10643, eq. 3)."""
+    ranking = -F.logsigmoid(scores.difference).mean()
+    return ranking, {"critic/ranking_loss": ranking}
+
+
+@register_discriminator_loss("ranking", pooling="mean")
+def ranking_loss(
+    scores: PairScores,
+    ranking_coef: float = 1.5,
+    temperature: float = 2.0,
+    clamp: float = 10.0,
+    reg_coef: float = 0.005,
+    diff_limit: float = 1.5,
+    diff_coef: float = 0.5,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The mean over pairs of
+
+        ranking_coef * -logsigmoid(clamp(d / temperature, -clamp, clamp))
+        + reg_coef * (teacher_raw^2 + student_raw^2) + diff_coef * relu(d - diff_limit)^2
+
+    A soft ranking, a pull of the raw sums towards zero, and a brake once the teacher leads by more than `diff_limit`.
+    Metrics are the three terms without their coefficients, so that ranking_loss = log 2 means "cannot tell".
+    """
+    d = scores.difference
+    ranking = -F.logsigmoid((d / temperature).clamp(-clamp, clamp)).mean()
+    regulariser = scores.teacher_raw.square().mean() + scores.student_raw.square().mean()
+    penalty = F.relu(d - diff_limit).square().mean()
+    loss = ranking_coef * ranking + reg_coef * regulariser + diff_coef * penalty
+    return loss, {"critic/ranking_loss": ranking, "critic/score_reg": regulariser, "critic/diff_penalty": penalty}
+
+
+def discriminator_metrics(scores: PairScores) -> dict[str, torch.Tensor]:
+    """Means over pairs that hold for every loss: `d_acc` counts the pairs whose teacher is strictly above."""
+    return {
+        "critic/d_acc": (scores.difference > 0).float().mean(),
+        "critic/score_diff": scores.difference.mean(),
+        "critic/raw_score_diff": (scores.teacher_raw - scores.student_raw).mean(),
+        "critic/student_score_mean": scores.student.mean(),
+        "critic/teacher_score_mean": scores.teacher.mean(),
+    }
+
+
+def compute_discriminator_loss(
+    student_vpreds: torch.Tensor,
+    teacher_vpreds: torch.Tensor,
+    response_mask: torch.Tensor,
+    teacher_response_mask: torch.Tensor,
+    *,
+    loss: str = "ranking",
+    pooling: str | None = None,
+    **constants: Any,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The discriminator's loss in its flat form: student and teacher rows paired one to one.
+
+    Args:
+        student_vpreds, teacher_vpreds: values per token, (R, T) each (the two T may differ).
+        response_mask, teacher_response_mask: (R, T) masks of the tokens that count.
+        loss: a registered name.
+        pooling: `last_token`, `mean` or `sum`; by default what the loss was made for, and the sum for `bradley_terry`,
+            whose first version summed over the mask.
+        constants: the loss's own, e.g. `temperature`.
+
+    Returns:
+        the scalar loss and a dict of floats under the trainer's metric names.
+    """
+    spec = get_discriminator_loss_fn(loss)
+    pooling = pooling or ("sum" if loss == "bradley_terry" else spec.pooling)
+    scores = PairScores.pool(student_vpreds, teacher_vpreds, response_mask, teacher_response_mask, pooling)
+    value, parts = spec.fn(scores, **constants)
+    metrics = {
+        "critic/d_loss": value,
+        **parts,
+        **discriminator_metrics(scores),
+        "critic/student_value_mean": masked_mean(student_vpreds, response_mask),
+        "critic/teacher_value_mean": masked_mean(teacher_vpreds, teacher_response_mask),
+    }
+    return value, {name: metric.item() for name, metric in metrics.items()}

@@ -1,0 +1,72 @@
+"""Validation: greedy answers to the held-out prompts, their ROUGE-L, and what the discriminator makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from verl.protocol import DataProto
+from verl.trainer.ppo.metric_utils import compute_discriminator_metrics, compute_length_metrics
+from verl.utils.dump import write_jsonl
+from verl.utils.rouge import rouge_l
+from verl.utils.tracking import Sample, Tracking, ValidationGenerationsLogger
+from verl.workers.batch import PROMPT_KEYS, TEACHER_KEYS
+
+if TYPE_CHECKING:
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+KEPT = (*PROMPT_KEYS, *TEACHER_KEYS, "responses", "response_mask")
+
+
+def validate(trainer: RayPPOTrainer, tracking: Tracking, seed: int) -> dict[str, float]:
+    """Answer every held-out prompt and compare with the teacher.
+
+    Returns:
+        `val/rouge-L/mean`, `val/response_length/*` and, with a discriminator, `val/critic/*`.
+    """
+    answered = DataProto.concat(list(_answered_batches(trainer, seed)))
+    samples = _samples(trainer, answered)
+    metrics = {"val/rouge-L/mean": float(np.mean([sample.rouge for sample in samples]))}
+    lengths = compute_length_metrics(answered)
+    metrics |= {f"val/{name}": value for name, value in lengths.items() if name.startswith("response_length")}
+    if trainer.critic is not None:
+        metrics |= {f"val/{name}": value for name, value in compute_discriminator_metrics(answered).items()}
+
+    config = trainer.config.trainer
+    if config.log_val_generations > 0:
+        ValidationGenerationsLogger().log(tracking, samples[: config.log_val_generations], trainer.global_step)
+    if config.validation_data_dir is not None:
+        path = Path(config.validation_data_dir) / f"{trainer.global_step}.jsonl"
+        write_jsonl(path, [sample._asdict() for sample in samples])
+    return metrics
+
+
+def _answered_batches(trainer: RayPPOTrainer, seed: int) -> Iterator[DataProto]:
+    """The validation set in file order, answered and, with a discriminator, scored."""
+    data, rollout = trainer.config.data, trainer.config.actor_rollout_ref.rollout
+    size = data.val_batch_size or data.train_batch_size
+    for rows in DataLoader(trainer.val_dataset, batch_size=size, collate_fn=trainer.collate_fn):
+        batch = DataProto.from_single_dict(rows)
+        batch.union(trainer.generate(batch, rollout.val_kwargs, seed))
+        if trainer.critic is not None:
+            scored = batch.select(list(KEPT), non_tensor_batch_keys=[])
+            batch.union(trainer.critic.compute_scores(scored))
+        yield batch
+
+
+def _samples(trainer: RayPPOTrainer, answered: DataProto) -> list[Sample]:
+    """One sample per answer, in file order."""
+    per_prompt = answered.batch["responses"].shape[1]
+    prompts = trainer.decode(answered.batch["input_ids"].unsqueeze(1), answered.batch["attention_mask"].unsqueeze(1))
+    answers = trainer.decode(answered.batch["responses"], answered.batch["response_mask"])
+    teachers = answered.non_tensor_batch["teacher_text"]
+    rows = torch.arange(len(answers)) // per_prompt
+    return [
+        Sample(prompts[row], answer, teachers[row], rouge_l(answer, teachers[row]))
+        for row, answer in zip(rows.tolist(), answers, strict=True)
+    ]

@@ -1,0 +1,110 @@
+"""Whole checkpoints: `global_step_N` folders under a run's folder, complete or absent.
+
+A checkpoint is written to `global_step_N.tmp`, checksummed and renamed; the tracker file, which names the newest
+one, changes last. What a crash leaves behind is a `.tmp` folder that nothing reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+
+CHECKSUMS = "checksums.json"
+
+
+def get_checkpoint_tracker_filename(root_path: str | Path) -> str:
+    """The file that holds the newest checkpoint's step."""
+    return str(Path(root_path) / "latest_checkpointed_iteration.txt")
+
+
+def find_latest_ckpt_path(path: str | Path | None, directory_format: str = "global_step_{}") -> str | None:
+    """The newest complete checkpoint under `path`, or None if there is none.
+
+    Raises:
+        FileNotFoundError: the tracker file names a checkpoint that is gone.
+    """
+    if path is None or not Path(get_checkpoint_tracker_filename(path)).is_file():
+        return None
+    step = Path(get_checkpoint_tracker_filename(path)).read_text().strip()
+    folder = Path(path) / directory_format.format(step)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{get_checkpoint_tracker_filename(path)} names step {step}, but {folder} does not exist: "
+            "restore it, write an existing step into that file, or set trainer.resume_mode=disable"
+        )
+    return str(folder)
+
+
+def step_of(folder: str | Path) -> int:
+    """The step in a `global_step_N` path; ValueError for any other name."""
+    match = re.fullmatch(r"global_step_(\d+)", Path(folder).name)
+    if match is None:
+        raise ValueError(f"{folder} is not a checkpoint: expected a folder named global_step_N")
+    return int(match[1])
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CHECKSUMS)
+
+
+def start_checkpoint(root: str | Path, step: int) -> Path:
+    """An empty folder for writing step `step`; remains of an earlier attempt are removed."""
+    folder = Path(root) / f"global_step_{step}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def commit_checkpoint(temporary: Path) -> Path:
+    """Checksum what was written, give the folder its name, and make it the newest checkpoint."""
+    sums = {str(file.relative_to(temporary)): _checksum(file) for file in _files(temporary)}
+    (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+    final = temporary.with_suffix("")
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    tracker = Path(get_checkpoint_tracker_filename(final.parent))
+    replacement = tracker.with_suffix(".tmp")
+    replacement.write_text(str(step_of(final)))
+    os.replace(replacement, tracker)
+    return final
+
+
+def verify_checkpoint(folder: str | Path) -> None:
+    """Compare a checkpoint with its checksums.
+
+    Raises:
+        ValueError: names the files that are missing or damaged.
+    """
+    folder = Path(folder)
+    expected = json.loads((folder / CHECKSUMS).read_text())
+    damaged = [
+        name for name, value in expected.items() if not (folder / name).is_file() or _checksum(folder / name) != value
+    ]
+    if damaged:
+        raise ValueError(
+            f"checkpoint {folder} is damaged: {', '.join(damaged)} missing or changed since it was written; "
+            "resume from an older one with trainer.resume_mode=resume_path trainer.resume_from_path=..."
+        )
+
+
+def prune_checkpoints(root: str | Path, part: str, keep: int | None) -> None:
+    """Remove `part` (`actor` or `critic`) from all but the newest `keep` checkpoints; None keeps all."""
+    if keep is None:
+        return
+    folders = [folder for folder in Path(root).glob("global_step_*") if re.fullmatch(r"global_step_\d+", folder.name)]
+    for folder in sorted(folders, key=step_of)[:-keep]:
+        shutil.rmtree(folder / part, ignore_errors=True)
+        if not any(child.is_dir() for child in folder.iterdir()):
+            shutil.rmtree(folder)

@@ -1,0 +1,91 @@
+"""One model's part of a checkpoint: weights, optimizer, schedule, and the Hugging Face files beside them.
+
+    FOLDER/model/*.safetensors        weights, sharded
+    FOLDER/optim/*.safetensors        AdamW's tensors, sharded
+    FOLDER/extra_state.json           optimizer scalars and the learning-rate schedule
+    FOLDER/fsdp_config.json           how it was written
+    FOLDER/huggingface/               config and tokenizer
+
+Any number of ranks can load what any other number wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_sharded, write_sharded
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class FSDPCheckpointManager:
+    """Saves and loads one FSDP2-wrapped Hugging Face model with its optimizer."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: LRScheduler,
+        tokenizer: PreTrainedTokenizerBase,
+        compute_dtype: torch.dtype,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.tokenizer = tokenizer
+        self.compute_dtype = compute_dtype
+
+    def save_checkpoint(self, folder: str | Path) -> None:
+        """Write everything into `folder`; collective over all ranks."""
+        folder = Path(folder)
+        write_sharded(self._weights(), folder / MODEL_FOLDER)
+        tensors, scalars = self._optimizer_state()
+        write_sharded(tensors, folder / "optim")
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            self._write_small_files(folder, scalars)
+
+    def load_checkpoint(self, folder: str | Path) -> None:
+        """Restore everything from `folder`; collective over all ranks."""
+        folder = Path(folder)
+        read_sharded(self._weights(), folder / MODEL_FOLDER)
+        extra = json.loads((folder / "extra_state.json").read_text())
+        tensors, _ = self._optimizer_state()
+        read_sharded(tensors, folder / "optim")
+        set_optimizer_state_dict(self.model, self.optimizer, {**tensors, **extra["optimizer"]}, options=FLAT)
+        self.lr_scheduler.load_state_dict(extra["lr_scheduler"])
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """The model's tensors, sharing memory with it; a tied LM head is the embedding and is not written twice."""
+        tensors = dict(self.model.state_dict())
+        if self.model.config.get_text_config().tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
+        return tensors
+
+    def _optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        state = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT)
+        tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        return tensors, {key: value for key, value in state.items() if key not in tensors}
+
+    def _write_small_files(self, folder: Path, scalars: dict[str, Any]) -> None:
+        schedule = {key: value for key, value in self.lr_scheduler.state_dict().items() if key != "lr_lambdas"}
+        extra = {"optimizer": scalars, "lr_scheduler": schedule}
+        (folder / "extra_state.json").write_text(json.dumps(extra, indent=1))
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        how = {"FSDP_version": 2, "world_size": world_size, "dtype": str(self.compute_dtype).removeprefix("torch.")}
+        (folder / "fsdp_config.json").write_text(json.dumps(how, indent=1))
+        self.model.config.save_pretrained(folder / "huggingface")
+        if getattr(self.model, "generation_config", None) is not None:
+            self.model.generation_config.save_pretrained(folder / "huggingface")
+        self.tokenizer.save_pretrained(folder / "huggingface")

@@ -1,0 +1,123 @@
+"""Finding and loading models: a Hugging Face folder, or a checkpoint's `actor`/`critic` folder as training wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
+
+Kind = Literal["policy", "score"]
+AUTO_CLASSES: dict[Kind, type] = {"policy": AutoModelForCausalLM, "score": AutoModelForTokenClassification}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's parts lie: the Hugging Face files, and the sharded weights if it is a checkpoint's."""
+
+    huggingface: Path
+    shards: Path | None
+
+
+def find_model(path: str | Path) -> ModelSource:
+    """Tell a Hugging Face folder from a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: the folder is neither; says what was looked for, and what to pass instead where that can be
+            seen (a whole `global_step_N` folder, for instance).
+    """
+    folder = Path(path).expanduser()
+    if (folder / "huggingface" / "config.json").is_file() and (folder / MODEL_FOLDER).is_dir():
+        return ModelSource(folder / "huggingface", folder / MODEL_FOLDER)
+    if (folder / "config.json").is_file():
+        return ModelSource(folder, None)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model folder {folder} does not exist: give a local Hugging Face or checkpoint folder")
+    inside = [name for name in ("actor", "critic") if (folder / name).is_dir()]
+    hint = f"; did you mean {folder / inside[0]}?" if inside else ""
+    raise FileNotFoundError(
+        f"{folder} holds no model: expected config.json (Hugging Face) or huggingface/config.json and "
+        f"{MODEL_FOLDER}/ (a checkpoint's actor or critic folder){hint}"
+    )
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; ValueError if it has no EOS token, without which no answer ends.
+
+    A missing pad token becomes the EOS token: masks never look at it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(find_model(path).huggingface, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer in {path} has no eos_token: answers could not end; set one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(
+    path: str | Path, kind: Kind, override_config: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """The model's Hugging Face config, without dropout, and with one label if it is to be a discriminator.
+
+    Raises:
+        ValueError: an override that the config does not have.
+    """
+    config = AutoConfig.from_pretrained(find_model(path).huggingface, trust_remote_code=trust_remote_code)
+    for key, value in (override_config or {}).items():
+        if not hasattr(config, key):
+            raise ValueError(f"override_config.{key}: {type(config).__name__} has no such entry")
+        setattr(config, key, value)
+    if hasattr(config, "attention_dropout"):
+        # Old log-probs, scores and the update must see one and the same function.
+        config.attention_dropout = 0.0
+    if kind == "score":
+        config.num_labels = 1
+        config.classifier_dropout = 0.0
+    return config
+
+
+def load_model(
+    path: str | Path,
+    kind: Kind,
+    override_config: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """The whole model on CPU. A language model read as a discriminator gets a fresh score head.
+
+    Raises:
+        ValueError: weights are missing (other than a fresh score head).
+    """
+    source = find_model(path)
+    config = load_config(path, kind, override_config, trust_remote_code)
+    auto = AUTO_CLASSES[kind]
+    options = {"config": config, "dtype": dtype, "output_loading_info": True, "trust_remote_code": trust_remote_code}
+    if source.shards is None:
+        model, info = auto.from_pretrained(source.huggingface, **options)
+    else:
+        model_class = type(empty_model(config, kind, trust_remote_code))
+        options.pop("trust_remote_code")
+        model, info = model_class.from_pretrained(None, state_dict=read_full_tensors(source.shards), **options)
+    missing = [key for key in info["missing_keys"] if kind != "score" or not key.startswith("score.")]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, e.g. {sorted(missing)[:3]}")
+    return model
+
+
+def empty_model(config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model's structure on the meta device, in fp32, without weights."""
+    with torch.device("meta"):
+        return AUTO_CLASSES[kind].from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)

@@ -1,0 +1,142 @@
+"""The policy on one rank: log-probs of answers, and its update by SFT or by a policy loss."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from verl.models.heads import PolicyModel
+from verl.models.packing import AnswerRows
+from verl.protocol import DataProto
+from verl.trainer.ppo.core_algos import agg_loss, compute_sft_loss, get_policy_loss_fn, kl_penalty
+from verl.utils.torch_functional import masked_mean
+from verl.workers.batch import student_rows, teacher_rows
+from verl.workers.config import ActorConfig, RolloutConfig
+from verl.workers.updates import (
+    MetricSums,
+    data_parallel_size,
+    optimizer_step,
+    split_micro_batches,
+    sum_over_ranks,
+)
+
+UPDATE_KEYS = ("old_log_probs", "ref_log_prob", "advantages")
+
+
+class DataParallelPPOActor:
+    """The policy's computations; without an optimizer it is a frozen reference.
+
+    Losses are normalised by the whole mini-batch over all ranks, so gradients do not depend on how rows are split
+    into micro-batches and ranks.
+    """
+
+    def __init__(
+        self,
+        config: ActorConfig,
+        rollout: RolloutConfig,
+        actor_module: PolicyModel,
+        actor_optimizer: torch.optim.Optimizer | None = None,
+    ):
+        self.config = config
+        self.rollout = rollout
+        self.actor_module = actor_module
+        self.actor_optimizer = actor_optimizer
+
+    @property
+    def temperature(self) -> float:
+        """The policy is the distribution that answers are drawn from, so its log-probs are taken at its temperature."""
+        return self.rollout.temperature if self.rollout.do_sample else 1.0
+
+    @torch.no_grad()
+    def compute_log_prob(self, data: DataProto) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of the student's answers, (B, N, T) each, at the sampling temperature."""
+        rows = student_rows(data)
+        log_probs = torch.zeros(rows.responses.shape)
+        entropies = torch.zeros(rows.responses.shape)
+        micro_batches = split_micro_batches(
+            rows.lengths(),
+            self.rollout.log_prob_use_dynamic_bsz,
+            self.rollout.log_prob_max_token_len_per_gpu,
+            self.rollout.log_prob_micro_batch_size_per_gpu,
+        )
+        for index in micro_batches:
+            log_probs[index], entropies[index] = self.actor_module(rows.select(index), self.temperature)
+        shape = data.batch["responses"].shape
+        return log_probs.view(shape), entropies.view(shape)
+
+    def update_policy(self, data: DataProto) -> dict[str, float]:
+        """Train on this rank's rows: `ppo_epochs` times over mini-batches of `ppo_mini_batch_size` prompts.
+
+        With `use_sft_mode` the teacher's answers are the target, each counted once; otherwise the student's own, with
+        `old_log_probs`, `advantages` and, for a KL loss, `ref_log_prob`.
+
+        Returns:
+            metrics over all mini-batches and ranks.
+        """
+        metrics = MetricSums()
+        prompts_per_rank = self.config.ppo_mini_batch_size // data_parallel_size()
+        for _ in range(self.config.ppo_epochs):
+            for mini_batch in data.split(prompts_per_rank):
+                self._accumulate_gradients(mini_batch, metrics)
+                norm = optimizer_step(self.actor_module, self.actor_optimizer, self.config.grad_clip)
+                metrics.add({"actor/grad_norm": norm}, 1.0)
+        return metrics.means()
+
+    def _accumulate_gradients(self, mini_batch: DataProto, metrics: MetricSums) -> None:
+        sft = self.config.use_sft_mode
+        rows = teacher_rows(mini_batch) if sft else student_rows(mini_batch)
+        extra = {}
+        if not sft:
+            extra = {key: mini_batch.batch[key].flatten(0, 1) for key in UPDATE_KEYS if key in mini_batch.batch}
+        tokens, sequences = sum_over_ranks([float(rows.response_mask.sum()), float(len(rows))])
+        totals = {"dp_size": data_parallel_size(), "batch_num_tokens": tokens, "global_batch_size": sequences}
+
+        self.actor_optimizer.zero_grad()
+        losses: dict[str, float] = defaultdict(float)
+        micro_batches = split_micro_batches(
+            rows.lengths(),
+            self.config.use_dynamic_bsz,
+            self.config.ppo_max_token_len_per_gpu,
+            self.config.ppo_micro_batch_size_per_gpu,
+        )
+        for index in micro_batches:
+            micro = rows.select(index)
+            if sft:
+                loss, shares, means = self._sft_loss(micro, totals)
+            else:
+                loss, shares, means = self._policy_loss(micro, {k: v[index] for k, v in extra.items()}, totals)
+            loss.backward()
+            metrics.add(means, float(micro.response_mask.sum()))
+            for name, share in shares.items():
+                losses[name] += share.item()
+        # The shares carry their weight already: summed over micro-batches they are the mini-batch's loss.
+        metrics.add(losses, 1.0)
+
+    def _sft_loss(self, rows: AnswerRows, totals: dict[str, Any]) -> tuple[torch.Tensor, dict, dict]:
+        log_prob, entropy = self.actor_module(rows)
+        loss = compute_sft_loss(log_prob, rows.response_mask, self.config.loss_agg_mode, **totals)
+        shares = {"actor/sft_loss": loss.detach(), "actor/teacher_pg_loss": loss.detach()}
+        return loss, shares, {"actor/entropy": masked_mean(entropy.detach(), rows.response_mask)}
+
+    def _policy_loss(
+        self, rows: AnswerRows, extra: dict[str, torch.Tensor], totals: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict, dict]:
+        config, mask = self.config, rows.response_mask
+        log_prob, entropy = self.actor_module(rows, self.temperature, entropy_grad=config.entropy_coeff != 0)
+        policy_loss = get_policy_loss_fn(config.policy_loss.loss_mode)
+        loss, means = policy_loss(
+            extra["old_log_probs"], log_prob, extra["advantages"], mask, config.loss_agg_mode, config, **totals
+        )
+        shares = {"actor/pg_loss": loss.detach()}
+        if config.entropy_coeff != 0:
+            loss = loss - config.entropy_coeff * agg_loss(entropy, mask, config.loss_agg_mode, **totals)
+        if config.use_kl_loss:
+            kl = kl_penalty(log_prob, extra["ref_log_prob"], config.kl_loss_type)
+            kl_loss = agg_loss(kl, mask, config.loss_agg_mode, **totals)
+            loss = loss + config.kl_loss_coef * kl_loss
+            shares["actor/kl_loss"] = kl_loss.detach()
+            divergence = masked_mean((log_prob - extra["ref_log_prob"]).detach(), mask)
+            means = {**means, "actor/kl_divergence": divergence, "actor/kl_coef": config.kl_loss_coef}
+        return loss, shares, means

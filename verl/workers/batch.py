@@ -1,0 +1,49 @@
+"""How a batch travels: one row per prompt, so that a prompt, its teacher answer and its student answers stay together.
+
+B prompts, N answers per prompt, P prompt tokens, T answer tokens.
+
+    input_ids, attention_mask       (B, P)     the prompt, left-padded
+    teacher_response                (B, T)     the teacher's answer, right-padded
+    teacher_attention_mask          (B, P+T)   of prompt and answer
+    responses, response_mask        (B, N, T)  the student's answers
+    old_log_probs, ref_log_prob, advantages, ... (B, N, T);  scores (B, N)
+
+Here the rows that a model sees are taken out of it: B*N student rows, or B teacher rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from verl.models.packing import AnswerRows
+from verl.protocol import DataProto
+
+PROMPT_KEYS = ("input_ids", "attention_mask")
+TEACHER_KEYS = ("teacher_response", "teacher_attention_mask")
+
+
+def teacher_response_mask(data: DataProto) -> torch.Tensor:
+    """(B, T), 1 on the real tokens of the teacher's answers."""
+    return data.batch["teacher_attention_mask"][:, -data.batch["teacher_response"].shape[1] :]
+
+
+def student_rows(data: DataProto) -> AnswerRows:
+    """B*N rows, the answers to one prompt next to each other."""
+    responses = data.batch["responses"]
+    answers = responses.shape[1]
+    return AnswerRows(
+        prompts=data.batch["input_ids"].repeat_interleave(answers, dim=0),
+        prompt_mask=data.batch["attention_mask"].repeat_interleave(answers, dim=0),
+        responses=responses.flatten(0, 1),
+        response_mask=data.batch["response_mask"].flatten(0, 1),
+    )
+
+
+def teacher_rows(data: DataProto) -> AnswerRows:
+    """B rows: the teacher's answer, once per prompt."""
+    return AnswerRows(
+        prompts=data.batch["input_ids"],
+        prompt_mask=data.batch["attention_mask"],
+        responses=data.batch["teacher_response"],
+        response_mask=teacher_response_mask(data),
+    )

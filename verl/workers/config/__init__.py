@@ -1,0 +1,22 @@
+"""Typed, frozen settings, one dataclass per config group. Defaults live in `verl/trainer/config/*.yaml` alone."""
+
+from verl.workers.config.actor import ActorConfig, ActorRolloutRefConfig, PolicyLossConfig, RefConfig
+from verl.workers.config.critic import BradleyTerryConfig, CriticConfig, DiscriminatorConfig, RankingConfig
+from verl.workers.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
+from verl.workers.config.rollout import RolloutConfig, SamplingConfig
+
+__all__ = [
+    "ActorConfig",
+    "ActorRolloutRefConfig",
+    "BradleyTerryConfig",
+    "CriticConfig",
+    "DiscriminatorConfig",
+    "FSDPConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PolicyLossConfig",
+    "RankingConfig",
+    "RefConfig",
+    "RolloutConfig",
+    "SamplingConfig",
+]

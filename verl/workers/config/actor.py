@@ -1,0 +1,58 @@
+"""Settings of the policy, its frozen reference, and the group that holds them with the rollout."""
+
+from typing import Literal
+
+from verl.workers.config.base import NonNegative, Positive, PositiveFloat, settings
+from verl.workers.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
+from verl.workers.config.rollout import RolloutConfig
+
+
+@settings
+class PolicyLossConfig:
+    """Which registered policy loss trains the actor."""
+
+    loss_mode: str
+
+
+@settings
+class ActorConfig:
+    """The policy's update. Batch sizes count prompts for mini-batches and sequences for micro-batches."""
+
+    strategy: Literal["fsdp", "fsdp2"]
+    use_sft_mode: bool
+    ppo_mini_batch_size: Positive
+    ppo_micro_batch_size_per_gpu: Positive | None
+    use_dynamic_bsz: bool
+    ppo_max_token_len_per_gpu: Positive
+    ppo_epochs: Positive
+    ulysses_sequence_parallel_size: Positive
+    grad_clip: PositiveFloat
+    policy_loss: PolicyLossConfig
+    clip_ratio: NonNegative
+    clip_ratio_low: NonNegative | None
+    clip_ratio_high: NonNegative | None
+    clip_ratio_c: float
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+    entropy_coeff: float
+    use_kl_loss: bool
+    kl_loss_coef: NonNegative
+    kl_loss_type: str
+    optim: OptimizerConfig
+    fsdp_config: FSDPConfig
+
+
+@settings
+class RefConfig:
+    """The frozen reference model, a copy of the actor's initial weights."""
+
+    fsdp_config: FSDPConfig
+
+
+@settings
+class ActorRolloutRefConfig:
+    """Everything that lives in one process per rank around the policy."""
+
+    model: ModelConfig
+    actor: ActorConfig
+    ref: RefConfig
+    rollout: RolloutConfig

@@ -1,0 +1,14 @@
+"""What every settings class is: a frozen dataclass whose field types are checked and whose unknown keys are refused."""
+
+from functools import partial
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+settings = partial(dataclass, frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -1,0 +1,63 @@
+"""Settings of the critic, which in this trainer is the discriminator."""
+
+from typing import Any, Literal
+
+from verl.workers.config.base import NonNegative, Positive, PositiveFloat, settings
+from verl.workers.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
+
+
+@settings
+class BradleyTerryConfig:
+    """The Bradley-Terry loss has no constants."""
+
+
+@settings
+class RankingConfig:
+    """Constants of the ranking loss (`core_algos.ranking_loss`)."""
+
+    ranking_coef: NonNegative
+    temperature: PositiveFloat
+    clamp: PositiveFloat
+    reg_coef: NonNegative
+    diff_limit: float
+    diff_coef: NonNegative
+
+
+@settings
+class DiscriminatorConfig:
+    """Which loss, on which scores. `pooling=None` is the pooling the loss was made for."""
+
+    loss: Literal["bradley_terry", "ranking"]
+    pooling: Literal["last_token", "mean", "sum"] | None
+    exclude_eos: bool
+    bradley_terry: BradleyTerryConfig
+    ranking: RankingConfig
+
+    def constants(self) -> dict[str, Any]:
+        """The chosen loss's own constants."""
+        return dict(vars(getattr(self, self.loss)))
+
+
+@settings
+class CriticModelConfig(ModelConfig):
+    """The critic keeps its sharding under its model, as verl does."""
+
+    fsdp_config: FSDPConfig
+
+
+@settings
+class CriticConfig:
+    """The discriminator's update. Mini-batches count prompts; micro-batches hold whole groups."""
+
+    enable: bool | None
+    strategy: Literal["fsdp", "fsdp2"]
+    model: CriticModelConfig
+    optim: OptimizerConfig
+    ppo_mini_batch_size: Positive
+    ppo_micro_batch_size_per_gpu: Positive | None
+    use_dynamic_bsz: bool
+    ppo_max_token_len_per_gpu: Positive
+    ppo_epochs: Positive
+    ulysses_sequence_parallel_size: Positive
+    grad_clip: PositiveFloat
+    discriminator: DiscriminatorConfig

@@ -1,0 +1,46 @@
+"""Settings of a trained or frozen model: where it comes from, how it is sharded, how it is optimised."""
+
+from typing import Any, Literal
+
+from verl.workers.config.base import Fraction, NonNegative, Positive, PositiveFloat, settings
+
+
+@settings
+class ModelConfig:
+    """A model folder (Hugging Face, or a checkpoint's `actor` or `critic`) and how to run it."""
+
+    path: str
+    tokenizer_path: str | None
+    use_shm: bool
+    trust_remote_code: bool
+    enable_gradient_checkpointing: bool
+    use_remove_padding: bool
+    override_config: dict[str, Any]
+
+
+@settings
+class FSDPConfig:
+    """Sharding: one FSDP2 mesh over all ranks."""
+
+    strategy: Literal["fsdp", "fsdp2"]
+    fsdp_size: int
+    param_offload: bool
+    optimizer_offload: bool
+    reshard_after_forward: bool
+    dtype: Literal["float32", "bfloat16"]
+
+
+@settings
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule. `lr_warmup_steps` of -1 means `lr_warmup_steps_ratio` of the total."""
+
+    lr: NonNegative
+    betas: tuple[Fraction, Fraction]
+    eps: PositiveFloat
+    weight_decay: NonNegative
+    lr_scheduler_type: Literal["constant", "cosine", "wsd"]
+    lr_warmup_steps: int
+    lr_warmup_steps_ratio: Fraction
+    total_training_steps: Positive | None
+    min_lr_ratio: Fraction
+    num_cycles: PositiveFloat

@@ -1,0 +1,170 @@
+"""A worker's life: join the others, build models, answer the driver's calls, save and load.
+
+Both workers of a rank live in one process and share its process group.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.optim.lr_scheduler import LRScheduler
+
+from verl.models.heads import AnswerModel
+from verl.protocol import DataProto
+from verl.single_controller import Worker
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+from verl.utils.fsdp_utils import build_sharded_model, full_parameters
+from verl.utils.model import Kind, load_config, load_tokenizer
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.config import (
+    ActorRolloutRefConfig,
+    CriticConfig,
+    FSDPConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+)
+from verl.workers.critic.dp_critic import DataParallelPPOCritic
+from verl.workers.rollout import get_rollout_class
+from verl.workers.updates import build_optimizer
+
+# A process group's default half hour is short for the slowest rank of a large generation.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
+class FSDPWorker(Worker):
+    """What the actor's and the critic's worker share."""
+
+    checkpoint: FSDPCheckpointManager
+
+    def __init__(self, device: str, seed: int):
+        super().__init__()
+        self.device = device
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT)
+        # Fresh score heads are drawn from this; every draw during training has a seed of its own.
+        torch.manual_seed(seed)
+
+    def _build_trained(
+        self, model: ModelConfig, kind: Kind, fsdp: FSDPConfig, optim: OptimizerConfig, total_steps: int
+    ) -> tuple[AnswerModel, torch.optim.Optimizer, LRScheduler]:
+        """Module, optimizer and schedule, with the checkpoint manager that keeps them."""
+        module = build_sharded_model(model, kind, fsdp, self.device)
+        optimizer, schedule = build_optimizer(module, optim, total_steps)
+        self.tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
+        self.checkpoint = FSDPCheckpointManager(
+            module.hf, optimizer, schedule, self.tokenizer, compute_dtype=getattr(torch, fsdp.dtype)
+        )
+        return module, optimizer, schedule
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, folder: str) -> None:
+        """Write this model's part of a checkpoint."""
+        self.checkpoint.save_checkpoint(folder)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, folder: str) -> None:
+        """Restore this model's part of a checkpoint."""
+        self.checkpoint.load_checkpoint(folder)
+
+
+class ActorRolloutRefWorker(FSDPWorker):
+    """The policy, the engine that generates from it, and the frozen reference where a KL term needs one."""
+
+    def __init__(self, config: ActorRolloutRefConfig, device: str, seed: int, total_steps: int, use_reference: bool):
+        super().__init__(device, seed)
+        self.config = config
+        self.total_steps = total_steps
+        self.use_reference = use_reference
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """Build everything and give the engine its first weights."""
+        config = self.config
+        module, optimizer, self.lr_scheduler = self._build_trained(
+            config.model, "policy", config.actor.fsdp_config, config.actor.optim, self.total_steps
+        )
+        self.actor = DataParallelPPOActor(config.actor, config.rollout, module, optimizer)
+        if self.use_reference:
+            reference = build_sharded_model(config.model, "policy", config.ref.fsdp_config, self.device)
+            self.reference = DataParallelPPOActor(config.actor, config.rollout, reference.requires_grad_(False))
+        model_config = load_config(
+            config.model.path, "policy", config.model.override_config, config.model.trust_remote_code
+        )
+        self.rollout = get_rollout_class(config.rollout.name)(model_config, self.tokenizer, config.rollout, self.device)
+        self.push_weights()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def push_weights(self) -> None:
+        """Bring the engine to the policy's present weights."""
+        self.rollout.wake()
+        self.rollout.push_weights(full_parameters(self.actor.actor_module.hf))
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def generate_sequences(self, prompts: DataProto) -> DataProto:
+        """Answers to this rank's prompts; `meta_info` has `sampling` (SamplingConfig), `seed`, `report_log_probs`."""
+        sampling: SamplingConfig = prompts.meta_info["sampling"]
+        # Ranks hold different prompts; a seed each keeps equal prompts from getting equal answers.
+        seed = prompts.meta_info["seed"] * self.world_size + self.rank
+        return self.rollout.generate(prompts, sampling, seed, prompts.meta_info["report_log_probs"])
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def compute_log_prob(self, data: DataProto) -> DataProto:
+        """`old_log_probs` and `entropys` (B, N, T) of the answers under the present policy."""
+        log_probs, entropies = self.actor.compute_log_prob(data)
+        return DataProto.from_dict({"old_log_probs": log_probs, "entropys": entropies})
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def compute_ref_log_prob(self, data: DataProto) -> DataProto:
+        """`ref_log_prob` (B, N, T) of the answers under the frozen reference."""
+        log_probs, _ = self.reference.compute_log_prob(data)
+        return DataProto.from_dict({"ref_log_prob": log_probs})
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
+    def update_actor(self, data: DataProto) -> dict[str, float]:
+        """Train the policy on the batch; the same metrics from every rank."""
+        metrics = self.actor.update_policy(data)
+        metrics["actor/lr"] = self.lr_scheduler.get_last_lr()[0]
+        metrics["perf/cpu_memory_used_gb"] = psutil.virtual_memory().used / 2**30
+        self.lr_scheduler.step()
+        return metrics
+
+
+class CriticWorker(FSDPWorker):
+    """The discriminator."""
+
+    def __init__(self, config: CriticConfig, device: str, seed: int, total_steps: int):
+        super().__init__(device, seed)
+        self.config = config
+        self.total_steps = total_steps
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """Build the discriminator and its optimizer."""
+        module, optimizer, self.lr_scheduler = self._build_trained(
+            self.config.model, "score", self.config.model.fsdp_config, self.config.optim, self.total_steps
+        )
+        self.critic = DataParallelPPOCritic(self.config, module, optimizer, self.tokenizer.eos_token_id)
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def compute_values(self, data: DataProto) -> DataProto:
+        """Values per token: `values` (B, N, T), or `teacher_values` (B, T) with `meta_info["compute_teacher"]`."""
+        name = "teacher_values" if data.meta_info.get("compute_teacher", False) else "values"
+        return DataProto.from_dict({name: self.critic.compute_values(data)})
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def compute_scores(self, data: DataProto) -> DataProto:
+        """Pooled scores of students and teachers under the present discriminator."""
+        return DataProto.from_dict(self.critic.compute_scores(data))
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
+    def update_critic(self, data: DataProto) -> dict[str, float]:
+        """Train the discriminator on the batch; the same metrics from every rank."""
+        metrics = self.critic.update_critic(data)
+        metrics["critic/lr"] = self.lr_scheduler.get_last_lr()[0]
+        self.lr_scheduler.step()
+        return metrics

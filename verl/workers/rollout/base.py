@@ -1,0 +1,42 @@
+"""What a generation engine is: prompts in, answers out, and weights only through `push_weights`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+
+from verl.protocol import DataProto
+from verl.workers.config import SamplingConfig
+
+
+class BaseRollout(ABC):
+    """An engine on one rank. It starts with arbitrary weights and is of no use before the first push."""
+
+    @abstractmethod
+    def generate(self, prompts: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int = 0) -> DataProto:
+        """Answer prompts.
+
+        Args:
+            prompts: `input_ids` and `attention_mask`, (B, P), left-padded.
+            sampling: how answers are drawn; `sampling.n` answers per prompt.
+            seed: the draw is a function of it, the weights and the prompts.
+            report_log_probs: for the first so many prompts, the engine's own log-probs at the sampling temperature.
+
+        Returns:
+            B rows: `responses` and `response_mask` (B, N, T), the mask 1 up to and including EOS; `rollout_log_probs`
+            (B, N, T) and `rollout_log_probs_mask` (B,), 1 on the prompts reported.
+        """
+
+    @abstractmethod
+    def push_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Take over whole tensors under their Hugging Face names; every parameter, once each."""
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Give up what memory the engine can."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Be ready for `push_weights` and `generate` again."""

@@ -1,0 +1,107 @@
+"""What the actor's and the discriminator's updates share: micro-batches, totals over ranks, optimizer, schedule."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from verl.utils.seqlen_balancing import rearrange_micro_batches
+from verl.utils.torch_functional import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_wsd_schedule_with_warmup,
+)
+from verl.workers.config import OptimizerConfig
+
+
+def build_optimizer(
+    module: nn.Module, config: OptimizerConfig, total_steps: int
+) -> tuple[torch.optim.AdamW, LRScheduler]:
+    """AdamW (arXiv 1711.05101) over all parameters, and the schedule that is stepped once per training step."""
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
+    total = config.total_training_steps or total_steps
+    warmup = config.lr_warmup_steps
+    if warmup < 0:
+        warmup = int(config.lr_warmup_steps_ratio * total)
+    if config.lr_scheduler_type == "constant":
+        return optimizer, get_constant_schedule_with_warmup(optimizer, warmup)
+    if config.lr_scheduler_type == "cosine":
+        schedule = get_cosine_schedule_with_warmup(
+            optimizer, warmup, total, min_lr_ratio=config.min_lr_ratio, num_cycles=config.num_cycles
+        )
+        return optimizer, schedule
+    return optimizer, get_wsd_schedule_with_warmup(optimizer, warmup, total, min_lr_ratio=config.min_lr_ratio)
+
+
+def optimizer_step(module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    """Clip the gradients' total norm over all ranks, step, and return the norm before clipping.
+
+    Raises:
+        FloatingPointError: the norm is not finite; the weights are left as they were.
+    """
+    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+    value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the gradient norm is {value}, so the update was not applied: lower the learning rate, or look for "
+            "non-finite losses in the last logged step; the newest checkpoint is from before"
+        )
+    optimizer.step()
+    return value
+
+
+def split_micro_batches(
+    lengths: list[int], use_dynamic_bsz: bool, max_tokens: int, micro_batch_size: int | None
+) -> list[list[int]]:
+    """Row indices of each micro-batch, the same number of micro-batches on every rank.
+
+    With `use_dynamic_bsz` they are filled up to `max_tokens`, else they hold `micro_batch_size` rows. FSDP's
+    collectives run once per micro-batch, so ranks with fewer would leave the others waiting.
+    """
+    group = dist.group.WORLD if dist.is_initialized() else None
+    if use_dynamic_bsz:
+        return rearrange_micro_batches(lengths, max_tokens, dp_group=group)
+    rows = list(range(len(lengths)))
+    return [rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]
+
+
+def data_parallel_size() -> int:
+    """Ranks that share a batch."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Iterable[float]) -> list[float]:
+    """Element-wise sum over all ranks."""
+    tensor = torch.tensor(list(values), dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+class MetricSums:
+    """Means of metrics over parts of different weight, over all ranks: the exact mean, however it was split."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._weights: dict[str, float] = defaultdict(float)
+
+    def add(self, metrics: Mapping[str, torch.Tensor | float], weight: float) -> None:
+        """Means over a part that counts `weight` (tokens, sequences or pairs)."""
+        for name, value in metrics.items():
+            self._sums[name] += float(value) * weight
+            self._weights[name] += weight
+
+    def means(self) -> dict[str, float]:
+        """The means over everything added on all ranks; collective, with the same metrics on every rank."""
+        names = sorted(self._sums)
+        totals = sum_over_ranks([*(self._sums[n] for n in names), *(self._weights[n] for n in names)])
+        return {name: totals[i] / totals[len(names) + i] for i, name in enumerate(names)}
