@@ -206,8 +206,8 @@ def test_the_tokenizer_survives_loading_and_saving_through_auto_classes(world, t
     """AutoTokenizer turns it into a Qwen2Tokenizer, beside a Qwen2 config; saved again, it still splits as before."""
     folders = [tmp_path / name for name in ("first", "second")]
     model = build_model(tokenizer, hidden_size=32, num_layers=1, intermediate_size=32)
-    texts = [text for row in world.teacher_rows("test", 100, seed=1) for text in (prompt_of(row), *row.values())]
-    texts = [text for text in texts if isinstance(text, str)] + ["Unseen: zebra 42, 熊猫！\n"]
+    rows = world.teacher_rows("test", 100, seed=1)
+    texts = [*map(prompt_of, rows), *(row["teacher_response"] for row in rows), "Unseen: zebra 42, 熊猫！\n"]
     expected = tokenizer(texts)["input_ids"]
     current = tokenizer
     for folder in folders:

@@ -33,7 +33,7 @@ Messages = list[dict[str, str]]
 
 SHOWN_BAD_ROWS = 10
 # A process first imports torch and transformers, and in that time one process tokenises about this many prompts.
-MIN_PROMPTS_PER_PROCESS = 2000
+MIN_PROMPTS_PER_PROCESS = 5000
 
 
 class DatasetConfig(Protocol):

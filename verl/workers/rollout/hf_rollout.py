@@ -34,7 +34,7 @@ class LogProbRecorder(LogitsProcessor, StoppingCriteria):
         self.columns: list[torch.Tensor] = []
         self._distribution: torch.Tensor | None = None
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """As processor: scores (rows, V) belong to the next token. As criterion: the token is the last one."""
         if self._distribution is None:
             self._distribution = (scores[: self.rows].float() / self.temperature).log_softmax(-1)
