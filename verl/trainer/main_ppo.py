@@ -19,7 +19,7 @@ from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overr
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
 from verl.trainer.ppo.utils import Role, need_critic
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
-from verl.utils.model import load_tokenizer
+from verl.utils.model import load_tokenizer, quiet_transformers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
 
@@ -78,6 +78,7 @@ def run_ppo(config: Config, task_runner_class: type[TaskRunner] | None = None) -
 @hydra.main(config_path="config", config_name="ppo_trainer", version_base="1.3")
 def _hydra_main(composed: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    quiet_transformers()
     try:
         config = to_config(composed)
     except ConfigError as error:

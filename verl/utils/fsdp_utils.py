@@ -29,8 +29,7 @@ def build_sharded_model(model: ModelConfig, kind: Kind, fsdp: FSDPConfig, device
         weights = hf.state_dict()
     else:
         config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
-        hf = empty_model(config, kind, model.trust_remote_code).to_empty(device="cpu")
-        hf.tie_weights()
+        hf = empty_model(config, kind, model.trust_remote_code)
         weights = {}
     if model.enable_gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -39,8 +38,6 @@ def build_sharded_model(model: ModelConfig, kind: Kind, fsdp: FSDPConfig, device
     shard(wrapper, fsdp, device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(hf, weights, options=options)
-    for buffer in hf.buffers():
-        dist.broadcast(buffer, src=0)
     # Gradient checkpointing asks for training mode; without dropout nothing else differs in it.
     return wrapper.train()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
+from transformers.utils import logging as hf_logging
 
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
 
+logger = logging.getLogger(__name__)
+
 Kind = Literal["policy", "score"]
 AUTO_CLASSES: dict[Kind, type] = {"policy": AutoModelForCausalLM, "score": AutoModelForTokenClassification}
+
+
+def quiet_transformers() -> None:
+    """No loading bars and reports from transformers in this process: `load_model` checks what they would show."""
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
 
 
 @dataclass(frozen=True)
@@ -108,16 +119,24 @@ def load_model(
     if source.shards is None:
         model, info = auto.from_pretrained(source.huggingface, **options)
     else:
+        # The auto classes insist on a folder; the class they would pick does not.
         model_class = type(empty_model(config, kind, trust_remote_code))
         options.pop("trust_remote_code")
         model, info = model_class.from_pretrained(None, state_dict=read_full_tensors(source.shards), **options)
     missing = [key for key in info["missing_keys"] if kind != "score" or not key.startswith("score.")]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, e.g. {sorted(missing)[:3]}")
+    if info["missing_keys"]:
+        logger.info("%s is a language model: the discriminator starts from it with a fresh score head", path)
     return model
 
 
-def empty_model(config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model's structure on the meta device, in fp32, without weights."""
-    with torch.device("meta"):
-        return AUTO_CLASSES[kind].from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+def empty_model(
+    config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model on CPU with weights that nobody has set; its computed tables (rotary) are right, and in fp32."""
+    with no_init_weights():
+        model = AUTO_CLASSES[kind].from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    # Tying happens in the initialisation that was left out.
+    model.tie_weights()
+    return model

@@ -18,7 +18,7 @@ from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.fsdp_utils import build_sharded_model, full_parameters
-from verl.utils.model import Kind, load_config, load_tokenizer
+from verl.utils.model import Kind, load_config, load_tokenizer, quiet_transformers
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.config import (
     ActorRolloutRefConfig,
@@ -44,6 +44,7 @@ class FSDPWorker(Worker):
     def __init__(self, device: str, seed: int):
         super().__init__()
         self.device = device
+        quiet_transformers()
         if not dist.is_initialized():
             dist.init_process_group("gloo", rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT)
         # Fresh score heads are drawn from this; every draw during training has a seed of its own.

@@ -58,12 +58,7 @@ class HFRollout(BaseRollout):
         self.config = config
         self.tokenizer = tokenizer
         self.device = device
-        model = empty_model(model_config, "policy").to(getattr(torch, config.dtype)).to_empty(device=device)
-        model.tie_weights()
-        # Rotary tables are computed, not loaded, and so have to be computed here.
-        for module in model.modules():
-            if hasattr(module, "inv_freq"):
-                module.__init__(model_config, device=device)
+        model = empty_model(model_config, "policy", dtype=getattr(torch, config.dtype)).to(device)
         model.set_attn_implementation("sdpa")
         self.model = model.eval()
 

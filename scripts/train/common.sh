@@ -1,0 +1,45 @@
+# Shared by the stage scripts: reads their flags and starts the trainer. Not run on its own.
+#
+#   run_stage STAGE NEEDED_FLAGS "$@"     flags first, then any KEY=VALUE override
+#
+# From the environment: PYTHON (python3 by default), DATA_DIR (data), N_GPUS_PER_NODE.
+
+usage() {
+    cat <<TEXT
+usage: bash $0 --model PATH $([[ $needs_critic == yes ]] && echo '--reward_model PATH ')--exp_name NAME [--nnodes N] [KEY=VALUE ...]
+
+  --model PATH         student: a Hugging Face folder, or a checkpoint's actor folder as it is
+  --reward_model PATH  discriminator: a Hugging Face folder, or a checkpoint's critic folder as it is
+  --exp_name NAME      checkpoints and metrics go to checkpoints/gad/NAME
+  --nnodes N           machines (default 1)
+  KEY=VALUE            any setting of verl/trainer/config, e.g. data.train_files=data/train.parquet
+
+Data: DATA_DIR/train.parquet and DATA_DIR/test.parquet unless data.train_files and data.val_files say otherwise.
+TEXT
+}
+
+run_stage() {
+    local stage=$1 needs_critic=$2 model="" reward_model="" exp_name="" nnodes=1 overrides=()
+    shift 2
+    while (($#)); do
+        case $1 in
+            --model | --reward_model | --exp_name | --nnodes)
+                [[ $# -ge 2 ]] || { echo "$1 needs a value" >&2; usage >&2; return 2; }
+                printf -v "${1#--}" '%s' "$2"; shift 2 ;;
+            -h | --help) usage; return 0 ;;
+            *=*) overrides+=("$1"); shift ;;
+            *) echo "unknown argument: $1" >&2; usage >&2; return 2 ;;
+        esac
+    done
+    local name missing=()
+    [[ $needs_critic == yes ]] && local needed=(model reward_model exp_name) || local needed=(model exp_name)
+    for name in "${needed[@]}"; do [[ -n ${!name} ]] || missing+=("--$name"); done
+    ((${#missing[@]} == 0)) || { echo "missing: ${missing[*]}" >&2; usage >&2; return 2; }
+
+    local data=${DATA_DIR:-data}
+    "${PYTHON:-python3}" -m verl.trainer.main_ppo "stage=$stage" \
+        data.train_files="$data/train.parquet" data.val_files="$data/test.parquet" \
+        actor_rollout_ref.model.path="$model" ${reward_model:+critic.model.path="$reward_model"} \
+        trainer.experiment_name="$exp_name" trainer.nnodes="$nnodes" \
+        trainer.n_gpus_per_node="${N_GPUS_PER_NODE:-1}" "${overrides[@]}"
+}

@@ -1,0 +1,17 @@
+# Shared by the stage scripts: TensorBoard in the background for as long as the script runs. Not run on its own.
+
+start_tensorboard() {
+    local host=${TENSORBOARD_HOST:-127.0.0.1} port=${TENSORBOARD_PORT:-6006} folder=${TENSORBOARD_LOGDIR:-checkpoints}
+    [[ ${TENSORBOARD:-on} != off && ! " $* " =~ \ (-h|--help)\  ]] || return 0
+    mkdir -p "$folder"
+    "${PYTHON:-python3}" -m tensorboard.main --logdir "$folder" --host "$host" --port "$port" \
+        >"$folder/tensorboard.log" 2>&1 &
+    local server=$!
+    trap "kill $server 2>/dev/null || true" EXIT
+    for _ in {1..60}; do
+        grep -q "http://" "$folder/tensorboard.log" && { echo "TensorBoard: http://$host:$port (runs under $folder)"; return 0; }
+        kill -0 "$server" 2>/dev/null || break
+        sleep 0.5
+    done
+    echo "TensorBoard did not start on $host:$port; training goes on without it. Its log: $folder/tensorboard.log" >&2
+}

@@ -1,0 +1,43 @@
+"""The merger's command line, shared by `python -m verl.model_merger` and `scripts/legacy_model_merger.py`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from verl.model_merger.merger import compare, merge
+from verl.utils.model import quiet_transformers
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Commands `merge` and `test` with verl's flags."""
+    parser = argparse.ArgumentParser(description="Merge a checkpoint folder into a Hugging Face folder, or test one.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    merge_command = commands.add_parser("merge", help="write a Hugging Face folder")
+    test_command = commands.add_parser("test", help="compare a Hugging Face folder with the checkpoint")
+    for command in (merge_command, test_command):
+        command.add_argument("--backend", choices=["fsdp", "megatron"], required=True)
+        command.add_argument("--local_dir", required=True, help="a checkpoint's actor or critic folder")
+        command.add_argument("--hf_model_path", help="not needed: config and tokenizer are in the checkpoint")
+        command.add_argument("--is-value-model", action="store_true", help="insist that it is a critic")
+        command.add_argument("--tie-word-embedding", action="store_true", help="not needed: the config says so")
+    merge_command.add_argument("--target_dir", default="tmp", help="folder to write (default: tmp)")
+    test_command.add_argument("--test_hf_dir", required=True, help="Hugging Face folder to compare")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; exits with a sentence where something is wrong with the folders."""
+    options = build_parser().parse_args(arguments)
+    if options.backend != "fsdp":
+        sys.exit("this trainer writes fsdp checkpoints only; use --backend fsdp")
+    quiet_transformers()
+    try:
+        if options.command == "merge":
+            target = merge(options.local_dir, options.target_dir, options.is_value_model)
+            print(f"wrote {target}")
+        else:
+            count = compare(options.local_dir, options.test_hf_dir, options.is_value_model)
+            print(f"{count} tensors are equal")
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")

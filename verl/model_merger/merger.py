@@ -1,0 +1,63 @@
+"""Merging a checkpoint's `actor` or `critic` folder into one Hugging Face folder, and checking the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from verl.utils.model import Kind, find_model, load_model, load_tokenizer
+
+
+def _checkpoint_kind(local_dir: Path, is_value_model: bool) -> Kind:
+    """A critic's config names the class it was trained as."""
+    source = find_model(local_dir)
+    if source.shards is None:
+        raise ValueError(f"{local_dir} is a Hugging Face folder already; give a checkpoint's actor or critic folder")
+    architectures = json.loads((source.huggingface / "config.json").read_text()).get("architectures") or [""]
+    is_score = architectures[0].endswith("ForTokenClassification")
+    if is_value_model and not is_score:
+        raise ValueError(f"--is-value-model was given, but {local_dir} holds a {architectures[0]}")
+    return "score" if is_score else "policy"
+
+
+def load_checkpoint_model(local_dir: str | Path, is_value_model: bool = False) -> PreTrainedModel:
+    """A checkpoint's model, whole, in the precision it was trained to compute in."""
+    local_dir = Path(local_dir)
+    kind = _checkpoint_kind(local_dir, is_value_model)
+    dtype = json.loads((local_dir / "fsdp_config.json").read_text())["dtype"]
+    return load_model(local_dir, kind, dtype=getattr(torch, dtype))
+
+
+def merge(local_dir: str | Path, target_dir: str | Path, is_value_model: bool = False) -> Path:
+    """Write the checkpoint in `local_dir` to `target_dir` as safetensors with config and tokenizer.
+
+    The result opens with `AutoModelForCausalLM`, or `AutoModelForTokenClassification` for a critic.
+
+    Raises:
+        FileNotFoundError, ValueError: `local_dir` is not a checkpoint's actor or critic folder.
+    """
+    model = load_checkpoint_model(local_dir, is_value_model)
+    model.save_pretrained(target_dir)
+    load_tokenizer(local_dir).save_pretrained(target_dir)
+    return Path(target_dir)
+
+
+def compare(local_dir: str | Path, test_hf_dir: str | Path, is_value_model: bool = False) -> int:
+    """Check that `test_hf_dir` holds exactly the checkpoint's weights; returns how many tensors were compared.
+
+    Raises:
+        ValueError: names the tensors that differ or are missing.
+    """
+    model = load_checkpoint_model(local_dir, is_value_model)
+    kind = _checkpoint_kind(Path(local_dir), is_value_model)
+    expected, actual = model.state_dict(), load_model(test_hf_dir, kind, dtype=model.dtype).state_dict()
+    differing = sorted(
+        name for name in expected.keys() | actual.keys()
+        if name not in expected or name not in actual or not torch.equal(expected[name], actual[name])
+    )  # fmt: skip
+    if differing:
+        raise ValueError(f"{test_hf_dir} differs from {local_dir} in {len(differing)} tensors, e.g. {differing[:3]}")
+    return len(expected)
