@@ -1,0 +1,124 @@
+"""The packed forward against Hugging Face's own padded one."""
+
+import pytest
+import torch
+
+from tests.tiny import answer_rows, causal_lm, scorer
+from verl.models.heads import PolicyModel, ScoreModel
+from verl.models.packing import AnswerRows, pack
+
+ROWS = ([5, 1, 3, 7], [4, 6, 1, 2])
+
+
+def reference_log_probs(model: torch.nn.Module, rows: AnswerRows, temperature: float) -> torch.Tensor:
+    """One row at a time, no padding at all: logits of the whole sequence, log-softmax, pick the answer's tokens."""
+    result = torch.zeros(rows.responses.shape)
+    for row in range(len(rows)):
+        prompt = rows.prompts[row][rows.prompt_mask[row].bool()]
+        answer = rows.responses[row][rows.response_mask[row].bool()]
+        logits = model(torch.cat([prompt, answer])[None]).logits[0] / temperature
+        picked = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(-1, answer[:, None])[:, 0]
+        result[row, : len(answer)] = picked
+    return result
+
+
+def test_pack_lays_rows_end_to_end():
+    rows = AnswerRows(
+        prompts=torch.tensor([[0, 11, 12], [21, 22, 23]]),
+        prompt_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        responses=torch.tensor([[13, 0], [24, 25]]),
+        response_mask=torch.tensor([[1, 0], [1, 1]]),
+    )
+    packed = pack(rows)
+    assert packed.input_ids.tolist() == [[11, 12, 13, 21, 22, 23, 24, 25]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert packed.answer_index.tolist() == [2, 6, 7]
+    assert packed.longest == 5
+    # Row 1 starts at the second line of a 2 x 5 grid.
+    assert packed.pad_index.tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
+
+
+def test_a_row_without_prompt_is_refused():
+    rows = answer_rows([2, 2], [1, 1])
+    rows.prompt_mask[1] = 0
+    with pytest.raises(ValueError, match=r"rows \[1\] have none"):
+        pack(rows)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("remove_padding", [True, False])
+def test_log_probs_equal_hugging_face_row_by_row(family, remove_padding):
+    rows = answer_rows(*ROWS, prompt_width=9, answer_width=8)
+    expected = reference_log_probs(causal_lm(family).eval(), rows, temperature=0.7)
+    log_probs, _ = PolicyModel(causal_lm(family), remove_padding)(rows, temperature=0.7)
+    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_entropy_equals_torch_categorical():
+    rows = answer_rows(*ROWS)
+    model = causal_lm()
+    _, entropy = PolicyModel(causal_lm())(rows, temperature=0.5)
+    row = 1
+    sequence = torch.cat([rows.prompts[row][rows.prompt_mask[row].bool()], rows.responses[row]])
+    logits = model(sequence[None]).logits[0] / 0.5
+    expected = torch.distributions.Categorical(logits=logits[0:6]).entropy()
+    torch.testing.assert_close(entropy[row], expected, atol=1e-5, rtol=1e-5)
+    assert entropy[2, 1:].eq(0).all()
+
+
+@pytest.mark.parametrize("remove_padding", [True, False])
+def test_scores_equal_the_token_classification_model(remove_padding):
+    rows = answer_rows(*ROWS, answer_width=9)
+    model = scorer().eval()
+    values = ScoreModel(scorer(), remove_padding)(rows)
+    for row, (prompt, answer) in enumerate(zip(*ROWS, strict=True)):
+        sequence = torch.cat([rows.prompts[row][rows.prompt_mask[row].bool()], rows.responses[row][:answer]])
+        expected = model(sequence[None]).logits[0, prompt:, 0]
+        torch.testing.assert_close(values[row, :answer], expected, atol=1e-5, rtol=1e-5)
+        assert values[row, answer:].eq(0).all()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_gradients_equal_the_padded_path(family):
+    rows = answer_rows(*ROWS, prompt_width=9, answer_width=8)
+    gradients = []
+    for remove_padding in (True, False):
+        module = PolicyModel(causal_lm(family), remove_padding)
+        module(rows)[0].sum().backward()
+        gradients.append({name: p.grad for name, p in module.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    rows = answer_rows(*ROWS)
+    gradients = []
+    for checkpointing in (False, True):
+        module = PolicyModel(causal_lm()).train()
+        if checkpointing:
+            module.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        module(rows)[0].sum().backward()
+        gradients.append(module.hf.model.embed_tokens.weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-6)
+
+
+def test_neighbours_do_not_change_a_row():
+    rows = answer_rows(*ROWS)
+    module = ScoreModel(scorer())
+    together = module(rows)
+    alone = module(rows.select([2]))
+    torch.testing.assert_close(together[2], alone[0], atol=1e-6, rtol=1e-6)
+
+
+def test_entropy_has_a_gradient_only_when_asked():
+    rows = answer_rows(*ROWS)
+    module = PolicyModel(causal_lm())
+    assert not module(rows)[1].requires_grad
+    assert module(rows, entropy_grad=True)[1].requires_grad
+
+
+def test_sliding_window_models_are_refused():
+    model = causal_lm()
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match="sliding_attention"):
+        PolicyModel(model)

@@ -1,0 +1,372 @@
+"""The discriminator's pooling, masks and losses against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from verl.trainer.ppo.discriminator_algos import (
+    PairScores,
+    bradley_terry_loss,
+    compute_discriminator_loss,
+    discriminator_metrics,
+    get_discriminator_loss_fn,
+    pool_scores,
+    ranking_loss,
+    score_mask,
+)
+
+EOS = 2
+
+
+def log1pexp(x):
+    """-logsigmoid(-x)."""
+    return math.log1p(math.exp(x))
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+# ---- pooling
+
+VALUES = torch.tensor([[1.0, 2.0, 4.0, 8.0], [3.0, 5.0, 7.0, 9.0], [1.0, 1.0, 1.0, 1.0]])
+POOL_MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        ("last_token", [4, 3, 0]),
+        ("mean", [7 / 3, 3, 0]),  # (1 + 2 + 4) / 3
+        ("sum", [7, 3, 0]),
+    ],
+)
+def test_pool_scores(pooling, expected):
+    for mask in (POOL_MASK, POOL_MASK.bool(), POOL_MASK.float()):
+        assert pool_scores(VALUES, mask, pooling).tolist() == pytest.approx(expected)
+    # More axes in front change nothing.
+    stacked = pool_scores(VALUES[None].expand(2, 3, 4), POOL_MASK[None].expand(2, 3, 4), pooling)
+    assert stacked.shape == (2, 3)
+    assert stacked[1].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("pooling", ["last_token", "mean", "sum"])
+@pytest.mark.parametrize(("left", "right"), [(2, 0), (0, 3), (1, 1)])
+def test_pool_scores_does_not_see_padding(pooling, left, right):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 3, generator=generator)
+    plain = pool_scores(values, torch.ones(1, 3), pooling)
+    padded = torch.cat([torch.full((1, left), 50.0), values, torch.full((1, right), -70.0)], -1)
+    mask = torch.tensor([[0] * left + [1] * 3 + [0] * right])
+    assert pool_scores(padded, mask, pooling).item() == pytest.approx(plain.item())
+
+
+def test_pool_scores_last_token_takes_a_negative_value():
+    # The last value is the answer's score even where it is below everything that the mask zeroes.
+    assert pool_scores(torch.tensor([[5.0, -3.0, 9.0]]), torch.tensor([[1, 1, 0]]), "last_token").item() == -3.0
+
+
+def test_pool_scores_last_token_gradient_reaches_that_token_alone():
+    values = torch.zeros(1, 4, requires_grad=True)
+    pool_scores(values, torch.tensor([[1, 1, 1, 0]]), "last_token").sum().backward()
+    assert values.grad.tolist() == [[0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 3000), (torch.bfloat16, 300), (torch.float16, 3000)])
+def test_pool_scores_last_token_of_a_long_answer(dtype, length):
+    # bf16 counts exactly up to 256 and fp16 up to 2048; positions must not be counted in the values' type.
+    values = torch.zeros(1, 4000, dtype=dtype)
+    values[0, length - 2], values[0, length - 1] = -1.0, 1.0
+    mask = (torch.arange(4000) < length).long()[None]
+    assert pool_scores(values, mask, "last_token").item() == 1.0
+
+
+def test_pool_scores_unknown():
+    with pytest.raises(ValueError, match=r"'max'.*last_token, mean, sum"):
+        pool_scores(VALUES, POOL_MASK, "max")
+
+
+# ---- the tokens a score is pooled over
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "expected"),
+    [
+        ([5, 6, EOS, 0], [1, 1, 1, 0], [1, 1, 0, 0]),  # EOS last
+        ([5, 6, 7, 0], [1, 1, 1, 0], [1, 1, 1, 0]),  # no EOS
+        ([5, 6, 7, 8], [1, 1, 1, 1], [1, 1, 1, 1]),  # cut off at full width
+        ([5, 6, 7, EOS], [1, 1, 1, 1], [1, 1, 1, 0]),  # EOS in the last column
+        ([EOS, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]),  # nothing but EOS: it keeps its score
+        ([5, EOS, EOS, EOS], [1, 1, 0, 0], [1, 0, 0, 0]),  # padded with EOS, ends with EOS
+        ([5, 6, EOS, EOS], [1, 1, 0, 0], [1, 1, 0, 0]),  # padded with EOS, was cut off before one
+        ([5, EOS, 6, EOS], [1, 1, 1, 1], [1, 1, 1, 0]),  # EOS inside the answer is kept
+        ([5, EOS, 6, 0], [1, 1, 1, 0], [1, 1, 1, 0]),  # EOS inside only
+        ([EOS, EOS, EOS, EOS], [0, 0, 0, 0], [0, 0, 0, 0]),  # no answer at all
+    ],
+)
+def test_score_mask(ids, mask, expected):
+    ids, mask = torch.tensor([ids]), torch.tensor([mask])
+    assert score_mask(ids, mask, EOS, exclude_eos=True).long().tolist() == [expected]
+    assert score_mask(ids, mask.bool(), EOS, exclude_eos=True).long().tolist() == [expected]
+    assert score_mask(ids, mask, EOS, exclude_eos=False).tolist() == mask.tolist()
+
+
+def test_score_mask_of_groups():
+    ids = torch.tensor([[[5, EOS, 0], [5, 6, 7]], [[EOS, 0, 0], [5, 6, EOS]]])
+    mask = torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 1]]])
+    expected = [[[1, 0, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0]]]
+    assert score_mask(ids, mask, EOS, exclude_eos=True).tolist() == expected
+
+
+@pytest.mark.parametrize("pooling", ["last_token", "mean", "sum"])
+@pytest.mark.parametrize("exclude_eos", [True, False])
+def test_identical_text_gets_identical_scores(pooling, exclude_eos):
+    # The same three tokens, padded to width 4 for the student and 6 for the teacher.
+    values = torch.tensor([0.3, -0.7, 1.1])
+    scores = []
+    for width in (4, 6):
+        ids = torch.tensor([[5, 6, EOS] + [EOS] * (width - 3)])
+        mask = (torch.arange(width) < 3).long()[None]
+        padded = torch.cat([values, torch.full((width - 3,), 99.0)])[None]
+        scores.append(pool_scores(padded, score_mask(ids, mask, EOS, exclude_eos), pooling).item())
+    assert scores[0] == scores[1]
+
+
+# ---- losses
+
+
+def pairs(d, teacher_raw=0.0, student_raw=0.0):
+    """Scores of pairs with difference d, teacher at d and student at 0; leaves of a graph."""
+    d = torch.tensor(d, dtype=torch.float64)
+    raw = [torch.full_like(d, value).requires_grad_() for value in (student_raw, teacher_raw)]
+    return PairScores(torch.zeros_like(d).requires_grad_(), d.requires_grad_(), *raw)
+
+
+def slopes(loss, scores):
+    """d loss / d teacher score; the student's must be its opposite."""
+    teacher, student = torch.autograd.grad(loss, [scores.teacher, scores.student])
+    torch.testing.assert_close(teacher, -student)
+    return teacher.tolist()
+
+
+def test_bradley_terry():
+    # sigmoid(0) = 1/2, sigmoid(log 3) = 3/4, sigmoid(-log 3) = 1/4: log 2, log 4/3, log 4.
+    scores = pairs([0.0, math.log(3), -math.log(3)])
+    loss, metrics = bradley_terry_loss(scores)
+    assert loss.item() == pytest.approx((math.log(2) + math.log(4 / 3) + math.log(4)) / 3)
+    assert {name: value.item() for name, value in metrics.items()} == {"critic/ranking_loss": loss.item()}
+    # d/dd of -logsigmoid(d) is sigmoid(d) - 1, and each of 3 pairs weighs 1/3.
+    assert slopes(loss, scores) == pytest.approx([-0.5 / 3, -0.25 / 3, -0.75 / 3])
+
+
+@pytest.mark.parametrize(
+    ("d", "value", "slope"),
+    [
+        # -logsigmoid(x) with x = clamp(d / 2, -10, 10); the slope in d is (sigmoid(x) - 1) / 2 inside, 0 outside.
+        (0.0, math.log(2), -0.25),
+        (2 * math.log(3), math.log(4 / 3), -0.125),
+        (-19.0, log1pexp(9.5), (sigmoid(-9.5) - 1) / 2),
+        (-20.0, log1pexp(10), (sigmoid(-10) - 1) / 2),  # at the clamp the slope is still the inner one
+        (-21.0, log1pexp(10), 0.0),
+        (19.0, log1pexp(-9.5), (sigmoid(9.5) - 1) / 2),
+        (20.0, log1pexp(-10), (sigmoid(10) - 1) / 2),
+        (21.0, log1pexp(-10), 0.0),
+    ],
+)
+def test_ranking_term_around_its_clamps(d, value, slope):
+    scores = pairs([d])
+    loss, metrics = ranking_loss(scores, ranking_coef=1.0, reg_coef=0.0, diff_coef=0.0)
+    assert loss.item() == pytest.approx(value, rel=1e-9)
+    assert metrics["critic/ranking_loss"].item() == pytest.approx(value, rel=1e-9)
+    assert slopes(loss, scores) == pytest.approx([slope], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("d", "value", "slope"),
+    [
+        # relu(d - 1.5)^2, slope 2 relu(d - 1.5)
+        (-5.0, 0.0, 0.0),
+        (1.0, 0.0, 0.0),
+        (1.5, 0.0, 0.0),
+        (2.0, 0.25, 1.0),
+        (2.5, 1.0, 2.0),
+    ],
+)
+def test_brake_around_its_limit(d, value, slope):
+    scores = pairs([d])
+    loss, metrics = ranking_loss(scores, ranking_coef=0.0, reg_coef=0.0, diff_coef=1.0)
+    assert loss.item() == metrics["critic/diff_penalty"].item() == value
+    assert slopes(loss, scores) == [slope]
+
+
+def test_regulariser():
+    # 3^2 + (-2)^2 = 13; slopes 2 * 3 and 2 * -2. The pooled scores are not touched by it.
+    scores = pairs([0.0], teacher_raw=3.0, student_raw=-2.0)
+    loss, metrics = ranking_loss(scores, ranking_coef=0.0, reg_coef=1.0, diff_coef=0.0)
+    assert loss.item() == metrics["critic/score_reg"].item() == 13.0
+    teacher, student = torch.autograd.grad(loss, [scores.teacher_raw, scores.student_raw])
+    assert (teacher.item(), student.item()) == (6.0, -4.0)
+
+
+def test_ranking_with_its_own_constants():
+    # d = 2.5: 1.5 * log(1 + e^-1.25) + 0.005 * 13 + 0.5 * (2.5 - 1.5)^2
+    scores = pairs([2.5], teacher_raw=3.0, student_raw=-2.0)
+    loss, metrics = ranking_loss(scores)
+    assert loss.item() == pytest.approx(1.5 * log1pexp(-1.25) + 0.065 + 0.5)
+    # The metrics are without their coefficients.
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+        {"critic/ranking_loss": log1pexp(-1.25), "critic/score_reg": 13.0, "critic/diff_penalty": 1.0}
+    )
+    # 1.5 * (sigmoid(1.25) - 1) / 2 + 0.5 * 2 * 1
+    assert slopes(loss, scores) == pytest.approx([0.75 * (sigmoid(1.25) - 1) + 1.0])
+
+
+def test_ranking_every_constant_counts():
+    scores = pairs([3.0], teacher_raw=1.0, student_raw=2.0)
+    # 2 * -logsigmoid(min(3 / 0.5, 4)) + 0.1 * (1 + 4) + 3 * (3 - 1)^2
+    loss, _ = ranking_loss(
+        scores, ranking_coef=2.0, temperature=0.5, clamp=4.0, reg_coef=0.1, diff_limit=1.0, diff_coef=3.0
+    )
+    assert loss.item() == pytest.approx(2 * log1pexp(-4) + 0.5 + 12.0)
+
+
+def test_discriminator_metrics():
+    # Teacher .4 against .1, .3 and teacher .5 against .5, .9: d = .3, .1, 0, -.4; a tie is not a win.
+    scores = PairScores(
+        student=torch.tensor([[0.1, 0.3], [0.5, 0.9]]),
+        teacher=torch.tensor([[0.4], [0.5]]),
+        student_raw=torch.tensor([[1.0, 2.0], [3.0, 6.0]]),
+        teacher_raw=torch.tensor([[4.0], [5.0]]),
+    )
+    metrics = {name: value.item() for name, value in discriminator_metrics(scores).items()}
+    assert metrics == pytest.approx(
+        {
+            "critic/d_acc": 0.5,
+            "critic/score_diff": 0.0,
+            "critic/raw_score_diff": 1.5,  # 3, 2, 2, -1
+            "critic/student_score_mean": 0.45,
+            "critic/teacher_score_mean": 0.45,
+        },
+        abs=1e-6,
+    )
+
+
+# ---- the flat form
+
+# Means over the masks: student 1 and 2, teacher 2 and 6. Sums: student 2 and 2, teacher 4 and 12.
+STUDENT = torch.tensor([[0.0, 2.0, 9.0], [2.0, 9.0, 9.0]])
+STUDENT_MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
+TEACHER = torch.tensor([[1.0, 3.0, 7.0, 7.0], [4.0, 8.0, 7.0, 7.0]])
+TEACHER_MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]])
+FLAT = (STUDENT, TEACHER, STUDENT_MASK, TEACHER_MASK)
+SHARED = {
+    "critic/d_loss",
+    "critic/ranking_loss",
+    "critic/d_acc",
+    "critic/score_diff",
+    "critic/raw_score_diff",
+    "critic/student_score_mean",
+    "critic/teacher_score_mean",
+    "critic/student_value_mean",
+    "critic/teacher_value_mean",
+}
+
+
+def test_flat_ranking_by_hand():
+    # d = 1 and 4. ranking: (log(1 + e^-.5) + log(1 + e^-2)) / 2.
+    # Regulariser: (16 + 144) / 2 + (4 + 4) / 2 = 84. Brake: (0 + 2.5^2) / 2 = 3.125.
+    loss, metrics = compute_discriminator_loss(*FLAT)
+    ranking = (log1pexp(-0.5) + log1pexp(-2.0)) / 2
+    assert loss.item() == pytest.approx(1.5 * ranking + 0.005 * 84 + 0.5 * 3.125)
+    assert metrics == pytest.approx(
+        {
+            "critic/d_loss": loss.item(),
+            "critic/ranking_loss": ranking,
+            "critic/score_reg": 84.0,
+            "critic/diff_penalty": 3.125,
+            "critic/d_acc": 1.0,
+            "critic/score_diff": 2.5,
+            "critic/raw_score_diff": 6.0,  # (4 - 2 + 12 - 2) / 2
+            "critic/student_score_mean": 1.5,
+            "critic/teacher_score_mean": 4.0,
+            "critic/student_value_mean": 4 / 3,  # (0 + 2 + 2) / 3 tokens
+            "critic/teacher_value_mean": 4.0,  # (1 + 3 + 4 + 8) / 4 tokens
+        }
+    )
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_flat_bradley_terry_sums_by_default():
+    # Sums: d = 2 and 10.
+    loss, metrics = compute_discriminator_loss(*FLAT, loss="bradley_terry")
+    assert loss.item() == pytest.approx((log1pexp(-2.0) + log1pexp(-10.0)) / 2)
+    assert set(metrics) == SHARED
+    assert metrics["critic/score_diff"] == pytest.approx(6.0)
+
+
+def test_flat_pooling_can_be_chosen():
+    # Last tokens: teacher 3 and 8, student 2 and 2: d = 1 and 6. Means: d = 1 and 4.
+    last, _ = compute_discriminator_loss(*FLAT, loss="bradley_terry", pooling="last_token")
+    assert last.item() == pytest.approx((log1pexp(-1.0) + log1pexp(-6.0)) / 2)
+    mean, _ = compute_discriminator_loss(*FLAT, loss="bradley_terry", pooling="mean")
+    assert mean.item() == pytest.approx((log1pexp(-1.0) + log1pexp(-4.0)) / 2)
+
+
+def test_poolings_the_losses_were_made_for():
+    assert get_discriminator_loss_fn("bradley_terry").pooling == "last_token"
+    assert get_discriminator_loss_fn("ranking").pooling == "mean"
+
+
+def test_flat_constants_are_keywords():
+    # Temperature 1 and no other term: (log(1 + e^-1) + log(1 + e^-4)) / 2
+    loss, _ = compute_discriminator_loss(*FLAT, ranking_coef=1.0, temperature=1.0, reg_coef=0.0, diff_coef=0.0)
+    assert loss.item() == pytest.approx((log1pexp(-1.0) + log1pexp(-4.0)) / 2)
+    with pytest.raises(TypeError, match="margins"):
+        compute_discriminator_loss(*FLAT, margins=1.0)
+    with pytest.raises(ValueError, match=r"'wasserstein'.*bradley_terry.*ranking"):
+        compute_discriminator_loss(*FLAT, loss="wasserstein")
+
+
+@pytest.mark.parametrize("loss", ["bradley_terry", "ranking"])
+def test_identical_answers_cannot_be_told_apart(loss):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 5, generator=generator)
+    mask = torch.arange(5) < torch.tensor([5, 1, 3, 4])[:, None]
+    _, metrics = compute_discriminator_loss(values, values.clone(), mask, mask, loss=loss)
+    assert metrics["critic/score_diff"] == 0.0
+    assert metrics["critic/d_acc"] == 0.0
+    assert metrics["critic/ranking_loss"] == pytest.approx(math.log(2))
+    if loss == "ranking":
+        assert metrics["critic/diff_penalty"] == 0.0
+
+
+@pytest.mark.parametrize("loss", ["bradley_terry", "ranking"])
+@pytest.mark.parametrize("pooling", ["last_token", "mean", "sum"])
+def test_grouped_equals_flat(loss, pooling):
+    B, N, T = 3, 4, 5
+    generator = torch.Generator().manual_seed(1)
+    student = torch.randn(B, N, T, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(B, 1, T, generator=generator, dtype=torch.float64, requires_grad=True)
+    student_mask = torch.arange(T) < torch.randint(1, T + 1, (B, N, 1), generator=generator)
+    teacher_mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1, 1), generator=generator)
+
+    scores = PairScores.pool(student, teacher, student_mask, teacher_mask, pooling)
+    assert scores.student.shape == (B, N)
+    assert scores.teacher.shape == (B, 1)
+    grouped, parts = get_discriminator_loss_fn(loss).fn(scores)
+    flat, metrics = compute_discriminator_loss(
+        student.flatten(0, 1),
+        teacher.squeeze(1).repeat_interleave(N, 0),
+        student_mask.flatten(0, 1),
+        teacher_mask.squeeze(1).repeat_interleave(N, 0),
+        loss=loss,
+        pooling=pooling,
+    )
+    assert grouped.item() == pytest.approx(flat.item())
+    for name, value in {**parts, **discriminator_metrics(scores)}.items():
+        assert metrics[name] == pytest.approx(value.item()), name
+    for one, other in zip(
+        torch.autograd.grad(grouped, [student, teacher]), torch.autograd.grad(flat, [student, teacher]), strict=True
+    ):
+        torch.testing.assert_close(one, other)

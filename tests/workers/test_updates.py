@@ -1,0 +1,179 @@
+"""Updates of actor and discriminator: the same loss and gradient however the batch is cut, against plain formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tiny import causal_lm, scorer
+from tests.workers import updates_on_two_ranks
+from tests.workers.updates_setup import ANSWERS, EOS, LOSSES, PROMPTS, batch, settings, update
+from verl.models.heads import PolicyModel, ScoreModel
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.batch import student_rows, teacher_response_mask, teacher_rows
+from verl.workers.critic.dp_critic import DataParallelPPOCritic
+from verl.workers.updates import MetricSums, build_optimizer, optimizer_step
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("split", ["tokens", "rows", "padded"])
+def test_gradient_and_metrics_do_not_depend_on_the_split(loss, split):
+    whole, expected = update(loss, settings(loss), batch())
+    cut, metrics = update(loss, settings(loss, split), batch())
+    assert_same_gradients(gradients(cut), gradients(whole))
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.distributed
+def test_gradient_and_metrics_do_not_depend_on_the_number_of_ranks(tmp_path):
+    """Two processes with FSDP2 over gloo, two prompts each, against one process with four."""
+    torch.multiprocessing.spawn(updates_on_two_ranks.run, args=(2, tmp_path), nprocs=2)
+    for loss in LOSSES:
+        whole, expected = update(loss, settings(loss), batch())
+        result = torch.load(tmp_path / f"{loss}.pt", weights_only=True)
+        assert_same_gradients(result["gradients"], gradients(whole))
+        for name, value in expected.items():
+            assert result["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (loss, name)
+
+
+def test_sft_loss_and_gradient_equal_hugging_face_cross_entropy():
+    """Hugging Face's own loss on the same sequences, labels -100 outside the teacher's tokens."""
+    data = batch()
+    rows = teacher_rows(data)
+    ids = torch.cat([rows.prompts, rows.responses], -1)
+    mask = torch.cat([rows.prompt_mask, rows.response_mask], -1)
+    answer = torch.cat([torch.zeros_like(rows.prompt_mask), rows.response_mask], -1).bool()
+    model = causal_lm()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    output = model(ids, attention_mask=mask, position_ids=positions, labels=ids.masked_fill(~answer, -100))
+    output.loss.backward()
+
+    module, metrics = update("sft", settings("sft"), data)
+    assert metrics["actor/sft_loss"] == pytest.approx(output.loss.item(), abs=1e-6)
+    assert metrics["actor/teacher_pg_loss"] == metrics["actor/sft_loss"]
+    expected = {f"hf.{name}": parameter.grad for name, parameter in model.named_parameters()}
+    assert_same_gradients(gradients(module), expected)
+
+
+def test_discriminator_update_equals_the_flat_form():
+    """The teacher repeated N times, every pair on its own, Bradley-Terry on the last token."""
+    data = batch()
+    module = ScoreModel(scorer())
+    students, teachers = student_rows(data), teacher_rows(data)
+    repeated = teachers.select(torch.arange(PROMPTS).repeat_interleave(ANSWERS))
+
+    def last(rows):
+        lengths = rows.response_mask.sum(-1)
+        ends_with_eos = rows.responses.gather(-1, lengths[:, None] - 1)[:, 0] == EOS
+        position = lengths - 1 - (ends_with_eos & (lengths > 1)).long()
+        return module(rows).gather(-1, position[:, None])[:, 0]
+
+    loss = -F.logsigmoid(last(repeated) - last(students)).mean()
+    loss.backward()
+    grouped, metrics = update("bradley_terry", settings("bradley_terry"), data)
+    assert metrics["critic/d_loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert_same_gradients(gradients(grouped), gradients(module))
+
+
+def test_values_of_students_and_teachers():
+    data = batch()
+    config = settings("ranking").critic
+    critic = DataParallelPPOCritic(config, ScoreModel(scorer()), None, EOS)
+    values = critic.compute_values(data)
+    data.meta_info["compute_teacher"] = True
+    teacher_values = critic.compute_values(data)
+    assert values.shape == (PROMPTS, ANSWERS, 8)
+    assert teacher_values.shape == (PROMPTS, 8)
+    torch.testing.assert_close(values.flatten(0, 1), ScoreModel(scorer())(student_rows(data)), atol=1e-5, rtol=1e-5)
+    # Mean pooling by hand: the sum over real tokens, without EOS (only answer (0, 0) ends with one, of 8 tokens).
+    scores = critic.compute_scores(data)
+    assert scores["student_score_tokens"][0, 0] == 7
+    assert scores["student_scores"][0, 0] == pytest.approx(values[0, 0, :7].mean().item(), abs=1e-6)
+    mask = teacher_response_mask(data)
+    expected = (teacher_values * mask).sum(-1) / mask.sum(-1)
+    torch.testing.assert_close(scores["teacher_scores"][:, 0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_teacher_rows_are_forwarded_once_per_prompt():
+    """N + 1 sequences a group, not 2 N."""
+    seen = []
+
+    def watch(module):
+        module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        return module
+
+    update("ranking", settings("ranking"), batch(), wrap=watch)
+    assert sum(seen) == PROMPTS * (ANSWERS + 1)
+
+
+def test_several_mini_batches_and_epochs_step_each_time():
+    steps = []
+
+    class CountingActor(torch.optim.AdamW):
+        def step(self, closure=None):
+            steps.append(1)
+            return super().step(closure)
+
+    config = settings("sft")
+    object.__setattr__(config.actor_rollout_ref.actor, "ppo_mini_batch_size", 2)
+    object.__setattr__(config.actor_rollout_ref.actor, "ppo_epochs", 3)
+    module = PolicyModel(causal_lm())
+    group = config.actor_rollout_ref
+    DataParallelPPOActor(group.actor, group.rollout, module, CountingActor(module.parameters(), lr=1e-3)).update_policy(
+        batch()
+    )
+    assert len(steps) == 2 * 3
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing():
+    layer = torch.nn.Linear(2, 1)
+    before = layer.weight.detach().clone()
+    layer(torch.tensor([[float("inf"), 1.0]])).sum().backward()
+    with pytest.raises(FloatingPointError, match="update was not applied"):
+        optimizer_step(layer, torch.optim.SGD(layer.parameters(), lr=1.0), max_norm=1.0)
+    assert torch.equal(layer.weight, before)
+
+
+def test_clipping_scales_the_gradient_and_reports_the_norm_before():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])  # norm 5
+    before = layer.weight.detach().clone()
+    norm = optimizer_step(layer, torch.optim.SGD(layer.parameters(), lr=1.0), max_norm=1.0)
+    assert norm == pytest.approx(5.0)
+    torch.testing.assert_close(before - layer.weight, torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=1e-5)
+
+
+def test_metric_sums_weigh_parts_by_what_they_count():
+    sums = MetricSums()
+    sums.add({"a": 1.0}, 3.0)
+    sums.add({"a": torch.tensor(5.0), "b": 2.0}, 1.0)
+    assert sums.means() == {"a": 2.0, "b": 2.0}  # (1 * 3 + 5 * 1) / 4
+
+
+def test_schedules_follow_the_settings():
+    config = settings("sft").actor_rollout_ref.actor.optim
+    for name, value in (("lr", 1.0), ("lr_scheduler_type", "cosine"), ("lr_warmup_steps_ratio", 0.2)):
+        object.__setattr__(config, name, value)
+    layer = torch.nn.Linear(1, 1)
+    optimizer, schedule = build_optimizer(layer, config, total_steps=10)
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    # Two warmup steps, 0 and 1/2, then half a cosine over eight: 1 at its start, 1/2 in its middle.
+    assert rates[:3] == pytest.approx([0.0, 0.5, 1.0])
+    assert rates[6] == pytest.approx(0.5)
