@@ -1,0 +1,197 @@
+"""The whole pipeline on a laptop: a tiny student learns from a made-up teacher in three stages, graded exactly.
+
+    python -m examples.quickstart.run [--out outputs/quickstart]
+
+It builds the world, its data and a base student that speaks the language (`tiny_model.py`), runs the three stage
+scripts as a user would run them on GPU nodes, merges each student, and prints how well each answers held-out prompts.
+What each stage is given beyond the script's own defaults stands in STAGES: a tiny model wants larger steps than 8B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.quickstart.world import World
+from verl.model_merger import merge
+from verl.utils.model import quiet_transformers
+from verl.utils.rouge import mean_rouge_l
+
+REPOSITORY = Path(__file__).parents[2]
+SHOWN_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its script, where its models come from, how many steps it takes and what it overrides."""
+
+    name: str
+    script: str
+    model: str
+    reward_model: str | None
+    steps: int
+    overrides: tuple[str, ...]
+
+
+ADVERSARIAL = (
+    "data.train_batch_size=16",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps=5",
+    "critic.optim.lr=5e-4",
+)
+STAGES = (
+    Stage(
+        "SeqKD", "gpt5-8b-SeqKD-gspo.sh", "base", None, 120,
+        ("data.train_batch_size=64", "actor_rollout_ref.actor.optim.lr=1e-3"),
+    ),
+    Stage(
+        "warmup", "gpt5-8b-warmup-gspo.sh", "SeqKD/actor", "base", 25,
+        (*ADVERSARIAL, "actor_rollout_ref.actor.optim.lr=1e-4", "trainer.critic_warmup=20"),
+    ),
+    Stage(
+        "GAD", "gpt5-8b-gad-gspo.sh", "warmup/actor", "warmup/critic", 40,
+        (*ADVERSARIAL, "actor_rollout_ref.actor.optim.lr=1e-4"),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a student did on the held-out prompts."""
+
+    rouge: float
+    fact: float
+    style: float
+    exact: float
+    length: float
+    samples: list[tuple[str, str]]
+
+
+def locate(name: str, out: Path) -> Path:
+    """The folder of a model: the base, or `actor`/`critic` of a stage's last checkpoint, as training left it."""
+    if "/" not in name:
+        return out / name
+    stage, part = name.split("/")
+    run = out / "checkpoints" / "gad" / stage
+    step = (run / "latest_checkpointed_iteration.txt").read_text().strip()
+    return run / f"global_step_{step}" / part
+
+
+def run_stage(stage: Stage, out: Path, ranks: int) -> None:
+    """Run the stage's script; its own progress bar and log lines go to the terminal."""
+    command = ["bash", str(REPOSITORY / "scripts" / "train" / stage.script)]
+    command += ["--model", str(locate(stage.model, out)), "--exp_name", stage.name, "--nnodes", "1"]
+    if stage.reward_model is not None:
+        command += ["--reward_model", str(locate(stage.reward_model, out))]
+    command += [
+        "data.max_prompt_length=24",
+        "data.max_response_length=24",
+        f"trainer.total_training_steps={stage.steps}",
+        "trainer.test_freq=20",
+        "trainer.log_val_generations=0",
+        "trainer.logger=[tensorboard,file]",
+        "trainer.resume_mode=disable",
+        *stage.overrides,
+    ]
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(REPOSITORY),
+        "DATA_DIR": str(out),
+        "N_GPUS_PER_NODE": str(ranks),
+        "TENSORBOARD": os.environ.get("TENSORBOARD", "off"),
+    }
+    subprocess.run(command, cwd=out, env=environment, check=True)
+
+
+def answer(folder: Path, prompts: list[str]) -> tuple[list[str], float]:
+    """Greedy answers of a Hugging Face folder, by transformers alone, and their mean length in tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    lengths = (output != tokenizer.pad_token_id).sum(-1).float()
+    return tokenizer.batch_decode(output, skip_special_tokens=True), lengths.mean().item()
+
+
+def grade(folder: Path, world: World, test: pd.DataFrame) -> Result:
+    """Answer the held-out prompts and compare with the world's truth."""
+    prompts = [messages[0]["content"] for messages in test["content"]]
+    answers, length = answer(folder, prompts)
+    grades = [world.grade(prompt, text) for prompt, text in zip(prompts, answers, strict=True)]
+    return Result(
+        rouge=mean_rouge_l(answers, test["teacher_response"].tolist()),
+        fact=sum(g.fact for g in grades) / len(grades),
+        style=sum(g.style for g in grades) / len(grades),
+        exact=sum(g.exact for g in grades) / len(grades),
+        length=length,
+        samples=list(zip(prompts, answers, strict=True))[:SHOWN_SAMPLES],
+    )
+
+
+def last_metric(out: Path, stage: str, name: str) -> str:
+    """A metric's mean over the last ten steps that have it, or a dash."""
+    lines = (out / "checkpoints" / "gad" / stage / "metrics.jsonl").read_text().splitlines()
+    values = [data[name] for data in (json.loads(line)["data"] for line in lines) if name in data][-10:]
+    return f"{sum(values) / len(values):.2f}" if values else "-"
+
+
+def report(results: dict[str, Result], seconds: dict[str, float], out: Path) -> str:
+    """The table and the sample answers, as text."""
+    lines = [f"{'':8} {'ROUGE-L':>8} {'fact':>6} {'style':>6} {'exact':>6} {'tokens':>7} {'d_acc':>6} {'seconds':>8}"]
+    for name, r in results.items():
+        d_acc = "-" if name == "base" else last_metric(out, name, "critic/d_acc")
+        shares = f"{r.rouge:8.3f} {r.fact:6.1%} {r.style:6.1%} {r.exact:6.1%}"
+        lines.append(f"{name:8} {shares} {r.length:7.1f} {d_acc:>6} {seconds[name]:8.0f}")
+    for sample in range(SHOWN_SAMPLES):
+        lines += ["", f"prompt   {next(iter(results.values())).samples[sample][0]}"]
+        lines += [f"{name:8} {r.samples[sample][1]}" for name, r in results.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Build, train, merge, grade, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="everything is written here")
+    parser.add_argument("--seed", type=int, default=0, help="of the world, its data and the base student")
+    parser.add_argument("--ranks", type=int, default=2, help="training processes")
+    options = parser.parse_args()
+    out = options.out.absolute()
+    shutil.rmtree(out, ignore_errors=True)
+    quiet_transformers()
+    torch.manual_seed(options.seed)
+
+    seconds, results = {}, {}
+    started = time.monotonic()
+    print("[1/4] the world, its data, and a base student that speaks the language", flush=True)
+    build = [sys.executable, "-m", "examples.quickstart.tiny_model", "--out", str(out), "--seed", str(options.seed)]
+    subprocess.run(build, cwd=REPOSITORY, check=True)
+    world, test = World(options.seed), pd.read_parquet(out / "test.parquet")
+    results["base"] = grade(out / "base", world, test)
+    seconds["base"] = time.monotonic() - started
+    for number, stage in enumerate(STAGES, start=2):
+        print(f"[{number}/4] {stage.name}: {stage.steps} steps on {options.ranks} ranks", flush=True)
+        started = time.monotonic()
+        run_stage(stage, out, options.ranks)
+        merged = merge(locate(f"{stage.name}/actor", out), out / "merged" / stage.name)
+        results[stage.name] = grade(merged, world, test)
+        seconds[stage.name] = time.monotonic() - started
+    text = report(results, seconds, out)
+    (out / "report.txt").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\nModels, checkpoints and TensorBoard files: {out}")
+
+
+if __name__ == "__main__":
+    main()

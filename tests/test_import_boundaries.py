@@ -1,0 +1,191 @@
+"""Which module may import what, read from the source. Imports of imports are not followed.
+
+An import anywhere in a file counts, inside functions too, whether absolute or relative, and so does
+`import_module("...")` with a literal name.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(source: str, package: str) -> set[str]:
+    """Dotted names that a module of `package` imports; `from a import b` gives `a.b`, as b may be a module."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = package.split(".")
+                parent = parent[: len(parent) - node.level + 1]
+                base = ".".join([*parent, base] if base else parent)
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                found.add(str(node.args[0].value))
+    return found
+
+
+def imports_of_file(path: Path) -> set[str]:
+    name = module_name(path)
+    return imports_of(path.read_text(), name if path.name == "__init__.py" else name.rpartition(".")[0])
+
+
+def within(name: str, *prefixes: str) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def files_under(folder: str) -> list[Path]:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files, f"{folder} has no Python file: the boundary below checks nothing"
+    return files
+
+
+def names_in(source: str) -> set[str]:
+    """Every dotted name that a source mentions, `a.b.c` with its beginnings and its parts; comments do not count."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            found.add(ast.unparse(node))
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+    return found
+
+
+# ---- the reader itself
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import ray", {"ray"}),
+        ("import torch.optim as o, ray.util", {"torch.optim", "ray.util"}),
+        ("from ray import get", {"ray.get"}),
+        ("def f():\n    import ray", {"ray"}),
+        ("from . import base", {"verl.workers.actor.base"}),
+        ("from .base import x", {"verl.workers.actor.base.x"}),
+        ("from .. import batch", {"verl.workers.batch"}),
+        ("from ...trainer.ppo import ray_trainer", {"verl.trainer.ppo.ray_trainer"}),
+        ("import importlib\nimportlib.import_module('ray')", {"importlib", "ray"}),
+        ("# import ray\n'import ray'", set()),
+    ],
+)
+def test_reader(source, expected):
+    assert imports_of(source, "verl.workers.actor") == expected
+
+
+def test_name_reader():
+    assert {"torch.cuda", "cuda", "torch.cuda.empty_cache", "torch"} <= names_in("torch.cuda.empty_cache()  # x.y")
+    assert "x.y" not in names_in("torch.cuda.empty_cache()  # x.y")
+
+
+def test_packages_are_resolved_from_their_init():
+    path = ROOT / "verl/workers/rollout/__init__.py"
+    assert "verl.workers.rollout.base.BaseRollout" in imports_of_file(path)
+
+
+# ---- boundaries
+
+PURE = {
+    "verl/trainer/ppo/core_algos.py": {"verl.trainer.ppo.discriminator_algos", "verl.utils.torch_functional"},
+    "verl/trainer/ppo/discriminator_algos.py": {"verl.utils.torch_functional"},
+    "verl/trainer/ppo/metric_utils.py": {
+        "verl.protocol",
+        "verl.trainer.ppo.core_algos",
+        "verl.trainer.ppo.discriminator_algos",
+        "verl.utils.torch_functional",
+    },
+    "verl/utils/torch_functional.py": set(),
+    "verl/utils/seqlen_balancing.py": set(),
+}
+STANDARD = {
+    "__future__",
+    "collections",
+    "copy",
+    "dataclasses",
+    "enum",
+    "functools",
+    "heapq",
+    "itertools",
+    "math",
+    "typing",
+}
+
+
+@pytest.mark.parametrize("file", PURE)
+def test_pure_modules_import_torch_and_numpy_only(file):
+    imports = imports_of_file(ROOT / file)
+    allowed = {"torch", "numpy", *STANDARD, *PURE[file]}
+    assert {name for name in imports if not within(name, *allowed)} == set()
+    assert {name for name in imports if within(name, "torch.distributed.fsdp", "torch.distributed._composable")} == set()
+
+
+@pytest.mark.parametrize("file", PURE)
+def test_pure_modules_name_no_fsdp(file):
+    words = {word for name in names_in((ROOT / file).read_text()) for word in name.split(".")}
+    assert words & {"fsdp", "FSDP", "fully_shard", "FullyShardedDataParallel", "ray", "hydra", "OmegaConf"} == set()
+
+
+def test_workers_know_only_the_algorithms_of_the_trainer():
+    allowed = ("verl.trainer.ppo.core_algos", "verl.trainer.ppo.discriminator_algos")
+    offending = {
+        (module_name(path), name)
+        for path in files_under("verl/workers")
+        for name in imports_of_file(path)
+        if within(name, "verl.trainer") and not within(name, *allowed)
+    }
+    assert offending == set()
+
+
+def test_workers_settings_import_no_worker():
+    # The driver reads settings, without a model's code coming along.
+    offending = {
+        (module_name(path), name)
+        for path in files_under("verl/workers/config")
+        for name in imports_of_file(path)
+        if within(name, "torch", "transformers", "ray")
+        or (within(name, "verl") and not within(name, "verl.workers.config"))
+    }
+    assert offending == set()
+
+
+@pytest.mark.parametrize("folder", ["verl/single_controller/base", "verl/models", "verl/utils", "verl/model_merger"])
+def test_no_ray(folder):
+    offending = {
+        (module_name(path), name)
+        for path in files_under(folder)
+        for name in imports_of_file(path)
+        if within(name, "ray", "verl.single_controller.ray")
+    }
+    assert offending == set()
+
+
+@pytest.mark.parametrize("folder", ["verl/models", "verl/utils", "verl/single_controller"])
+def test_lower_layers_know_neither_trainer_nor_workers(folder):
+    offending = {
+        (module_name(path), name)
+        for path in files_under(folder)
+        for name in imports_of_file(path)
+        if within(name, "verl.trainer") or (within(name, "verl.workers") and folder != "verl/utils")
+    }
+    assert offending == set()
+
+
+def test_trainer_sees_no_module_optimizer_or_device():
+    path = ROOT / "verl/trainer/ppo/ray_trainer.py"
+    modules = ("torch.optim", "torch.nn", "torch.cuda", "torch.distributed", "verl.models", "verl.utils.fsdp_utils")
+    assert {name for name in imports_of_file(path) if within(name, *modules)} == set()
+    names = names_in(path.read_text())
+    assert {name for name in names if within(name, *modules)} == set()
+    assert names & {"nn", "optim", "cuda", "Module", "Optimizer", "backward", "zero_grad"} == set()

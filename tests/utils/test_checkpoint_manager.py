@@ -1,0 +1,216 @@
+"""Checkpoint folders on a real disk: complete or absent, checked, pruned."""
+
+import json
+import zlib
+
+import pytest
+
+from verl.utils.checkpoint.checkpoint_manager import (
+    commit_checkpoint,
+    find_latest_ckpt_path,
+    get_checkpoint_tracker_filename,
+    prune_checkpoints,
+    start_checkpoint,
+    step_of,
+    verify_checkpoint,
+)
+
+
+def write(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+FILES = {
+    "actor/model/a.safetensors": b"weights",
+    "actor/extra_state.json": b"{}",
+    "critic/model/b.safetensors": b"scores",
+    "trainer_state.json": b'{"step": 1}',
+    "empty": b"",
+}
+
+
+def save(root, step, files=FILES):
+    folder = start_checkpoint(root, step)
+    write(folder, files)
+    return commit_checkpoint(folder)
+
+
+def names(root):
+    return sorted(path.name for path in root.iterdir())
+
+
+# ---- start and commit
+
+
+def test_start_gives_an_empty_temporary_folder(tmp_path):
+    folder = start_checkpoint(tmp_path / "run", 7)
+    assert folder == tmp_path / "run" / "global_step_7.tmp"
+    assert list(folder.iterdir()) == []
+
+
+def test_start_removes_an_earlier_attempt(tmp_path):
+    write(start_checkpoint(tmp_path, 7), {"actor/half.bin": b"x"})
+    assert list(start_checkpoint(tmp_path, 7).iterdir()) == []
+
+
+def test_commit(tmp_path):
+    folder = save(tmp_path, 7)
+    assert folder == tmp_path / "global_step_7"
+    assert names(tmp_path) == ["global_step_7", "latest_checkpointed_iteration.txt"]
+    assert {name: (folder / name).read_bytes() for name in FILES} == FILES
+    assert get_checkpoint_tracker_filename(tmp_path) == str(tmp_path / "latest_checkpointed_iteration.txt")
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "7"
+    sums = json.loads((folder / "checksums.json").read_text())
+    assert sums == {name: zlib.crc32(content) for name, content in FILES.items()}
+
+
+def test_commit_replaces_the_same_step(tmp_path):
+    save(tmp_path, 7)
+    folder = save(tmp_path, 7, {"actor/new.bin": b"new"})
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
+        "actor/new.bin",
+        "checksums.json",
+    ]
+    verify_checkpoint(folder)
+
+
+def test_step_of(tmp_path):
+    assert step_of("/x/global_step_12") == step_of(tmp_path / "global_step_12") == 12
+    for name in ("global_step_12.tmp", "global_step_", "global_step_1a", "my_global_step_1", "actor"):
+        with pytest.raises(ValueError, match="expected a folder named global_step_N"):
+            step_of(tmp_path / name)
+
+
+# ---- the newest
+
+
+def test_find_latest(tmp_path):
+    assert find_latest_ckpt_path(None) is None
+    assert find_latest_ckpt_path(tmp_path) is None
+    assert find_latest_ckpt_path(tmp_path / "nowhere") is None
+    save(tmp_path, 9)
+    assert find_latest_ckpt_path(tmp_path) == str(tmp_path / "global_step_9")
+    save(tmp_path, 10)
+    assert find_latest_ckpt_path(str(tmp_path)) == str(tmp_path / "global_step_10")
+
+
+def test_find_latest_takes_what_was_written_last(tmp_path):
+    # A run that went back to step 5 and goes on from there.
+    save(tmp_path, 10)
+    save(tmp_path, 5)
+    assert find_latest_ckpt_path(tmp_path) == str(tmp_path / "global_step_5")
+
+
+def test_an_interrupted_checkpoint_is_ignored(tmp_path):
+    write(start_checkpoint(tmp_path, 3), FILES)
+    assert find_latest_ckpt_path(tmp_path) is None
+    save(tmp_path, 2)
+    assert find_latest_ckpt_path(tmp_path) == str(tmp_path / "global_step_2")
+
+
+def test_the_tracker_may_end_with_a_newline(tmp_path):
+    save(tmp_path, 4)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4\n")
+    assert find_latest_ckpt_path(tmp_path) == str(tmp_path / "global_step_4")
+
+
+def test_the_tracker_names_a_folder_that_is_gone(tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
+    (tmp_path / "global_step_8.tmp").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"names step 8.*global_step_8 does not exist.*resume_mode=disable"):
+        find_latest_ckpt_path(tmp_path)
+
+
+# ---- damage
+
+
+def damage_content(folder):
+    (folder / "actor/model/a.safetensors").write_bytes(b"weighty")
+
+
+def damage_length(folder):
+    (folder / "actor/model/a.safetensors").write_bytes(b"weight")
+
+
+def remove(folder):
+    (folder / "actor/model/a.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_content, damage_length, remove])
+def test_verify_names_the_damaged_file(tmp_path, damage):
+    folder = save(tmp_path, 1)
+    verify_checkpoint(folder)
+    verify_checkpoint(str(folder))
+    damage(folder)
+    with pytest.raises(ValueError, match="damaged") as caught:
+        verify_checkpoint(folder)
+    message = str(caught.value)
+    assert "actor/model/a.safetensors" in message
+    assert str(folder) in message
+    assert "critic/model/b.safetensors" not in message
+    assert "resume_from_path" in message
+
+
+def test_verify_names_all_damaged_files(tmp_path):
+    folder = save(tmp_path, 1)
+    remove(folder)
+    (folder / "empty").write_bytes(b"no longer")
+    with pytest.raises(ValueError, match=r"actor/model/a\.safetensors, empty"):
+        verify_checkpoint(folder)
+
+
+def test_verify_reads_large_files_whole(tmp_path):
+    # The checksum goes block by block (16 MiB); damage beyond the first block counts.
+    folder = save(tmp_path, 1, {"big": bytes((1 << 24) + 10)})
+    verify_checkpoint(folder)
+    with (folder / "big").open("r+b") as stream:
+        stream.seek((1 << 24) + 5)
+        stream.write(b"x")
+    with pytest.raises(ValueError, match="big"):
+        verify_checkpoint(folder)
+
+
+# ---- pruning
+
+
+def test_prune_keeps_the_newest_by_number(tmp_path):
+    for step in (9, 10, 100, 8):
+        save(tmp_path, step)
+    prune_checkpoints(tmp_path, "actor", 2)
+    with_actor = sorted(step_of(path) for path in tmp_path.glob("global_step_*") if (path / "actor").is_dir())
+    assert with_actor == [10, 100]
+    assert all((tmp_path / f"global_step_{step}" / "critic").is_dir() for step in (8, 9, 10, 100))
+
+
+def test_prune_removes_a_checkpoint_without_parts(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    prune_checkpoints(tmp_path, "actor", 1)
+    prune_checkpoints(tmp_path, "critic", 2)
+    assert names(tmp_path) == ["global_step_2", "global_step_3", "latest_checkpointed_iteration.txt"]
+    assert not (tmp_path / "global_step_2" / "actor").exists()
+    assert (tmp_path / "global_step_2" / "critic").is_dir()
+    verify_checkpoint(tmp_path / "global_step_3")
+
+
+def test_prune_keeps_all(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    before = sorted(tmp_path.rglob("*"))
+    prune_checkpoints(tmp_path, "actor", None)
+    prune_checkpoints(tmp_path, "actor", 3)
+    prune_checkpoints(tmp_path, "critic", 10)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_prune_leaves_other_folders_alone(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    others = ["global_step_0.tmp/actor/x", "global_step_best/actor/x", "tensorboard/actor/x"]
+    write(tmp_path, dict.fromkeys(others, b"x"))
+    prune_checkpoints(tmp_path, "actor", 1)
+    assert all((tmp_path / other).is_file() for other in others)
+    assert not (tmp_path / "global_step_1" / "actor").exists()
