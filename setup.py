@@ -17,7 +17,7 @@ setup(
     package_data={"verl": ["trainer/config/**/*.yaml", "trainer/config/*.yaml"]},
     install_requires=(here / "requirements.txt").read_text().split(),
     extras_require={
-        "test": ["pytest", "ruff", "rouge-score", "scipy"],
+        "test": ["pytest", "ruff", "rouge-score", "scipy", "wandb"],
         "wandb": ["wandb"],
     },
 )

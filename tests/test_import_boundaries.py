@@ -128,7 +128,9 @@ def test_pure_modules_import_torch_and_numpy_only(file):
     imports = imports_of_file(ROOT / file)
     allowed = {"torch", "numpy", *STANDARD, *PURE[file]}
     assert {name for name in imports if not within(name, *allowed)} == set()
-    assert {name for name in imports if within(name, "torch.distributed.fsdp", "torch.distributed._composable")} == set()
+    assert {
+        name for name in imports if within(name, "torch.distributed.fsdp", "torch.distributed._composable")
+    } == set()
 
 
 @pytest.mark.parametrize("file", PURE)

@@ -21,7 +21,7 @@ from transformers import (
 
 from verl.models.packing import AnswerRows
 
-VOCAB = 96
+VOCAB = 260
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -67,34 +67,30 @@ def answer_rows(prompt_lengths: list[int], answer_lengths: list[int], prompt_wid
     return AnswerRows(prompts * prompt_mask, prompt_mask, answers * answer_mask, answer_mask)
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character of a small alphabet, with a chat template; pad 0, eos 1."""
-    characters = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.?!,红蓝绿白的国是什么颜色动物"
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, so that any text survives, with a chat template; pad 0, eos 1."""
     vocab = {"<pad>": 0, "<eos>": 1, "<user>": 2, "<bot>": 3}
-    for character in characters:
-        vocab.setdefault(character, len(vocab))
-    assert len(vocab) <= VOCAB
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
+    vocab |= {byte: len(vocab) + number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     template = (
         "{% for m in messages %}{{ '<user>' if m['role'] == 'user' else '<bot>' }}{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<bot>{% endif %}"
     )
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
         eos_token="<eos>",
         additional_special_tokens=["<user>", "<bot>"],
         chat_template=template,
     )
-    return tokenizer
 
 
 def write_model(folder: Path, seed: int = 0) -> Path:
-    """A model folder: random Qwen2 and the character tokenizer."""
+    """A model folder: random Qwen2 and the byte tokenizer."""
     causal_lm(seed=seed).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -102,9 +98,7 @@ def write_data(path: Path, rows: int = 24) -> Path:
     """A jsonl file of short questions in two languages with their answers."""
     with path.open("w", encoding="utf-8") as file:
         for row in range(rows):
-            question, answer = (
-                (f"a{row}?", f"It is {row * 7 % 13}.") if row % 2 else (f"{row}是什么颜色?", "红的" * (1 + row % 3))
-            )
+            question, answer = (f"a{row}?", f"It is {row % 7}.") if row % 2 else (f"{row}是什么颜色?", "红的")
             content = [{"role": "user", "content": question}]
             file.write(json.dumps({"content": content, "teacher_response": answer}, ensure_ascii=False) + "\n")
     return path

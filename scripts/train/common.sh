@@ -38,8 +38,8 @@ run_stage() {
 
     local data=${DATA_DIR:-data}
     "${PYTHON:-python3}" -m verl.trainer.main_ppo "stage=$stage" \
-        data.train_files="$data/train.parquet" data.val_files="$data/test.parquet" \
-        actor_rollout_ref.model.path="$model" ${reward_model:+critic.model.path="$reward_model"} \
-        trainer.experiment_name="$exp_name" trainer.nnodes="$nnodes" \
+        data.train_files="'$data/train.parquet'" data.val_files="'$data/test.parquet'" \
+        actor_rollout_ref.model.path="'$model'" ${reward_model:+critic.model.path="'$reward_model'"} \
+        trainer.experiment_name="'$exp_name'" trainer.nnodes="$nnodes" \
         trainer.n_gpus_per_node="${N_GPUS_PER_NODE:-1}" "${overrides[@]}"
 }

@@ -1,6 +1,7 @@
 """The configuration as users meet it: keys of existing scripts, stages, refusals."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -149,6 +150,11 @@ def with_required(*overrides: str) -> Config:
     return compose_config([*REQUIRED, *overrides])
 
 
+@functools.cache
+def defaults() -> Config:
+    return with_required()
+
+
 def value_at(config: Config, key: str) -> Any:
     value: Any = config
     for name in key.split("."):
@@ -178,15 +184,13 @@ def raw(*overrides: str) -> dict[str, Any]:
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
 def test_every_script_key_has_its_effect(prefix):
     config = compose_config([f"{prefix}{key}={text}" for key, text, _ in SCRIPT_KEYS])
-    wrong = {
-        key: value_at(config, key) for key, _, expected in SCRIPT_KEYS if value_at(config, key) != expected
-    }
+    wrong = {key: value_at(config, key) for key, _, expected in SCRIPT_KEYS if value_at(config, key) != expected}
     assert wrong == {}
 
 
 def test_script_keys_differ_from_the_defaults():
     # Otherwise the test above could pass without the override doing anything. These have one supported value.
-    config = with_required()
+    config = defaults()
     same = {key for key, _, expected in SCRIPT_KEYS if value_at(config, key) == expected}
     assert same == {
         f"{ACTOR}.ulysses_sequence_parallel_size",
@@ -213,7 +217,7 @@ def test_script_keys_differ_from_the_defaults():
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
 @pytest.mark.parametrize(("alias", "text", "key", "expected"), ALIASES)
 def test_alias(prefix, alias, text, key, expected):
-    assert value_at(with_required(), key) != expected
+    assert value_at(defaults(), key) != expected
     assert value_at(with_required(f"{prefix}{alias}={text}"), key) == expected
 
 
@@ -222,15 +226,25 @@ def test_an_alias_reaches_its_own_model_only():
     assert config.actor_rollout_ref.actor.optim.lr_scheduler_type == "constant"
 
 
+@pytest.mark.parametrize("argument", ["stage=seqkd", "+stage=seqkd", "++stage=seqkd"])
+def test_a_stage_is_chosen_with_or_without_plus(argument):
+    assert normalize_overrides([argument]) == ["stage=seqkd"]
+
+
+@pytest.mark.parametrize(("argument", "said"), [("~data.seed", "only set"), ("data=x.parquet", "one by one")])
+def test_keys_are_not_removed_and_groups_not_replaced(argument, said):
+    with pytest.raises(ConfigError, match=said):
+        normalize_overrides([argument])
+
+
 def test_groups_flags_and_hydra_settings_pass_unchanged():
-    arguments = ["stage=seqkd", "--help", "--cfg", "job", "hydra.run.dir=x", "~data.seed", "-m"]
+    arguments = ["stage=seqkd", "--help", "--cfg", "job", "hydra.run.dir=x", "-m"]
     assert normalize_overrides(arguments) == arguments
 
 
 def test_values_with_signs_of_their_own():
-    config = with_required(
-        "trainer.default_local_dir=/a=b/c", "+actor_rollout_ref.model.override_config={rope_theta: 5}"
-    )
+    # Hydra wants an equals sign inside a value quoted.
+    config = with_required("trainer.default_local_dir='/a=b/c'", f"+{MODEL}.override_config={{rope_theta: 5}}")
     assert config.trainer.default_local_dir == "/a=b/c"
     assert config.actor_rollout_ref.model.override_config == {"rope_theta": 5}
 
@@ -317,7 +331,7 @@ def test_the_command_line_wins_over_the_stage(order):
 
 
 def test_the_default_stage_is_gad():
-    assert with_required() == with_required("stage=gad")
+    assert defaults() == with_required("stage=gad")
 
 
 def test_discriminator_constants():
@@ -335,13 +349,13 @@ def test_discriminator_constants():
 
 
 def test_the_reference_is_for_a_kl_term():
-    assert with_required().use_reference
+    assert defaults().use_reference
     assert not with_required(f"{ACTOR}.use_kl_loss=False").use_reference
     assert with_required(f"{ACTOR}.use_kl_loss=False", "algorithm.use_kl_in_reward=True").use_reference
 
 
 def test_settings_are_frozen():
-    config = with_required()
+    config = defaults()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.trainer.nnodes = 2
 
@@ -643,7 +657,11 @@ def test_every_yaml_is_package_data(tmp_path):
         "print('\\n'.join(os.path.join(src, f) for _, src, _, files in build.data_files for f in files))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", "import setuptools\n" + code], cwd=REPOSITORY, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", "import setuptools\n" + code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     # setuptools gives the paths with the source folder in front of each.

@@ -162,12 +162,13 @@ def test_verify_names_all_damaged_files(tmp_path):
         verify_checkpoint(folder)
 
 
-def test_verify_reads_large_files_whole(tmp_path):
-    # The checksum goes block by block (16 MiB); damage beyond the first block counts.
+@pytest.mark.parametrize("place", [3, (1 << 24) + 5])
+def test_verify_reads_large_files_whole(tmp_path, place):
+    # The checksum goes block by block (16 MiB): damage counts in the first and beyond it.
     folder = save(tmp_path, 1, {"big": bytes((1 << 24) + 10)})
     verify_checkpoint(folder)
     with (folder / "big").open("r+b") as stream:
-        stream.seek((1 << 24) + 5)
+        stream.seek(place)
         stream.write(b"x")
     with pytest.raises(ValueError, match="big"):
         verify_checkpoint(folder)

@@ -90,7 +90,10 @@ def main() -> None:
     """The command line."""
     # A failure shows its whole traceback, the worker's first.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.argv[1:] = normalize_overrides(sys.argv[1:])
+    try:
+        sys.argv[1:] = normalize_overrides(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(str(error))
     _hydra_main()
 
 

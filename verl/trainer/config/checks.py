@@ -105,6 +105,9 @@ def _stage(config: Config) -> Iterator[str]:
         )
     if trainer.warmup_use_sft:
         yield "trainer.warmup_use_sft=True is not available yet; leave it at False (actor frozen, then GSPO)"
+    actor = config.actor_rollout_ref.actor
+    if not config.use_sft and actor.policy_loss.loss_mode == "vanilla" and actor.clip_ratio_c <= 1:
+        yield f"actor_rollout_ref.actor.clip_ratio_c={actor.clip_ratio_c} must be above 1, the cap of dual clip"
     if trainer.val_only and config.data.val_files is None:
         yield "trainer.val_only=True needs data.val_files"
 

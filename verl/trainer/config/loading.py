@@ -10,12 +10,14 @@ from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from verl.trainer.config.checks import find_conflicts
 from verl.trainer.config.schema import Config
 
 CONFIG_DIR = Path(__file__).parent
+GROUPS = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()}
 
 # Names from older scripts and notes, and the key that has the effect.
 ALIASES = {
@@ -46,16 +48,24 @@ def normalize_overrides(arguments: list[str]) -> list[str]:
     """Rewrite command-line arguments so that `KEY=VALUE`, `+KEY=VALUE` and `++KEY=VALUE` mean the same.
 
     Unknown keys then reach `to_config`, which names the nearest known one; Hydra alone would only refuse them. Flags
-    (`--help`), config groups (`stage=seqkd`) and Hydra's own settings pass unchanged.
+    (`--help`), the stage and Hydra's own settings pass unchanged.
+
+    Raises:
+        ConfigError: a key to be removed, or a whole group to be replaced.
     """
-    groups = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()}
     result = []
     for argument in arguments:
-        match = re.match(r"^(\+{0,2})([^=+~@\s-][^=@\s]*)(=.*)$", argument, flags=re.DOTALL)
-        if match is None or match[2] in groups - {"data"} or match[2].startswith("hydra"):
+        match = re.match(r"^\+{0,2}([^=+~@\s-][^=@\s]*)(=.*)$", argument, flags=re.DOTALL)
+        if argument.startswith("~"):
+            raise ConfigError([f"{argument}: keys cannot be removed, only set"])
+        if match is None or match[1].startswith("hydra"):
             result.append(argument)
-            continue
-        result.append(f"++{_resolve_alias(match[2])}{match[3]}")
+        elif match[1] == "stage":
+            result.append(f"stage{match[2]}")
+        elif match[1] in GROUPS:
+            raise ConfigError([f"{argument}: {match[1]} is a group; set its keys one by one, {match[1]}.KEY=VALUE"])
+        else:
+            result.append(f"++{_resolve_alias(match[1])}{match[2]}")
     return result
 
 
@@ -135,6 +145,8 @@ def to_config(composed: DictConfig) -> Config:
     try:
         values = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
         config = TypeAdapter(Config).validate_python(values)
+    except OmegaConfBaseException as error:
+        problems.append(str(error).splitlines()[0])
     except ValidationError as error:
         problems += _type_problems(error, known)
     if problems:

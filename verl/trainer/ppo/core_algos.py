@@ -26,7 +26,7 @@ from verl.trainer.ppo.discriminator_algos import (
     register_discriminator_loss,
     score_mask,
 )
-from verl.utils.torch_functional import entropy_from_logits, masked_mean
+from verl.utils.torch_functional import entropy_from_logits, masked_mean, masked_sum
 
 __all__ = [
     "ADV_ESTIMATOR_REGISTRY",
@@ -98,7 +98,7 @@ def agg_loss(
     if dp_size > 1 and total is None:
         raise ValueError(f"loss_agg_mode={loss_agg_mode} on {dp_size} ranks needs the mini-batch's {name}, got None")
 
-    per_sequence = (loss_mat * loss_mask).sum(-1)
+    per_sequence = masked_sum(loss_mat, loss_mask, axis=-1)
     if loss_agg_mode == "token-mean":
         denominator = loss_mask.sum() if total is None else total
         return per_sequence.sum() / denominator * dp_size
@@ -173,7 +173,8 @@ def compute_grpo_outcome_advantage(
     Returns:
         advantages and returns, both (R, T) and equal, zero outside the mask.
     """
-    scores = (token_level_rewards * response_mask).sum(-1)
+    # In fp64 the mean of equal scores is exact; in fp32 its rounding error, divided by a spread as small, is not.
+    scores = (token_level_rewards * response_mask).sum(-1).double()
     _, inverse = np.unique(np.asarray(index), return_inverse=True)
     group = torch.as_tensor(inverse.reshape(-1), device=scores.device)
     count = torch.bincount(group).to(scores.dtype)
@@ -184,7 +185,7 @@ def compute_grpo_outcome_advantage(
         squares = torch.zeros_like(count).index_add_(0, group, centred.square())
         std = (squares / (count - 1).clamp(min=1)).sqrt()
         centred = centred / (std[group] + epsilon)
-    advantages = centred.unsqueeze(-1) * response_mask
+    advantages = centred.to(token_level_rewards.dtype).unsqueeze(-1) * response_mask
     return advantages, advantages
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from verl.utils.torch_functional import masked_mean
+from verl.utils.torch_functional import masked_mean, masked_sum
 
 POOLINGS = ("last_token", "mean", "sum")
 
@@ -25,16 +25,15 @@ def pool_scores(values: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch
     Raises:
         ValueError: unknown pooling.
     """
-    mask = mask.to(values.dtype)
-    total = (values * mask).sum(-1)
+    total = masked_sum(values, mask, axis=-1)
     if pooling == "sum":
         return total
     if pooling == "mean":
-        return total / mask.sum(-1).clamp(min=1)
+        return total / mask.sum(-1).clamp(min=1).to(values.dtype)
     if pooling == "last_token":
         position = torch.arange(mask.shape[-1], device=mask.device)
-        last = (mask * (position + 1)).argmax(-1, keepdim=True)
-        return (values * mask).gather(-1, last).squeeze(-1)
+        last = (mask.long() * (position + 1)).argmax(-1, keepdim=True)
+        return values.gather(-1, last).squeeze(-1) * mask.any(-1)
     raise ValueError(f"unknown pooling {pooling!r}: use one of {', '.join(POOLINGS)}")
 
 

@@ -79,9 +79,10 @@ def compute_discriminator_metrics(batch: DataProto) -> dict[str, float]:
 
 def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     """Pearson's correlation of two vectors; 0 where either does not vary, which is what "no relation" means here."""
+    if x.min() == x.max() or y.min() == y.max():
+        return 0.0
     x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
-    scale = (x.norm() * y.norm()).item()
-    return (x @ y).item() / scale if scale > 0 else 0.0
+    return ((x @ y) / (x.norm() * y.norm())).item()
 
 
 def compute_sync_metrics(batch: DataProto) -> dict[str, float]:

@@ -42,8 +42,19 @@ def validate(trainer: RayPPOTrainer, tracking: Tracking, seed: int) -> dict[str,
         ValidationGenerationsLogger().log(tracking, samples[: config.log_val_generations], trainer.global_step)
     if config.validation_data_dir is not None:
         path = Path(config.validation_data_dir) / f"{trainer.global_step}.jsonl"
-        write_jsonl(path, [sample._asdict() for sample in samples])
+        scores = _scores(answered)
+        write_jsonl(path, [sample._asdict() | score for sample, score in zip(samples, scores, strict=True)])
     return metrics
+
+
+def _scores(answered: DataProto) -> list[dict[str, float]]:
+    """The discriminator's scores of each answer and its teacher's; nothing without a discriminator."""
+    students = answered.batch.get("student_scores")
+    if students is None:
+        return [{}] * answered.batch["responses"].shape[:2].numel()
+    teachers = answered.batch["teacher_scores"].expand_as(students)
+    pairs = zip(students.flatten().tolist(), teachers.flatten().tolist(), strict=True)
+    return [{"score": score, "teacher_score": teacher} for score, teacher in pairs]
 
 
 def _answered_batches(trainer: RayPPOTrainer, seed: int) -> Iterator[DataProto]:

@@ -79,12 +79,13 @@ class FSDPCheckpointManager:
         return tensors, {key: value for key, value in state.items() if key not in tensors}
 
     def _write_small_files(self, folder: Path, scalars: dict[str, Any]) -> None:
-        schedule = {key: value for key, value in self.lr_scheduler.state_dict().items() if key != "lr_lambdas"}
-        extra = {"optimizer": scalars, "lr_scheduler": schedule}
+        extra = {"optimizer": scalars, "lr_scheduler": self.lr_scheduler.state_dict()}
         (folder / "extra_state.json").write_text(json.dumps(extra, indent=1))
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         how = {"FSDP_version": 2, "world_size": world_size, "dtype": str(self.compute_dtype).removeprefix("torch.")}
         (folder / "fsdp_config.json").write_text(json.dumps(how, indent=1))
+        # A discriminator that began as a language model still carries that class's name.
+        self.model.config.architectures = [type(self.model).__name__]
         self.model.config.save_pretrained(folder / "huggingface")
         if getattr(self.model, "generation_config", None) is not None:
             self.model.generation_config.save_pretrained(folder / "huggingface")

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-settings = partial(dataclass, frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+settings = partial(dataclass, frozen=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]

@@ -1,0 +1,39 @@
+"""Running whole stages in this process, on real Ray, with the tiny model of `tests.tiny`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from verl.trainer.config import compose_config
+from verl.trainer.main_ppo import run_ppo
+
+
+def train(folder: Path, name: str, *overrides: str) -> Path:
+    """Run one stage on `folder`'s model and data; returns the run's folder."""
+    run = folder / "runs" / name
+    run_ppo(
+        compose_config(
+            [
+                f"data.train_files={folder}/train.jsonl",
+                f"data.val_files={folder}/val.jsonl",
+                "data.train_batch_size=4",
+                "data.max_prompt_length=28",
+                "data.max_response_length=10",
+                f"actor_rollout_ref.model.path={folder}/base",
+                "actor_rollout_ref.rollout.n=3",
+                "actor_rollout_ref.actor.optim.lr=1e-3",
+                f"trainer.default_local_dir={run}",
+                f"trainer.experiment_name={name}",
+                "trainer.logger=[file]",
+                *overrides,
+            ]
+        )
+    )
+    return run
+
+
+def read_metrics(run: Path) -> dict[int, dict[str, float]]:
+    """Metrics by step, as the JSONL tracker wrote them."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["data"] for line in lines}

@@ -1,0 +1,266 @@
+"""Whole stages on real Ray: what is trained when, what is written, and that it can be read again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+from tests.e2e.running import read_metrics, train
+from verl.model_merger.cli import main as merger
+from verl.utils.checkpoint.sharded import read_full_tensors
+from verl.utils.model import load_model
+
+pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
+
+SEQKD_METRICS = {
+    "actor/sft_loss",
+    "actor/teacher_pg_loss",
+    "actor/entropy",
+    "actor/grad_norm",
+    "actor/lr",
+    "train/rouge-L/mean",
+    "training/rollout_probs_diff_mean",
+    "training/rollout_probs_diff_max",
+    *(
+        f"{name}/{kind}"
+        for name in ("response_length", "prompt_length")
+        for kind in ("mean", "max", "min", "clip_ratio")
+    ),
+}
+DISCRIMINATOR_METRICS = {
+    *("critic/d_loss", "critic/d_acc", "critic/score_diff", "critic/raw_score_diff", "critic/ranking_loss"),
+    *("critic/score_reg", "critic/diff_penalty", "critic/student_value_mean", "critic/teacher_value_mean"),
+    *("critic/student_score_mean", "critic/teacher_score_mean", "critic/grad_norm", "critic/lr"),
+    *("critic/length_ratio", "critic/length_reward_corr", "critic/zero_std_group_frac"),
+    *("critic/score/mean", "critic/rewards/mean", "critic/advantages/mean", "critic/returns/mean"),
+}
+POLICY_METRICS = {
+    *("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/kl_loss", "actor/kl_divergence"),
+    *("actor/entropy", "actor/grad_norm", "actor/lr"),
+}
+VALIDATION_METRICS = {"val/rouge-L/mean", "val/response_length/mean"}
+COMMON_METRICS = {
+    "perf/total_num_tokens",
+    "perf/time_per_step",
+    "perf/throughput",
+    "timing_s/step",
+    "timing_s/gen",
+    "timing_s/update_actor",
+    "training/global_step",
+    "training/epoch",
+}
+
+
+def tensors(run, step, part):
+    return read_full_tensors(run / f"global_step_{step}" / part / "model")
+
+
+def assert_equal_tensors(actual, expected):
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+@pytest.fixture(scope="module")
+def warmup(folder):
+    """Twelve steps of stage 2 on one rank, the actor frozen for the first ten, every step saved."""
+    return train(
+        folder,
+        "warmup",
+        "stage=warmup",
+        f"critic.model.path={folder}/base",
+        "critic.optim.lr=1e-3",
+        "trainer.critic_warmup=10",
+        "trainer.total_training_steps=12",
+        "trainer.save_freq=1",
+        "trainer.test_freq=12",
+        f"trainer.validation_data_dir={folder}/answers",
+    )
+
+
+def test_the_actor_is_frozen_for_critic_warmup_steps(warmup, folder):
+    base = load_model(folder / "base", "policy").state_dict()
+    base.pop("lm_head.weight")  # tied to the embedding
+    for step in range(1, 11):  # after steps 0 to 9
+        assert_equal_tensors(tensors(warmup, step, "actor"), base)
+    changed = tensors(warmup, 11, "actor")  # after step 10
+    assert any(not torch.equal(changed[name], base[name]) for name in base)
+
+
+def test_the_discriminator_is_trained_at_every_step(warmup):
+    for step in range(1, 12):
+        before, after = tensors(warmup, step, "critic"), tensors(warmup, step + 1, "critic")
+        assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_every_metric_of_the_adversarial_stages_is_logged(warmup):
+    metrics = read_metrics(warmup)
+    assert sorted(metrics) == list(range(13))
+    assert metrics[0].keys() >= DISCRIMINATOR_METRICS | VALIDATION_METRICS | COMMON_METRICS - {"timing_s/update_actor"}
+    assert metrics[0].keys() >= {"val/critic/d_acc", "val/critic/score_diff"}
+    assert "actor/pg_loss" not in metrics[9]
+    assert metrics[10].keys() >= DISCRIMINATOR_METRICS | POLICY_METRICS | COMMON_METRICS
+    assert metrics[12].keys() >= VALIDATION_METRICS
+    gaps = [data["training/rollout_probs_diff_max"] for step, data in metrics.items() if step < 12]
+    assert max(gaps) < 1e-4, "the engine must run on the trainer's weights at every step"
+
+
+def test_merged_actor_gives_the_trainers_own_greedy_text(warmup, folder, tmp_path):
+    """transformers alone, one prompt at a time, on the merged folder; the trainer's answers are from its last step."""
+    checkpoint = warmup / "global_step_12" / "actor"
+    merger(["merge", "--backend", "fsdp", "--local_dir", str(checkpoint), "--target_dir", str(tmp_path / "hf")])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    rows = [json.loads(line) for line in (folder / "val.jsonl").read_text().splitlines()]
+    texts = []
+    for row in rows:
+        ids = tokenizer.apply_chat_template(
+            row["content"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**ids, max_new_tokens=10, do_sample=False)
+        texts.append(tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+    logged = [json.loads(line) for line in (folder / "answers" / "12.jsonl").read_text().splitlines()]
+    assert texts == [row["answer"] for row in logged]
+    assert any(texts), "empty answers alone would prove nothing"
+
+
+def test_merged_critic_gives_the_trainers_own_scores(warmup, folder, tmp_path):
+    """Mean over the answer's tokens without EOS, computed with transformers alone on the merged folder."""
+    checkpoint = warmup / "global_step_12" / "critic"
+    merger(["merge", "--backend", "fsdp", "--local_dir", str(checkpoint), "--target_dir", str(tmp_path / "hf")])
+    merger(["test", "--backend", "fsdp", "--local_dir", str(checkpoint), "--test_hf_dir", str(tmp_path / "hf")])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "hf").eval()
+    rows = [json.loads(line) for line in (folder / "val.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (folder / "answers" / "12.jsonl").read_text().splitlines()]
+    for row, entry in zip(rows, logged, strict=True):
+        prompt = tokenizer.apply_chat_template(row["content"], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        answer = tokenizer(row["teacher_response"], add_special_tokens=False)["input_ids"][:10]
+        values = model(torch.tensor([prompt + answer])).logits[0, len(prompt) :, 0]
+        assert entry["teacher_score"] == pytest.approx(values.mean().item(), abs=1e-5)
+
+
+def test_merger_says_what_is_wrong(warmup, folder):
+    with pytest.raises(SystemExit, match="already"):
+        merger(["merge", "--backend", "fsdp", "--local_dir", str(folder / "base"), "--target_dir", "x"])
+    with pytest.raises(SystemExit, match=r"did you mean .*global_step_12/actor"):
+        merger(["merge", "--backend", "fsdp", "--local_dir", str(warmup / "global_step_12"), "--target_dir", "x"])
+    with pytest.raises(SystemExit, match="fsdp checkpoints only"):
+        merger(["merge", "--backend", "megatron", "--local_dir", "x"])
+
+
+GAD = (
+    "stage=gad",
+    "trainer.save_freq=2",
+    "trainer.test_freq=2",
+    "trainer.n_gpus_per_node=2",
+    "critic.optim.lr=1e-3",
+    "algorithm.use_kl_in_reward=True",
+    "algorithm.kl_ctrl.type=adaptive",
+    "algorithm.kl_ctrl.horizon=100",
+)
+
+
+@pytest.fixture(scope="module")
+def gad(folder, warmup):
+    """Four steps of stage 3 on two ranks, from unmerged checkpoint folders."""
+    source = warmup / "global_step_12"
+    models = (f"actor_rollout_ref.model.path={source}/actor", f"critic.model.path={source}/critic")
+    run = train(folder, "gad", *GAD, *models, "trainer.total_training_steps=4")
+    return run, models
+
+
+def test_stages_hand_over_through_unmerged_folders(gad, warmup):
+    """The weights that GAD starts from are warmup's: its first validation repeats warmup's last."""
+    run, _ = gad
+    start, end = read_metrics(run)[0], read_metrics(warmup)[12]
+    for name in ("val/rouge-L/mean", "val/critic/score_diff", "val/critic/teacher_score_mean"):
+        assert start[name] == pytest.approx(end[name], abs=1e-5), name
+
+
+def test_resuming_is_exact(gad, folder):
+    """Two steps, a stop, and two more: the same weights, bit for bit, as four steps at once."""
+    run, models = gad
+    resumed = folder / "runs" / "resumed"
+    resumed.mkdir(parents=True)
+    shutil.copytree(run / "global_step_2", resumed / "global_step_2")
+    (resumed / "latest_checkpointed_iteration.txt").write_text("2")
+    train(folder, "resumed", *GAD, *models, "trainer.total_training_steps=4")
+
+    for part in ("actor", "critic"):
+        assert_equal_tensors(tensors(resumed, 4, part), tensors(run, 4, part))
+        states = [json.loads((r / "global_step_4" / part / "extra_state.json").read_text()) for r in (run, resumed)]
+        assert states[0] == states[1]
+    assert (resumed / "global_step_4" / "trainer_state.json").read_text() == (
+        run / "global_step_4" / "trainer_state.json"
+    ).read_text()
+    once, again = read_metrics(run), read_metrics(resumed)
+    assert sorted(again) == [2, 3, 4]
+    for step in again:
+        same = {name for name in once[step] if not name.startswith(("timing", "perf/"))}
+        assert {name: again[step][name] for name in same} == {name: once[step][name] for name in same}
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_one(gad, folder):
+    run, models = gad
+    single = folder / "runs" / "single"
+    single.mkdir(parents=True)
+    shutil.copytree(run / "global_step_4", single / "global_step_4")
+    (single / "latest_checkpointed_iteration.txt").write_text("4")
+    one_rank = [*GAD, *models, "trainer.n_gpus_per_node=1", "trainer.val_only=True"]
+    train(folder, "single", *one_rank, "trainer.total_training_steps=5")
+    once, again = read_metrics(run)[4], read_metrics(single)[4]
+    for name in ("val/rouge-L/mean", "val/critic/score_diff", "val/critic/student_score_mean"):
+        assert again[name] == pytest.approx(once[name], abs=1e-5), name
+
+
+def test_a_damaged_checkpoint_is_refused(gad, folder):
+    run, models = gad
+    broken = folder / "broken" / "global_step_2"
+    shutil.copytree(run / "global_step_2", broken)
+    shard = next((broken / "actor" / "model").iterdir())
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    arguments = (
+        "trainer.resume_mode=resume_path",
+        f"trainer.resume_from_path={broken}",
+        "trainer.total_training_steps=3",
+    )
+    with pytest.raises(ValueError, match=f"damaged: actor/model/{shard.name}"):
+        train(folder, "broken", *GAD, *models, *arguments)
+
+
+def test_seqkd_logs_its_metrics_and_learns(folder):
+    run = train(
+        folder,
+        "seqkd",
+        "stage=seqkd",
+        "actor_rollout_ref.actor.optim.lr=1e-2",
+        "trainer.sft_monitor_freq=1",
+        "trainer.total_training_steps=30",
+        "trainer.test_freq=30",
+        "trainer.logger=[file,tensorboard]",
+        "trainer.max_actor_ckpt_to_keep=1",
+        "trainer.save_freq=15",
+        f"trainer.rollout_data_dir={folder}/rollouts",
+    )
+    metrics = read_metrics(run)
+    assert metrics[0].keys() >= SEQKD_METRICS | VALIDATION_METRICS | COMMON_METRICS
+    assert not any(name.startswith("critic/") for name in metrics[0])
+    assert metrics[29]["actor/sft_loss"] < 0.7 * metrics[0]["actor/sft_loss"]
+    assert metrics[30]["val/rouge-L/mean"] > metrics[0]["val/rouge-L/mean"]
+    assert [path.name for path in run.glob("global_step_*")] == ["global_step_30"]
+    assert list((run / "tensorboard").iterdir())
+    dumped = [json.loads(line) for line in (folder / "rollouts" / "29.jsonl").read_text().splitlines()]
+    assert [len(row["answers"]) for row in dumped] == [3] * 4
+
+
+def test_too_few_cpus_is_said_at_once(folder):
+    with pytest.raises(ValueError, match="64"):
+        train(folder, "large", "stage=seqkd", "data.train_batch_size=64", "trainer.n_gpus_per_node=64")
