@@ -393,3 +393,13 @@ def test_a_loader_makes_batches(tmp_path, workers):
     objects = {key for key, value in first.items() if isinstance(value, np.ndarray)}
     assert objects == {"raw_prompt_ids", "teacher_text", "index", "uid", "extra_info", "raw_prompt"}
     assert all(first[key].dtype == object and first[key].shape == (2,) for key in objects)
+
+
+def test_an_answer_without_a_token_is_refused(tmp_path):
+    # A vocabulary without an unknown token drops what it does not know.
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.model = models.BPE({word: i for i, word in enumerate(WORDS)}, merges=[])
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(make_row(answer="你")) + "\n" + json.dumps(make_row(answer="xyz")) + "\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 1: the tokenizer makes no token of the answer 'xyz'"):
+        RLHFDataset(str(path), tokenizer, make_config())

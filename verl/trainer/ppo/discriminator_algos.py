@@ -121,7 +121,7 @@ def get_discriminator_loss_fn(name: str) -> DiscriminatorLoss:
 
 @register_discriminator_loss("bradley_terry", pooling="last_token")
 def bradley_terry_loss(scores: PairScores) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-logsigmoid(d), mean over pairs (GAD, arXiv 2511.10643, eq. 3)."""
+    """-logsigmoid(d), mean over pairs (GAD, arXiv 2511.10643, section 2)."""
     ranking = -F.logsigmoid(scores.difference).mean()
     return ranking, {"critic/ranking_loss": ranking}
 

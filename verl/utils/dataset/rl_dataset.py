@@ -307,7 +307,7 @@ class RLHFDataset(Dataset):
             raise ValueError(
                 f"no row is left of {data_files} (max_samples={max_samples}): see the log for what was dropped"
             )
-        self._report_cut_answers()
+        self._check_answer_lengths()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -367,11 +367,17 @@ class RLHFDataset(Dataset):
         _refuse_overlong(rows, lengths, config.max_prompt_length)
         return rows
 
-    def _report_cut_answers(self) -> None:
+    def _check_answer_lengths(self) -> None:
         limit = self.config.max_response_length
         texts = [row.record[self.config.response_key] for row in self.rows]
         tokenized = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         lengths = np.array([len(ids) + 1 for ids in tokenized])  # with EOS
+        if lengths.min() == 1:
+            row = self.rows[int(lengths.argmin())]
+            raise ValueError(
+                f"{row.path}, row {row.number}: the tokenizer makes no token of the answer {texts[lengths.argmin()]!r} "
+                f"({int((lengths == 1).sum())} such rows): does it belong to this model and language?"
+            )
         cut = int((lengths > limit).sum())
         percentile = int(np.percentile(lengths, 99, method="higher"))
         suggestion = f": data.max_response_length={percentile} would keep 99% whole" if percentile > limit else ""
