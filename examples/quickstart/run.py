@@ -44,23 +44,26 @@ class Stage:
     overrides: tuple[str, ...]
 
 
+# The paper's loss: on so small a model it learns the facts several times faster than the default `ranking`.
 ADVERSARIAL = (
-    "data.train_batch_size=16",
+    "data.train_batch_size=32",
+    "critic.discriminator.loss=bradley_terry",
     "actor_rollout_ref.actor.optim.lr_warmup_steps=5",
-    "critic.optim.lr=5e-4",
+    "critic.optim.lr_warmup_steps=5",
 )
 STAGES = (
     Stage(
-        "SeqKD", "gpt5-8b-SeqKD-gspo.sh", "base", None, 120,
+        "SeqKD", "gpt5-8b-SeqKD-gspo.sh", "base", None, 80,
         ("data.train_batch_size=64", "actor_rollout_ref.actor.optim.lr=1e-3"),
     ),
     Stage(
-        "warmup", "gpt5-8b-warmup-gspo.sh", "SeqKD/actor", "base", 25,
-        (*ADVERSARIAL, "actor_rollout_ref.actor.optim.lr=1e-4", "trainer.critic_warmup=20"),
+        "warmup", "gpt5-8b-warmup-gspo.sh", "SeqKD/actor", "SeqKD/actor", 90,
+        (*ADVERSARIAL, "actor_rollout_ref.actor.optim.lr=5e-5", "critic.optim.lr=1e-3", "trainer.critic_warmup=80",
+         "actor_rollout_ref.rollout.n=4"),
     ),
     Stage(
-        "GAD", "gpt5-8b-gad-gspo.sh", "warmup/actor", "warmup/critic", 40,
-        (*ADVERSARIAL, "actor_rollout_ref.actor.optim.lr=1e-4"),
+        "GAD", "gpt5-8b-gad-gspo.sh", "warmup/actor", "warmup/critic", 50,
+        (*ADVERSARIAL, "actor_rollout_ref.actor.optim.lr=1e-4", "critic.optim.lr=3e-4"),
     ),
 )  # fmt: skip
 

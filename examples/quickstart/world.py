@@ -1,6 +1,6 @@
 """A small invented world, in English and Chinese, whose truth is known, so that distillation can be graded exactly.
 
-Forty lands have four attributes each (colour, animal, food, flower), ten values per attribute, each value true of four
+Twenty lands have four attributes each (colour, animal, food, flower), ten values per attribute, each value true of two
 lands: guessing is right one time in ten. A prompt asks for one attribute of one land, in one of eight wordings. The
 teacher answers
 
@@ -34,15 +34,14 @@ ATTRIBUTES = ("colour", "animal", "food", "flower")
 SPLITS = ("train", "test")
 TEST_WORDINGS_PER_FACT = 2
 
-# Names of the same forty lands. The Chinese names are one rare character and 国 (land).
+# Names of the same twenty lands. The Chinese names are one rare character and 国 (land).
 _ENGLISH_LANDS = """
-    Avaria Belmor Corvia Dunmar Elroth Fenwick Galdor Harven Ilvane Jorund Kelmar Lorath Mirova Nordel Ostrin
-    Pelion Quorra Rovenn Selvia Tarvos Ulmara Varden Wendor Xanthe Yoravel Zemira Arkesh Brenna Caldos Drovia
-    Esmere Farholt Grimal Hestor Irvond Jasmar Krelia Lumeth Morwen Nivara
+    Avaria Belmor Corvia Dunmar Elroth Fenwick Galdor Harven Ilvane Jorund
+    Kelmar Lorath Mirova Nordel Ostrin Pelion Quorra Rovenn Selvia Tarvos
 """
 LANDS = {
     "en": _ENGLISH_LANDS.split(),
-    "zh": [char + "国" for char in "岚枫雁沧澜瑶璃珞玥琼翎霁霖霄雯昭晟曦朔峦峰岩崖溪涧泓淮渝漓澄松柏桐榆槐楠樱棠泽峡"],
+    "zh": [char + "国" for char in "岚枫雁沧澜瑶璃珞玥琼翎霁霖霄雯昭晟曦朔峦"],
 }
 
 VALUES = {
@@ -189,7 +188,7 @@ class World:
                 self._prompts["test" if wording in held_out else "train"].append(question.text())
 
     def prompts(self, split: str) -> list[str]:
-        """All different prompts of "train" (1920) or "test" (640)."""
+        """All different prompts of "train" (960) or "test" (320)."""
         return list(self._prompts[split])
 
     def question(self, prompt: str) -> Question:

@@ -115,7 +115,7 @@ def test_test_facts_are_in_train_in_other_wordings(world):
         for prompt in world.prompts(split):
             q = world.question(prompt)
             facts.setdefault((q.land, q.attribute, q.language), set()).add(q.wording)
-    assert len(wordings["test"]) == 40 * 4 * 2
+    assert len(wordings["test"]) == 20 * 4 * 2
     for fact, held_out in wordings["test"].items():
         assert len(held_out) == 2
         assert wordings["train"][fact] == set(range(8)) - held_out
@@ -127,7 +127,7 @@ def test_world_follows_from_its_seed_and_guessing_is_one_in_ten():
     facts = World(5)._facts
     assert facts != World(6)._facts
     for attribute in ATTRIBUTES:
-        assert Counter(facts[land, attribute] for land in range(40)) == dict.fromkeys(range(10), 4)
+        assert Counter(facts[land, attribute] for land in range(20)) == dict.fromkeys(range(10), 2)
 
 
 def test_drawing_rows_leaves_the_global_generators_alone(world):

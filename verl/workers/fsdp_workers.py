@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LRScheduler
@@ -130,7 +129,6 @@ class ActorRolloutRefWorker(FSDPWorker):
         """Train the policy on the batch; the same metrics from every rank."""
         metrics = self.actor.update_policy(data)
         metrics["actor/lr"] = self.lr_scheduler.get_last_lr()[0]
-        metrics["perf/cpu_memory_used_gb"] = psutil.virtual_memory().used / 2**30
         self.lr_scheduler.step()
         return metrics
 

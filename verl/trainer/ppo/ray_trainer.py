@@ -10,11 +10,12 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -23,7 +24,6 @@ from transformers import PreTrainedTokenizerBase
 from verl.protocol import DataProto
 from verl.single_controller.ray import (
     RayClassWithInitArgs,
-    RayResourcePool,
     RayWorkerGroup,
     create_colocated_worker_cls,
 )
@@ -43,6 +43,7 @@ from verl.trainer.ppo.metric_utils import (
     compute_throughout_metrics,
     compute_timing_metrics,
 )
+from verl.trainer.ppo.resource_pools import ResourcePoolManager
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.validation import validate
 from verl.utils.dataset.sampler import EpochBatches
@@ -54,12 +55,30 @@ from verl.utils.tracking import Tracking
 from verl.workers.batch import PROMPT_KEYS, TEACHER_KEYS
 from verl.workers.config import SamplingConfig
 
+__all__ = [
+    "RayPPOTrainer",
+    "ResourcePoolManager",
+    "Role",
+    "apply_kl_penalty",
+    "compute_advantage",
+    "compute_response_mask",
+    "marked_timer",
+]
+
 logger = logging.getLogger(__name__)
 
 STUDENT_KEYS = ("responses", "response_mask")
 POLICY_KEYS = ("old_log_probs", "ref_log_prob", "advantages")
 # Far from the seeds of training steps, so that validation never replays their draws.
 VALIDATION_SEED = 1_000_003
+# What the progress bar shows, where a step has it.
+SHOWN = {
+    "actor/sft_loss": "loss",
+    "critic/d_acc": "d_acc",
+    "critic/score_diff": "score_diff",
+    "response_length/mean": "length",
+    "val/rouge-L/mean": "val rouge-L",
+}
 
 
 @contextmanager
@@ -108,29 +127,6 @@ def compute_advantage(
     )
     data.batch["advantages"], data.batch["returns"] = advantages.view_as(rewards), returns.view_as(rewards)
     return data
-
-
-@dataclass(frozen=True)
-class ResourcePoolManager:
-    """Which processes there are (`resource_pool_spec`: pool name -> processes per node) and which role gets which."""
-
-    resource_pool_spec: dict[str, list[int]]
-    mapping: dict[Role, str]
-    use_gpu: bool = False
-
-    def create_resource_pool(self) -> dict[str, RayResourcePool]:
-        """The pools by name; ValueError at once if the cluster cannot hold them."""
-        pools = {
-            name: RayResourcePool(processes, use_gpu=self.use_gpu, name_prefix=name)
-            for name, processes in self.resource_pool_spec.items()
-        }
-        for pool in pools.values():
-            pool.get_placement_groups()
-        return pools
-
-    def get_n_gpus(self) -> int:
-        """Processes of all pools; on GPU nodes each has a GPU."""
-        return sum(sum(processes) for processes in self.resource_pool_spec.values())
 
 
 class RayPPOTrainer:
@@ -217,11 +213,10 @@ class RayPPOTrainer:
         self._resume()
         with self._open_tracking() as tracking, self._progress() as progress:
             if config.val_only:
-                tracking.log(self._validate(tracking), self.global_step)
-                return
+                return tracking.log(self._validate(tracking), self.global_step)
             for batch in self._batches():
                 metrics, timing = {}, {}
-                if self._due(config.test_freq) and (self.global_step > 0 or config.val_before_train):
+                if self._validation_is_due():
                     with marked_timer("testing", timing):
                         metrics |= self._validate(tracking)
                 with marked_timer("step", timing):
@@ -235,12 +230,12 @@ class RayPPOTrainer:
                 tracking.log(metrics, self.global_step)
                 self._show(progress, metrics)
                 self.global_step = done
-            if config.test_freq > 0:
+            if config.test_freq > 0 and self.val_dataset is not None:
                 tracking.log(self._validate(tracking), self.global_step)
 
     def _sft_step(self, batch: DataProto, metrics: dict[str, float], timing: dict[str, float]) -> DataProto:
         """SeqKD: one update on the teacher's answers. The student's are sampled for monitoring only."""
-        batch = self._balance(batch, metrics)
+        batch = self._balance(batch, self.config.actor_rollout_ref.actor.ppo_mini_batch_size, metrics)
         if self._due(self.config.trainer.sft_monitor_freq or self.config.trainer.test_freq):
             with marked_timer("gen", timing):
                 self._generate(batch)
@@ -257,7 +252,7 @@ class RayPPOTrainer:
         config = self.config
         with marked_timer("gen", timing):
             self._generate(batch)
-        batch = self._balance(batch, metrics)
+        batch = self._balance(batch, config.actor_rollout_ref.actor.ppo_mini_batch_size, metrics)
         answers = PROMPT_KEYS + STUDENT_KEYS
         with marked_timer("old_log_prob", timing):
             batch.union(self.actor_rollout.compute_log_prob(self._take(batch, answers)))
@@ -302,6 +297,11 @@ class RayPPOTrainer:
     def _due(self, frequency: int) -> bool:
         return frequency > 0 and self.global_step % frequency == 0
 
+    def _validation_is_due(self) -> bool:
+        if self.val_dataset is None:
+            return False
+        return self._due(self.config.trainer.test_freq) if self.global_step else self.config.trainer.val_before_train
+
     def _take(self, batch: DataProto, keys: tuple[str, ...]) -> DataProto:
         """The tensors that a call needs; nothing else travels."""
         return batch.select([key for key in keys if key in batch.batch], non_tensor_batch_keys=[])
@@ -321,12 +321,16 @@ class RayPPOTrainer:
         prompts.meta_info = {"sampling": sampling, "seed": seed, "report_log_probs": report_log_probs}
         return self.actor_rollout.generate_sequences(prompts)
 
-    def _balance(self, batch: DataProto, metrics: dict[str, float]) -> DataProto:
+    def _balance(self, batch: DataProto, mini_batch_size: int, metrics: dict[str, float]) -> DataProto:
         """Order rows so that each rank's share of every mini-batch has about as many tokens as the others'.
 
-        A mini-batch is the same set of rows for any number of ranks: consecutive rows of the data's order.
+        A mini-batch is the same set of rows for any number of ranks: consecutive rows of the data's order, which
+        `data_order` keeps.
         """
-        ranks, size = self.config.trainer.ranks, self.config.actor_rollout_ref.actor.ppo_mini_batch_size
+        if "data_order" in batch.batch:
+            batch = batch.select_idxs(batch.batch["data_order"].argsort())
+        batch.batch["data_order"] = torch.arange(len(batch))
+        ranks, size = self.config.trainer.ranks, mini_batch_size
         tokens = batch.batch["teacher_attention_mask"].sum(-1)
         if "response_mask" in batch.batch:
             mask = batch.batch["response_mask"]
@@ -365,6 +369,9 @@ class RayPPOTrainer:
         return self.actor_rollout.update_actor(self._take(batch, PROMPT_KEYS + keys))[0]
 
     def _update_critic(self, batch: DataProto, keys: tuple[str, ...]) -> dict[str, float]:
+        size = self.config.critic.ppo_mini_batch_size
+        if size != self.config.actor_rollout_ref.actor.ppo_mini_batch_size:
+            batch = self._balance(batch, size, metrics={})
         return self.critic.update_critic(self._take(batch, keys))[0]
 
     def _check_sync(self, batch: DataProto, metrics: dict[str, float]) -> None:
@@ -398,7 +405,7 @@ class RayPPOTrainer:
     # ------------------------------------------------------------ around the loop
 
     def _validate(self, tracking: Tracking) -> dict[str, float]:
-        return {} if self.val_dataset is None else validate(self, tracking, VALIDATION_SEED)
+        return validate(self, tracking, VALIDATION_SEED)
 
     def _resume(self) -> None:
         state = self.checkpoints.resume()
@@ -407,6 +414,8 @@ class RayPPOTrainer:
         self.global_step, self.samples_seen = state.global_step, state.samples_seen
         self.kl_ctrl.value = state.kl_coef
         self._engine_is_current = False
+        if self.global_step >= self.total_steps:
+            logger.info("%d of %d steps are done already: nothing is left to train", self.global_step, self.total_steps)
 
     def _save(self, step: int) -> None:
         seen = self.samples_seen + self.config.data.train_batch_size
@@ -430,6 +439,7 @@ class RayPPOTrainer:
         return {
             **compute_timing_metrics(batch, timing),
             **compute_throughout_metrics(batch, timing, self.config.trainer.ranks),
+            "perf/cpu_memory_used_gb": psutil.virtual_memory().used / 2**30,
             "training/global_step": self.global_step,
             "training/epoch": rows_seen / len(self.train_dataset),
         }
@@ -452,7 +462,6 @@ class RayPPOTrainer:
         return tqdm(total=self.total_steps, initial=self.global_step, desc=stage, unit="step", dynamic_ncols=True)
 
     def _show(self, progress: tqdm, metrics: dict[str, float]) -> None:
-        names = ("actor/sft_loss", "critic/d_acc", "critic/score_diff", "response_length/mean", "val/rouge-L/mean")
-        shown = {name.split("/", 1)[1]: f"{metrics[name]:.3g}" for name in names if name in metrics}
+        shown = {label: f"{metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics}
         progress.set_postfix(shown, refresh=False)
         progress.update()

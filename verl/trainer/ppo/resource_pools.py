@@ -1,0 +1,31 @@
+"""Which processes a run asks Ray for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from verl.single_controller.ray import RayResourcePool
+from verl.trainer.ppo.utils import Role
+
+
+@dataclass(frozen=True)
+class ResourcePoolManager:
+    """Which processes there are (`resource_pool_spec`: pool name -> processes per node) and which role gets which."""
+
+    resource_pool_spec: dict[str, list[int]]
+    mapping: dict[Role, str]
+    use_gpu: bool = False
+
+    def create_resource_pool(self) -> dict[str, RayResourcePool]:
+        """The pools by name; ValueError at once if the cluster cannot hold them."""
+        pools = {
+            name: RayResourcePool(processes, use_gpu=self.use_gpu, name_prefix=name)
+            for name, processes in self.resource_pool_spec.items()
+        }
+        for pool in pools.values():
+            pool.get_placement_groups()
+        return pools
+
+    def get_n_gpus(self) -> int:
+        """Processes of all pools; on GPU nodes each has a GPU."""
+        return sum(sum(processes) for processes in self.resource_pool_spec.values())
