@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--train_rows", type=int, default=960, help="960: each training prompt once")
-    parser.add_argument("--test_rows", type=int, default=160, help="320: each test prompt once")
+    parser.add_argument("--test_rows", type=int, default=320, help="320: each test prompt once")
     args = parser.parse_args()
 
     world = World(args.seed)
