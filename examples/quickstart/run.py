@@ -173,6 +173,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="training processes")
     options = parser.parse_args()
     out = options.out.absolute()
+    if out.exists() and any(out.iterdir()) and not (out / "base").is_dir():
+        parser.error(f"{out} holds something else than an earlier quick start; give another --out")
     shutil.rmtree(out, ignore_errors=True)
     quiet_transformers()
     torch.manual_seed(options.seed)

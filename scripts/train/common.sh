@@ -1,6 +1,8 @@
 # Shared by the stage scripts: reads their flags and starts the trainer. Not run on its own.
 #
-#   run_stage STAGE NEEDED_FLAGS "$@"     flags first, then any KEY=VALUE override
+#   run_stage STAGE NEEDS_CRITIC "$@"     NEEDS_CRITIC: yes or no
+#
+# A script that defines before_training has it called once its flags are found right.
 #
 # From the environment: PYTHON (python3 by default), DATA_DIR (data), N_GPUS_PER_NODE.
 
@@ -27,6 +29,7 @@ run_stage() {
                 [[ $# -ge 2 ]] || { echo "$1 needs a value" >&2; usage >&2; return 2; }
                 printf -v "${1#--}" '%s' "$2"; shift 2 ;;
             -h | --help) usage; return 0 ;;
+            --*=*) echo "write ${1%%=*} VALUE, without '='" >&2; return 2 ;;
             *=*) overrides+=("$1"); shift ;;
             *) echo "unknown argument: $1" >&2; usage >&2; return 2 ;;
         esac
@@ -36,10 +39,11 @@ run_stage() {
     for name in "${needed[@]}"; do [[ -n ${!name} ]] || missing+=("--$name"); done
     ((${#missing[@]} == 0)) || { echo "missing: ${missing[*]}" >&2; usage >&2; return 2; }
 
+    if declare -F before_training >/dev/null; then before_training; fi
     local data=${DATA_DIR:-data}
     "${PYTHON:-python3}" -m verl.trainer.main_ppo "stage=$stage" \
         data.train_files="'$data/train.parquet'" data.val_files="'$data/test.parquet'" \
         actor_rollout_ref.model.path="'$model'" ${reward_model:+critic.model.path="'$reward_model'"} \
         trainer.experiment_name="'$exp_name'" trainer.nnodes="$nnodes" \
-        trainer.n_gpus_per_node="${N_GPUS_PER_NODE:-1}" "${overrides[@]}"
+        trainer.n_gpus_per_node="${N_GPUS_PER_NODE:-1}" ${overrides[@]+"${overrides[@]}"}
 }

@@ -2,8 +2,9 @@
 
 start_tensorboard() {
     local host=${TENSORBOARD_HOST:-127.0.0.1} port=${TENSORBOARD_PORT:-6006} folder=${TENSORBOARD_LOGDIR:-checkpoints}
-    [[ ${TENSORBOARD:-on} != off && ! " $* " =~ \ (-h|--help)\  ]] || return 0
+    [[ ${TENSORBOARD:-on} != off ]] || return 0
     mkdir -p "$folder"
+    : >"$folder/tensorboard.log"
     "${PYTHON:-python3}" -m tensorboard.main --logdir "$folder" --host "$host" --port "$port" \
         >"$folder/tensorboard.log" 2>&1 &
     local server=$!

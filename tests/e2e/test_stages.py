@@ -175,6 +175,18 @@ def test_resuming_is_exact(gad, folder):
         assert {name: again[step][name] for name in same} == {name: once[step][name] for name in same}
 
 
+def test_a_resumed_run_takes_todays_learning_rate(gad, folder):
+    run, models = gad
+    slower = folder / "runs" / "slower"
+    slower.mkdir(parents=True)
+    shutil.copytree(run / "global_step_2", slower / "global_step_2")
+    (slower / "latest_checkpointed_iteration.txt").write_text("2")
+    rates = ("actor_rollout_ref.actor.optim.lr=1e-5", "critic.optim.lr=2e-5", "trainer.total_training_steps=3")
+    train(folder, "slower", *GAD, *models, *rates)
+    metrics = read_metrics(slower)[2]
+    assert (metrics["actor/lr"], metrics["critic/lr"]) == (1e-5, 2e-5)
+
+
 def test_a_checkpoint_of_two_ranks_resumes_on_one(gad, folder):
     run, models = gad
     single = folder / "runs" / "single"

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
-from tests.tiny import answer_rows, causal_lm, scorer
+from tests.tiny import SIZES, answer_rows, causal_lm, scorer
 from verl.models.heads import PolicyModel, ScoreModel
 from verl.models.packing import AnswerRows, pack
 
@@ -57,7 +58,7 @@ def test_log_probs_equal_hugging_face_row_by_row(family, remove_padding):
 def test_entropy_equals_torch_categorical():
     rows = answer_rows(*ROWS)
     model = causal_lm()
-    _, entropy = PolicyModel(causal_lm())(rows, temperature=0.5)
+    _, entropy = PolicyModel(causal_lm())(rows, temperature=0.5, entropy="value")
     row = 1
     sequence = torch.cat([rows.prompts[row][rows.prompt_mask[row].bool()], rows.responses[row]])
     logits = model(sequence[None]).logits[0] / 0.5
@@ -113,12 +114,27 @@ def test_neighbours_do_not_change_a_row():
 def test_entropy_has_a_gradient_only_when_asked():
     rows = answer_rows(*ROWS)
     module = PolicyModel(causal_lm())
-    assert not module(rows)[1].requires_grad
-    assert module(rows, entropy_grad=True)[1].requires_grad
+    assert module(rows)[1] is None
+    assert not module(rows, entropy="value")[1].requires_grad
+    assert module(rows, entropy="grad")[1].requires_grad
 
 
 def test_sliding_window_models_are_refused():
     model = causal_lm()
     model.config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(ValueError, match="sliding_attention"):
+        PolicyModel(model)
+
+
+def test_a_sliding_window_without_layer_types_is_refused():
+    sizes = {key: value for key, value in SIZES.items() if key != "initializer_range"}
+    model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8))
+    with pytest.raises(ValueError, match="sliding_attention"):
+        PolicyModel(model)
+
+
+def test_models_that_change_their_logits_are_refused():
+    model = causal_lm()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
         PolicyModel(model)

@@ -180,17 +180,26 @@ def test_verify_reads_large_files_whole(tmp_path, place):
 def test_prune_keeps_the_newest_by_number(tmp_path):
     for step in (9, 10, 100, 8):
         save(tmp_path, step)
-    prune_checkpoints(tmp_path, "actor", 2)
+    prune_checkpoints(tmp_path, "actor", 2, newest=1000)
     with_actor = sorted(step_of(path) for path in tmp_path.glob("global_step_*") if (path / "actor").is_dir())
     assert with_actor == [10, 100]
     assert all((tmp_path / f"global_step_{step}" / "critic").is_dir() for step in (8, 9, 10, 100))
 
 
+def test_prune_never_removes_what_was_just_written(tmp_path):
+    """A run that starts again at step 60 in a folder that holds an earlier run's step 100."""
+    for step in (100, 50, 60):
+        save(tmp_path, step)
+    prune_checkpoints(tmp_path, "actor", 1, newest=60)
+    with_actor = sorted(step_of(path) for path in tmp_path.glob("global_step_*") if (path / "actor").is_dir())
+    assert with_actor == [60, 100]
+
+
 def test_prune_removes_a_checkpoint_without_parts(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    prune_checkpoints(tmp_path, "actor", 1)
-    prune_checkpoints(tmp_path, "critic", 2)
+    prune_checkpoints(tmp_path, "actor", 1, newest=1000)
+    prune_checkpoints(tmp_path, "critic", 2, newest=1000)
     assert names(tmp_path) == ["global_step_2", "global_step_3", "latest_checkpointed_iteration.txt"]
     assert not (tmp_path / "global_step_2" / "actor").exists()
     assert (tmp_path / "global_step_2" / "critic").is_dir()
@@ -201,9 +210,9 @@ def test_prune_keeps_all(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
     before = sorted(tmp_path.rglob("*"))
-    prune_checkpoints(tmp_path, "actor", None)
-    prune_checkpoints(tmp_path, "actor", 3)
-    prune_checkpoints(tmp_path, "critic", 10)
+    prune_checkpoints(tmp_path, "actor", None, newest=1000)
+    prune_checkpoints(tmp_path, "actor", 3, newest=1000)
+    prune_checkpoints(tmp_path, "critic", 10, newest=1000)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -212,6 +221,6 @@ def test_prune_leaves_other_folders_alone(tmp_path):
         save(tmp_path, step)
     others = ["global_step_0.tmp/actor/x", "global_step_best/actor/x", "tensorboard/actor/x"]
     write(tmp_path, dict.fromkeys(others, b"x"))
-    prune_checkpoints(tmp_path, "actor", 1)
+    prune_checkpoints(tmp_path, "actor", 1, newest=1000)
     assert all((tmp_path / other).is_file() for other in others)
     assert not (tmp_path / "global_step_1" / "actor").exists()

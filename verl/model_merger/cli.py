@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--local_dir", required=True, help="a checkpoint's actor or critic folder")
         command.add_argument("--hf_model_path", help="not needed: config and tokenizer are in the checkpoint")
         command.add_argument("--is-value-model", action="store_true", help="insist that it is a critic")
+        command.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
         command.add_argument("--tie-word-embedding", action="store_true", help="not needed: the config says so")
     merge_command.add_argument("--target_dir", default="tmp", help="folder to write (default: tmp)")
     test_command.add_argument("--test_hf_dir", required=True, help="Hugging Face folder to compare")
@@ -34,10 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_transformers()
     try:
         if options.command == "merge":
-            target = merge(options.local_dir, options.target_dir, options.is_value_model)
+            target = merge(options.local_dir, options.target_dir, options.is_value_model, options.trust_remote_code)
             print(f"wrote {target}")
         else:
-            count = compare(options.local_dir, options.test_hf_dir, options.is_value_model)
+            count = compare(options.local_dir, options.test_hf_dir, options.is_value_model, options.trust_remote_code)
             print(f"{count} tensors are equal")
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -8,30 +8,31 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from verl.utils.model import Kind, find_model, load_model, load_tokenizer
+from verl.utils.model import Kind, find_model, is_discriminator, load_model, load_tokenizer
 
 
 def _checkpoint_kind(local_dir: Path, is_value_model: bool) -> Kind:
     """A critic's config names the class it was trained as."""
-    source = find_model(local_dir)
-    if source.shards is None:
+    if find_model(local_dir).shards is None:
         raise ValueError(f"{local_dir} is a Hugging Face folder already; give a checkpoint's actor or critic folder")
-    architectures = json.loads((source.huggingface / "config.json").read_text()).get("architectures") or [""]
-    is_score = architectures[0].endswith("ForTokenClassification")
-    if is_value_model and not is_score:
-        raise ValueError(f"--is-value-model was given, but {local_dir} holds a {architectures[0]}")
-    return "score" if is_score else "policy"
+    if is_value_model and not is_discriminator(local_dir):
+        raise ValueError(f"--is-value-model was given, but {local_dir} holds a language model")
+    return "score" if is_discriminator(local_dir) else "policy"
 
 
-def load_checkpoint_model(local_dir: str | Path, is_value_model: bool = False) -> PreTrainedModel:
+def load_checkpoint_model(
+    local_dir: str | Path, is_value_model: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A checkpoint's model, whole, in the precision it was trained to compute in."""
     local_dir = Path(local_dir)
     kind = _checkpoint_kind(local_dir, is_value_model)
     dtype = json.loads((local_dir / "fsdp_config.json").read_text())["dtype"]
-    return load_model(local_dir, kind, dtype=getattr(torch, dtype))
+    return load_model(local_dir, kind, trust_remote_code=trust_remote_code, dtype=getattr(torch, dtype))
 
 
-def merge(local_dir: str | Path, target_dir: str | Path, is_value_model: bool = False) -> Path:
+def merge(
+    local_dir: str | Path, target_dir: str | Path, is_value_model: bool = False, trust_remote_code: bool = False
+) -> Path:
     """Write the checkpoint in `local_dir` to `target_dir` as safetensors with config and tokenizer.
 
     The result opens with `AutoModelForCausalLM`, or `AutoModelForTokenClassification` for a critic.
@@ -39,21 +40,30 @@ def merge(local_dir: str | Path, target_dir: str | Path, is_value_model: bool = 
     Raises:
         FileNotFoundError, ValueError: `local_dir` is not a checkpoint's actor or critic folder.
     """
-    model = load_checkpoint_model(local_dir, is_value_model)
+    model = load_checkpoint_model(local_dir, is_value_model, trust_remote_code)
+    generation_config, model.generation_config = getattr(model, "generation_config", None), None
     model.save_pretrained(target_dir)
-    load_tokenizer(local_dir).save_pretrained(target_dir)
+    if generation_config is not None:
+        # As it is: saving through transformers would refuse settings that loading accepts.
+        generation_config.to_json_file(Path(target_dir) / "generation_config.json")
+    load_tokenizer(local_dir, trust_remote_code).save_pretrained(target_dir)
     return Path(target_dir)
 
 
-def compare(local_dir: str | Path, test_hf_dir: str | Path, is_value_model: bool = False) -> int:
+def compare(
+    local_dir: str | Path, test_hf_dir: str | Path, is_value_model: bool = False, trust_remote_code: bool = False
+) -> int:
     """Check that `test_hf_dir` holds exactly the checkpoint's weights; returns how many tensors were compared.
 
     Raises:
         ValueError: names the tensors that differ or are missing.
     """
-    model = load_checkpoint_model(local_dir, is_value_model)
+    model = load_checkpoint_model(local_dir, is_value_model, trust_remote_code)
     kind = _checkpoint_kind(Path(local_dir), is_value_model)
-    expected, actual = model.state_dict(), load_model(test_hf_dir, kind, dtype=model.dtype).state_dict()
+    expected, actual = (
+        model.state_dict(),
+        load_model(test_hf_dir, kind, trust_remote_code=trust_remote_code, dtype=model.dtype).state_dict(),
+    )
     differing = sorted(
         name for name in expected.keys() | actual.keys()
         if name not in expected or name not in actual or not torch.equal(expected[name], actual[name])

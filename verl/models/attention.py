@@ -53,7 +53,8 @@ AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)
 
 def check_full_attention(config: PretrainedConfig) -> None:
     """ValueError when a layer attends through a sliding window, which packed rows do not honour."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) is not None
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"])
     if kinds != {"full_attention"}:
         raise ValueError(
             f"packed training supports full attention, but {config.model_type} has layers of kind {sorted(kinds)}; "

@@ -6,6 +6,8 @@ call the backbone and apply the head themselves, on answer tokens only.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,6 +15,9 @@ from transformers import PreTrainedModel
 from verl.models.attention import PACKED_ATTENTION, check_full_attention
 from verl.models.packing import AnswerRows, pack
 from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
+
+# Config entries by which some families change their logits after the head.
+LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
 class AnswerModel(nn.Module):
@@ -60,23 +65,36 @@ def to_answer_grid(values: torch.Tensor, response_mask: torch.Tensor) -> torch.T
 
 
 class PolicyModel(AnswerModel):
-    """Log-probs of the answers under a causal language model."""
+    """Log-probs of the answers under a causal language model whose logits are the LM head's output as it is.
+
+    Raises:
+        ValueError: the model scales or caps its logits after the head.
+    """
+
+    def __init__(self, hf: PreTrainedModel, remove_padding: bool = True):
+        super().__init__(hf, remove_padding)
+        changed = [key for key in LOGIT_CHANGES if getattr(hf.config, key, None) not in (None, 1, 1.0)]
+        if changed:
+            raise ValueError(f"{hf.config.model_type} models change their logits by {changed}, which is not supported")
 
     def forward(
-        self, rows: AnswerRows, temperature: float = 1.0, entropy_grad: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, rows: AnswerRows, temperature: float = 1.0, entropy: Literal["none", "value", "grad"] = "none"
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probs and entropies in nats, fp32, (R, T) each, zero outside the mask.
 
         Args:
             temperature: divides the logits, as in sampling.
-            entropy_grad: whether the entropy is differentiable; without it only its value is computed.
+            entropy: not computed (None is returned), its value only, or differentiable.
         """
         hidden = self.answer_hidden(rows, shift=1)
         logits = self.hf.get_output_embeddings()(hidden).float() / temperature
         targets = rows.responses[rows.response_mask.bool()]
         log_probs = logprobs_from_logits(logits, targets)
-        entropy = entropy_from_logits(logits if entropy_grad else logits.detach())
-        return to_answer_grid(log_probs, rows.response_mask), to_answer_grid(entropy, rows.response_mask)
+        log_probs = to_answer_grid(log_probs, rows.response_mask)
+        if entropy == "none":
+            return log_probs, None
+        entropies = entropy_from_logits(logits if entropy == "grad" else logits.detach())
+        return log_probs, to_answer_grid(entropies, rows.response_mask)
 
 
 class ScoreModel(AnswerModel):

@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
+from verl.trainer.ppo.model_checks import check_models, with_absolute_model_paths
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
 from verl.trainer.ppo.utils import Role, need_critic
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
-from verl.utils.model import load_tokenizer, quiet_transformers
+from verl.utils.model import quiet_transformers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
 
@@ -36,13 +37,14 @@ class TaskRunner:
     worker_classes: ClassVar[dict[Role, type]] = {Role.ActorRollout: ActorRolloutRefWorker, Role.Critic: CriticWorker}
 
     def run(self, config: Config) -> None:
-        """Train. Data and models are looked at before any worker process starts."""
-        model, data, trainer = config.actor_rollout_ref.model, config.data, config.trainer
-        tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
+        """Train. Data, configs and tokenizers of all models are looked at before Ray starts."""
+        config = with_absolute_model_paths(config)
+        data, trainer = config.data, config.trainer
+        tokenizer = check_models(config)
         train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples)
-        val = (
-            None if data.val_files is None else create_rl_dataset(data.val_files, data, tokenizer, data.val_max_samples)
-        )
+        val = None
+        if data.val_files is not None:
+            val = create_rl_dataset(data.val_files, data, tokenizer, data.val_max_samples)
         roles = [Role.ActorRollout] + ([Role.Critic] if need_critic(config) else [])
         pools = ResourcePoolManager(
             {"global_pool": [trainer.n_gpus_per_node] * trainer.nnodes},
@@ -50,6 +52,7 @@ class TaskRunner:
             use_gpu=trainer.device != "cpu",
         )
         runner = RayPPOTrainer(config, tokenizer, self.worker_classes, pools, train, val, collate_fn)
+        start_ray(config)
         runner.init_workers()
         runner.fit()
 
@@ -67,8 +70,7 @@ def start_ray(config: Config) -> None:
 
 
 def run_ppo(config: Config, task_runner_class: type[TaskRunner] | None = None) -> None:
-    """Start Ray, train, stop Ray."""
-    start_ray(config)
+    """Train; stop Ray, however it ends."""
     try:
         (task_runner_class or TaskRunner)().run(config)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -65,6 +67,12 @@ def find_model(path: str | Path) -> ModelSource:
     )
 
 
+def is_discriminator(path: str | Path) -> bool:
+    """Whether the folder's model has a score head already."""
+    config = json.loads((find_model(path).huggingface / "config.json").read_text())
+    return any(name.endswith("ForTokenClassification") for name in config.get("architectures") or [])
+
+
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; ValueError if it has no EOS token, without which no answer ends.
 
@@ -91,9 +99,10 @@ def load_config(
         if not hasattr(config, key):
             raise ValueError(f"override_config.{key}: {type(config).__name__} has no such entry")
         setattr(config, key, value)
-    if hasattr(config, "attention_dropout"):
+    for key, value in config.to_dict().items():
         # Old log-probs, scores and the update must see one and the same function.
-        config.attention_dropout = 0.0
+        if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+            setattr(config, key, 0.0)
     if kind == "score":
         config.num_labels = 1
         config.classifier_dropout = 0.0
@@ -123,6 +132,9 @@ def load_model(
         model_class = type(empty_model(config, kind, trust_remote_code))
         options.pop("trust_remote_code")
         model, info = model_class.from_pretrained(None, state_dict=read_full_tensors(source.shards), **options)
+    generation_config = source.huggingface / "generation_config.json"
+    if kind == "policy" and generation_config.is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.huggingface)
     missing = [key for key in info["missing_keys"] if kind != "score" or not key.startswith("score.")]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, e.g. {sorted(missing)[:3]}")

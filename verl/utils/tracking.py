@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class Run:
     config: Mapping[str, Any]
     log_dir: Path
     tensorboard_dir: Path
+    resumed: bool = True
 
 
 class Backend(Protocol):
@@ -109,12 +111,16 @@ class FileBackend:
 
     The file is VERL_FILE_LOGGER_PATH, else VERL_FILE_LOGGER_ROOT/project/experiment.jsonl, else log_dir/metrics.jsonl.
     JSON has no number for nan and the infinities, so they are the strings "nan", "inf" and "-inf"; Python's float()
-    reads them. A resumed run appends: of two lines for one step, the later counts.
+    reads them. A resumed run appends: of two lines for one step, the later counts. A run that starts afresh where there
+    is a file already moves it aside, to the same name with the time it was last written.
     """
 
     def __init__(self, run: Run):
         self.path = self._path(run)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not run.resumed and self.path.exists():
+            written = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.path.stat().st_mtime))
+            self.path.rename(self.path.with_suffix(f".{written}.jsonl"))
         self.file = self.path.open("a", encoding="utf-8")
 
     @staticmethod
@@ -200,6 +206,7 @@ class Tracking:
         default_backend: a name from BACKENDS or several.
         config: the run's settings, for wandb.
         log_dir: folder of metrics.jsonl; logs/project/experiment when None.
+        resumed: whether the run goes on where an earlier one stopped; if not, its metrics.jsonl starts anew.
         tensorboard_dir: folder of the event files; when None, TENSORBOARD_DIR, else `tensorboard` in log_dir.
 
     Raises:
@@ -215,6 +222,7 @@ class Tracking:
         config: Mapping[str, Any] | None = None,
         log_dir: str | Path | None = None,
         tensorboard_dir: str | Path | None = None,
+        resumed: bool = True,
     ):
         names = [default_backend] if isinstance(default_backend, str) else list(default_backend)
         unknown = [name for name in names if name not in BACKENDS]
@@ -222,7 +230,7 @@ class Tracking:
             raise ValueError(f"unknown logger {', '.join(map(repr, unknown))}: known are {', '.join(BACKENDS)}")
         log_path = Path(log_dir or Path("logs") / project_name / experiment_name).expanduser()
         tensorboard_path = tensorboard_dir or os.environ.get("TENSORBOARD_DIR") or log_path / "tensorboard"
-        run = Run(project_name, experiment_name, config or {}, log_path, Path(tensorboard_path).expanduser())
+        run = Run(project_name, experiment_name, config or {}, log_path, Path(tensorboard_path).expanduser(), resumed)
         # A dict drops the second of two names for one class.
         self.backends = [backend(run) for backend in dict.fromkeys(BACKENDS[name] for name in names)]
 

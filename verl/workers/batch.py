@@ -20,6 +20,8 @@ from verl.protocol import DataProto
 
 PROMPT_KEYS = ("input_ids", "attention_mask")
 TEACHER_KEYS = ("teacher_response", "teacher_attention_mask")
+STUDENT_KEYS = ("responses", "response_mask")
+POLICY_KEYS = ("old_log_probs", "ref_log_prob", "advantages")
 
 
 def teacher_response_mask(data: DataProto) -> torch.Tensor:

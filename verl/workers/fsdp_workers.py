@@ -95,7 +95,9 @@ class ActorRolloutRefWorker(FSDPWorker):
         model_config = load_config(
             config.model.path, "policy", config.model.override_config, config.model.trust_remote_code
         )
-        self.rollout = get_rollout_class(config.rollout.name)(model_config, self.tokenizer, config.rollout, self.device)
+        self.rollout = get_rollout_class(config.rollout.name)(
+            model_config, self.tokenizer, config.rollout, self.device, config.model.trust_remote_code
+        )
         self.push_weights()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -121,7 +123,7 @@ class ActorRolloutRefWorker(FSDPWorker):
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` (B, N, T) of the answers under the frozen reference."""
-        log_probs, _ = self.reference.compute_log_prob(data)
+        log_probs, _ = self.reference.compute_log_prob(data, entropy=False)
         return DataProto.from_dict({"ref_log_prob": log_probs})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)

@@ -39,7 +39,10 @@ def build_optimizer(
             optimizer, warmup, total, min_lr_ratio=config.min_lr_ratio, num_cycles=config.num_cycles
         )
         return optimizer, schedule
-    return optimizer, get_wsd_schedule_with_warmup(optimizer, warmup, total, min_lr_ratio=config.min_lr_ratio)
+    schedule = get_wsd_schedule_with_warmup(
+        optimizer, warmup, total, min_lr_ratio=config.min_lr_ratio, num_cycles=config.num_cycles
+    )
+    return optimizer, schedule
 
 
 def optimizer_step(module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> float:

@@ -63,6 +63,14 @@ def _token_budgets(config: Config) -> Iterator[str]:
     if not rollout.log_prob_use_dynamic_bsz and rollout.log_prob_micro_batch_size_per_gpu is None:
         name = "actor_rollout_ref.rollout.log_prob"
         yield f"{name}_use_dynamic_bsz=False needs {name}_micro_batch_size_per_gpu"
+    for name, value, data in (
+        ("prompt_length", rollout.prompt_length, config.data.max_prompt_length),
+        ("response_length", rollout.response_length, config.data.max_response_length),
+    ):
+        if value != data:
+            yield (
+                f"actor_rollout_ref.rollout.{name}={value} differs from data.max_{name}={data}: set the latter alone"
+            )
     if rollout.max_model_len is not None and rollout.max_model_len < longest:
         yield (
             f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len} is below max_prompt_length + "
@@ -103,9 +111,16 @@ def _stage(config: Config) -> Iterator[str]:
             "actor_rollout_ref.actor.use_sft_mode=True trains on the teacher's answers alone and leaves no use for a "
             "discriminator: set trainer.critic_warmup=-1 (stage=seqkd does)"
         )
+    actor = config.actor_rollout_ref.actor
+    if config.use_sft:
+        unused = {
+            "actor_rollout_ref.actor.entropy_coeff": actor.entropy_coeff,
+            "algorithm.use_kl_in_reward": config.algorithm.use_kl_in_reward,
+        }
+        for key in (key for key, value in unused.items() if value):
+            yield f"{key}={unused[key]} has no effect with actor_rollout_ref.actor.use_sft_mode=True; leave it off"
     if trainer.warmup_use_sft:
         yield "trainer.warmup_use_sft=True is not available yet; leave it at False (actor frozen, then GSPO)"
-    actor = config.actor_rollout_ref.actor
     if not config.use_sft and actor.policy_loss.loss_mode == "vanilla" and actor.clip_ratio_c <= 1:
         yield f"actor_rollout_ref.actor.clip_ratio_c={actor.clip_ratio_c} must be above 1, the cap of dual clip"
     if trainer.val_only and config.data.val_files is None:

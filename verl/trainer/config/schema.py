@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from verl.workers.config import ActorRolloutRefConfig, CriticConfig
-from verl.workers.config.base import NonNegative, Positive, PositiveFloat, settings
+from verl.workers.config.base import AtLeastMinusOne, Count, NonNegative, Positive, PositiveFloat, settings
 
 
 @settings
@@ -25,8 +25,8 @@ class DataConfig:
     train_max_samples: int
     val_max_samples: int
     shuffle: bool
-    seed: int
-    dataloader_num_workers: int
+    seed: Count
+    dataloader_num_workers: Count
     return_raw_chat: bool
     apply_chat_template_kwargs: dict[str, Any]
 
@@ -64,7 +64,7 @@ class TrainerConfig:
     total_training_steps: Positive | None
     critic_warmup: int
     warmup_use_sft: bool
-    sft_monitor_freq: int | None
+    sft_monitor_freq: AtLeastMinusOne | None
     nnodes: Positive
     n_gpus_per_node: Positive
     device: str
@@ -76,7 +76,7 @@ class TrainerConfig:
     val_before_train: bool
     val_only: bool
     test_freq: int
-    log_val_generations: int
+    log_val_generations: Count
     validation_data_dir: str | None
     rollout_data_dir: str | None
     save_freq: int

@@ -48,8 +48,8 @@ class Checkpoints:
             group.save_checkpoint(str(folder / name))
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1))
         final = commit_checkpoint(folder)
-        prune_checkpoints(self.root, "actor", self.config.max_actor_ckpt_to_keep)
-        prune_checkpoints(self.root, "critic", self.config.max_critic_ckpt_to_keep)
+        prune_checkpoints(self.root, "actor", self.config.max_actor_ckpt_to_keep, state.global_step)
+        prune_checkpoints(self.root, "critic", self.config.max_critic_ckpt_to_keep, state.global_step)
         logger.info("saved %s", final)
 
     def resume(self) -> RunState | None:

@@ -52,7 +52,7 @@ from verl.utils.rouge import mean_rouge_l
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions, log_seqlen_unbalance
 from verl.utils.torch_functional import masked_mean
 from verl.utils.tracking import Tracking
-from verl.workers.batch import PROMPT_KEYS, TEACHER_KEYS
+from verl.workers.batch import POLICY_KEYS, PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS
 from verl.workers.config import SamplingConfig
 
 __all__ = [
@@ -67,8 +67,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-STUDENT_KEYS = ("responses", "response_mask")
-POLICY_KEYS = ("old_log_probs", "ref_log_prob", "advantages")
 # Far from the seeds of training steps, so that validation never replays their draws.
 VALIDATION_SEED = 1_000_003
 # What the progress bar shows, where a step has it.
@@ -110,13 +108,8 @@ def apply_kl_penalty(
     return data, {"actor/reward_kl_penalty": current, "actor/reward_kl_penalty_coeff": coefficient}
 
 
-def compute_advantage(
-    data: DataProto, adv_estimator: str, gamma: float = 1.0, lam: float = 1.0, norm_adv_by_std_in_grpo: bool = True
-) -> DataProto:
-    """Add `advantages` and `returns` (B, N, T); the answers in one row are one group.
-
-    `gamma` and `lam` are for registered estimators that use them.
-    """
+def compute_advantage(data: DataProto, adv_estimator: str, norm_adv_by_std_in_grpo: bool = True) -> DataProto:
+    """Add `advantages` and `returns` (B, N, T); the answers in one row are one group."""
     rewards, mask = data.batch["token_level_rewards"], data.batch["response_mask"]
     groups = np.repeat(np.arange(len(data)), rewards.shape[1])
     advantages, returns = get_adv_estimator_fn(adv_estimator)(
@@ -174,6 +167,11 @@ class RayPPOTrainer:
                 "data.train_batch_size or raise trainer.total_epochs"
             )
         logger.info("%d training rows, batches of %d: %d steps, %.2f epochs", rows, batch, steps, steps * batch / rows)
+        if self.config.trainer.critic_warmup >= steps:
+            logger.warning(
+                "trainer.critic_warmup=%d covers all %d steps: only the discriminator will be trained",
+                self.config.trainer.critic_warmup, steps,
+            )  # fmt: skip
         return steps
 
     # ------------------------------------------------------------ workers
@@ -181,18 +179,20 @@ class RayPPOTrainer:
     def init_workers(self) -> None:
         """Start one process per rank with every role in it, and build the models there."""
         config = self.config
-        common = {"device": config.trainer.device, "seed": config.data.seed, "total_steps": self.total_steps}
+        common = {"device": config.trainer.device, "seed": config.data.seed}
+        frozen = max(0, config.trainer.critic_warmup)
         roles = {
             str(Role.ActorRollout): RayClassWithInitArgs(
                 self.role_worker_mapping[Role.ActorRollout],
                 config.actor_rollout_ref,
                 use_reference=config.use_reference,
+                total_steps=max(1, self.total_steps - frozen),
                 **common,
             )
         }
         if config.use_critic:
             roles[str(Role.Critic)] = RayClassWithInitArgs(
-                self.role_worker_mapping[Role.Critic], config.critic, **common
+                self.role_worker_mapping[Role.Critic], config.critic, total_steps=self.total_steps, **common
             )
         pools = self.resource_pool_manager.create_resource_pool()
         pool = pools[self.resource_pool_manager.mapping[Role.ActorRollout]]
@@ -236,7 +236,8 @@ class RayPPOTrainer:
     def _sft_step(self, batch: DataProto, metrics: dict[str, float], timing: dict[str, float]) -> DataProto:
         """SeqKD: one update on the teacher's answers. The student's are sampled for monitoring only."""
         batch = self._balance(batch, self.config.actor_rollout_ref.actor.ppo_mini_batch_size, metrics)
-        if self._due(self.config.trainer.sft_monitor_freq or self.config.trainer.test_freq):
+        frequency = self.config.trainer.sft_monitor_freq
+        if self._due(self.config.trainer.test_freq if frequency is None else frequency):
             with marked_timer("gen", timing):
                 self._generate(batch)
             with marked_timer("old_log_prob", timing):
@@ -255,12 +256,12 @@ class RayPPOTrainer:
         batch = self._balance(batch, config.actor_rollout_ref.actor.ppo_mini_batch_size, metrics)
         answers = PROMPT_KEYS + STUDENT_KEYS
         with marked_timer("old_log_prob", timing):
-            batch.union(self.actor_rollout.compute_log_prob(self._take(batch, answers)))
+            batch.union(self.actor_rollout.compute_log_prob(self.take(batch, answers)))
         if config.use_reference:
             with marked_timer("ref", timing):
-                batch.union(self.actor_rollout.compute_ref_log_prob(self._take(batch, answers)))
+                batch.union(self.actor_rollout.compute_ref_log_prob(self.take(batch, answers)))
         with marked_timer("values", timing):
-            batch.union(self.critic.compute_scores(self._take(batch, answers + TEACHER_KEYS)))
+            batch.union(self.critic.compute_scores(self.take(batch, answers + TEACHER_KEYS)))
         with marked_timer("adv", timing):
             metrics |= self._compute_advantages(batch)
         with marked_timer("update_critic", timing):
@@ -302,7 +303,7 @@ class RayPPOTrainer:
             return False
         return self._due(self.config.trainer.test_freq) if self.global_step else self.config.trainer.val_before_train
 
-    def _take(self, batch: DataProto, keys: tuple[str, ...]) -> DataProto:
+    def take(self, batch: DataProto, keys: tuple[str, ...]) -> DataProto:
         """The tensors that a call needs; nothing else travels."""
         return batch.select([key for key in keys if key in batch.batch], non_tensor_batch_keys=[])
 
@@ -317,7 +318,7 @@ class RayPPOTrainer:
         if not self._engine_is_current:
             self.actor_rollout.push_weights()
             self._engine_is_current = True
-        prompts = self._take(batch, PROMPT_KEYS)
+        prompts = self.take(batch, PROMPT_KEYS)
         prompts.meta_info = {"sampling": sampling, "seed": seed, "report_log_probs": report_log_probs}
         return self.actor_rollout.generate_sequences(prompts)
 
@@ -358,21 +359,19 @@ class RayPPOTrainer:
             _, metrics = apply_kl_penalty(batch, self.kl_ctrl, algorithm.kl_penalty)
         else:
             batch.batch["token_level_rewards"] = scores
-        compute_advantage(
-            batch, algorithm.adv_estimator, algorithm.gamma, algorithm.lam, algorithm.norm_adv_by_std_in_grpo
-        )
+        compute_advantage(batch, algorithm.adv_estimator, algorithm.norm_adv_by_std_in_grpo)
         metrics["actor/entropy"] = masked_mean(batch.batch["entropys"], mask).item()
         return metrics
 
     def _update_actor(self, batch: DataProto, keys: tuple[str, ...]) -> dict[str, float]:
         self._engine_is_current = False
-        return self.actor_rollout.update_actor(self._take(batch, PROMPT_KEYS + keys))[0]
+        return self.actor_rollout.update_actor(self.take(batch, PROMPT_KEYS + keys))[0]
 
     def _update_critic(self, batch: DataProto, keys: tuple[str, ...]) -> dict[str, float]:
         size = self.config.critic.ppo_mini_batch_size
         if size != self.config.actor_rollout_ref.actor.ppo_mini_batch_size:
             batch = self._balance(batch, size, metrics={})
-        return self.critic.update_critic(self._take(batch, keys))[0]
+        return self.critic.update_critic(self.take(batch, keys))[0]
 
     def _check_sync(self, batch: DataProto, metrics: dict[str, float]) -> None:
         """Compare the engine's log-probs with the trainer's where the engine reported them; warn if they part."""
@@ -380,7 +379,7 @@ class RayPPOTrainer:
         if len(reported) == 0:
             return
         if "old_log_probs" not in reported.batch:
-            answers = self._take(reported, PROMPT_KEYS + STUDENT_KEYS)
+            answers = self.take(reported, PROMPT_KEYS + STUDENT_KEYS)
             reported.union(self.actor_rollout.compute_log_prob(answers))
         gap = compute_sync_metrics(reported)
         metrics |= gap
@@ -412,7 +411,8 @@ class RayPPOTrainer:
         if state is None:
             return
         self.global_step, self.samples_seen = state.global_step, state.samples_seen
-        self.kl_ctrl.value = state.kl_coef
+        if isinstance(self.kl_ctrl, AdaptiveKLController):
+            self.kl_ctrl.value = state.kl_coef
         self._engine_is_current = False
         if self.global_step >= self.total_steps:
             logger.info("%d of %d steps are done already: nothing is left to train", self.global_step, self.total_steps)
@@ -429,6 +429,7 @@ class RayPPOTrainer:
             trainer.logger,
             config=asdict(self.config),
             log_dir=trainer.default_local_dir,
+            resumed=self.global_step > 0,
             tensorboard_dir=trainer.default_tensorboard_dir,
         )
 
@@ -458,7 +459,8 @@ class RayPPOTrainer:
         write_jsonl(path, rows)
 
     def _progress(self) -> tqdm:
-        stage = "SeqKD" if self.config.use_sft else "GAD"
+        warming_up = self.config.trainer.critic_warmup > 0
+        stage = "SeqKD" if self.config.use_sft else "warmup" if warming_up else "GAD"
         return tqdm(total=self.total_steps, initial=self.global_step, desc=stage, unit="step", dynamic_ncols=True)
 
     def _show(self, progress: tqdm, metrics: dict[str, float]) -> None:

@@ -15,12 +15,12 @@ from verl.trainer.ppo.metric_utils import compute_discriminator_metrics, compute
 from verl.utils.dump import write_jsonl
 from verl.utils.rouge import rouge_l
 from verl.utils.tracking import Sample, Tracking, ValidationGenerationsLogger
-from verl.workers.batch import PROMPT_KEYS, TEACHER_KEYS
+from verl.workers.batch import PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS
 
 if TYPE_CHECKING:
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
-KEPT = (*PROMPT_KEYS, *TEACHER_KEYS, "responses", "response_mask")
+KEPT = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
 
 
 def validate(trainer: RayPPOTrainer, tracking: Tracking, seed: int) -> dict[str, float]:
@@ -65,8 +65,7 @@ def _answered_batches(trainer: RayPPOTrainer, seed: int) -> Iterator[DataProto]:
         batch = DataProto.from_single_dict(rows)
         batch.union(trainer.generate(batch, rollout.val_kwargs, seed))
         if trainer.critic is not None:
-            scored = batch.select(list(KEPT), non_tensor_batch_keys=[])
-            batch.union(trainer.critic.compute_scores(scored))
+            batch.union(trainer.critic.compute_scores(trainer.take(batch, KEPT)))
         yield batch
 
 

@@ -105,12 +105,15 @@ def verify_checkpoint(folder: str | Path) -> None:
         )
 
 
-def prune_checkpoints(root: str | Path, part: str, keep: int | None) -> None:
-    """Remove `part` (`actor` or `critic`) from all but the newest `keep` checkpoints; None keeps all."""
+def prune_checkpoints(root: str | Path, part: str, keep: int | None, newest: int) -> None:
+    """Remove `part` (`actor` or `critic`) from all but the last `keep` checkpoints up to step `newest`; None keeps all.
+
+    Checkpoints of later steps stem from an earlier run in the same folder and are left alone.
+    """
     if keep is None:
         return
     folders = [folder for folder in Path(root).glob("global_step_*") if re.fullmatch(r"global_step_\d+", folder.name)]
-    for folder in sorted(folders, key=step_of)[:-keep]:
+    for folder in sorted((f for f in folders if step_of(f) <= newest), key=step_of)[:-keep]:
         shutil.rmtree(folder / part, ignore_errors=True)
         if not any(child.is_dir() for child in folder.iterdir()):
             shutil.rmtree(folder)

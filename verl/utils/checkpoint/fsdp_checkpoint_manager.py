@@ -28,6 +28,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_sharded, write_sharded
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+# Optimizer settings that come from the configuration, not from the checkpoint.
+CONFIGURED = ("initial_lr", "weight_decay", "betas", "eps")
 
 
 class FSDPCheckpointManager:
@@ -62,9 +64,20 @@ class FSDPCheckpointManager:
         read_sharded(self._weights(), folder / MODEL_FOLDER)
         extra = json.loads((folder / "extra_state.json").read_text())
         tensors, _ = self._optimizer_state()
+        configured = [{key: group[key] for key in CONFIGURED} for group in self.optimizer.param_groups]
         read_sharded(tensors, folder / "optim")
         set_optimizer_state_dict(self.model, self.optimizer, {**tensors, **extra["optimizer"]}, options=FLAT)
         self.lr_scheduler.load_state_dict(extra["lr_scheduler"])
+        self._reconfigure(configured)
+
+    def _reconfigure(self, configured: list[dict[str, Any]]) -> None:
+        """Today's settings win over the checkpoint's: a run may be resumed with another learning rate."""
+        schedule = self.lr_scheduler
+        for number, (group, settings) in enumerate(zip(self.optimizer.param_groups, configured, strict=True)):
+            group.update(settings)
+            schedule.base_lrs[number] = settings["initial_lr"]
+            group["lr"] = settings["initial_lr"] * schedule.lr_lambdas[number](schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """The model's tensors, sharing memory with it; a tied LM head is the embedding and is not written twice."""
@@ -88,5 +101,6 @@ class FSDPCheckpointManager:
         self.model.config.architectures = [type(self.model).__name__]
         self.model.config.save_pretrained(folder / "huggingface")
         if getattr(self.model, "generation_config", None) is not None:
-            self.model.generation_config.save_pretrained(folder / "huggingface")
+            # As it is: saving through transformers would refuse settings that loading accepts.
+            self.model.generation_config.to_json_file(folder / "huggingface" / "generation_config.json")
         self.tokenizer.save_pretrained(folder / "huggingface")

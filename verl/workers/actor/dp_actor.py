@@ -12,7 +12,7 @@ from verl.models.packing import AnswerRows
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import agg_loss, compute_sft_loss, get_policy_loss_fn, kl_penalty
 from verl.utils.torch_functional import masked_mean
-from verl.workers.batch import student_rows, teacher_rows
+from verl.workers.batch import POLICY_KEYS, student_rows, teacher_rows
 from verl.workers.config import ActorConfig, RolloutConfig
 from verl.workers.updates import (
     MetricSums,
@@ -21,8 +21,6 @@ from verl.workers.updates import (
     split_micro_batches,
     sum_over_ranks,
 )
-
-UPDATE_KEYS = ("old_log_probs", "ref_log_prob", "advantages")
 
 
 class DataParallelPPOActor:
@@ -50,8 +48,11 @@ class DataParallelPPOActor:
         return self.rollout.temperature if self.rollout.do_sample else 1.0
 
     @torch.no_grad()
-    def compute_log_prob(self, data: DataProto) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and entropies of the student's answers, (B, N, T) each, at the sampling temperature."""
+    def compute_log_prob(self, data: DataProto, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of the student's answers, (B, N, T) each, at the sampling temperature.
+
+        Without `entropy` the second is zeros.
+        """
         rows = student_rows(data)
         log_probs = torch.zeros(rows.responses.shape)
         entropies = torch.zeros(rows.responses.shape)
@@ -62,7 +63,10 @@ class DataParallelPPOActor:
             self.rollout.log_prob_micro_batch_size_per_gpu,
         )
         for index in micro_batches:
-            log_probs[index], entropies[index] = self.actor_module(rows.select(index), self.temperature)
+            log_prob, values = self.actor_module(rows.select(index), self.temperature, "value" if entropy else "none")
+            log_probs[index] = log_prob
+            if values is not None:
+                entropies[index] = values
         shape = data.batch["responses"].shape
         return log_probs.view(shape), entropies.view(shape)
 
@@ -89,7 +93,7 @@ class DataParallelPPOActor:
         rows = teacher_rows(mini_batch) if sft else student_rows(mini_batch)
         extra = {}
         if not sft:
-            extra = {key: mini_batch.batch[key].flatten(0, 1) for key in UPDATE_KEYS if key in mini_batch.batch}
+            extra = {key: mini_batch.batch[key].flatten(0, 1) for key in POLICY_KEYS if key in mini_batch.batch}
         tokens, sequences = sum_over_ranks([float(rows.response_mask.sum()), float(len(rows))])
         totals = {"dp_size": data_parallel_size(), "batch_num_tokens": tokens, "global_batch_size": sequences}
 
@@ -115,7 +119,7 @@ class DataParallelPPOActor:
         metrics.add(losses, 1.0)
 
     def _sft_loss(self, rows: AnswerRows, totals: dict[str, Any]) -> tuple[torch.Tensor, dict, dict]:
-        log_prob, entropy = self.actor_module(rows)
+        log_prob, entropy = self.actor_module(rows, entropy="value")
         loss = compute_sft_loss(log_prob, rows.response_mask, self.config.loss_agg_mode, **totals)
         shares = {"actor/sft_loss": loss.detach(), "actor/teacher_pg_loss": loss.detach()}
         return loss, shares, {"actor/entropy": masked_mean(entropy.detach(), rows.response_mask)}
@@ -124,7 +128,7 @@ class DataParallelPPOActor:
         self, rows: AnswerRows, extra: dict[str, torch.Tensor], totals: dict[str, Any]
     ) -> tuple[torch.Tensor, dict, dict]:
         config, mask = self.config, rows.response_mask
-        log_prob, entropy = self.actor_module(rows, self.temperature, entropy_grad=config.entropy_coeff != 0)
+        log_prob, entropy = self.actor_module(rows, self.temperature, "grad" if config.entropy_coeff else "none")
         policy_loss = get_policy_loss_fn(config.policy_loss.loss_mode)
         loss, means = policy_loss(
             extra["old_log_probs"], log_prob, extra["advantages"], mask, config.loss_agg_mode, config, **totals

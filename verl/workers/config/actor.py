@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from verl.workers.config.base import NonNegative, Positive, PositiveFloat, settings
+from verl.workers.config.base import Fraction, NonNegative, Positive, PositiveFloat, settings
 from verl.workers.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
 from verl.workers.config.rollout import RolloutConfig
 
@@ -29,7 +29,7 @@ class ActorConfig:
     grad_clip: PositiveFloat
     policy_loss: PolicyLossConfig
     clip_ratio: NonNegative
-    clip_ratio_low: NonNegative | None
+    clip_ratio_low: Fraction | None
     clip_ratio_high: NonNegative | None
     clip_ratio_c: float
     loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from verl.workers.config.base import Fraction, NonNegative, Positive, PositiveFloat, settings
+from verl.workers.config.base import AtLeastMinusOne, BelowOne, Fraction, NonNegative, Positive, PositiveFloat, settings
 
 
 @settings
@@ -35,11 +35,11 @@ class OptimizerConfig:
     """AdamW and its learning-rate schedule. `lr_warmup_steps` of -1 means `lr_warmup_steps_ratio` of the total."""
 
     lr: NonNegative
-    betas: tuple[Fraction, Fraction]
+    betas: tuple[BelowOne, BelowOne]
     eps: PositiveFloat
     weight_decay: NonNegative
     lr_scheduler_type: Literal["constant", "cosine", "wsd"]
-    lr_warmup_steps: int
+    lr_warmup_steps: AtLeastMinusOne
     lr_warmup_steps_ratio: Fraction
     total_training_steps: Positive | None
     min_lr_ratio: Fraction

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from verl.workers.config.base import Fraction, NonNegative, Positive, PositiveFloat, settings
+from verl.workers.config.base import Count, Fraction, NonNegative, Positive, PositiveFloat, settings
 
 
 @settings
@@ -28,10 +28,10 @@ class RolloutConfig:
     top_k: int
     prompt_length: Positive
     response_length: Positive
-    seed: int
+    seed: Count
     max_model_len: Positive | None
     max_num_seqs: Positive
-    sync_check_prompts: int
+    sync_check_prompts: Count
     sync_check_tolerance: PositiveFloat
     log_prob_use_dynamic_bsz: bool
     log_prob_max_token_len_per_gpu: Positive

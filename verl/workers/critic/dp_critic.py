@@ -103,7 +103,7 @@ class DataParallelPPOCritic:
         students, teachers = student_rows(data), teacher_rows(data)
         groups, answers = data.batch["responses"].shape[:2]
         tokens = torch.tensor(students.lengths()).view(groups, answers).sum(-1) + torch.tensor(teachers.lengths())
-        for index in self._micro_batches(tokens.tolist(), group_size=answers):
+        for index in self._micro_batches(tokens.tolist(), group_size=answers + 1):
             members = (torch.tensor(index).unsqueeze(-1) * answers + torch.arange(answers)).flatten()
             rows = AnswerRows.join([students.select(members), teachers.select(index)])
             values = self.critic_module(rows)

@@ -53,12 +53,17 @@ class HFRollout(BaseRollout):
     """`transformers`' own batched generation with a KV cache; a row stops at its EOS."""
 
     def __init__(
-        self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig, device: str
+        self,
+        model_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RolloutConfig,
+        device: str,
+        trust_remote_code: bool = False,
     ):
         self.config = config
         self.tokenizer = tokenizer
         self.device = device
-        model = empty_model(model_config, "policy", dtype=getattr(torch, config.dtype)).to(device)
+        model = empty_model(model_config, "policy", trust_remote_code, getattr(torch, config.dtype)).to(device)
         model.set_attn_implementation("sdpa")
         self.model = model.eval()
 
@@ -106,9 +111,7 @@ class HFRollout(BaseRollout):
         grouped = (count, sampling.n, limit)
         return DataProto.from_dict(
             {
-                "responses": (responses * response_mask + self.tokenizer.pad_token_id * (1 - response_mask)).view(
-                    grouped
-                ),
+                "responses": responses.view(grouped),
                 "response_mask": response_mask.view(grouped),
                 "rollout_log_probs": (log_probs * response_mask).view(grouped),
                 "rollout_log_probs_mask": (torch.arange(count) < reported).long(),

@@ -1,0 +1,108 @@
+"""What is said of a run's models before any process starts."""
+
+import json
+import os
+
+import pytest
+from transformers import GenerationConfig
+
+from tests.tiny import byte_tokenizer, scorer, write_model
+from verl.trainer.config import compose_config
+from verl.trainer.ppo.model_checks import check_models, with_absolute_model_paths
+from verl.utils.model import load_config, load_model, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models")
+    write_model(path / "student")
+    scorer().save_pretrained(path / "critic")
+    byte_tokenizer().save_pretrained(path / "critic")
+    scorer().save_pretrained(path / "foreign")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(path / "foreign")
+    return path
+
+
+def config(folder, critic, *overrides):
+    return compose_config(
+        [
+            "data.train_files=x",
+            f"actor_rollout_ref.model.path={folder}/student",
+            f"critic.model.path={folder}/{critic}",
+            "trainer.experiment_name=x",
+            *overrides,
+        ]
+    )
+
+
+def test_a_pair_that_belongs_together_passes(folder):
+    assert check_models(config(folder, "critic", "stage=gad")).eos_token_id == 1
+
+
+def test_a_critic_of_another_vocabulary_is_refused(folder):
+    with pytest.raises(ValueError, match="another tokenizer"):
+        check_models(config(folder, "foreign", "stage=gad"))
+
+
+def test_gad_wants_a_warmed_up_critic_and_warmup_does_not(folder):
+    with pytest.raises(ValueError, match="untrained discriminator"):
+        check_models(config(folder, "student", "stage=gad"))
+    check_models(config(folder, "student", "stage=warmup"))
+
+
+def test_a_missing_critic_is_found_at_once(folder):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        check_models(config(folder, "nowhere", "stage=gad"))
+
+
+def test_seqkd_never_looks_at_a_critic(folder):
+    check_models(config(folder, "nowhere", "stage=seqkd"))
+
+
+def test_paths_become_absolute(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    made = with_absolute_model_paths(
+        compose_config(["data.train_files=x", "actor_rollout_ref.model.path=student", "trainer.experiment_name=x"])
+    )
+    assert made.actor_rollout_ref.model.path == made.critic.model.path == os.path.join(folder, "student")
+    assert made.actor_rollout_ref.model.tokenizer_path is None
+
+
+def test_a_tokenizer_without_eos_is_refused(folder, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    load_config(folder / "student", "policy").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no eos_token"):
+        load_tokenizer(tmp_path)
+
+
+def test_dropout_is_switched_off(folder, tmp_path):
+    settings = load_config(folder / "student", "policy")
+    settings.attention_dropout = 0.3
+    settings.save_pretrained(tmp_path)
+    assert load_config(tmp_path, "policy").attention_dropout == 0.0
+    assert load_config(folder / "student", "score").classifier_dropout == 0.0
+
+
+def test_an_override_that_the_model_does_not_have_is_refused(folder):
+    assert load_config(folder / "student", "policy", {"rms_norm_eps": 1e-3}).rms_norm_eps == 1e-3
+    with pytest.raises(ValueError, match="no such entry"):
+        load_config(folder / "student", "policy", {"layer_norm": 1})
+
+
+def test_missing_weights_are_refused(folder, tmp_path):
+    load_model(folder / "student", "policy").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 3}
+    settings["layer_types"] = ["full_attention"] * 3
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"lacks .* weights"):
+        load_model(tmp_path, "policy")
+
+
+def test_generation_settings_come_along(folder, tmp_path):
+    write_model(tmp_path / "m")
+    GenerationConfig(eos_token_id=[1, 5], pad_token_id=0).save_pretrained(tmp_path / "m")
+    assert load_model(tmp_path / "m", "policy").generation_config.eos_token_id == [1, 5]

@@ -1,0 +1,61 @@
+"""Looking at the models of a run before any worker process starts: are they there, and do they belong together?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from verl.trainer.config.schema import Config
+from verl.utils.model import is_discriminator, load_config, load_tokenizer
+from verl.workers.config import ModelConfig
+
+AnyModelConfig = TypeVar("AnyModelConfig", bound=ModelConfig)
+
+
+def with_absolute_model_paths(config: Config) -> Config:
+    """The same settings with the models' folders made absolute: workers may run in another folder than the driver."""
+
+    def absolute(model: AnyModelConfig) -> AnyModelConfig:
+        paths = {key: getattr(model, key) for key in ("path", "tokenizer_path")}
+        return replace(model, **{k: str(Path(p).expanduser().absolute()) for k, p in paths.items() if p is not None})
+
+    group, critic = config.actor_rollout_ref, config.critic
+    return replace(
+        config,
+        actor_rollout_ref=replace(group, model=absolute(group.model)),
+        critic=replace(critic, model=absolute(critic.model)),
+    )
+
+
+def _load(model: ModelConfig, kind: str) -> PreTrainedTokenizerBase:
+    load_config(model.path, kind, model.override_config, model.trust_remote_code)
+    return load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
+
+
+def check_models(config: Config) -> PreTrainedTokenizerBase:
+    """Look at the student and, if there is one, the discriminator; returns the student's tokenizer.
+
+    Raises:
+        FileNotFoundError: a folder holds no model.
+        ValueError: the discriminator reads other tokens than the student writes, or GAD starts without a warmed-up one.
+    """
+    tokenizer = _load(config.actor_rollout_ref.model, "policy")
+    if not config.use_critic:
+        return tokenizer
+    path = config.critic.model.path
+    other = _load(config.critic.model, "score")
+    if other.get_vocab() != tokenizer.get_vocab() or other.eos_token_id != tokenizer.eos_token_id:
+        raise ValueError(
+            f"the discriminator in {path} has another tokenizer than the student in "
+            f"{config.actor_rollout_ref.model.path} ({len(other)} tokens, EOS {other.eos_token_id}, against "
+            f"{len(tokenizer)}, EOS {tokenizer.eos_token_id}): it would misread the answers; use models of one family"
+        )
+    if config.trainer.critic_warmup == 0 and not is_discriminator(path):
+        raise ValueError(
+            f"{path} is a language model, and an untrained discriminator would reward noise: pass a warmed-up critic "
+            "(critic.model.path, --reward_model), or let it learn first with trainer.critic_warmup=N steps"
+        )
+    return tokenizer
