@@ -184,7 +184,7 @@ class Clumsy(Worker):
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, address="local", log_to_driver=False)
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, address="local", log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from verl.utils.model import Kind, find_model, is_discriminator, load_model, load_tokenizer
 
@@ -41,10 +41,12 @@ def merge(
         FileNotFoundError, ValueError: `local_dir` is not a checkpoint's actor or critic folder.
     """
     model = load_checkpoint_model(local_dir, is_value_model, trust_remote_code)
-    generation_config, model.generation_config = getattr(model, "generation_config", None), None
+    generation_config = getattr(model, "generation_config", None)
+    if generation_config is not None:
+        # Written as it is: saving it through transformers would refuse settings that loading accepts.
+        model.generation_config = GenerationConfig()
     model.save_pretrained(target_dir)
     if generation_config is not None:
-        # As it is: saving through transformers would refuse settings that loading accepts.
         generation_config.to_json_file(Path(target_dir) / "generation_config.json")
     load_tokenizer(local_dir, trust_remote_code).save_pretrained(target_dir)
     return Path(target_dir)
