@@ -2,8 +2,8 @@
 
 A DataProto is a table with one row per sample. Tensor columns live in a TensorDict, columns of Python objects (prompts,
 uids, tool arguments) in object ndarrays, and facts about the whole batch in `meta_info`. This module holds the table,
-its row and column operations, its serialisation (pickle for Ray, a file that loads without running pickled code) and
-the future that stands for a table still being computed by Ray workers.
+its row and column operations, how it is pickled and saved, and the future that stands for a table still being computed
+by Ray workers. How single values are compared, picked and turned into bytes is in `verl.utils.columns`.
 
 Left out: which worker gets which rows (verl.single_controller), balancing rows by length (verl.utils.seqlen_balancing),
 and nested or sparse tensors: a column is a dense tensor of rank >= 1. Shapes below write B for the rows.
@@ -14,172 +14,53 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torch.utils.data import DataLoader
 
-SerializedTensor: TypeAlias = tuple[str, tuple[int, ...], bytes]
-SerializedTensorDict: TypeAlias = tuple[tuple[int, ...], dict[str, SerializedTensor]]
-RowIndex: TypeAlias = Sequence[int] | Sequence[bool] | np.ndarray | torch.Tensor
+from verl.utils.columns import (
+    RowIndex,
+    deserialize_single_tensor,
+    deserialize_tensordict,
+    equal,
+    from_plain,
+    list_of_dict_to_dict_of_list,
+    object_array,
+    refuse_conflicts,
+    row_indices,
+    serialize_single_tensor,
+    serialize_tensordict,
+    to_plain,
+    union_numpy_dict,
+    union_tensor_dict,
+)
 
-
-# ---------------------------------------------------------------- values
-
-
-def _object_array(key: str, values: Any) -> np.ndarray:
-    """A column of objects. A list stays 1-D whatever its items are; an ndarray keeps the shape its owner gave it."""
-    if isinstance(values, np.ndarray) and values.ndim >= 1:
-        return values.astype(object, copy=False)
-    if isinstance(values, list | tuple):
-        # np.array would turn a list of equal-length lists into a 2-D array.
-        return np.fromiter(values, dtype=object, count=len(values))
-    raise TypeError(f"non-tensor {key!r}: expected a list or an ndarray of rank >= 1, got {type(values).__name__}")
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Deep equality in which NaN equals NaN. Tensors must agree in dtype too, but not in device."""
-    if a is b:
-        return True
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        if a.dtype != b.dtype or a.shape != b.shape:
-            return False
-        b = b.to(a.device)
-        return bool(((a == b) | ((a != a) & (b != b))).all())
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        return a.shape == b.shape and all(map(_equal, a.flat, b.flat))
-    if isinstance(a, torch.Tensor | np.ndarray) or isinstance(b, torch.Tensor | np.ndarray):
-        return False
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, float | np.floating) and isinstance(b, float | np.floating) and np.isnan(a):
-        return bool(np.isnan(b))
-    return bool(a == b)
-
-
-def _refuse_conflicts(kind: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    for key in ours.keys() & theirs.keys():
-        if not _equal(ours[key], theirs[key]):
-            raise ValueError(f"union: {kind} key {key!r} has different values on the two sides")
-
-
-def _row_indices(index: RowIndex, length: int) -> np.ndarray:
-    """Turn integers (negative ones count from the end) or a bool mask into row numbers, int64 of shape (rows,).
-
-    Raises IndexError for a row out of range, ValueError for a wrong rank or mask length, TypeError for other dtypes.
-    """
-    rows = index.detach().cpu().numpy() if isinstance(index, torch.Tensor) else np.asarray(index)
-    if rows.ndim != 1:
-        raise ValueError(f"row index must be 1-D, got shape {rows.shape}")
-    if rows.dtype == bool:
-        if len(rows) != length:
-            raise ValueError(f"bool mask: expected length {length}, got {len(rows)}")
-        return np.flatnonzero(rows)
-    if rows.size == 0:
-        return np.zeros(0, dtype=np.int64)
-    if rows.dtype.kind not in "iu":
-        raise TypeError(f"row index must be integers or bools, got dtype {rows.dtype}")
-    if rows.min() < -length or rows.max() >= length:
-        raise IndexError(f"row index in [{rows.min()}, {rows.max()}] is out of range for {length} rows")
-    return rows.astype(np.int64) % length
-
-
-def union_tensor_dict(tensor_dict1: TensorDict, tensor_dict2: TensorDict) -> TensorDict:
-    """Add the second's keys to the first, in place. ValueError if batch sizes or the values of a shared key differ."""
-    if tensor_dict1.batch_size != tensor_dict2.batch_size:
-        raise ValueError(
-            f"union: expected batch size {tuple(tensor_dict1.batch_size)}, got {tuple(tensor_dict2.batch_size)}"
-        )
-    _refuse_conflicts("tensor", dict(tensor_dict1.items()), dict(tensor_dict2.items()))
-    for key in tensor_dict2.keys() - tensor_dict1.keys():
-        tensor_dict1[key] = tensor_dict2[key]
-    return tensor_dict1
-
-
-def union_numpy_dict(array_dict1: dict[str, np.ndarray], array_dict2: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Add the second's keys to the first, in place. ValueError if a shared key's values differ; NaN equals NaN."""
-    _refuse_conflicts("non-tensor", array_dict1, array_dict2)
-    array_dict1.update({key: value for key, value in array_dict2.items() if key not in array_dict1})
-    return array_dict1
-
-
-def list_of_dict_to_dict_of_list(list_of_dict: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """[{"a": 1}, {"a": 2}] -> {"a": [1, 2]}. ValueError if the dicts' keys differ."""
-    if not list_of_dict:
-        return {}
-    keys = list_of_dict[0].keys()
-    for row, values in enumerate(list_of_dict):
-        if values.keys() != keys:
-            raise ValueError(f"dict {row}: expected keys {sorted(keys)}, got {sorted(values)}")
-    return {key: [values[key] for values in list_of_dict] for key in keys}
-
-
-# ---------------------------------------------------------------- serialisation
-
-
-def serialize_single_tensor(tensor: torch.Tensor) -> SerializedTensor:
-    """(dtype name, shape, raw bytes) of a dense tensor on any device; a view contributes its own elements only."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    # numpy has no bfloat16, so every dtype travels as its bytes.
-    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
-
-
-def deserialize_single_tensor(serialized: SerializedTensor) -> torch.Tensor:
-    """The tensor of `serialize_single_tensor`, writable and on the CPU."""
-    dtype, shape, data = serialized
-    if not data:
-        return torch.empty(shape, dtype=getattr(torch, dtype))  # frombuffer refuses an empty buffer
-    # bytearray copies: a tensor over immutable bytes could be written to.
-    return torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).reshape(shape)
-
-
-def serialize_tensordict(batch: TensorDict) -> SerializedTensorDict:
-    """(batch size, {key: serialised tensor}) of a flat TensorDict."""
-    return tuple(batch.batch_size), {key: serialize_single_tensor(value) for key, value in batch.items()}
-
-
-def deserialize_tensordict(serialized: SerializedTensorDict) -> TensorDict:
-    """The TensorDict of `serialize_tensordict`, on the CPU."""
-    batch_size, tensors = serialized
-    return TensorDict({key: deserialize_single_tensor(value) for key, value in tensors.items()}, batch_size=batch_size)
-
-
-def _to_plain(path: str, value: Any) -> Any:
-    """Rewrite a value in the types that torch.load(weights_only=True) accepts. TypeError names what cannot be."""
-    if value is None or type(value) in (bool, int, float, str, bytes):
-        return value
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().clone()  # torch.save writes a view's whole storage
-    if isinstance(value, np.generic):
-        return _to_plain(path, value.item())
-    if isinstance(value, np.ndarray):
-        values = [_to_plain(path, item) for item in value.ravel().tolist()]
-        return {"__ndarray__": values, "dtype": str(value.dtype), "shape": list(value.shape)}
-    if isinstance(value, Mapping):
-        return {_to_plain(path, key): _to_plain(f"{path}.{key}", item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [_to_plain(path, item) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    raise TypeError(f"{path}: cannot save a {type(value).__name__}; only tensors, arrays and plain Python values")
-
-
-def _from_plain(value: Any) -> Any:
-    if isinstance(value, dict) and "__ndarray__" in value:
-        flat = _object_array("__ndarray__", [_from_plain(item) for item in value["__ndarray__"]])
-        return flat.astype(value["dtype"]).reshape(value["shape"])
-    if isinstance(value, dict):
-        return {key: _from_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_from_plain(item) for item in value)
-    return value
+__all__ = [
+    "DataProto",
+    "DataProtoConfig",
+    "DataProtoFuture",
+    "DataProtoItem",
+    "all_gather_data_proto",
+    "collate_fn",
+    "deserialize_single_tensor",
+    "deserialize_tensordict",
+    "fold_batch_dim",
+    "list_of_dict_to_dict_of_list",
+    "pad_dataproto_to_divisor",
+    "serialize_single_tensor",
+    "serialize_tensordict",
+    "unfold_batch_dim",
+    "union_numpy_dict",
+    "union_tensor_dict",
+    "unpad_dataproto",
+]
 
 
 # ---------------------------------------------------------------- the table
@@ -244,7 +125,7 @@ class DataProto:
         for key, value in self._tensors().items():
             if not isinstance(value, torch.Tensor):
                 raise ValueError(f"batch {key!r}: expected a tensor, got {type(value).__name__}")
-        self.non_tensor_batch = {key: _object_array(key, value) for key, value in self.non_tensor_batch.items()}
+        self.non_tensor_batch = {key: object_array(key, value) for key, value in self.non_tensor_batch.items()}
         for key, value in self.non_tensor_batch.items():
             if len(value) != len(self):
                 raise ValueError(f"non-tensor {key!r}: expected {len(self)} rows, got {len(value)}")
@@ -328,9 +209,9 @@ class DataProto:
         """Write a file that loads without running pickled code. TypeError names a value that is not plain data."""
         plain = {
             "batch_size": None if self.batch is None else list(self.batch.batch_size),
-            "tensors": _to_plain("batch", self._tensors()),
-            "non_tensors": _to_plain("non_tensor_batch", self.non_tensor_batch),
-            "meta_info": _to_plain("meta_info", self.meta_info),
+            "tensors": to_plain("batch", self._tensors()),
+            "non_tensors": to_plain("non_tensor_batch", self.non_tensor_batch),
+            "meta_info": to_plain("meta_info", self.meta_info),
             "auto_padding": self.auto_padding,
         }
         torch.save(plain, filepath)
@@ -341,7 +222,7 @@ class DataProto:
         plain = torch.load(filepath, weights_only=True)
         size = plain["batch_size"]
         batch = None if size is None else TensorDict(plain["tensors"], batch_size=size)
-        return cls(batch, _from_plain(plain["non_tensors"]), _from_plain(plain["meta_info"]), plain["auto_padding"])
+        return cls(batch, from_plain(plain["non_tensors"]), from_plain(plain["meta_info"]), plain["auto_padding"])
 
     def to(self, device: torch.device | str) -> DataProto:
         """Move the tensors, in place; returns self."""
@@ -433,7 +314,7 @@ class DataProto:
         if len(self) != len(other) and self._has_columns() and other._has_columns():
             raise ValueError(f"union: expected {len(self)} rows, got {len(other)}")
         non_tensor_batch = union_numpy_dict(dict(self.non_tensor_batch), other.non_tensor_batch)
-        _refuse_conflicts("meta_info", self.meta_info, other.meta_info)
+        refuse_conflicts("meta_info", self.meta_info, other.meta_info)
         if self.batch is None:
             self.batch = None if other.batch is None else other.batch.copy()
         elif other.batch is not None:
@@ -454,7 +335,7 @@ class DataProto:
             return self._derive(batch, {key: value[item] for key, value in self.non_tensor_batch.items()})
         if not isinstance(item, int | np.integer):
             return self.select_idxs(item)
-        row = int(_row_indices([item], len(self))[0])
+        row = int(row_indices([item], len(self))[0])
         batch = None if self.batch is None else self.batch[row]
         return DataProtoItem(batch, {key: v[row] for key, v in self.non_tensor_batch.items()}, dict(self.meta_info))
 
@@ -463,14 +344,14 @@ class DataProto:
         return self[slice(start, end, step)]
 
     def select_idxs(self, idxs: RowIndex) -> DataProto:
-        """A copy of the rows picked by integers (repeats allowed) or a bool mask (B,). Errors as in `_row_indices`."""
-        rows = _row_indices(idxs, len(self))
+        """A copy of the rows picked by integers (repeats allowed) or a bool mask (B,). Errors as in `row_indices`."""
+        rows = row_indices(idxs, len(self))
         batch = None if self.batch is None else self.batch[torch.from_numpy(rows)]
         return self._derive(batch, {key: value[rows] for key, value in self.non_tensor_batch.items()})
 
     def reorder(self, indices: RowIndex) -> None:
         """Permute the rows in place: new row i is old row indices[i]. ValueError unless a permutation of 0..B-1."""
-        rows = _row_indices(indices, len(self))
+        rows = row_indices(indices, len(self))
         if not np.array_equal(np.sort(rows), np.arange(len(self))):
             raise ValueError(f"reorder: expected a permutation of {len(self)} rows, got {len(rows)} indices")
         moved = self.select_idxs(rows)
@@ -594,7 +475,7 @@ def _concat_meta_info(parts: Sequence[DataProto]) -> dict[str, Any]:
         for key, value in part.meta_info.items():
             if key == "metrics":
                 merged[key] = merged.get(key, []) + (value if isinstance(value, list) else [value])
-            elif not _equal(merged.setdefault(key, value), value):
+            elif not equal(merged.setdefault(key, value), value):
                 raise ValueError(f"concat: meta_info key {key!r} differs between parts: {merged[key]!r}, {value!r}")
     return merged
 
