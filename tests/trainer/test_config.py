@@ -346,6 +346,10 @@ def test_discriminator_constants():
         "diff_coef": 0.5,
     }
     assert with_required("critic.discriminator.loss=bradley_terry").critic.discriminator.constants() == {}
+    hinge = {"margin": 1.0, "ranking_coef": 0.5, "temperature": 2.0, "clamp": 10.0}
+    assert with_required("critic.discriminator.loss=hinge").critic.discriminator.constants() == hinge
+    two_sided = with_required("critic.discriminator.loss=two_sided_hinge").critic.discriminator.constants()
+    assert two_sided == hinge | {"upper": 5.0}
 
 
 def test_the_reference_is_for_a_kl_term():

@@ -44,6 +44,7 @@ LOSSES = {
         "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm",
     ],
     "ranking": ["stage=gad", "critic.discriminator.loss=ranking"],
+    "two_sided_hinge": ["stage=gad", "critic.discriminator.loss=two_sided_hinge"],
     "bradley_terry": ["stage=gad", "critic.discriminator.loss=bradley_terry"],
 }
 # Ways to cut the same mini-batch: everything at once, by tokens, by rows, and padded instead of packed.
@@ -101,7 +102,7 @@ def batch() -> DataProto:
 
 def update(loss: str, config: Config, data: DataProto, wrap=lambda module: module):
     """Run one update; returns the module with its gradients, and the metrics."""
-    if loss in ("ranking", "bradley_terry"):
+    if loss in ("ranking", "two_sided_hinge", "bradley_terry"):
         module = wrap(ScoreModel(scorer(), config.critic.model.use_remove_padding))
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.0)
         return module, DataParallelPPOCritic(config.critic, module, optimizer, EOS).update_critic(data)

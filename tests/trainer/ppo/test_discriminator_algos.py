@@ -11,9 +11,11 @@ from verl.trainer.ppo.discriminator_algos import (
     compute_discriminator_loss,
     discriminator_metrics,
     get_discriminator_loss_fn,
+    hinge_loss,
     pool_scores,
     ranking_loss,
     score_mask,
+    two_sided_hinge_loss,
 )
 
 EOS = 2
@@ -231,6 +233,46 @@ def test_ranking_every_constant_counts():
     assert loss.item() == pytest.approx(2 * log1pexp(-4) + 0.5 + 12.0)
 
 
+@pytest.mark.parametrize(
+    ("d", "lower", "upper", "slope"),
+    [
+        # Soft term: 0.5 * -logsigmoid(d / 2), slope 0.25 * (sigmoid(d / 2) - 1), none beyond |d / 2| = 10.
+        # Below the margin 1 the hinge adds slope -1, above the limit 5 the upper one adds +1.
+        (-30.0, 31.0, 0.0, -1.0),  # d / 2 = -15 is clamped
+        (0.0, 1.0, 0.0, -1.0 + 0.25 * (0.5 - 1)),
+        (1.0, 0.0, 0.0, 0.25 * (sigmoid(0.5) - 1)),  # at the margin
+        (3.0, 0.0, 0.0, 0.25 * (sigmoid(1.5) - 1)),
+        (5.0, 0.0, 0.0, 0.25 * (sigmoid(2.5) - 1)),  # at the limit
+        (6.0, 0.0, 1.0, 0.25 * (sigmoid(3.0) - 1) + 1.0),
+        (30.0, 0.0, 25.0, 1.0),
+    ],
+)
+def test_hinges_around_their_limits(d, lower, upper, slope):
+    soft = log1pexp(-max(-10.0, min(10.0, d / 2)))
+    scores = pairs([d])
+    loss, metrics = hinge_loss(scores)
+    assert loss.item() == pytest.approx(lower + 0.5 * soft, rel=1e-9)
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+        {"critic/hinge_loss_lower": lower, "critic/ranking_loss": soft}, rel=1e-9
+    )
+    assert slopes(loss, scores) == pytest.approx([slope - (1.0 if d > 5 else 0.0)], rel=1e-9, abs=1e-12)
+
+    scores = pairs([d])
+    loss, metrics = two_sided_hinge_loss(scores)
+    assert loss.item() == pytest.approx(lower + 0.5 * soft + upper, rel=1e-9)
+    assert metrics["critic/hinge_loss_upper"].item() == upper
+    assert slopes(loss, scores) == pytest.approx([slope], rel=1e-9, abs=1e-12)
+
+
+def test_every_constant_of_the_hinges_counts():
+    scores = pairs([1.5])
+    # relu(2 - 1.5) + 3 * -logsigmoid(min(1.5 / 0.1, 4)), and relu(1.5 - 1.2) on top
+    loss, _ = hinge_loss(scores, margin=2.0, ranking_coef=3.0, temperature=0.1, clamp=4.0)
+    assert loss.item() == pytest.approx(0.5 + 3 * log1pexp(-4))
+    loss, _ = two_sided_hinge_loss(scores, margin=2.0, upper=1.2, ranking_coef=3.0, temperature=0.1, clamp=4.0)
+    assert loss.item() == pytest.approx(0.5 + 3 * log1pexp(-4) + 0.3)
+
+
 def test_discriminator_metrics():
     # Teacher .4 against .1, .3 and teacher .5 against .5, .9: d = .3, .1, 0, -.4; a tie is not a win.
     scores = PairScores(
@@ -328,7 +370,7 @@ def test_flat_constants_are_keywords():
         compute_discriminator_loss(*FLAT, loss="wasserstein")
 
 
-@pytest.mark.parametrize("loss", ["bradley_terry", "ranking"])
+@pytest.mark.parametrize("loss", ["bradley_terry", "hinge", "two_sided_hinge", "ranking"])
 def test_identical_answers_cannot_be_told_apart(loss):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(4, 5, generator=generator)
@@ -341,7 +383,7 @@ def test_identical_answers_cannot_be_told_apart(loss):
         assert metrics["critic/diff_penalty"] == 0.0
 
 
-@pytest.mark.parametrize("loss", ["bradley_terry", "ranking"])
+@pytest.mark.parametrize("loss", ["bradley_terry", "hinge", "two_sided_hinge", "ranking"])
 @pytest.mark.parametrize("pooling", ["last_token", "mean", "sum"])
 def test_grouped_equals_flat(loss, pooling):
     B, N, T = 3, 4, 5

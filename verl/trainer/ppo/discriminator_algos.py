@@ -126,6 +126,39 @@ def bradley_terry_loss(scores: PairScores) -> tuple[torch.Tensor, dict[str, torc
     return ranking, {"critic/ranking_loss": ranking}
 
 
+def _soft_ranking(d: torch.Tensor, temperature: float, clamp: float) -> torch.Tensor:
+    """-logsigmoid(clamp(d / temperature, -clamp, clamp)), mean over pairs; log 2 means "cannot tell"."""
+    return -F.logsigmoid((d / temperature).clamp(-clamp, clamp)).mean()
+
+
+@register_discriminator_loss("hinge", pooling="mean")
+def hinge_loss(
+    scores: PairScores, margin: float = 1.0, ranking_coef: float = 0.5, temperature: float = 2.0, clamp: float = 10.0
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The mean over pairs of relu(margin - d) + ranking_coef * -logsigmoid(clamp(d / temperature, -clamp, clamp)).
+
+    It wants the teacher ahead by `margin` and has no upper limit. Metrics are the terms without their coefficients.
+    """
+    d = scores.difference
+    lower, ranking = F.relu(margin - d).mean(), _soft_ranking(d, temperature, clamp)
+    return lower + ranking_coef * ranking, {"critic/hinge_loss_lower": lower, "critic/ranking_loss": ranking}
+
+
+@register_discriminator_loss("two_sided_hinge", pooling="mean")
+def two_sided_hinge_loss(
+    scores: PairScores,
+    margin: float = 1.0,
+    upper: float = 5.0,
+    ranking_coef: float = 0.5,
+    temperature: float = 2.0,
+    clamp: float = 10.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`hinge_loss` plus the mean of relu(d - upper), which keeps the teacher's lead from growing without bound."""
+    loss, metrics = hinge_loss(scores, margin, ranking_coef, temperature, clamp)
+    excess = F.relu(scores.difference - upper).mean()
+    return loss + excess, {**metrics, "critic/hinge_loss_upper": excess}
+
+
 @register_discriminator_loss("ranking", pooling="mean")
 def ranking_loss(
     scores: PairScores,
@@ -145,7 +178,7 @@ def ranking_loss(
     Metrics are the three terms without their coefficients, so that ranking_loss = log 2 means "cannot tell".
     """
     d = scores.difference
-    ranking = -F.logsigmoid((d / temperature).clamp(-clamp, clamp)).mean()
+    ranking = _soft_ranking(d, temperature, clamp)
     regulariser = scores.teacher_raw.square().mean() + scores.student_raw.square().mean()
     penalty = F.relu(d - diff_limit).square().mean()
     loss = ranking_coef * ranking + reg_coef * regulariser + diff_coef * penalty

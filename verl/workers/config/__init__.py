@@ -1,7 +1,14 @@
 """Typed, frozen settings, one dataclass per config group. Defaults live in `verl/trainer/config/*.yaml` alone."""
 
 from verl.workers.config.actor import ActorConfig, ActorRolloutRefConfig, PolicyLossConfig, RefConfig
-from verl.workers.config.critic import BradleyTerryConfig, CriticConfig, DiscriminatorConfig, RankingConfig
+from verl.workers.config.critic import (
+    BradleyTerryConfig,
+    CriticConfig,
+    DiscriminatorConfig,
+    HingeConfig,
+    RankingConfig,
+    TwoSidedHingeConfig,
+)
 from verl.workers.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
 from verl.workers.config.rollout import RolloutConfig, SamplingConfig
 
@@ -12,6 +19,7 @@ __all__ = [
     "CriticConfig",
     "DiscriminatorConfig",
     "FSDPConfig",
+    "HingeConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PolicyLossConfig",
@@ -19,4 +27,5 @@ __all__ = [
     "RefConfig",
     "RolloutConfig",
     "SamplingConfig",
+    "TwoSidedHingeConfig",
 ]

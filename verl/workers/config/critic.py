@@ -12,6 +12,23 @@ class BradleyTerryConfig:
 
 
 @settings
+class HingeConfig:
+    """Constants of the hinge loss, and of the part that the two-sided one shares with it."""
+
+    margin: float
+    ranking_coef: NonNegative
+    temperature: PositiveFloat
+    clamp: PositiveFloat
+
+
+@settings
+class TwoSidedHingeConfig(HingeConfig):
+    """Constants of the two-sided hinge loss."""
+
+    upper: float
+
+
+@settings
 class RankingConfig:
     """Constants of the ranking loss (`core_algos.ranking_loss`)."""
 
@@ -27,10 +44,12 @@ class RankingConfig:
 class DiscriminatorConfig:
     """Which loss, on which scores. `pooling=None` is the pooling the loss was made for."""
 
-    loss: Literal["bradley_terry", "ranking"]
+    loss: Literal["bradley_terry", "hinge", "two_sided_hinge", "ranking"]
     pooling: Literal["last_token", "mean", "sum"] | None
     exclude_eos: bool
     bradley_terry: BradleyTerryConfig
+    hinge: HingeConfig
+    two_sided_hinge: TwoSidedHingeConfig
     ranking: RankingConfig
 
     def constants(self) -> dict[str, Any]:
