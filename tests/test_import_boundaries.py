@@ -99,7 +99,8 @@ def test_packages_are_resolved_from_their_init():
 
 PURE = {
     "verl/trainer/ppo/core_algos.py": {"verl.trainer.ppo.discriminator_algos", "verl.utils.torch_functional"},
-    "verl/trainer/ppo/discriminator_algos.py": {"verl.utils.torch_functional"},
+    "verl/trainer/ppo/discriminator_algos.py": {"verl.utils.torch_functional", "verl.utils.user_code"},
+    "verl/utils/user_code.py": {"importlib", "pathlib", "sys"},
     "verl/trainer/ppo/metric_utils.py": {
         "verl.protocol",
         "verl.trainer.ppo.core_algos",

@@ -1,18 +1,19 @@
-"""Running whole stages in this process, on real Ray, with the tiny model of `tests.tiny`."""
+"""Running whole stages with the tiny model of `tests.tiny`: on real Ray, or on one rank in this process."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-from verl.trainer.config import compose_config
+from verl.trainer.config import Config, compose_config
 from verl.trainer.main_ppo import run_ppo
 
 
-def train(folder: Path, name: str, *overrides: str) -> Path:
+def train(folder: Path, name: str, *overrides: str, run_with: Callable[[Config], None] = run_ppo) -> Path:
     """Run one stage on `folder`'s model and data; returns the run's folder."""
     run = folder / "runs" / name
-    run_ppo(
+    run_with(
         compose_config(
             [
                 f"data.train_files={folder}/train.jsonl",

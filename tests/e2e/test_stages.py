@@ -69,7 +69,13 @@ def test_every_metric_of_the_adversarial_stages_is_logged(warmup):
     metrics = read_metrics(warmup)
     assert sorted(metrics) == list(range(13))
     assert metrics[0].keys() >= DISCRIMINATOR_METRICS | VALIDATION_METRICS | COMMON_METRICS - {"timing_s/update_actor"}
-    assert metrics[0].keys() >= {"val/critic/d_acc", "val/critic/score_diff"}
+    held_out = {f"val/critic/{kind}{name}" for kind in ("", "fixed/") for name in ("d_acc", "score_diff")}
+    assert metrics[0].keys() >= held_out
+    # Before training the stored answers are the fresh ones; after it the student writes others.
+    for name in ("d_acc", "score_diff", "student_score_mean"):
+        assert metrics[0][f"val/critic/fixed/{name}"] == metrics[0][f"val/critic/{name}"]
+        assert metrics[12][f"val/critic/fixed/{name}"] != metrics[0][f"val/critic/fixed/{name}"]
+    assert metrics[12]["val/critic/fixed/student_score_mean"] != metrics[12]["val/critic/student_score_mean"]
     assert "actor/pg_loss" not in metrics[9]
     assert metrics[10].keys() >= DISCRIMINATOR_METRICS | POLICY_METRICS | COMMON_METRICS
     assert metrics[12].keys() >= VALIDATION_METRICS
@@ -123,8 +129,11 @@ def test_merger_says_what_is_wrong(warmup, folder):
         merger(["merge", "--backend", "megatron", "--local_dir", "x"])
 
 
+# Past answers are half of the discriminator's batch: 4 groups of 3; the buffer holds those of two steps.
 GAD = (
     "stage=gad",
+    "critic.replay.capacity=24",
+    "algorithm.task_reward_weight=0.5",
     "trainer.save_freq=2",
     "trainer.test_freq=2",
     "trainer.n_gpus_per_node=2",
@@ -139,7 +148,12 @@ GAD = (
 def gad(folder, warmup):
     """Four steps of stage 3 on two ranks, from unmerged checkpoint folders."""
     source = warmup / "global_step_12"
-    models = (f"actor_rollout_ref.model.path={source}/actor", f"critic.model.path={source}/critic")
+    (folder / "reward.py").write_text("def compute_score(prompt, answer, teacher):\n    return len(answer) / 10\n")
+    models = (
+        f"custom_reward_function.path={folder}/reward.py",
+        f"actor_rollout_ref.model.path={source}/actor",
+        f"critic.model.path={source}/critic",
+    )
     run = train(folder, "gad", *GAD, *models, "trainer.total_training_steps=4")
     return run, models
 
@@ -148,7 +162,8 @@ def test_stages_hand_over_through_unmerged_folders(gad, warmup):
     """The weights that GAD starts from are warmup's: its first validation repeats warmup's last."""
     run, _ = gad
     start, end = read_metrics(run)[0], read_metrics(warmup)[12]
-    for name in ("val/rouge-L/mean", "val/critic/score_diff", "val/critic/teacher_score_mean"):
+    # Sampled answers differ between one rank and two; the greedy ones and the teacher's do not.
+    for name in ("val/rouge-L/mean", "val/critic/teacher_score_mean"):
         assert start[name] == pytest.approx(end[name], abs=1e-5), name
 
 
@@ -168,8 +183,12 @@ def test_resuming_is_exact(gad, folder):
     assert (resumed / "global_step_4" / "trainer_state.json").read_text() == (
         run / "global_step_4" / "trainer_state.json"
     ).read_text()
+    for name in ("replay", "held_out"):
+        files = [r / "global_step_4" / f"{name}.safetensors" for r in (run, resumed)]
+        assert files[0].read_bytes() == files[1].read_bytes()
     once, again = read_metrics(run), read_metrics(resumed)
     assert sorted(again) == [2, 3, 4]
+    assert again[2]["critic/replay/fraction"] == 0.5, "a buffer that starts empty would replay nothing yet"
     for step in again:
         same = {name for name in once[step] if not name.startswith(("timing", "perf/"))}
         assert {name: again[step][name] for name in same} == {name: once[step][name] for name in same}
@@ -196,7 +215,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one(gad, folder):
     one_rank = [*GAD, *models, "trainer.n_gpus_per_node=1", "trainer.val_only=True"]
     train(folder, "single", *one_rank, "trainer.total_training_steps=5")
     once, again = read_metrics(run)[4], read_metrics(single)[4]
-    for name in ("val/rouge-L/mean", "val/critic/score_diff", "val/critic/student_score_mean"):
+    for name in ("val/rouge-L/mean", "val/critic/fixed/score_diff", "val/critic/fixed/student_score_mean"):
         assert again[name] == pytest.approx(once[name], abs=1e-5), name
 
 

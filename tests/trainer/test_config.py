@@ -474,13 +474,12 @@ def test_several_problems_are_listed_together():
         (f"{ACTOR}.loss_agg_mode=mean", ["token-mean", "'mean'"]),
         (f"{ACTOR}.strategy=ddp", ["fsdp2", "'ddp'"]),
         ("data.truncation=none", ["middle", "'none'"]),
-        ("critic.discriminator.loss=gan", ["ranking", "'gan'"]),
         ("critic.discriminator.pooling=max", ["last_token", "'max'"]),
         ("critic.discriminator.ranking.temperature=0", ["greater than 0"]),
         ("trainer.resume_mode=always", ["resume_path", "'always'"]),
         ("trainer.max_actor_ckpt_to_keep=0", ["greater than 0"]),
         ("trainer.total_training_steps=0", ["greater than 0"]),
-        ("trainer=5", ["dictionary"]),
+        ("algorithm=5", ["dictionary"]),
     ],
 )
 def test_type_errors(override, parts):
@@ -548,7 +547,33 @@ CONFLICTS: dict[str, tuple[list[str], list[str]]] = {
     "critic on": (["critic.enable=True", "stage=seqkd"], ["critic.enable=True", "critic_warmup=-1"]),
     "nothing scores": (["trainer.critic_warmup=-1"], ["critic_warmup=-1", "use_sft_mode=True"]),
     "nothing to score": ([f"{ACTOR}.use_sft_mode=True"], ["use_sft_mode=True", "critic_warmup=-1"]),
-    "warmup by SFT": (["trainer.warmup_use_sft=True"], ["trainer.warmup_use_sft=True"]),
+    "warmup by SFT without a discriminator": (
+        ["trainer.warmup_use_sft=True", "stage=seqkd"],
+        ["trainer.warmup_use_sft=True", "critic_warmup"],
+    ),
+    "warmup by SFT without SFT": (
+        ["trainer.warmup_use_sft=True", f"{ACTOR}.use_sft_mode=False"],
+        ["trainer.warmup_use_sft=True", "use_sft_mode=True"],
+    ),
+    "discriminator loss": (["critic.discriminator.loss=gan"], ["critic.discriminator.loss", "'gan'", "ranking"]),
+    "discriminator loss file": (
+        ["critic.discriminator.loss=/nowhere/mine.py:loss"],
+        ["critic.discriminator.loss", "no file /nowhere/mine.py"],
+    ),
+    "constants of nobody": (["critic.discriminator.custom={margin: 2}"], ["discriminator.custom", "ranking"]),
+    "temperature of a loss without one": (
+        ["critic.discriminator.loss=bradley_terry", "critic.discriminator.adaptive_temperature.enable=True"],
+        ["adaptive_temperature", "bradley_terry"],
+    ),
+    # 0.001 of mini-batches of 256 prompts: a quarter of a group.
+    "replay of nothing": (
+        ["critic.replay.capacity=100000", "critic.replay.fraction=0.001"],
+        ["critic.replay.fraction=0.001", "256"],
+    ),
+    # Half of the batch: 256 past groups of 8 answers.
+    "replay that cannot fill a step": (["critic.replay.capacity=2047"], ["critic.replay.capacity=2047", "2048"]),
+    "task reward without a function": (["algorithm.task_reward_weight=1"], ["task_reward_weight=1", "path"]),
+    "task reward file": (["custom_reward_function.path=/nowhere/r.py"], ["custom_reward_function", "/nowhere/r.py"]),
     "validation only": (["trainer.val_only=True"], ["val_only=True", "data.val_files"]),
     "group of one": ([f"{ROLLOUT}.n=1"], [f"{ROLLOUT}.n=1", "2 or more"]),
     "greedy training": ([f"{ROLLOUT}.do_sample=False", f"{ROLLOUT}.n=2"], ["do_sample=False", "n answers"]),

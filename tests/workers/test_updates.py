@@ -107,8 +107,8 @@ def test_values_of_students_and_teachers():
     torch.testing.assert_close(scores["teacher_scores"][:, 0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_teacher_rows_are_forwarded_once_per_prompt():
-    """N + 1 sequences a group, not 2 N."""
+def test_each_distinct_answer_of_a_group_is_forwarded_once():
+    """At most N + 1 sequences a group, not 2 N; two students wrote the same, another wrote what the teacher wrote."""
     seen = []
 
     def watch(module):
@@ -116,7 +116,48 @@ def test_teacher_rows_are_forwarded_once_per_prompt():
         return module
 
     update("ranking", settings("ranking"), batch(), wrap=watch)
-    assert sum(seen) == PROMPTS * (ANSWERS + 1)
+    assert sum(seen) == PROMPTS * (ANSWERS + 1) - 2
+
+
+@pytest.mark.parametrize("loss", ["ranking", "bradley_terry", "hinge-adaptive"])
+@pytest.mark.parametrize("split", ["whole", "tokens", "rows"])
+def test_scores_from_the_updates_own_forward_are_those_before_it(loss, split):
+    """With a learning rate that changes the scores; the update is then the same as that of `update_critic`."""
+    config = settings(loss, split).critic
+    data = batch()
+    data.meta_info["mini_batches"] = 1
+    before = DataParallelPPOCritic(config, ScoreModel(scorer()), None, EOS).compute_scores(data)
+
+    def critic():
+        module = ScoreModel(scorer())
+        return DataParallelPPOCritic(config, module, torch.optim.AdamW(module.parameters(), lr=1e-2), EOS)
+
+    fused, plain = critic(), critic()
+    scores, metrics = fused.score_and_update(data)
+    assert scores.keys() == before.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(scores[name], value, atol=1e-5, rtol=1e-5)
+    expected = plain.update_critic(data)
+    assert metrics == pytest.approx(expected)
+    for ours, theirs in zip(fused.critic_module.parameters(), plain.critic_module.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(fused.compute_scores(data)["student_scores"], before["student_scores"], atol=1e-3)
+
+
+def test_adaptive_temperature_follows_the_mean_difference_of_the_mini_batch():
+    data = batch()
+    config = settings("hinge-adaptive", "rows").critic
+    critic = DataParallelPPOCritic(config, ScoreModel(scorer()), None, EOS)
+    scores = critic.compute_scores(data)
+    d = scores["teacher_scores"] - scores["student_scores"]
+    temperature = 0.5 + 0.5 * abs(d.mean().item())
+    assert 0.5 < temperature < 3.0, "at a limit it would not show the mean"
+    _, metrics = update("hinge-adaptive", settings("hinge-adaptive", "rows"), data)
+    assert metrics["critic/temperature"] == pytest.approx(temperature, abs=1e-6)
+    ranking = -F.logsigmoid((d / temperature).clamp(-10, 10)).mean().item()
+    assert metrics["critic/ranking_loss"] == pytest.approx(ranking, abs=1e-6)
+    lower = F.relu(1 - d).mean().item()
+    assert metrics["critic/d_loss"] == pytest.approx(lower + 0.5 * ranking, abs=1e-5)
 
 
 def test_several_mini_batches_and_epochs_step_each_time():

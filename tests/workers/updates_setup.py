@@ -46,7 +46,13 @@ LOSSES = {
     "ranking": ["stage=gad", "critic.discriminator.loss=ranking"],
     "two_sided_hinge": ["stage=gad", "critic.discriminator.loss=two_sided_hinge"],
     "bradley_terry": ["stage=gad", "critic.discriminator.loss=bradley_terry"],
+    "hinge-adaptive": [
+        "stage=gad",
+        "critic.discriminator.loss=hinge",
+        "critic.discriminator.adaptive_temperature.enable=True",
+    ],
 }
+CRITIC_LOSSES = [name for name, overrides in LOSSES.items() if any("critic.discriminator" in o for o in overrides)]
 # Ways to cut the same mini-batch: everything at once, by tokens, by rows, and padded instead of packed.
 SPLITS = {
     "whole": [],
@@ -73,6 +79,11 @@ def batch() -> DataProto:
     shape = (PROMPTS, ANSWERS, 8)
     responses = students.responses.view(shape).clone()
     responses[0, 0, -1] = EOS  # some answers end with EOS, some are cut
+    # Two students of the third prompt wrote the same, and one of the last prompt wrote what the teacher wrote.
+    lengths = students.response_mask.sum(-1).view(PROMPTS, ANSWERS)
+    assert lengths[2].tolist() == [5, 5, 1] and lengths[3, 0] == teachers.response_mask[3].sum() == 6, lengths
+    responses[2, 1] = responses[2, 0]
+    responses[3, 0] = teachers.responses[3]
     generator = torch.Generator().manual_seed(3)
     prompts, prompt_mask = teachers.prompts, teachers.prompt_mask
     policy = PolicyModel(causal_lm())
@@ -102,7 +113,8 @@ def batch() -> DataProto:
 
 def update(loss: str, config: Config, data: DataProto, wrap=lambda module: module):
     """Run one update; returns the module with its gradients, and the metrics."""
-    if loss in ("ranking", "two_sided_hinge", "bradley_terry"):
+    if loss in CRITIC_LOSSES:
+        data.meta_info["mini_batches"] = 1
         module = wrap(ScoreModel(scorer(), config.critic.model.use_remove_padding))
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.0)
         return module, DataParallelPPOCritic(config.critic, module, optimizer, EOS).update_critic(data)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 from typing import ClassVar
 
 import hydra
@@ -16,7 +17,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
-from verl.trainer.ppo.model_checks import check_models, with_absolute_model_paths
+from verl.trainer.ppo.model_checks import check_models, with_absolute_paths
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
 from verl.trainer.ppo.utils import Role, need_critic
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
@@ -35,11 +36,14 @@ class TaskRunner:
     """Builds what a run needs and runs it; a subclass may swap parts, for instance the worker classes."""
 
     worker_classes: ClassVar[dict[Role, type]] = {Role.ActorRollout: ActorRolloutRefWorker, Role.Critic: CriticWorker}
+    trainer_class: ClassVar[type[RayPPOTrainer]] = RayPPOTrainer
 
     def run(self, config: Config) -> None:
         """Train. Data, configs and tokenizers of all models are looked at before Ray starts."""
-        config = with_absolute_model_paths(config)
+        config = with_absolute_paths(config)
         data, trainer = config.data, config.trainer
+        if config.custom_reward_function.path is not None:
+            data = replace(data, return_raw_chat=True)
         tokenizer = check_models(config)
         train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples)
         val = None
@@ -51,10 +55,14 @@ class TaskRunner:
             dict.fromkeys(roles, "global_pool"),
             use_gpu=trainer.device != "cpu",
         )
-        runner = RayPPOTrainer(config, tokenizer, self.worker_classes, pools, train, val, collate_fn)
-        start_ray(config)
+        runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate_fn)
+        self.start(config)
         runner.init_workers()
         runner.fit()
+
+    def start(self, config: Config) -> None:
+        """Start what the workers run on."""
+        start_ray(config)
 
 
 def start_ray(config: Config) -> None:

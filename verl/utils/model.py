@@ -115,11 +115,13 @@ def load_model(
     override_config: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
+    fresh_head: bool = True,
 ) -> PreTrainedModel:
-    """The whole model on CPU. A language model read as a discriminator gets a fresh score head.
+    """The whole model on CPU. A language model read as a discriminator gets a fresh score head, unless `fresh_head` is
+    false.
 
     Raises:
-        ValueError: weights are missing (other than a fresh score head).
+        ValueError: weights are missing (other than those of a fresh score head).
     """
     source = find_model(path)
     config = load_config(path, kind, override_config, trust_remote_code)
@@ -135,7 +137,8 @@ def load_model(
     generation_config = source.huggingface / "generation_config.json"
     if kind == "policy" and generation_config.is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.huggingface)
-    missing = [key for key in info["missing_keys"] if kind != "score" or not key.startswith("score.")]
+    may_miss = "score." if kind == "score" and fresh_head else ()
+    missing = [key for key in info["missing_keys"] if not key.startswith(may_miss)]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, e.g. {sorted(missing)[:3]}")
     if info["missing_keys"]:

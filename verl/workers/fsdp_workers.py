@@ -150,6 +150,8 @@ class CriticWorker(FSDPWorker):
             self.config.model, "score", self.config.model.fsdp_config, self.config.optim, self.total_steps
         )
         self.critic = DataParallelPPOCritic(self.config, module, optimizer, self.tokenizer.eos_token_id)
+        # Saved with the weights, so that whoever scores with them later pools as training did.
+        module.hf.config.discriminator = self.critic.scoring()
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_values(self, data: DataProto) -> DataProto:
@@ -165,7 +167,16 @@ class CriticWorker(FSDPWorker):
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
     def update_critic(self, data: DataProto) -> dict[str, float]:
         """Train the discriminator on the batch; the same metrics from every rank."""
-        metrics = self.critic.update_critic(data)
+        return self._with_lr(self.critic.update_critic(data))
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def score_and_update_critic(self, data: DataProto) -> DataProto:
+        """`compute_scores` and one update on the whole batch in one forward; `meta_info["metrics"]` as from
+        `update_critic`."""
+        scores, metrics = self.critic.score_and_update(data)
+        return DataProto.from_dict(scores, meta_info={"metrics": self._with_lr(metrics)})
+
+    def _with_lr(self, metrics: dict[str, float]) -> dict[str, float]:
         metrics["critic/lr"] = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step()
         return metrics

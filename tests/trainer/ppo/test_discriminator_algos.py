@@ -7,6 +7,7 @@ import torch
 
 from verl.trainer.ppo.discriminator_algos import (
     PairScores,
+    adapted_temperature,
     bradley_terry_loss,
     compute_discriminator_loss,
     discriminator_metrics,
@@ -289,9 +290,62 @@ def test_discriminator_metrics():
             "critic/raw_score_diff": 1.5,  # 3, 2, 2, -1
             "critic/student_score_mean": 0.45,
             "critic/teacher_score_mean": 0.45,
+            "critic/student_score_std": math.sqrt(0.0875),  # .35^2 + .15^2 + .05^2 + .45^2 = .35, over 4
+            "critic/teacher_score_std": 0.05,
         },
         abs=1e-6,
     )
+
+
+@pytest.mark.parametrize(
+    ("mean_difference", "temperature"),
+    [(0.0, 0.5), (0.2, 0.6), (-0.2, 0.6), (1.0, 1.0), (5.0, 3.0), (5.1, 3.0), (-40.0, 3.0)],
+)
+def test_adapted_temperature(mean_difference, temperature):
+    assert adapted_temperature(mean_difference) == pytest.approx(temperature)
+
+
+def test_adapted_temperature_every_constant_counts():
+    assert adapted_temperature(2.0, offset=1.0, slope=0.25, lowest=0.1, highest=9.0) == pytest.approx(1.5)
+    assert adapted_temperature(0.0, offset=0.2, lowest=0.4) == pytest.approx(0.4)
+    assert adapted_temperature(9.0, highest=2.0) == pytest.approx(2.0)
+
+
+OWN_LOSS = """
+import torch
+
+def squared(scores, target=1.0):
+    loss = (scores.difference - target).square().mean()
+    return loss, {"critic/squared": loss}
+
+from verl.trainer.ppo.core_algos import register_discriminator_loss
+
+@register_discriminator_loss("%s", pooling="last_token")
+def named(scores):
+    return squared(scores)
+"""
+
+
+def test_a_loss_from_a_file(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN_LOSS % tmp_path.name)
+    own = get_discriminator_loss_fn(f"{file}:squared")
+    assert own.pooling == "mean"
+    loss, _ = own.fn(pairs([3.0]), target=2.0)
+    assert loss.item() == 1.0
+    # Registered in the file, it brings its pooling; the file runs once.
+    assert get_discriminator_loss_fn(f"{file}:named").pooling == "last_token"
+    assert get_discriminator_loss_fn(f"{file}:named").fn is get_discriminator_loss_fn(tmp_path.name).fn
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("x = 1", "no function 'loss'"), ("1 / 0", "ZeroDivisionError"), (None, "no file")]
+)
+def test_a_loss_that_cannot_be_had(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "own.py").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        get_discriminator_loss_fn(f"{tmp_path}/own.py:loss")
 
 
 # ---- the flat form
@@ -310,6 +364,8 @@ SHARED = {
     "critic/raw_score_diff",
     "critic/student_score_mean",
     "critic/teacher_score_mean",
+    "critic/student_score_std",
+    "critic/teacher_score_std",
     "critic/student_value_mean",
     "critic/teacher_value_mean",
 }
@@ -332,6 +388,8 @@ def test_flat_ranking_by_hand():
             "critic/raw_score_diff": 6.0,  # (4 - 2 + 12 - 2) / 2
             "critic/student_score_mean": 1.5,
             "critic/teacher_score_mean": 4.0,
+            "critic/student_score_std": 0.5,
+            "critic/teacher_score_std": 2.0,
             "critic/student_value_mean": 4 / 3,  # (0 + 2 + 2) / 3 tokens
             "critic/teacher_value_mean": 4.0,  # (1 + 3 + 4 + 8) / 4 tokens
         }
@@ -345,6 +403,14 @@ def test_flat_bradley_terry_sums_by_default():
     assert loss.item() == pytest.approx((log1pexp(-2.0) + log1pexp(-10.0)) / 2)
     assert set(metrics) == SHARED
     assert metrics["critic/score_diff"] == pytest.approx(6.0)
+
+
+def test_flat_adaptive_temperature():
+    # Means: d = 1 and 4, mean 2.5: T = 0.5 + 1.25. The brake and the regulariser are as with a constant temperature.
+    loss, metrics = compute_discriminator_loss(*FLAT, adaptive_temperature=True)
+    ranking = (log1pexp(-1 / 1.75) + log1pexp(-4 / 1.75)) / 2
+    assert metrics["critic/ranking_loss"] == pytest.approx(ranking)
+    assert loss.item() == pytest.approx(1.5 * ranking + 0.005 * 84 + 0.5 * 3.125)
 
 
 def test_flat_pooling_can_be_chosen():

@@ -131,6 +131,9 @@ def test_discriminator_metrics():
             "critic/raw_score_diff": 1.5,  # 3, 2, 2, -1
             "critic/student_score_mean": 0.35,
             "critic/teacher_score_mean": 0.45,
+            "critic/student_score_std": math.sqrt(0.0275),  # .1 .3 .5 .5 about .35: (.0625 + .0025 + 2 * .0225) / 4
+            "critic/teacher_score_std": 0.05,
+            "critic/group_score_std": 0.1 / math.sqrt(2),  # sqrt(2) * .1 and 0
             "critic/student_value_mean": 1.2,  # 12 over 10 tokens
             "critic/teacher_value_mean": 1.5,  # 9 over 6 tokens
             "critic/length_ratio": 2.5 / 3,

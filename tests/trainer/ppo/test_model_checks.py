@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from tests.tiny import byte_tokenizer, scorer, write_model
 from verl.trainer.config import compose_config
-from verl.trainer.ppo.model_checks import check_models, with_absolute_model_paths
+from verl.trainer.ppo.model_checks import check_models, with_absolute_paths
 from verl.utils.model import load_config, load_model, load_tokenizer
 
 
@@ -63,7 +63,7 @@ def test_seqkd_never_looks_at_a_critic(folder):
 
 def test_paths_become_absolute(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    made = with_absolute_model_paths(
+    made = with_absolute_paths(
         compose_config(["data.train_files=x", "actor_rollout_ref.model.path=student", "trainer.experiment_name=x"])
     )
     assert made.actor_rollout_ref.model.path == made.critic.model.path == os.path.join(folder, "student")

@@ -5,20 +5,42 @@ Every check returns sentences that give the numbers and a way out; none raises.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from inspect import signature
+from typing import Any
 
 import torch
 
 from verl.trainer.config.schema import Config
-from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY, kl_penalty_forward
+from verl.trainer.ppo.core_algos import (
+    ADV_ESTIMATOR_REGISTRY,
+    POLICY_LOSS_REGISTRY,
+    PairScores,
+    get_discriminator_loss_fn,
+    kl_penalty_forward,
+)
+from verl.trainer.ppo.replay import past_groups
 from verl.utils.tracking import BACKENDS
+from verl.utils.user_code import is_user_function, load_user_function
 from verl.workers.config import ActorConfig, CriticConfig, FSDPConfig
 from verl.workers.rollout import ROLLOUTS
 
 
 def find_conflicts(config: Config) -> list[str]:
     """Everything wrong with the combination of settings, as sentences."""
-    checks = (_batches, _token_budgets, _names, _stage, _sampling, _kl, _resume, _left_out)
+    checks = (
+        _batches,
+        _token_budgets,
+        _names,
+        _stage,
+        _sampling,
+        _kl,
+        _loss,
+        _replay,
+        _task_reward,
+        _resume,
+        _left_out,
+    )
     return [problem for check in checks for problem in check(config)]
 
 
@@ -106,21 +128,26 @@ def _stage(config: Config) -> Iterator[str]:
             "there is no discriminator (trainer.critic_warmup=-1), so nothing scores the answers: set "
             "actor_rollout_ref.actor.use_sft_mode=True for SeqKD, or trainer.critic_warmup to 0 or more"
         )
-    if config.use_critic and config.use_sft:
+    if config.use_critic and config.use_sft and not trainer.warmup_use_sft:
         yield (
             "actor_rollout_ref.actor.use_sft_mode=True trains on the teacher's answers alone and leaves no use for a "
-            "discriminator: set trainer.critic_warmup=-1 (stage=seqkd does)"
+            "discriminator: set trainer.critic_warmup=-1 (stage=seqkd does), or trainer.warmup_use_sft=True to train "
+            "both at once"
+        )
+    if trainer.warmup_use_sft and not (config.use_sft and config.use_critic):
+        yield (
+            "trainer.warmup_use_sft=True trains the actor by SFT beside a discriminator: it needs "
+            "actor_rollout_ref.actor.use_sft_mode=True (its default then) and trainer.critic_warmup of 0 or more"
         )
     actor = config.actor_rollout_ref.actor
     if config.use_sft:
         unused = {
             "actor_rollout_ref.actor.entropy_coeff": actor.entropy_coeff,
             "algorithm.use_kl_in_reward": config.algorithm.use_kl_in_reward,
+            "algorithm.task_reward_weight": config.algorithm.task_reward_weight,
         }
         for key in (key for key, value in unused.items() if value):
             yield f"{key}={unused[key]} has no effect with actor_rollout_ref.actor.use_sft_mode=True; leave it off"
-    if trainer.warmup_use_sft:
-        yield "trainer.warmup_use_sft=True is not available yet; leave it at False (actor frozen, then GSPO)"
     if not config.use_sft and actor.policy_loss.loss_mode == "vanilla" and actor.clip_ratio_c <= 1:
         yield f"actor_rollout_ref.actor.clip_ratio_c={actor.clip_ratio_c} must be above 1, the cap of dual clip"
     if trainer.val_only and config.data.val_files is None:
@@ -129,7 +156,7 @@ def _stage(config: Config) -> Iterator[str]:
 
 def _sampling(config: Config) -> Iterator[str]:
     rollout = config.actor_rollout_ref.rollout
-    if config.use_critic:
+    if not config.use_sft:
         if rollout.n < 2:
             yield f"GRPO compares answers to one prompt: actor_rollout_ref.rollout.n={rollout.n} must be 2 or more"
         if not rollout.do_sample:
@@ -157,6 +184,74 @@ def _kl(config: Config) -> Iterator[str]:
             kl_penalty_forward(torch.zeros(1, 1), torch.zeros(1, 1), kind.removesuffix("+"))
         except NotImplementedError as error:
             yield f"{key}: {error}"
+
+
+def _loss(config: Config) -> Iterator[str]:
+    """Whether the discriminator's loss can be had, and is one: a user's may do anything."""
+    settings = config.critic.discriminator
+    if not config.use_critic:
+        return
+    try:
+        fn = get_discriminator_loss_fn(settings.loss).fn
+    except ValueError as error:
+        yield f"critic.discriminator.loss: {error}"
+        return
+    if settings.adaptive_temperature.enable and "temperature" not in signature(fn).parameters:
+        yield (
+            f"critic.discriminator.adaptive_temperature.enable=True: the loss {settings.loss} has no temperature; "
+            "choose another loss or leave it off"
+        )
+    if settings.custom and not is_user_function(settings.loss):
+        yield f"critic.discriminator.custom is for a loss from a file of your own, not for {settings.loss}"
+    problem = _loss_problem(fn, settings.constants())
+    if problem is not None:
+        yield f"critic.discriminator.loss={settings.loss}, tried on two groups of three answers: {problem}"
+
+
+def _loss_problem(fn: Callable, constants: dict[str, Any]) -> str | None:
+    """What keeps a function from being a discriminator loss."""
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(2, n, generator=generator, requires_grad=True) for n in (3, 1, 3, 1)]
+    try:
+        value, metrics = fn(PairScores(*sides), **constants)
+        parts = [fn(PairScores(*(side[i : i + 1] for side in sides)), **constants)[0] for i in (0, 1)]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if value.shape != () or not value.requires_grad:
+        return f"expected a 0-d tensor with a gradient, got shape {tuple(value.shape)}, {value.requires_grad=}"
+    if not torch.allclose(value, sum(parts) / 2, atol=1e-5):
+        return "it is not a mean over pairs: the mean of the two groups' losses differs from the loss of both"
+    wrong = [name for name, metric in metrics.items() if not (isinstance(metric, torch.Tensor) and metric.shape == ())]
+    return f"expected 0-d tensors as metrics; {wrong} are not" if wrong else None
+
+
+def _replay(config: Config) -> Iterator[str]:
+    critic, n = config.critic, config.actor_rollout_ref.rollout.n
+    if not config.use_critic or critic.replay.capacity == 0:
+        return
+    past = past_groups(critic.ppo_mini_batch_size, critic.replay.fraction, config.trainer.ranks)
+    if past == 0:
+        yield (
+            f"critic.replay.fraction={critic.replay.fraction} of mini-batches of {critic.ppo_mini_batch_size} prompts "
+            f"is no whole group on each of {config.trainer.ranks} ranks: raise it, or set critic.replay.capacity=0"
+        )
+    needed = past * (config.data.train_batch_size // critic.ppo_mini_batch_size) * n
+    if critic.replay.capacity < needed:
+        yield (
+            f"critic.replay.capacity={critic.replay.capacity} answers is less than the {needed} past answers that one "
+            f"step draws (critic.replay.fraction={critic.replay.fraction}): raise it to several times that"
+        )
+
+
+def _task_reward(config: Config) -> Iterator[str]:
+    custom, weight = config.custom_reward_function, config.algorithm.task_reward_weight
+    if custom.path is None and weight != 0:
+        yield f"algorithm.task_reward_weight={weight} needs custom_reward_function.path, a Python file with the reward"
+    if custom.path is not None:
+        try:
+            load_user_function(f"{custom.path}:{custom.name}")
+        except ValueError as error:
+            yield f"custom_reward_function: {error}"
 
 
 def _resume(config: Config) -> Iterator[str]:

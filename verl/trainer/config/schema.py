@@ -52,6 +52,15 @@ class AlgorithmConfig:
     use_kl_in_reward: bool
     kl_penalty: str
     kl_ctrl: KLControlConfig
+    task_reward_weight: float
+
+
+@settings
+class CustomRewardConfig:
+    """A reward function of the user's own: `name` in the file `path`."""
+
+    path: str | None
+    name: str
 
 
 @settings
@@ -128,6 +137,7 @@ class Config:
     actor_rollout_ref: HybridActorRolloutRefConfig
     critic: CriticConfig
     reward_model: RewardModelConfig
+    custom_reward_function: CustomRewardConfig
     algorithm: AlgorithmConfig
     trainer: TrainerConfig
     ray_kwargs: RayConfig
@@ -136,6 +146,11 @@ class Config:
     def use_critic(self) -> bool:
         """Whether there is a discriminator: yes, unless `trainer.critic_warmup` is -1."""
         return self.trainer.critic_warmup >= 0
+
+    @property
+    def frozen_actor_steps(self) -> int:
+        """Steps that train the discriminator alone; a warmup by SFT trains the actor from the first step on."""
+        return 0 if self.use_sft else max(0, self.trainer.critic_warmup)
 
     @property
     def use_reference(self) -> bool:

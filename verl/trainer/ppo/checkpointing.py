@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,26 +43,28 @@ class Checkpoints:
         # Workers may run in another folder than the driver.
         self.root = Path(config.default_local_dir).expanduser().absolute()
 
-    def save(self, state: RunState) -> None:
-        """Write `global_step_N`; it exists under that name only once it is complete."""
+    @contextmanager
+    def save(self, state: RunState) -> Iterator[Path]:
+        """Write `global_step_N`; it exists under that name only once it is complete.
+
+        Yields the folder to write other files of the run into, before it is completed.
+        """
         folder = start_checkpoint(self.root, state.global_step)
         for name, group in self.parts.items():
             group.save_checkpoint(str(folder / name))
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1))
+        yield folder
         final = commit_checkpoint(folder)
         prune_checkpoints(self.root, "actor", self.config.max_actor_ckpt_to_keep, state.global_step)
         prune_checkpoints(self.root, "critic", self.config.max_critic_ckpt_to_keep, state.global_step)
         logger.info("saved %s", final)
 
-    def resume(self) -> RunState | None:
-        """Load the checkpoint that `trainer.resume_mode` asks for; None if training starts afresh.
+    def load(self, folder: Path) -> RunState:
+        """Restore the models from a checkpoint; returns where the run was.
 
         Raises:
-            FileNotFoundError, ValueError: the checkpoint is not there, incomplete or damaged.
+            FileNotFoundError, ValueError: it is incomplete or damaged.
         """
-        folder = self._find()
-        if folder is None:
-            return None
         step_of(folder)
         verify_checkpoint(folder)
         for name, group in self.parts.items():
@@ -71,7 +75,12 @@ class Checkpoints:
         logger.info("resumed from %s: %d steps are done", folder, state.global_step)
         return state
 
-    def _find(self) -> Path | None:
+    def find(self) -> Path | None:
+        """The checkpoint that `trainer.resume_mode` asks for; None if training starts afresh.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
         if self.config.resume_mode == "disable":
             return None
         if self.config.resume_mode == "resume_path":

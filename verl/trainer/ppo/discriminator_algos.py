@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from verl.utils.torch_functional import masked_mean, masked_sum
+from verl.utils.user_code import is_user_function, load_user_function
 
 POOLINGS = ("last_token", "mean", "sum")
 
@@ -89,7 +90,11 @@ class PairScores:
 
 @dataclass(frozen=True)
 class DiscriminatorLoss:
-    """A registered loss: `fn(PairScores, **constants) -> (scalar, metrics)`, and the pooling it was made for."""
+    """A loss: `fn(PairScores, **constants) -> (scalar, metrics)`, and the pooling it was made for.
+
+    The scalar is a mean over pairs of something that depends on the pair's own scores alone, so that it can be
+    computed in parts; metrics are 0-d tensors under the names to log, means over the same pairs.
+    """
 
     fn: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
     pooling: str
@@ -99,7 +104,7 @@ DISCRIMINATOR_LOSS_REGISTRY: dict[str, DiscriminatorLoss] = {}
 
 
 def register_discriminator_loss(name: str, pooling: str = "mean") -> Callable[[Callable], Callable]:
-    """Register a loss under `name` with its usual pooling; ValueError if the name is taken by another function."""
+    """Register a loss (see `DiscriminatorLoss`) with its usual pooling; ValueError if the name is another's."""
 
     def decorate(fn: Callable) -> Callable:
         known = DISCRIMINATOR_LOSS_REGISTRY.get(name)
@@ -112,11 +117,32 @@ def register_discriminator_loss(name: str, pooling: str = "mean") -> Callable[[C
 
 
 def get_discriminator_loss_fn(name: str) -> DiscriminatorLoss:
-    """The registered loss; ValueError if there is none of that name."""
+    """The loss registered under `name`, or the one in a user's file, `path/to/file.py:function`.
+
+    A function from a file need not be registered; it is then meant for `mean` pooling.
+
+    Raises:
+        ValueError: nothing of that name is registered, or the file does not give it.
+    """
+    if is_user_function(name):
+        fn = load_user_function(name)
+        registered = [loss for loss in DISCRIMINATOR_LOSS_REGISTRY.values() if loss.fn is fn]
+        return registered[0] if registered else DiscriminatorLoss(fn, "mean")
     if name not in DISCRIMINATOR_LOSS_REGISTRY:
         known = ", ".join(sorted(DISCRIMINATOR_LOSS_REGISTRY))
-        raise ValueError(f"unknown discriminator loss {name!r}: registered are {known}")
+        raise ValueError(f"unknown discriminator loss {name!r}: use one of {known}, or path/to/file.py:function")
     return DISCRIMINATOR_LOSS_REGISTRY[name]
+
+
+def adapted_temperature(
+    mean_difference: float, offset: float = 0.5, slope: float = 0.5, lowest: float = 0.5, highest: float = 3.0
+) -> float:
+    """clamp(offset + slope * |mean d|, lowest, highest), in place of a loss's constant `temperature`.
+
+    `mean_difference` is the mean of d over the whole mini-batch. The temperature is a constant for the gradient: small
+    while teacher and student score alike, so that the loss sees small differences, and larger as they part.
+    """
+    return min(max(offset + slope * abs(mean_difference), lowest), highest)
 
 
 @register_discriminator_loss("bradley_terry", pooling="last_token")
@@ -186,13 +212,16 @@ def ranking_loss(
 
 
 def discriminator_metrics(scores: PairScores) -> dict[str, torch.Tensor]:
-    """Means over pairs that hold for every loss: `d_acc` counts the pairs whose teacher is strictly above."""
+    """What holds for every loss, over all pairs: `d_acc` counts the pairs whose teacher is strictly above; the
+    standard deviations are over all scores of a side."""
     return {
         "critic/d_acc": (scores.difference > 0).float().mean(),
         "critic/score_diff": scores.difference.mean(),
         "critic/raw_score_diff": (scores.teacher_raw - scores.student_raw).mean(),
         "critic/student_score_mean": scores.student.mean(),
         "critic/teacher_score_mean": scores.teacher.mean(),
+        "critic/student_score_std": scores.student.std(correction=0),
+        "critic/teacher_score_std": scores.teacher.std(correction=0),
     }
 
 
@@ -204,6 +233,7 @@ def compute_discriminator_loss(
     *,
     loss: str = "ranking",
     pooling: str | None = None,
+    adaptive_temperature: bool = False,
     **constants: Any,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The discriminator's loss in its flat form: student and teacher rows paired one to one.
@@ -214,7 +244,8 @@ def compute_discriminator_loss(
         loss: a registered name.
         pooling: `last_token`, `mean` or `sum`; by default what the loss was made for, and the sum for `bradley_terry`,
             whose first version summed over the mask.
-        constants: the loss's own, e.g. `temperature`.
+        adaptive_temperature: take `adapted_temperature` of these pairs for the loss's `temperature`.
+        constants: the loss's own, e.g. `margin`.
 
     Returns:
         the scalar loss and a dict of floats under the trainer's metric names.
@@ -222,6 +253,8 @@ def compute_discriminator_loss(
     spec = get_discriminator_loss_fn(loss)
     pooling = pooling or ("sum" if loss == "bradley_terry" else spec.pooling)
     scores = PairScores.pool(student_vpreds, teacher_vpreds, response_mask, teacher_response_mask, pooling)
+    if adaptive_temperature:
+        constants["temperature"] = adapted_temperature(scores.difference.mean().item())
     value, parts = spec.fn(scores, **constants)
     metrics = {
         "critic/d_loss": value,

@@ -13,7 +13,8 @@ from verl.trainer.ppo.discriminator_algos import PairScores, discriminator_metri
 ZERO_STD = 1e-6
 
 
-def _mean_max_min(name: str, values: torch.Tensor) -> dict[str, float]:
+def mean_max_min(name: str, values: torch.Tensor) -> dict[str, float]:
+    """`{name}/mean`, `/max` and `/min`."""
     values = values.float()
     return {
         f"{name}/mean": values.mean().item(),
@@ -24,7 +25,7 @@ def _mean_max_min(name: str, values: torch.Tensor) -> dict[str, float]:
 
 def _length_metrics(name: str, lengths: torch.Tensor, limit: int) -> dict[str, float]:
     clip_ratio = (lengths >= limit).float().mean().item()
-    return {**_mean_max_min(name, lengths), f"{name}/clip_ratio": clip_ratio}
+    return {**mean_max_min(name, lengths), f"{name}/clip_ratio": clip_ratio}
 
 
 def compute_length_metrics(batch: DataProto) -> dict[str, float]:
@@ -43,10 +44,10 @@ def compute_data_metrics(batch: DataProto, use_critic: bool = True) -> dict[str,
     if not use_critic:
         return metrics
     mask = batch.batch["response_mask"].bool()
-    metrics |= _mean_max_min("critic/score", batch.batch["token_level_scores"].sum(-1))
-    metrics |= _mean_max_min("critic/rewards", batch.batch["token_level_rewards"].sum(-1))
-    metrics |= _mean_max_min("critic/advantages", batch.batch["advantages"][mask])
-    return metrics | _mean_max_min("critic/returns", batch.batch["returns"][mask])
+    metrics |= mean_max_min("critic/score", batch.batch["token_level_scores"].sum(-1))
+    metrics |= mean_max_min("critic/rewards", batch.batch["token_level_rewards"].sum(-1))
+    metrics |= mean_max_min("critic/advantages", batch.batch["advantages"][mask])
+    return metrics | mean_max_min("critic/returns", batch.batch["returns"][mask])
 
 
 def pair_scores(batch: DataProto) -> PairScores:
@@ -73,7 +74,9 @@ def compute_discriminator_metrics(batch: DataProto) -> dict[str, float]:
     metrics["critic/length_ratio"] = (lengths.mean() / teacher_lengths.mean()).item()
     metrics["critic/length_reward_corr"] = correlation(lengths.flatten(), scores.student.flatten())
     if scores.student.shape[1] > 1:
-        metrics["critic/zero_std_group_frac"] = (scores.student.std(-1) < ZERO_STD).float().mean().item()
+        spread = scores.student.std(-1)
+        metrics["critic/group_score_std"] = spread.mean().item()
+        metrics["critic/zero_std_group_frac"] = (spread < ZERO_STD).float().mean().item()
     return metrics
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -9,24 +10,32 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from verl.trainer.config.schema import Config
+from verl.trainer.ppo.core_algos import get_discriminator_loss_fn
 from verl.utils.model import is_discriminator, load_config, load_tokenizer
+from verl.utils.user_code import is_user_function, with_absolute_path
 from verl.workers.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 AnyModelConfig = TypeVar("AnyModelConfig", bound=ModelConfig)
 
 
-def with_absolute_model_paths(config: Config) -> Config:
-    """The same settings with the models' folders made absolute: workers may run in another folder than the driver."""
+def with_absolute_paths(config: Config) -> Config:
+    """The same settings with the paths of models and of a loss of the user's own made absolute: workers may run in
+    another folder than the driver."""
 
     def absolute(model: AnyModelConfig) -> AnyModelConfig:
         paths = {key: getattr(model, key) for key in ("path", "tokenizer_path")}
         return replace(model, **{k: str(Path(p).expanduser().absolute()) for k, p in paths.items() if p is not None})
 
     group, critic = config.actor_rollout_ref, config.critic
+    discriminator = critic.discriminator
+    if is_user_function(discriminator.loss):
+        discriminator = replace(discriminator, loss=with_absolute_path(discriminator.loss))
     return replace(
         config,
         actor_rollout_ref=replace(group, model=absolute(group.model)),
-        critic=replace(critic, model=absolute(critic.model)),
+        critic=replace(critic, model=absolute(critic.model), discriminator=discriminator),
     )
 
 
@@ -58,4 +67,21 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
             f"{path} is a language model, and an untrained discriminator would reward noise: pass a warmed-up critic "
             "(critic.model.path, --reward_model), or let it learn first with trainer.critic_warmup=N steps"
         )
+    _warn_of_other_scoring(config)
     return tokenizer
+
+
+def _warn_of_other_scoring(config: Config) -> None:
+    """A warmed-up discriminator whose scores are made in another way starts out from something it never learned."""
+    settings = config.critic.discriminator
+    pooling = settings.pooling or get_discriminator_loss_fn(settings.loss).pooling
+    now = {"pooling": pooling, "exclude_eos": settings.exclude_eos}
+    model = config.critic.model
+    trained = getattr(load_config(model.path, "score", None, model.trust_remote_code), "discriminator", now)
+    differing = [f"{key}={trained[key]}" for key in now if trained[key] != now[key]]
+    if differing:
+        logger.warning(
+            "the discriminator in %s was trained with critic.discriminator.%s, and this run uses %s: its scores will "
+            "mean something else at first",
+            model.path, ", ".join(differing), ", ".join(f"{key}={value}" for key, value in now.items()),
+        )  # fmt: skip

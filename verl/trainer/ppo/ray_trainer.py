@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -22,34 +22,29 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
-from verl.single_controller.ray import (
-    RayClassWithInitArgs,
-    RayWorkerGroup,
-    create_colocated_worker_cls,
-)
+from verl.single_controller.base import WorkerGroup
+from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup, create_colocated_worker_cls
 from verl.trainer.config.schema import Config
+from verl.trainer.ppo.balancing import balance
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState
-from verl.trainer.ppo.core_algos import (
-    AdaptiveKLController,
-    FixedKLController,
-    get_adv_estimator_fn,
-    get_kl_controller,
-    kl_penalty,
-)
+from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
+from verl.trainer.ppo.discriminator_step import DiscriminatorStep
+from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.metric_utils import (
     compute_data_metrics,
     compute_discriminator_metrics,
     compute_sync_metrics,
     compute_throughout_metrics,
     compute_timing_metrics,
+    mean_max_min,
 )
 from verl.trainer.ppo.resource_pools import ResourcePoolManager
+from verl.trainer.ppo.reward import apply_kl_penalty, compute_advantage, get_custom_reward_fn, on_last_token
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.validation import validate
 from verl.utils.dataset.sampler import EpochBatches
 from verl.utils.dump import write_jsonl
 from verl.utils.rouge import mean_rouge_l
-from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions, log_seqlen_unbalance
 from verl.utils.torch_functional import masked_mean
 from verl.utils.tracking import Tracking
 from verl.workers.batch import POLICY_KEYS, PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS
@@ -69,6 +64,8 @@ logger = logging.getLogger(__name__)
 
 # Far from the seeds of training steps, so that validation never replays their draws.
 VALIDATION_SEED = 1_000_003
+# Beside the models in a checkpoint.
+REPLAY_FILE, HELD_OUT_FILE = "replay.safetensors", "held_out.safetensors"
 # What the progress bar shows, where a step has it.
 SHOWN = {
     "actor/sft_loss": "loss",
@@ -90,36 +87,6 @@ def marked_timer(name: str, timing: dict[str, float]) -> Iterator[None]:
 def compute_response_mask(data: DataProto) -> torch.Tensor:
     """The last columns of `attention_mask`, as wide as `responses`: 1 on real answer tokens."""
     return data.batch["attention_mask"][:, -data.batch["responses"].shape[-1] :]
-
-
-def apply_kl_penalty(
-    data: DataProto, kl_ctrl: FixedKLController | AdaptiveKLController, kl_penalty_type: str = "kl"
-) -> tuple[DataProto, dict[str, float]]:
-    """Make `token_level_rewards` from `token_level_scores` less the controller's share of the KL to the reference.
-
-    The controller then adapts to the mean KL per token of this batch's answers. All tensors (B, N, T).
-    """
-    mask = data.batch["response_mask"]
-    kl = kl_penalty(data.batch["old_log_probs"], data.batch["ref_log_prob"], kl_penalty_type) * mask
-    coefficient = kl_ctrl.value
-    data.batch["token_level_rewards"] = data.batch["token_level_scores"] - coefficient * kl
-    current = (kl.sum(-1) / mask.sum(-1).clamp(min=1)).mean().item()
-    kl_ctrl.update(current_kl=current, n_steps=mask[..., 0].numel())
-    return data, {"actor/reward_kl_penalty": current, "actor/reward_kl_penalty_coeff": coefficient}
-
-
-def compute_advantage(data: DataProto, adv_estimator: str, norm_adv_by_std_in_grpo: bool = True) -> DataProto:
-    """Add `advantages` and `returns` (B, N, T); the answers in one row are one group."""
-    rewards, mask = data.batch["token_level_rewards"], data.batch["response_mask"]
-    groups = np.repeat(np.arange(len(data)), rewards.shape[1])
-    advantages, returns = get_adv_estimator_fn(adv_estimator)(
-        token_level_rewards=rewards.flatten(0, 1),
-        response_mask=mask.flatten(0, 1),
-        index=groups,
-        norm_adv_by_std_in_grpo=norm_adv_by_std_in_grpo,
-    )
-    data.batch["advantages"], data.batch["returns"] = advantages.view_as(rewards), returns.view_as(rewards)
-    return data
 
 
 class RayPPOTrainer:
@@ -152,6 +119,7 @@ class RayPPOTrainer:
         self.val_dataset = val_dataset
         self.collate_fn = collate_fn
         self.kl_ctrl = get_kl_controller(config.algorithm.kl_ctrl)
+        self.task_reward = get_custom_reward_fn(config)
         self.global_step = 0
         self.samples_seen = 0
         self.total_steps = self._count_steps()
@@ -167,7 +135,7 @@ class RayPPOTrainer:
                 "data.train_batch_size or raise trainer.total_epochs"
             )
         logger.info("%d training rows, batches of %d: %d steps, %.2f epochs", rows, batch, steps, steps * batch / rows)
-        if self.config.trainer.critic_warmup >= steps:
+        if self.config.frozen_actor_steps >= steps:
             logger.warning(
                 "trainer.critic_warmup=%d covers all %d steps: only the discriminator will be trained",
                 self.config.trainer.critic_warmup, steps,
@@ -180,13 +148,12 @@ class RayPPOTrainer:
         """Start one process per rank with every role in it, and build the models there."""
         config = self.config
         common = {"device": config.trainer.device, "seed": config.data.seed}
-        frozen = max(0, config.trainer.critic_warmup)
         roles = {
             str(Role.ActorRollout): RayClassWithInitArgs(
                 self.role_worker_mapping[Role.ActorRollout],
                 config.actor_rollout_ref,
                 use_reference=config.use_reference,
-                total_steps=max(1, self.total_steps - frozen),
+                total_steps=max(1, self.total_steps - config.frozen_actor_steps),
                 **common,
             )
         }
@@ -194,16 +161,24 @@ class RayPPOTrainer:
             roles[str(Role.Critic)] = RayClassWithInitArgs(
                 self.role_worker_mapping[Role.Critic], config.critic, total_steps=self.total_steps, **common
             )
-        pools = self.resource_pool_manager.create_resource_pool()
-        pool = pools[self.resource_pool_manager.mapping[Role.ActorRollout]]
-        groups = RayWorkerGroup(pool, create_colocated_worker_cls(roles)).spawn(roles)
+        groups = self.spawn(roles)
         logger.info("%d ranks are up; building models", self.config.trainer.ranks)
         self.actor_rollout = groups[str(Role.ActorRollout)]
         self.critic = groups.get(str(Role.Critic))
         self.actor_rollout.init_model()
+        self.discriminator, self.held_out = None, None
         if self.critic is not None:
             self.critic.init_model()
+            self.discriminator = DiscriminatorStep(config, self.critic)
+            if self.val_dataset is not None and config.critic.held_out_prompts:
+                self.held_out = HeldOutPairs(self, VALIDATION_SEED)
         self.checkpoints = Checkpoints(config.trainer, self.actor_rollout, self.critic)
+
+    def spawn(self, roles: dict[str, RayClassWithInitArgs]) -> dict[str, WorkerGroup]:
+        """One worker group per role, the roles of a rank in one process."""
+        pools = self.resource_pool_manager.create_resource_pool()
+        pool = pools[self.resource_pool_manager.mapping[Role.ActorRollout]]
+        return RayWorkerGroup(pool, create_colocated_worker_cls(roles)).spawn(roles)
 
     # ------------------------------------------------------------ the loop
 
@@ -211,6 +186,8 @@ class RayPPOTrainer:
         """Train to the last step, validating and saving on the way; resumes where a checkpoint was left."""
         config = self.config.trainer
         self._resume()
+        if self.held_out is not None:
+            self.held_out.store()
         with self._open_tracking() as tracking, self._progress() as progress:
             if config.val_only:
                 return tracking.log(self._validate(tracking), self.global_step)
@@ -220,7 +197,7 @@ class RayPPOTrainer:
                     with marked_timer("testing", timing):
                         metrics |= self._validate(tracking)
                 with marked_timer("step", timing):
-                    step = self._sft_step if self.config.use_sft else self._adversarial_step
+                    step = self._adversarial_step if self.config.use_critic else self._sft_step
                     batch = step(batch, metrics, timing)
                 done = self.global_step + 1
                 if done == self.total_steps or (config.save_freq > 0 and done % config.save_freq == 0):
@@ -235,43 +212,53 @@ class RayPPOTrainer:
 
     def _sft_step(self, batch: DataProto, metrics: dict[str, float], timing: dict[str, float]) -> DataProto:
         """SeqKD: one update on the teacher's answers. The student's are sampled for monitoring only."""
-        batch = self._balance(batch, self.config.actor_rollout_ref.actor.ppo_mini_batch_size, metrics)
+        batch = self._balance(batch, metrics)
         frequency = self.config.trainer.sft_monitor_freq
         if self._due(self.config.trainer.test_freq if frequency is None else frequency):
             with marked_timer("gen", timing):
                 self._generate(batch)
-            with marked_timer("old_log_prob", timing):
-                self._check_sync(batch, metrics)
             metrics["train/rouge-L/mean"] = self._sampled_rouge(batch)
-        with marked_timer("update_actor", timing):
-            metrics |= self._update_actor(batch, TEACHER_KEYS)
+        self._imitation_step(batch, metrics, partial(marked_timer, timing=timing))
         metrics |= compute_data_metrics(batch, use_critic=False)
         return batch
 
     def _adversarial_step(self, batch: DataProto, metrics: dict[str, float], timing: dict[str, float]) -> DataProto:
-        """Warmup and GAD: answers, their log-probs and scores, advantages, then both updates."""
-        config = self.config
-        with marked_timer("gen", timing):
+        """Warmup and GAD: the student answers, the discriminator scores and learns, then the student does."""
+        timed = partial(marked_timer, timing=timing)
+        with timed("gen"):
             self._generate(batch)
-        batch = self._balance(batch, config.actor_rollout_ref.actor.ppo_mini_batch_size, metrics)
-        answers = PROMPT_KEYS + STUDENT_KEYS
-        with marked_timer("old_log_prob", timing):
-            batch.union(self.actor_rollout.compute_log_prob(self.take(batch, answers)))
-        if config.use_reference:
-            with marked_timer("ref", timing):
-                batch.union(self.actor_rollout.compute_ref_log_prob(self.take(batch, answers)))
-        with marked_timer("values", timing):
-            batch.union(self.critic.compute_scores(self.take(batch, answers + TEACHER_KEYS)))
-        with marked_timer("adv", timing):
-            metrics |= self._compute_advantages(batch)
-        with marked_timer("update_critic", timing):
-            metrics |= self._update_critic(batch, answers + TEACHER_KEYS)
-        if config.trainer.critic_warmup <= self.global_step:
-            with marked_timer("update_actor", timing):
-                metrics |= self._update_actor(batch, STUDENT_KEYS + POLICY_KEYS)
-        metrics |= compute_data_metrics(batch) | compute_discriminator_metrics(batch)
-        self._check_sync(batch, metrics)
+        batch = self._balance(batch, metrics)
+        metrics |= self.discriminator.run(batch, self.global_step, timed)
+        if self.config.use_sft:
+            self._imitation_step(batch, metrics, timed)
+        else:
+            self._policy_step(batch, metrics, timed)
+        metrics |= compute_data_metrics(batch, use_critic=not self.config.use_sft)
+        metrics |= compute_discriminator_metrics(batch)
         return batch
+
+    def _imitation_step(self, batch: DataProto, metrics: dict[str, float], timed: Callable) -> None:
+        """The actor's update on the teacher's answers."""
+        if "responses" in batch.batch:
+            with timed("old_log_prob"):
+                self._check_sync(batch, metrics)
+        with timed("update_actor"):
+            metrics |= self._update_actor(batch, TEACHER_KEYS)
+
+    def _policy_step(self, batch: DataProto, metrics: dict[str, float], timed: Callable) -> None:
+        """Old and reference log-probs, rewards, advantages and, unless the actor is frozen still, its update."""
+        answers = self.take(batch, PROMPT_KEYS + STUDENT_KEYS)
+        with timed("old_log_prob"):
+            batch.union(self.actor_rollout.compute_log_prob(answers))
+        self._check_sync(batch, metrics)
+        if self.config.use_reference:
+            with timed("ref"):
+                batch.union(self.actor_rollout.compute_ref_log_prob(answers))
+        with timed("adv"):
+            metrics |= self._compute_advantages(batch)
+        if self.config.frozen_actor_steps <= self.global_step:
+            with timed("update_actor"):
+                metrics |= self._update_actor(batch, STUDENT_KEYS + POLICY_KEYS)
 
     # ------------------------------------------------------------ parts of a step
 
@@ -322,56 +309,38 @@ class RayPPOTrainer:
         prompts.meta_info = {"sampling": sampling, "seed": seed, "report_log_probs": report_log_probs}
         return self.actor_rollout.generate_sequences(prompts)
 
-    def _balance(self, batch: DataProto, mini_batch_size: int, metrics: dict[str, float]) -> DataProto:
-        """Order rows so that each rank's share of every mini-batch has about as many tokens as the others'.
-
-        A mini-batch is the same set of rows for any number of ranks: consecutive rows of the data's order, which
-        `data_order` keeps.
-        """
-        if "data_order" in batch.batch:
-            batch = batch.select_idxs(batch.batch["data_order"].argsort())
-        batch.batch["data_order"] = torch.arange(len(batch))
-        ranks, size = self.config.trainer.ranks, mini_batch_size
-        tokens = batch.batch["teacher_attention_mask"].sum(-1)
-        if "response_mask" in batch.batch:
-            mask = batch.batch["response_mask"]
-            tokens = tokens + batch.batch["attention_mask"].sum(-1) * mask.shape[1] + mask.sum((1, 2))
-        lengths = tokens.tolist()
-        shares: list[list[int]] = [[] for _ in range(ranks)]
-        for start in range(0, len(batch), size):
-            rows = np.arange(start, min(start + size, len(batch)))
-            parts = np.split(np.arange(len(rows)), ranks)
-            if self.config.trainer.balance_batch:
-                parts = get_seqlen_balanced_partitions([lengths[row] for row in rows], ranks, equal_size=True)
-            for share, part in zip(shares, parts, strict=True):
-                share.extend(rows[part].tolist())
-        metrics |= log_seqlen_unbalance(lengths, shares, "global_seqlen")
-        return batch.select_idxs(np.concatenate(shares))
+    def _balance(self, batch: DataProto, metrics: dict[str, float]) -> DataProto:
+        trainer, actor = self.config.trainer, self.config.actor_rollout_ref.actor
+        batch, unbalance = balance(batch, actor.ppo_mini_batch_size, trainer.ranks, trainer.balance_batch)
+        metrics |= unbalance
+        return batch
 
     def _compute_advantages(self, batch: DataProto) -> dict[str, float]:
-        """Scores on each answer's last token, less the KL penalty if it is in the reward, then advantages."""
+        """Rewards on each answer's last token, less the KL penalty if it is in the reward, then advantages."""
         algorithm, metrics = self.config.algorithm, {}
-        mask = batch.batch["response_mask"]
-        last = (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
-        scores = torch.zeros(mask.shape).scatter(-1, last, batch.batch["student_scores"].unsqueeze(-1))
-        batch.batch["token_level_scores"] = scores
+        mask, scores = batch.batch["response_mask"], batch.batch["student_scores"]
+        if self.task_reward is not None:
+            task = self.score_task(batch)
+            metrics |= mean_max_min("critic/task_reward", task)
+            scores = scores + algorithm.task_reward_weight * task
+        batch.batch["token_level_scores"] = on_last_token(scores, mask)
         if algorithm.use_kl_in_reward:
-            _, metrics = apply_kl_penalty(batch, self.kl_ctrl, algorithm.kl_penalty)
+            metrics |= apply_kl_penalty(batch, self.kl_ctrl, algorithm.kl_penalty)[1]
         else:
-            batch.batch["token_level_rewards"] = scores
+            batch.batch["token_level_rewards"] = batch.batch["token_level_scores"]
         compute_advantage(batch, algorithm.adv_estimator, algorithm.norm_adv_by_std_in_grpo)
         metrics["actor/entropy"] = masked_mean(batch.batch["entropys"], mask).item()
         return metrics
 
+    def score_task(self, batch: DataProto) -> torch.Tensor:
+        """The user's reward of every answer, (B, N)."""
+        texts = self.decode(batch.batch["responses"], batch.batch["response_mask"])
+        prompts, teachers, rows = (batch.non_tensor_batch[key] for key in ("raw_prompt", "teacher_text", "index"))
+        return self.task_reward(prompts, texts, teachers, rows)
+
     def _update_actor(self, batch: DataProto, keys: tuple[str, ...]) -> dict[str, float]:
         self._engine_is_current = False
         return self.actor_rollout.update_actor(self.take(batch, PROMPT_KEYS + keys))[0]
-
-    def _update_critic(self, batch: DataProto, keys: tuple[str, ...]) -> dict[str, float]:
-        size = self.config.critic.ppo_mini_batch_size
-        if size != self.config.actor_rollout_ref.actor.ppo_mini_batch_size:
-            batch = self._balance(batch, size, metrics={})
-        return self.critic.update_critic(self.take(batch, keys))[0]
 
     def _check_sync(self, batch: DataProto, metrics: dict[str, float]) -> None:
         """Compare the engine's log-probs with the trainer's where the engine reported them; warn if they part."""
@@ -393,7 +362,7 @@ class RayPPOTrainer:
 
     def _sampled_rouge(self, batch: DataProto) -> float:
         answers = self.decode(batch.batch["responses"], batch.batch["response_mask"])
-        teachers = np.repeat(batch.non_tensor_batch["teacher_text"], len(answers) // len(batch)).tolist()
+        teachers = batch.non_tensor_batch["teacher_text"].repeat(len(answers) // len(batch)).tolist()
         return mean_rouge_l(answers, teachers)
 
     def decode(self, responses: torch.Tensor, mask: torch.Tensor) -> list[str]:
@@ -404,12 +373,18 @@ class RayPPOTrainer:
     # ------------------------------------------------------------ around the loop
 
     def _validate(self, tracking: Tracking) -> dict[str, float]:
-        return validate(self, tracking, VALIDATION_SEED)
+        metrics = validate(self, tracking, VALIDATION_SEED)
+        return metrics | self.held_out.score() if self.held_out is not None else metrics
 
     def _resume(self) -> None:
-        state = self.checkpoints.resume()
-        if state is None:
+        folder = self.checkpoints.find()
+        if folder is None:
             return
+        state = self.checkpoints.load(folder)
+        if self.discriminator is not None:
+            self.discriminator.replay.load(folder / REPLAY_FILE)
+        if self.held_out is not None:
+            self.held_out.load(folder / HELD_OUT_FILE)
         self.global_step, self.samples_seen = state.global_step, state.samples_seen
         if isinstance(self.kl_ctrl, AdaptiveKLController):
             self.kl_ctrl.value = state.kl_coef
@@ -419,7 +394,11 @@ class RayPPOTrainer:
 
     def _save(self, step: int) -> None:
         seen = self.samples_seen + self.config.data.train_batch_size
-        self.checkpoints.save(RunState(global_step=step, samples_seen=seen, kl_coef=self.kl_ctrl.value))
+        with self.checkpoints.save(RunState(global_step=step, samples_seen=seen, kl_coef=self.kl_ctrl.value)) as folder:
+            if self.discriminator is not None:
+                self.discriminator.replay.save(folder / REPLAY_FILE)
+            if self.held_out is not None:
+                self.held_out.save(folder / HELD_OUT_FILE)
 
     def _open_tracking(self) -> Tracking:
         trainer = self.config.trainer
@@ -459,8 +438,8 @@ class RayPPOTrainer:
         write_jsonl(path, rows)
 
     def _progress(self) -> tqdm:
-        warming_up = self.config.trainer.critic_warmup > 0
-        stage = "SeqKD" if self.config.use_sft else "warmup" if warming_up else "GAD"
+        warming_up = self.config.use_sft or self.config.trainer.critic_warmup > 0
+        stage = "SeqKD" if not self.config.use_critic else "warmup" if warming_up else "GAD"
         return tqdm(total=self.total_steps, initial=self.global_step, desc=stage, unit="step", dynamic_ncols=True)
 
     def _show(self, progress: tqdm, metrics: dict[str, float]) -> None:

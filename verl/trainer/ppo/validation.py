@@ -1,4 +1,4 @@
-"""Validation: greedy answers to the held-out prompts, their ROUGE-L, and what the discriminator makes of them."""
+"""Validation: greedy answers to the held-out prompts, and their ROUGE-L."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from verl.protocol import DataProto
-from verl.trainer.ppo.metric_utils import compute_discriminator_metrics, compute_length_metrics
+from verl.trainer.ppo.metric_utils import compute_length_metrics, mean_max_min
 from verl.utils.dump import write_jsonl
 from verl.utils.rouge import rouge_l
 from verl.utils.tracking import Sample, Tracking, ValidationGenerationsLogger
@@ -27,15 +27,15 @@ def validate(trainer: RayPPOTrainer, tracking: Tracking, seed: int) -> dict[str,
     """Answer every held-out prompt and compare with the teacher.
 
     Returns:
-        `val/rouge-L/mean`, `val/response_length/*` and, with a discriminator, `val/critic/*`.
+        `val/rouge-L/mean`, `val/response_length/*` and, with a task reward, `val/task_reward/*`.
     """
     answered = DataProto.concat(list(_answered_batches(trainer, seed)))
     samples = _samples(trainer, answered)
     metrics = {"val/rouge-L/mean": float(np.mean([sample.rouge for sample in samples]))}
     lengths = compute_length_metrics(answered)
     metrics |= {f"val/{name}": value for name, value in lengths.items() if name.startswith("response_length")}
-    if trainer.critic is not None:
-        metrics |= {f"val/{name}": value for name, value in compute_discriminator_metrics(answered).items()}
+    if trainer.task_reward is not None:
+        metrics |= mean_max_min("val/task_reward", trainer.score_task(answered))
 
     config = trainer.config.trainer
     if config.log_val_generations > 0:
@@ -58,13 +58,13 @@ def _scores(answered: DataProto) -> list[dict[str, float]]:
 
 
 def _answered_batches(trainer: RayPPOTrainer, seed: int) -> Iterator[DataProto]:
-    """The validation set in file order, answered and, with a discriminator, scored."""
+    """The validation set in file order, answered and, for the files of a run with a discriminator, scored."""
     data, rollout = trainer.config.data, trainer.config.actor_rollout_ref.rollout
     size = data.val_batch_size or data.train_batch_size
     for rows in DataLoader(trainer.val_dataset, batch_size=size, collate_fn=trainer.collate_fn):
         batch = DataProto.from_single_dict(rows)
         batch.union(trainer.generate(batch, rollout.val_kwargs, seed))
-        if trainer.critic is not None:
+        if trainer.critic is not None and trainer.config.trainer.validation_data_dir is not None:
             batch.union(trainer.critic.compute_scores(trainer.take(batch, KEPT)))
         yield batch
 

@@ -65,7 +65,8 @@ class Row:
 # Files
 
 
-def _find_files(data_files: str | Path | Sequence[str | Path]) -> list[Path]:
+def find_files(data_files: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files, `~` expanded. FileNotFoundError or ValueError says which one cannot be read."""
     names = [data_files] if isinstance(data_files, str | Path) else list(data_files)
     if not names:
         raise ValueError("no data file is given")
@@ -104,7 +105,8 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 _READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl}
 
 
-def _read_rows(paths: Sequence[Path]) -> list[Row]:
+def read_rows(paths: Sequence[Path]) -> list[Row]:
+    """The rows of all files, in order, numbered over all of them; ValueError for a file that cannot be read."""
     rows: list[Row] = []
     for path in paths:
         if path.suffix not in _READERS:
@@ -121,7 +123,8 @@ def _read_rows(paths: Sequence[Path]) -> list[Row]:
 # Checks
 
 
-def _fault_of_messages(messages: Any, key: str) -> str | None:
+def fault_of_messages(messages: Any, key: str) -> str | None:
+    """What keeps `messages` from being a conversation, or None."""
     if not isinstance(messages, list):
         return f"{key!r} is not a list of chat messages but {type(messages).__name__}"
     if not messages:
@@ -133,7 +136,8 @@ def _fault_of_messages(messages: Any, key: str) -> str | None:
     return None
 
 
-def _fault_of_answer(answer: Any, key: str) -> str | None:
+def fault_of_answer(answer: Any, key: str) -> str | None:
+    """What keeps `answer` from being a text to learn from, or None."""
     if answer is None:
         return f"the answer in {key!r} is null"
     if not isinstance(answer, str):
@@ -146,7 +150,7 @@ def _fault(record: Mapping[str, Any], prompt_key: str, response_key: str) -> str
     for key in (prompt_key, response_key):
         if key not in record:
             return f"there is no column {key!r}, only {', '.join(map(repr, record))}"
-    return _fault_of_messages(record[prompt_key], prompt_key) or _fault_of_answer(record[response_key], response_key)
+    return fault_of_messages(record[prompt_key], prompt_key) or fault_of_answer(record[response_key], response_key)
 
 
 def _usable_rows(rows: list[Row], config: DatasetConfig) -> list[Row]:
@@ -169,7 +173,8 @@ def _usable_rows(rows: list[Row], config: DatasetConfig) -> list[Row]:
     return [row for row, fault in zip(rows, faults, strict=True) if not fault]
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError for a tokenizer without a chat template or an EOS token."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template: use the model's chat (instruct) version, "
@@ -183,7 +188,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 # Prompt lengths
 
 
-def _tokenize_prompts(
+def tokenize_prompts(
     tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], conversations: Sequence[Messages]
 ) -> list[list[int]]:
     """Token ids of each conversation up to where the answer begins."""
@@ -195,7 +200,7 @@ def _tokenize_prompts(
 def _prompt_lengths(
     tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], conversations: Sequence[Messages]
 ) -> list[int]:
-    return [len(ids) for ids in _tokenize_prompts(tokenizer, template_kwargs, conversations)]
+    return [len(ids) for ids in tokenize_prompts(tokenizer, template_kwargs, conversations)]
 
 
 def _one_thread_per_process() -> None:
@@ -295,12 +300,12 @@ class RLHFDataset(Dataset):
     ):
         if processor is not None:
             raise ValueError("only text is supported: processor must be None")
-        _check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self.config = config
         # What fills the padding is never looked at, so a tokenizer without a pad token does too.
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        rows = _read_rows(_find_files(data_files))
+        rows = read_rows(find_files(data_files))
         rows = _usable_rows(rows[:max_samples] if max_samples >= 0 else rows, config)
         self.rows = self._rows_with_fitting_prompts(rows)
         if not self.rows:
@@ -336,7 +341,7 @@ class RLHFDataset(Dataset):
 
     def _prompt(self, messages: Messages) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, (P,) each."""
-        ids = torch.tensor(_tokenize_prompts(self.tokenizer, self.config.apply_chat_template_kwargs, [messages]))
+        ids = torch.tensor(tokenize_prompts(self.tokenizer, self.config.apply_chat_template_kwargs, [messages]))
         padded_ids, mask = postprocess_data(
             ids,
             torch.ones_like(ids),

@@ -2,11 +2,13 @@
 
 from verl.workers.config.actor import ActorConfig, ActorRolloutRefConfig, PolicyLossConfig, RefConfig
 from verl.workers.config.critic import (
+    AdaptiveTemperatureConfig,
     BradleyTerryConfig,
     CriticConfig,
     DiscriminatorConfig,
     HingeConfig,
     RankingConfig,
+    ReplayConfig,
     TwoSidedHingeConfig,
 )
 from verl.workers.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
@@ -15,6 +17,7 @@ from verl.workers.config.rollout import RolloutConfig, SamplingConfig
 __all__ = [
     "ActorConfig",
     "ActorRolloutRefConfig",
+    "AdaptiveTemperatureConfig",
     "BradleyTerryConfig",
     "CriticConfig",
     "DiscriminatorConfig",
@@ -25,6 +28,7 @@ __all__ = [
     "PolicyLossConfig",
     "RankingConfig",
     "RefConfig",
+    "ReplayConfig",
     "RolloutConfig",
     "SamplingConfig",
     "TwoSidedHingeConfig",

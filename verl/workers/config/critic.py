@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from verl.workers.config.base import NonNegative, Positive, PositiveFloat, settings
+from verl.workers.config.base import BelowOne, Count, NonNegative, Positive, PositiveFloat, settings
 from verl.workers.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
 
 
@@ -41,20 +41,41 @@ class RankingConfig:
 
 
 @settings
+class AdaptiveTemperatureConfig:
+    """The temperature that follows the mean difference (`core_algos.adapted_temperature`)."""
+
+    enable: bool
+    offset: NonNegative
+    slope: NonNegative
+    lowest: PositiveFloat
+    highest: PositiveFloat
+
+
+@settings
 class DiscriminatorConfig:
     """Which loss, on which scores. `pooling=None` is the pooling the loss was made for."""
 
-    loss: Literal["bradley_terry", "hinge", "two_sided_hinge", "ranking"]
+    loss: str
     pooling: Literal["last_token", "mean", "sum"] | None
     exclude_eos: bool
+    adaptive_temperature: AdaptiveTemperatureConfig
     bradley_terry: BradleyTerryConfig
     hinge: HingeConfig
     two_sided_hinge: TwoSidedHingeConfig
     ranking: RankingConfig
+    custom: dict[str, Any]
 
     def constants(self) -> dict[str, Any]:
-        """The chosen loss's own constants."""
-        return dict(vars(getattr(self, self.loss)))
+        """The chosen loss's own constants; a loss from a user's file gets those under `custom`."""
+        return dict(vars(getattr(self, self.loss))) if hasattr(self, self.loss) else dict(self.custom)
+
+
+@settings
+class ReplayConfig:
+    """Past student answers that the discriminator keeps meeting."""
+
+    capacity: Count
+    fraction: BelowOne
 
 
 @settings
@@ -80,3 +101,5 @@ class CriticConfig:
     ulysses_sequence_parallel_size: Positive
     grad_clip: PositiveFloat
     discriminator: DiscriminatorConfig
+    replay: ReplayConfig
+    held_out_prompts: Count

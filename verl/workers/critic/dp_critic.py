@@ -7,15 +7,16 @@ whole ones, and the teacher's answer goes through the model once, however many s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from verl.models.heads import ScoreModel
-from verl.models.packing import AnswerRows
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import PairScores, get_discriminator_loss_fn, score_mask
+from verl.trainer.ppo.core_algos import PairScores, adapted_temperature, get_discriminator_loss_fn
 from verl.workers.batch import student_rows, teacher_rows
 from verl.workers.config import CriticConfig
+from verl.workers.critic.groups import GroupRows, ScoreTable
 from verl.workers.updates import (
     MetricSums,
     data_parallel_size,
@@ -42,6 +43,14 @@ class DataParallelPPOCritic:
         self.loss = get_discriminator_loss_fn(config.discriminator.loss)
         self.pooling = config.discriminator.pooling or self.loss.pooling
 
+    def scoring(self) -> dict[str, str | bool | float]:
+        """How an answer's score is made of its values (pooling, whether EOS is left out), and what it means: under the
+        loss, the teacher's answer is the better one with probability sigmoid(d / temperature)."""
+        settings = self.config.discriminator
+        temperature = settings.constants().get("temperature", 1.0)
+        scoring = {"loss": settings.loss, "pooling": self.pooling, "exclude_eos": settings.exclude_eos}
+        return scoring | {"temperature": temperature}
+
     @torch.no_grad()
     def compute_values(self, data: DataProto) -> torch.Tensor:
         """Values per token of the student's answers, (B, N, T), or of the teacher's, (B, T), with
@@ -55,71 +64,74 @@ class DataParallelPPOCritic:
 
     @torch.no_grad()
     def compute_scores(self, data: DataProto) -> dict[str, torch.Tensor]:
-        """Scores as the loss pools them: `student_scores` (B, N) and `teacher_scores` (B, 1), the raw sums beside
-        them, and the number of tokens each score is pooled over."""
-        student_shape = data.batch["responses"].shape[:2]
-        names = ("scores", "raw_scores", "score_tokens")
-        result = {f"student_{name}": torch.zeros(student_shape) for name in names}
-        result |= {f"teacher_{name}": torch.zeros(student_shape[0], 1) for name in names}
-        for index, scores, tokens in self._score_groups(data):
-            result["student_scores"][index], result["teacher_scores"][index] = scores.student, scores.teacher
-            result["student_raw_scores"][index] = scores.student_raw
-            result["teacher_raw_scores"][index] = scores.teacher_raw
-            result["student_score_tokens"][index], result["teacher_score_tokens"][index] = tokens
-        return result
+        """Scores as the loss pools them, of every answer in the batch; see `ScoreTable` for what comes back."""
+        table = ScoreTable(*data.batch["responses"].shape[:2])
+        for part in self._score_groups(data):
+            table.put(*part)
+        return table.tensors
 
     def update_critic(self, data: DataProto) -> dict[str, float]:
-        """Train on this rank's groups: `ppo_epochs` times over mini-batches of `ppo_mini_batch_size` groups.
+        """Train on this rank's groups: `ppo_epochs` times over the `meta_info["mini_batches"]` mini-batches in it.
 
         Returns:
             `critic/d_loss`, its parts and `critic/grad_norm`, over all mini-batches and ranks.
         """
         metrics = MetricSums()
-        groups_per_rank = self.config.ppo_mini_batch_size // data_parallel_size()
         for _ in range(self.config.ppo_epochs):
-            for mini_batch in data.split(groups_per_rank):
-                self._accumulate_gradients(mini_batch, metrics)
-                norm = optimizer_step(self.critic_module, self.critic_optimizer, self.config.grad_clip)
-                metrics.add({"critic/grad_norm": norm}, 1.0)
+            for mini_batch in data.split(len(data) // data.meta_info["mini_batches"]):
+                self._step(mini_batch, metrics)
         return metrics.means()
 
-    def _accumulate_gradients(self, mini_batch: DataProto, metrics: MetricSums) -> None:
+    def score_and_update(self, data: DataProto) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """`compute_scores` and then one optimizer step on the whole batch, in a single forward.
+
+        The scores are those before the update: with one mini-batch and one epoch no weight changes before the last of
+        them is computed.
+        """
+        metrics, table = MetricSums(), ScoreTable(*data.batch["responses"].shape[:2])
+        self._step(data, metrics, table)
+        return table.tensors, metrics.means()
+
+    def _step(self, mini_batch: DataProto, metrics: MetricSums, table: ScoreTable | None = None) -> None:
         (all_groups,) = sum_over_ranks([float(len(mini_batch))])
+        constants = self._constants(mini_batch, metrics)
         self.critic_optimizer.zero_grad()
-        for index, scores, _ in self._score_groups(mini_batch):
-            loss, parts = self.loss.fn(scores, **self.config.discriminator.constants())
+        for index, scores, tokens in self._score_groups(mini_batch):
+            loss, parts = self.loss.fn(scores, **constants)
             # The loss is a mean over this part's pairs; every group has as many.
             (loss * (len(index) / all_groups * data_parallel_size())).backward()
             means = {"critic/d_loss": loss, **parts}
             metrics.add({name: value.detach() for name, value in means.items()}, float(len(index)))
+            if table is not None:
+                table.put(index, scores, tokens)
+        norm = optimizer_step(self.critic_module, self.critic_optimizer, self.config.grad_clip)
+        metrics.add({"critic/grad_norm": norm}, 1.0)
 
-    def _score_groups(
-        self, data: DataProto
-    ) -> Iterator[tuple[list[int], PairScores, tuple[torch.Tensor, torch.Tensor]]]:
+    def _constants(self, mini_batch: DataProto, metrics: MetricSums) -> dict[str, Any]:
+        """The loss's constants. An adaptive temperature needs the mean difference over the whole mini-batch and all
+        ranks before the first gradient, which is one more forward."""
+        constants = self.config.discriminator.constants()
+        adaptive = self.config.discriminator.adaptive_temperature
+        if adaptive.enable:
+            with torch.no_grad():
+                parts = [scores.difference for _, scores, _ in self._score_groups(mini_batch)]
+            difference = torch.cat(parts)
+            total, pairs = sum_over_ranks([difference.sum().item(), float(difference.numel())])
+            constants["temperature"] = adapted_temperature(
+                total / pairs, adaptive.offset, adaptive.slope, adaptive.lowest, adaptive.highest
+            )
+            metrics.add({"critic/temperature": constants["temperature"]}, 1.0)
+        return constants
+
+    def _score_groups(self, data: DataProto) -> Iterator[tuple[list[int], PairScores, torch.Tensor]]:
         """Forward whole groups, micro-batch by micro-batch, students and teachers in one pass.
 
-        Yields the groups' indices, their scores, and the tokens behind each student and teacher score.
+        Yields the groups' indices, their scores, and the tokens (G, N + 1) behind each, the teacher's last.
         """
-        students, teachers = student_rows(data), teacher_rows(data)
-        groups, answers = data.batch["responses"].shape[:2]
-        tokens = torch.tensor(students.lengths()).view(groups, answers).sum(-1) + torch.tensor(teachers.lengths())
-        for index in self._micro_batches(tokens.tolist(), group_size=answers + 1):
-            members = (torch.tensor(index).unsqueeze(-1) * answers + torch.arange(answers)).flatten()
-            rows = AnswerRows.join([students.select(members), teachers.select(index)])
-            values = self.critic_module(rows)
-            mask = score_mask(
-                rows.responses, rows.response_mask, self.eos_token_id, self.config.discriminator.exclude_eos
-            )
-            split, width = len(members), values.shape[-1]
-            scores = PairScores.pool(
-                values[:split].view(-1, answers, width),
-                values[split:].view(-1, 1, width),
-                mask[:split].view(-1, answers, width),
-                mask[split:].view(-1, 1, width),
-                self.pooling,
-            )
-            counts = mask.sum(-1).float()
-            yield index, scores, (counts[:split].view(-1, answers), counts[split:].view(-1, 1))
+        groups = GroupRows.of(data, self.eos_token_id, self.config.discriminator.exclude_eos)
+        for index in self._micro_batches(groups.lengths(), group_size=groups.members.shape[1]):
+            part = groups.select(index)
+            yield index, *part.scores(self.critic_module(part.rows), self.pooling)
 
     def _micro_batches(self, lengths: list[int], group_size: int) -> list[list[int]]:
         size = self.config.ppo_micro_batch_size_per_gpu

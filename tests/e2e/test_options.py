@@ -1,0 +1,160 @@
+"""Settings of the adversarial stages, each in a short run of its own on one rank, against what it must change."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.e2e.metric_names import DISCRIMINATOR_METRICS, POLICY_METRICS
+from tests.e2e.running import read_metrics, train
+from verl.trainer.in_process import run_in_process
+from verl.utils.checkpoint.sharded import read_full_tensors
+from verl.utils.model import load_model
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_group():
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """Train a few steps of GAD from scratch (the discriminator learns along); returns the run's folder."""
+
+    def start(name, *overrides, steps=3):
+        return train(
+            folder,
+            name,
+            "stage=warmup",
+            "trainer.critic_warmup=1",
+            f"trainer.total_training_steps={steps}",
+            f"critic.model.path={folder}/base",
+            "critic.optim.lr=1e-3",
+            "trainer.test_freq=-1",
+            "trainer.val_before_train=False",
+            *overrides,
+            run_with=run_in_process,
+        )
+
+    return start
+
+
+def actor_of(run, step):
+    return read_full_tensors(run / f"global_step_{step}" / "actor" / "model")
+
+
+@pytest.fixture(scope="module")
+def plain(run):
+    return read_metrics(run("plain"))
+
+
+def test_one_mini_batch_and_one_epoch_have_no_kl_to_the_old_policy(plain):
+    assert plain[1].keys() >= DISCRIMINATOR_METRICS | POLICY_METRICS
+    assert abs(plain[1]["actor/ppo_kl"]) < 1e-6
+    assert plain[1]["actor/pg_clipfrac"] == 0
+
+
+@pytest.mark.parametrize(
+    "reuse", ["actor_rollout_ref.actor.ppo_epochs=3", "actor_rollout_ref.actor.ppo_mini_batch_size=2"]
+)
+def test_a_reused_batch_moves_away_from_the_old_policy(run, reuse):
+    metrics = read_metrics(run(reuse.split("=")[0], reuse, "critic.ppo_mini_batch_size=4"))
+    assert abs(metrics[1]["actor/ppo_kl"]) > 1e-5
+
+
+def test_warmup_by_sft_trains_both_from_the_first_step(run, folder):
+    """The actor by cross-entropy on the teacher, the discriminator against its samples; no policy loss."""
+    sft = run("sft", "trainer.warmup_use_sft=True", "trainer.critic_warmup=10", "trainer.save_freq=1", steps=12)
+    metrics = read_metrics(sft)
+    assert metrics[0].keys() >= {"actor/sft_loss", "critic/d_loss", "critic/d_acc", "critic/length_ratio"}
+    assert not {"actor/pg_loss", "critic/advantages/mean", "timing_s/ref"} & metrics[0].keys()
+    assert metrics[11]["actor/sft_loss"] < metrics[0]["actor/sft_loss"] - 0.1
+    base = load_model(folder / "base", "policy").state_dict()
+    first = actor_of(sft, 1)
+    assert any(not torch.equal(first[name], base[name]) for name in first), "critic_warmup must not freeze SFT"
+    gaps = [data["training/rollout_probs_diff_max"] for data in metrics.values()]
+    assert max(gaps) < 1e-4
+
+
+def test_a_task_reward_is_mixed_in_and_logged_on_its_own(run, plain, folder):
+    (folder / "mine.py").write_text("def length(prompt, answer, teacher):\n    return float(len(answer.encode()))\n")
+    where = (f"custom_reward_function.path={folder}/mine.py", "custom_reward_function.name=length")
+    rollouts = folder / "task_rollouts"
+    metrics = read_metrics(
+        run("task", *where, "algorithm.task_reward_weight=3", f"trainer.rollout_data_dir={rollouts}")
+    )
+    answers = [json.loads(line)["answers"] for line in (rollouts / "0.jsonl").read_text().splitlines()]
+    lengths = [len(answer.encode()) for group in answers for answer in group]
+    task = sum(lengths) / len(lengths)
+    assert metrics[0]["critic/task_reward/mean"] == pytest.approx(task)
+    assert metrics[0]["critic/task_reward/max"] == max(lengths)
+    assert metrics[0]["critic/student_score_mean"] == pytest.approx(plain[0]["critic/student_score_mean"])
+    expected = metrics[0]["critic/student_score_mean"] + 3 * task
+    assert metrics[0]["critic/rewards/mean"] == pytest.approx(expected, rel=1e-5)
+    # With weight 0 it is looked at only: everything else is as in the plain run.
+    watched = read_metrics(run("watched", *where))
+    assert watched[0]["critic/task_reward/mean"] == pytest.approx(task)
+    same = [name for name in plain[2] if not name.startswith(("timing", "perf/"))]
+    assert {name: watched[2][name] for name in same} == {name: plain[2][name] for name in same}
+
+
+def test_a_task_reward_that_fails_ends_the_run_with_its_row(run, folder):
+    (folder / "bad.py").write_text("def compute_score(prompt, answer, teacher):\n    raise LookupError('no key')\n")
+    with pytest.raises(RuntimeError, match=r"bad.py:compute_score, data row \d+, answer 0: raised LookupError: no key"):
+        run("bad", f"custom_reward_function.path={folder}/bad.py")
+
+
+def test_a_loss_of_the_users_own_trains_the_discriminator(run, folder):
+    (folder / "own.py").write_text(
+        "def squared(scores, target):\n"
+        "    loss = (scores.difference - target).square().mean()\n"
+        "    return loss, {'critic/squared': loss}\n"
+    )
+    own = (f"critic.discriminator.loss={folder}/own.py:squared", "critic.discriminator.custom={target: 2.0}")
+    metrics = read_metrics(run("own", *own, steps=6))
+    assert metrics[0]["critic/squared"] == metrics[0]["critic/d_loss"] > 0
+    assert metrics[5]["critic/squared"] < metrics[0]["critic/squared"]
+
+
+def test_kl_in_the_reward_with_both_controllers(run):
+    """Fixed keeps its coefficient; adaptive moves it by 1 + clip(kl / target - 1, +-0.2) * answers / horizon."""
+    kl = ("algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.kl_coef=0.5", "actor_rollout_ref.actor.optim.lr=1e-2")
+    fixed = read_metrics(run("kl_fixed", *kl))
+    assert [fixed[step]["actor/reward_kl_penalty_coeff"] for step in range(3)] == [0.5] * 3
+    # Before the first update actor and reference are the same; then the actor has moved.
+    assert abs(fixed[0]["actor/reward_kl_penalty"]) < 1e-6
+    assert abs(fixed[2]["actor/reward_kl_penalty"]) > 1e-4
+    difference = fixed[2]["critic/score/mean"] - fixed[2]["critic/rewards/mean"]
+    assert abs(difference) > 1e-5, "the penalty must be in the reward"
+
+    adaptive = read_metrics(run("kl_adaptive", *kl, "algorithm.kl_ctrl.type=adaptive", "algorithm.kl_ctrl.horizon=60"))
+    # Step 0 has KL 0, so the error is clipped to -0.2; 12 answers of 60.
+    assert adaptive[1]["actor/reward_kl_penalty_coeff"] == pytest.approx(0.5 * (1 - 0.2 * 12 / 60))
+
+
+def test_advantages_without_the_standard_deviation(run, folder):
+    """Then an advantage is the score less its group's mean; with it, at most (n - 1) / sqrt(n) = 1.15 for n = 3."""
+    rollouts = folder / "bare_rollouts"
+    dump = f"trainer.rollout_data_dir={rollouts}"
+    bare = read_metrics(run("bare", dump, "algorithm.norm_adv_by_std_in_grpo=False"))
+    groups = [json.loads(line)["scores"] for line in (rollouts / "0.jsonl").read_text().splitlines()]
+    advantages = [score - sum(scores) / 3 for scores in groups for score in scores]
+    assert all(abs(torch.tensor(scores).std() - 1) > 0.1 for scores in groups), "divided by 1 they would look the same"
+    assert bare[0]["critic/advantages/max"] == pytest.approx(max(advantages), abs=1e-5)
+    assert bare[0]["critic/advantages/min"] == pytest.approx(min(advantages), abs=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_entropy_bonus_raises_the_entropy(run, sign):
+    """With a coefficient that drowns the policy loss; a negative one lowers it."""
+    bonus = (f"actor_rollout_ref.actor.entropy_coeff={sign * 10}", "actor_rollout_ref.actor.optim.lr=1e-3")
+    entropy = partial(dict.__getitem__, read_metrics(run(f"entropy{sign}", *bonus, steps=6)))
+    assert sign * (entropy(5)["actor/entropy"] - entropy(1)["actor/entropy"]) > 0.01

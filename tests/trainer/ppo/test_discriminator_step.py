@@ -1,0 +1,127 @@
+"""The discriminator's part of a step, with a real worker in this process."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.tiny import write_model
+from tests.workers.updates_setup import ANSWERS, PROMPTS, batch
+from verl.single_controller.base import ClassWithInitArgs
+from verl.single_controller.local import LocalWorkerGroup
+from verl.trainer.config import compose_config
+from verl.trainer.ppo.balancing import balance
+from verl.trainer.ppo.discriminator_step import DiscriminatorStep
+from verl.workers.fsdp_workers import CriticWorker
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    yield write_model(tmp_path_factory.mktemp("model"))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def make_step(model, *overrides):
+    config = compose_config(
+        [
+            "stage=gad",
+            "data.train_files=x",
+            f"actor_rollout_ref.model.path={model}",
+            "trainer.experiment_name=x",
+            f"data.train_batch_size={PROMPTS}",
+            "data.max_prompt_length=9",
+            "data.max_response_length=8",
+            f"actor_rollout_ref.rollout.n={ANSWERS}",
+            "critic.optim.lr=1e-2",
+            *overrides,
+        ]
+    )
+    worker = ClassWithInitArgs(CriticWorker, config.critic, total_steps=5, device="cpu", seed=1)
+    group = LocalWorkerGroup(worker)
+    group.init_model()
+    return DiscriminatorStep(config, group)
+
+
+@contextmanager
+def untimed(name):
+    yield
+
+
+def fresh():
+    data, _ = balance(batch(), PROMPTS, ranks=1, by_tokens=True)
+    return data
+
+
+def run(step, number=0):
+    data = fresh()
+    return data, step.run(data, number, untimed)
+
+
+def weights(step):
+    return [p.detach().clone() for p in step.critic.worker.critic.critic_module.parameters()]
+
+
+def test_rewards_are_the_scores_before_the_update_in_both_ways(model):
+    """From the update's own forward, and from a pass of its own."""
+    fused = make_step(model)
+    separate = make_step(model, "critic.ppo_epochs=2")
+    assert (fused.scores_from_update, separate.scores_from_update) == (True, False)
+    before = {name: value for name, value in separate.critic.compute_scores(fresh()).batch.items()}
+    for step in (fused, separate):
+        data, metrics = run(step)
+        for name, value in before.items():
+            torch.testing.assert_close(data.batch[name], value, atol=1e-5, rtol=1e-5)
+        assert metrics["critic/grad_norm"] > 0
+        after = step.critic.compute_scores(fresh()).batch["student_scores"]
+        assert not torch.allclose(after, before["student_scores"], atol=1e-3)
+
+
+def test_capacity_zero_is_plain_gad(model):
+    """Whatever the fraction: the same weights and metrics after three steps, bit for bit, and no replay metric."""
+    plain, off = make_step(model), make_step(model, "critic.replay.fraction=0.9")
+    for number in range(3):
+        _, expected = run(plain, number)
+        _, metrics = run(off, number)
+        assert metrics == expected
+        assert not any(name.startswith("critic/replay") for name in metrics)
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(off), strict=True))
+
+
+@pytest.mark.parametrize("split", [[], ["critic.ppo_mini_batch_size=2"], ["critic.ppo_epochs=2"]])
+def test_past_groups_join_the_update_and_not_the_rewards(model, split):
+    """The first step has nothing to replay; at the second, half of the answers are past ones."""
+    step = make_step(model, "critic.replay.capacity=24", *split)
+    seen = []
+    step.critic.worker.critic.critic_module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    _, first = run(step)
+    rows_of_a_plain_step = sum(seen)
+    assert first["critic/replay/fraction"] == 0.0
+    assert "critic/replay/d_acc" not in first
+    seen.clear()
+    before = {name: value for name, value in step.critic.compute_scores(fresh()).batch.items()}
+    seen.clear()
+    data, second = run(step, 1)
+    assert sum(seen) == 2 * rows_of_a_plain_step
+    assert second["critic/replay/fraction"] == 0.5
+    # The past groups are the ones of this very batch, so their scores are too.
+    d = before["teacher_scores"] - before["student_scores"]
+    assert second["critic/replay/score_diff"] == pytest.approx(d.mean().item(), abs=1e-5)
+    assert second["critic/replay/d_acc"] == pytest.approx((d > 0).float().mean().item())
+    for name, value in before.items():
+        torch.testing.assert_close(data.batch[name], value, atol=1e-5, rtol=1e-5)
+    assert data.batch["student_scores"].shape == (PROMPTS, ANSWERS)
+
+
+def test_replaying_the_same_groups_gives_the_same_gradient(model):
+    """The loss is a mean over pairs: every pair twice is no change."""
+    plain, replaying = make_step(model), make_step(model, "critic.replay.capacity=24")
+    replaying.replay.add(fresh())
+    _, expected = run(plain)
+    _, metrics = run(replaying)
+    assert metrics["critic/replay/fraction"] == 0.5
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name

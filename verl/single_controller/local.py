@@ -1,0 +1,29 @@
+"""A worker group of one rank that lives in the driver's own process: no Ray, for experiments and for debugging."""
+
+import os
+from typing import Any
+
+from verl.single_controller.base import ClassWithInitArgs, WorkerGroup
+from verl.single_controller.base.worker import find_free_port
+
+HOST = "127.0.0.1"
+
+
+class LocalWorkerGroup(WorkerGroup):
+    """One worker, called directly. Results are those of a group of one rank; errors arrive as they were raised."""
+
+    def __init__(self, worker: ClassWithInitArgs):
+        super().__init__(world_size=1)
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", HOST)):
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("MASTER_PORT", str(find_free_port(HOST)))
+        self.worker = worker()
+        self._bind_worker_methods(worker.cls)
+
+    def submit(self, rank: int, method_name: str, args: tuple, kwargs: dict) -> Any:
+        """Runs the call and returns its result as the handle."""
+        return getattr(self.worker, method_name)(*args, **kwargs)
+
+    def wait(self, handles: list, method_name: str) -> list:
+        """The handles are the results."""
+        return handles

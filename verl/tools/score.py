@@ -1,0 +1,221 @@
+"""Score teacher and student answers with any discriminator, offline, and report how well it tells them apart.
+
+    python -m verl.tools.score --critic runs/warmup/global_step_50/critic --data answers.parquet --out x.jsonl
+
+Scores are those of training: the same tokens, model, pooling and handling of EOS. `score_data.py` reads and tokenises,
+`score_model.py` scores, `score_report.py` counts and writes the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from verl.tools.score_data import ANSWER_KEYS, Group, Limits, TokenizedGroups, read_groups, tokenize_groups
+from verl.tools.score_model import Scoring, check_critic, load_critic, score_sequences, scoring_of
+from verl.tools.score_report import render
+from verl.trainer.ppo.discriminator_algos import POOLINGS
+from verl.utils.dump import write_jsonl
+from verl.utils.model import load_config, load_tokenizer, quiet_transformers
+
+SUFFIXES = (".parquet", ".jsonl")
+EPILOG = """\
+--data is parquet or jsonl, one row per prompt with the teacher's answer and one student answer or a list of them. Dumps
+of training rollouts (trainer.rollout_data_dir) have no prompts: pass data.train_files with --prompts.
+
+The report: mean and standard deviation (divided by n) of the scores of both sides and of d = score(teacher) -
+score(student); accuracy; calibration of sigmoid(|d| / T), T the loss's temperature, with the expected calibration error
+(arXiv 1706.04599); Pearson
+correlations with length in tokens; the most and the least separated pairs.
+
+--out has one row per pair: group, file, row, answer (from 0), score_diff, prompt_tokens and, with teacher_ and student_
+before them, score (pooled), raw_score (the sum), score_tokens (pooled over) and tokens (of the answer, EOS included).
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; names of columns and limits are those of the trainer's `data` settings where it has them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m verl.tools.score",
+        description=__doc__.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--critic", required=True, metavar="DIR", help="a checkpoint's critic folder as it is, or merged")
+    add("--data", required=True, nargs="+", metavar="FILE", help="parquet or jsonl files to score")
+    add("--out", metavar="FILE", help="write the scores of every pair, .parquet or .jsonl (default: report only)")
+
+    columns = parser.add_argument_group("columns")
+    add = columns.add_argument
+    add("--prompt_key", default="content", metavar="KEY", help="chat messages, or one user's text (default: content)")
+    add("--teacher_key", default="teacher_response", metavar="KEY", help="teacher's text (default: teacher_response)")
+    add(
+        "--answer_key", metavar="KEY", help=f"a text or texts (default: the first there is of {', '.join(ANSWER_KEYS)})"
+    )
+    add("--prompts", nargs="+", default=[], metavar="FILE", help="files whose rows the data's `index` column names")
+
+    scores = parser.add_argument_group("scores", "By default as the critic was trained, from its config.json.")
+    scores.add_argument("--pooling", choices=POOLINGS, help="of the values per token into a score")
+    eos = scores.add_mutually_exclusive_group()
+    eos.add_argument("--exclude_eos", action="store_true", default=None, help="leave the closing EOS out of the score")
+    eos.add_argument("--include_eos", action="store_false", dest="exclude_eos", default=None, help="score it too")
+
+    tokens = parser.add_argument_group("tokens")
+    add = tokens.add_argument
+    add("--max_prompt_length", type=_positive, metavar="N", help="tokens of a prompt (default: no limit)")
+    add(
+        "--truncation",
+        choices=("error", "left", "right", "middle"),
+        default="error",
+        help="what becomes of longer prompts: refused, or cut on that side (default: error)",
+    )
+    add(
+        "--max_response_length",
+        type=_positive,
+        metavar="N",
+        help="tokens of an answer with EOS; longer ones are cut as in training, and counted (default: no limit)",
+    )
+    add("--apply_chat_template_kwargs", type=_json_object, default={}, metavar="JSON", help="as in data (default: {})")
+
+    computing = parser.add_argument_group("computing")
+    add = computing.add_argument
+    add("--max_tokens", type=_positive, default=16384, metavar="N", help="tokens per forward (default: 16384)")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(default: float32)")
+    add("--trust_remote_code", action="store_true", help="run the model folder's own code")
+
+    report = parser.add_argument_group("report")
+    add = report.add_argument
+    add("--bins", type=_positive, default=10, metavar="N", help="of the calibration (default: 10)")
+    add("--show", type=_count, default=5, metavar="K", help="pairs to show from either end (default: 5)")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if _count(text) == 0:
+        raise argparse.ArgumentTypeError("expected a whole number from 1, got 0")
+    return int(text)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"enable_thinking": false}}, got {text!r}')
+    return value
+
+
+def pair_table(groups: Sequence[Group], tokenized: TokenizedGroups, scores: dict[str, np.ndarray]) -> pd.DataFrame:
+    """One row per pair, in the order of the files.
+
+    Columns: `group` (the row over all files), `file`, `row` (within it), `answer` (of the row), all from 0;
+    `score_diff`, `prompt_tokens`; and for both sides `{side}_score`, `{side}_raw_score`, `{side}_score_tokens` (those
+    it is pooled over) and `{side}_tokens` (EOS included).
+    """
+    members = zip(groups, tokenized.teachers, tokenized.students, strict=True)
+    places = [
+        (group.row.index, str(group.row.path), group.row.number, answer, teacher, student)
+        for group, teacher, students in members
+        for answer, student in enumerate(students)
+    ]
+    table = pd.DataFrame(places, columns=["group", "file", "row", "answer", "teacher", "student"])
+    lengths = np.array([(len(prompt), len(answer)) for prompt, answer in tokenized.sequences])
+    sides = {side: table.pop(side).to_numpy() for side in ("teacher", "student")}
+    teacher, student = (scores["score"][numbers].astype(np.float64) for numbers in sides.values())
+    table = table.assign(score_diff=teacher - student, prompt_tokens=lengths[sides["teacher"], 0])
+    for side, numbers in sides.items():
+        columns = {f"{side}_{name}": values[numbers] for name, values in scores.items()}
+        table = table.assign(**columns, **{f"{side}_tokens": lengths[numbers, 1]})
+    return table
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """As parquet or jsonl, by the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        table.to_parquet(path, index=False)
+    else:
+        write_jsonl(path, table.to_dict("records"))
+
+
+def check_places(out: str | None, device: str) -> None:
+    """ValueError for an output or a device that cannot be used, before any work is done."""
+    if out is not None and (Path(out).suffix not in SUFFIXES or Path(out).is_dir()):
+        raise ValueError(f"--out: expected a file that ends in {' or '.join(SUFFIXES)}, got {out}; rename it")
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (number.isdecimal() or device == kind):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {device}; pass one of these")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: expected one of {torch.cuda.device_count()} CUDA devices, got {device}; pass cpu")
+
+
+def run(options: argparse.Namespace) -> str:
+    """Score and write; returns the report.
+
+    Raises:
+        OSError, ValueError: a user's error, as a sentence; all but a diverged critic before the model is loaded.
+    """
+    check_places(options.out, options.device)
+    check_critic(options.critic)
+    config = load_config(options.critic, "score", trust_remote_code=options.trust_remote_code)
+    scoring = scoring_of(config, options.pooling, options.exclude_eos)
+    groups = read_groups(options.data, options.prompt_key, options.teacher_key, options.answer_key, options.prompts)
+    tokenizer = load_tokenizer(options.critic, options.trust_remote_code)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = Limits(options.max_prompt_length, options.max_response_length, options.truncation, context)
+    tokenized = tokenize_groups(groups, tokenizer, limits, options.apply_chat_template_kwargs)
+
+    model = load_critic(options.critic, config, options.dtype, options.device, options.trust_remote_code)
+    scores = score_sequences(
+        model, tokenized.sequences, scoring, tokenizer.eos_token_id, options.max_tokens, options.device
+    )
+    pairs = pair_table(groups, tokenized, scores)
+    lines = [
+        _header(options.critic, scoring, tokenized, pairs),
+        render(pairs, groups, scoring.temperature, options.bins, options.show),
+    ]
+    if options.out:
+        write_table(pairs, Path(options.out).expanduser())
+        lines.append(f"wrote {len(pairs)} pairs to {options.out}")
+    return "\n\n".join(lines)
+
+
+def _header(critic: str, scoring: Scoring, tokenized: TokenizedGroups, pairs: pd.DataFrame) -> str:
+    lines = [f"critic  {critic}: {scoring}"]
+    for path, part in pairs.groupby("file", sort=False):
+        lines.append(f"data    {path}: {part['group'].nunique()} prompts, {len(part)} student answers")
+    if tokenized.cut_prompts or tokenized.cut_answers:
+        answers = f"{tokenized.cut_answers} answers of both sides"
+        lines.append(f"cut     {tokenized.cut_prompts} prompts and {answers}, as the limits say")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; exits with a sentence where something is wrong with what it was given."""
+    options = build_parser().parse_args(arguments)
+    quiet_transformers()
+    try:
+        print(run(options))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

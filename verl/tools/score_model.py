@@ -1,0 +1,164 @@
+"""A discriminator read from disk and its scores, which are those of `dp_critic.compute_scores`, without a trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+from verl.models.attention import check_full_attention
+from verl.models.heads import ScoreModel
+from verl.models.packing import AnswerRows
+from verl.tools.score_data import PromptAndAnswer
+from verl.trainer.ppo.discriminator_algos import POOLINGS, pool_scores, score_mask
+from verl.utils.model import find_model, is_discriminator, load_model
+from verl.utils.seqlen_balancing import rearrange_micro_batches
+
+# Micro-batches are cut from so many sequences of like length at a time: the cost of balancing grows with the square.
+WINDOW = 256
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The critic
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How values per token become a score, and the loss it was trained with, where that is known: under it the
+    teacher's answer is the better one with probability sigmoid(d / temperature)."""
+
+    pooling: str
+    exclude_eos: bool
+    loss: str | None = None
+    temperature: float = 1.0
+
+    def __str__(self) -> str:
+        trained = f", trained with {self.loss}" if self.loss else ""
+        return f"{self.pooling} pooling, EOS {'excluded' if self.exclude_eos else 'included'}{trained}"
+
+
+def check_critic(path: str) -> None:
+    """ValueError unless the folder holds a model with a score head of one label; says what to pass."""
+    inside = Path(path).expanduser() / "critic"
+    if inside.is_dir():
+        raise ValueError(f"--critic: expected a critic's folder, got the whole checkpoint {path}; pass {inside}")
+    entries = json.loads((find_model(path).huggingface / "config.json").read_text())
+    if not is_discriminator(path):
+        raise ValueError(
+            f"--critic: expected a model with a trained score head (...ForTokenClassification), got {path} with "
+            f"{entries.get('architectures')}; pass global_step_N/critic of a warmup or GAD run, or that one merged"
+        )
+    labels = len(entries.get("id2label") or ("LABEL_0", "LABEL_1"))
+    if labels != 1:
+        raise ValueError(
+            f"--critic: expected a score head with one label, got {labels} in {path}; pass a discriminator"
+        )
+
+
+def scoring_of(config: PretrainedConfig, pooling: str | None, exclude_eos: bool | None) -> Scoring:
+    """What the command line says, else what the checkpoint's config says under `discriminator`.
+
+    Raises:
+        ValueError: neither says it; scores would be a guess.
+    """
+    trained = getattr(config, "discriminator", None) or {}
+    pooling = pooling or trained.get("pooling")
+    exclude_eos = trained.get("exclude_eos") if exclude_eos is None else exclude_eos
+    if pooling is None or exclude_eos is None:
+        missing = ["--pooling last_token, mean or sum"] if pooling is None else []
+        missing += ["--include_eos or --exclude_eos"] if exclude_eos is None else []
+        raise ValueError(
+            "expected the pooling and the handling of EOS in the critic's config.json under 'discriminator', got "
+            f"{trained or 'no such entry'}; pass {' and '.join(missing)}, as the critic was trained"
+        )
+    if pooling not in POOLINGS:
+        raise ValueError(f"expected a pooling of {', '.join(POOLINGS)}, got {pooling!r} in config.json; pass --pooling")
+    return Scoring(pooling, exclude_eos, trained.get("loss"), trained.get("temperature", 1.0))
+
+
+def load_critic(path: str, config: PretrainedConfig, dtype: str, device: str, trust_remote_code: bool) -> ScoreModel:
+    """The model on its device; one with sliding windows runs padded, as it must have been trained."""
+    hf = load_model(path, "score", trust_remote_code=trust_remote_code, dtype=getattr(torch, dtype), fresh_head=False)
+    return ScoreModel(hf, remove_padding=_full_attention(config)).to(device).eval()
+
+
+def _full_attention(config: PretrainedConfig) -> bool:
+    """Whether rows can be packed."""
+    try:
+        check_full_attention(config)
+    except ValueError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def _rows(sequences: Sequence[PromptAndAnswer], device: str) -> AnswerRows:
+    """Prompts left-padded, answers right-padded; masks from lengths."""
+
+    def pad(lists: Sequence[Sequence[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(map(len, lists))
+        ids, mask = torch.zeros(2, len(lists), width, dtype=torch.long)
+        for row, values in enumerate(lists):
+            place = slice(width - len(values), None) if left else slice(len(values))
+            ids[row, place], mask[row, place] = torch.tensor(values), 1
+        return ids.to(device), mask.to(device)
+
+    prompts, answers = zip(*sequences, strict=True)
+    return AnswerRows(*pad(prompts, left=True), *pad(answers, left=False))
+
+
+def _micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Sequence numbers, the longest first, so that a lack of memory shows at once."""
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    for start in range(0, len(order), WINDOW):
+        window = order[start : start + WINDOW]
+        for rows in rearrange_micro_batches([lengths[number] for number in window], max_tokens):
+            yield [window[row] for row in rows]
+
+
+@torch.no_grad()
+def score_sequences(
+    model: ScoreModel,
+    sequences: Sequence[PromptAndAnswer],
+    scoring: Scoring,
+    eos_token_id: int,
+    max_tokens: int,
+    device: str = "cpu",
+) -> dict[str, np.ndarray]:
+    """`score`, `raw_score` (the sum over the same tokens) and `score_tokens` of each sequence, (S,) each.
+
+    Args:
+        max_tokens: real tokens per forward; a longer sequence is alone in one.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    result = {name: np.zeros(len(sequences), np.float32) for name in ("score", "raw_score")}
+    result["score_tokens"] = np.zeros(len(sequences), np.int64)
+    lengths = [len(prompt) + len(answer) for prompt, answer in sequences]
+    # disable=None: no bar where nobody watches.
+    with tqdm(total=len(sequences), desc="scoring", unit="answer", dynamic_ncols=True, disable=None) as progress:
+        for numbers in _micro_batches(lengths, max_tokens):
+            rows = _rows([sequences[number] for number in numbers], device)
+            values = model(rows)
+            mask = score_mask(rows.responses, rows.response_mask, eos_token_id, scoring.exclude_eos)
+            result["score"][numbers] = pool_scores(values, mask, scoring.pooling).cpu()
+            result["raw_score"][numbers] = pool_scores(values, mask, "sum").cpu()
+            result["score_tokens"][numbers] = mask.sum(-1).cpu()
+            progress.update(len(numbers))
+    unsound = int((~np.isfinite(result["score"])).sum())
+    if unsound:
+        raise ValueError(
+            f"expected finite scores, got {unsound} of {len(sequences)} that are not; the critic has diverged (take an "
+            "earlier checkpoint), or --dtype is too narrow (pass float32)"
+        )
+    return result

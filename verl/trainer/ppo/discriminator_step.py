@@ -1,0 +1,95 @@
+"""The discriminator's part of a training step: scores of the fresh answers as they were before the update, and the
+update itself, on fresh answers and, if asked for, past ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from verl.protocol import DataProto
+from verl.single_controller.ray import RayWorkerGroup
+from verl.trainer.config.schema import Config
+from verl.trainer.ppo.balancing import balance
+from verl.trainer.ppo.replay import KEPT, ReplayBuffer, past_groups
+
+# Row of the fresh batch that a row of the discriminator's batch came from; -1 for a past group.
+FRESH_ROW = "fresh_row"
+
+
+class DiscriminatorStep:
+    """Scores and trains the discriminator of one run.
+
+    With one mini-batch and one epoch the scores come out of the update's own forward; otherwise a pass of its own
+    takes them first.
+    """
+
+    def __init__(self, config: Config, critic: RayWorkerGroup):
+        self.critic = critic
+        self.mini_batch_size = config.critic.ppo_mini_batch_size
+        self.scores_from_update = self.mini_batch_size == config.data.train_batch_size and config.critic.ppo_epochs == 1
+        self.ranks, self.by_tokens = config.trainer.ranks, config.trainer.balance_batch
+        self.replay = ReplayBuffer(config.critic.replay.capacity, config.data.seed)
+        self.past_per_mini_batch = past_groups(self.mini_batch_size, config.critic.replay.fraction, self.ranks)
+
+    def run(self, batch: DataProto, step: int, timed: Callable) -> dict[str, float]:
+        """Add the scores (`ScoreTable`'s tensors) to the batch, in place, and train.
+
+        Args:
+            batch: B fresh rows.
+            timed: `timed(name)` is a context manager that takes the time.
+
+        Returns:
+            the update's metrics.
+        """
+        mixed, mini_batches = self._mix(batch, step)
+        rows = mixed.select(list(KEPT), non_tensor_batch_keys=[])
+        rows.meta_info = {"mini_batches": mini_batches}
+        if self.scores_from_update:
+            with timed("update_critic"):
+                scores = self.critic.score_and_update_critic(rows)
+            metrics = scores.meta_info.pop("metrics")[0]
+        else:
+            with timed("values"):
+                scores = self.critic.compute_scores(rows)
+            with timed("update_critic"):
+                metrics = self.critic.update_critic(rows)[0]
+        if self.replay.capacity:
+            metrics |= self._replay_metrics(scores, mixed)
+            # In the data's order, which is the same for any number of ranks.
+            self.replay.add(batch.select_idxs(batch.batch["data_order"].argsort()))
+        fresh_row = mixed.batch[FRESH_ROW]
+        position = torch.empty(len(batch), dtype=torch.long)
+        position[fresh_row[fresh_row >= 0]] = (fresh_row >= 0).nonzero().flatten()
+        batch.union(DataProto.from_dict({key: value[position] for key, value in scores.batch.items()}))
+        return metrics
+
+    def _mix(self, batch: DataProto, step: int) -> tuple[DataProto, int]:
+        """The rows of the update, past groups spread evenly over the mini-batches; and the number of those."""
+        mini_batches = len(batch) // self.mini_batch_size
+        fresh = batch.select([*KEPT, "data_order"], non_tensor_batch_keys=[])
+        fresh.batch[FRESH_ROW] = torch.arange(len(batch))
+        past = self.replay.draw(self.past_per_mini_batch * mini_batches, step) if self.replay.capacity else None
+        if past is None:
+            return balance(fresh, self.mini_batch_size, self.ranks, self.by_tokens)[0], mini_batches
+        past.batch["data_order"] = torch.zeros(len(past), dtype=torch.long)
+        past.batch[FRESH_ROW] = torch.full((len(past),), -1)
+        fresh = fresh.select_idxs(fresh.batch["data_order"].argsort())
+        parts = [
+            part
+            for pair in zip(fresh.split(self.mini_batch_size), past.split(self.past_per_mini_batch), strict=True)
+            for part in pair
+        ]
+        mixed = DataProto.concat(parts)
+        mixed.batch["data_order"] = torch.arange(len(mixed))
+        size = self.mini_batch_size + self.past_per_mini_batch
+        return balance(mixed, size, self.ranks, self.by_tokens)[0], mini_batches
+
+    def _replay_metrics(self, scores: DataProto, mixed: DataProto) -> dict[str, float]:
+        past = mixed.batch[FRESH_ROW] < 0
+        metrics = {"critic/replay/fraction": past.float().mean().item(), "critic/replay/groups": len(self.replay)}
+        if past.any():
+            difference = (scores.batch["teacher_scores"] - scores.batch["student_scores"])[past]
+            metrics["critic/replay/d_acc"] = (difference > 0).float().mean().item()
+            metrics["critic/replay/score_diff"] = difference.mean().item()
+        return metrics

@@ -1,0 +1,77 @@
+"""Past student answers that the discriminator keeps meeting (persistent negatives, arXiv 2609.30864).
+
+A discriminator that sees the newest answers alone may forget what was wrong with older ones, and the student may go
+back to them. The buffer keeps whole groups, a prompt with its teacher answer and the student's answers of one step, so
+that a past answer is compared with the teacher's answer to its own prompt. The actor never sees it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from verl.protocol import DataProto
+from verl.workers.batch import PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS
+
+KEPT = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
+
+
+class ReplayBuffer:
+    """The newest `capacity` answers, in whole groups; drawn uniformly.
+
+    Args:
+        capacity: answers; groups that would exceed it drive out the oldest.
+        seed: what is drawn is a function of (seed, step, contents), so that a resumed run draws the same.
+    """
+
+    def __init__(self, capacity: int, seed: int):
+        self.capacity = capacity
+        self.seed = seed
+        self.groups: dict[str, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        """Groups in the buffer."""
+        return len(next(iter(self.groups.values()))) if self.groups else 0
+
+    def add(self, batch: DataProto) -> None:
+        """Keep a batch's groups (B rows), forgetting the oldest ones beyond the capacity."""
+        new = {key: batch.batch[key].to(torch.int32) for key in KEPT}
+        if self.groups:
+            self._check_shapes(new)
+            new = {key: torch.cat([self.groups[key], tensor]) for key, tensor in new.items()}
+        fitting = self.capacity // new["responses"].shape[1]
+        self.groups = {key: tensor[max(0, len(tensor) - fitting) :].clone() for key, tensor in new.items()}
+
+    def draw(self, groups: int, step: int) -> DataProto | None:
+        """`groups` different groups, or None while there are fewer."""
+        if len(self) < groups:
+            return None
+        rows = np.random.default_rng((self.seed, step)).choice(len(self), size=groups, replace=False)
+        return DataProto.from_dict({key: tensor[rows].long() for key, tensor in self.groups.items()})
+
+    def _check_shapes(self, new: dict[str, torch.Tensor]) -> None:
+        for key, tensor in new.items():
+            if tensor.shape[1:] != self.groups[key].shape[1:]:
+                raise ValueError(
+                    f"the replay buffer holds {key} of shape {tuple(self.groups[key].shape[1:])} per prompt, and this "
+                    f"run makes {tuple(tensor.shape[1:])}: keep rollout.n, data.max_prompt_length and "
+                    "data.max_response_length as they were, or set critic.replay.capacity=0"
+                )
+
+    def save(self, file: Path) -> None:
+        """Write the contents; nothing while there are none."""
+        if self.groups:
+            save_file(self.groups, file)
+
+    def load(self, file: Path) -> None:
+        """Restore what `save` wrote; a file that is not there leaves the buffer empty."""
+        self.groups = load_file(file) if file.is_file() else {}
+
+
+def past_groups(mini_batch_size: int, fraction: float, ranks: int) -> int:
+    """Past groups beside `mini_batch_size` fresh ones so that they are `fraction` of all, as near as whole groups
+    on every rank allow."""
+    return round(mini_batch_size * fraction / (1 - fraction) / ranks) * ranks

@@ -1,0 +1,109 @@
+"""Rewards on the answers: the discriminator's score, a task reward of the user's own, and the KL penalty."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from verl.protocol import DataProto
+from verl.trainer.config.schema import Config
+from verl.trainer.ppo.core_algos import AdaptiveKLController, FixedKLController, get_adv_estimator_fn, kl_penalty
+from verl.utils.user_code import load_user_function
+
+logger = logging.getLogger(__name__)
+
+
+class TaskReward:
+    """A function of the user's: `fn(prompt, answer, teacher) -> number`.
+
+    `prompt` is the list of chat messages as the data file has it, `answer` and `teacher` are texts.
+
+    Raises:
+        ValueError: `name` (path/to/file.py:function) cannot be loaded.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.fn = load_user_function(name)
+
+    def __call__(
+        self, prompts: Sequence[Any], answers: Sequence[str], teachers: Sequence[str], rows: Sequence[int]
+    ) -> torch.Tensor:
+        """Rewards (B, N) of `answers`, the N to each prompt next to each other.
+
+        Args:
+            rows: number of each prompt's row in the data, for messages.
+
+        Raises:
+            RuntimeError: the function raised; it is the cause.
+            TypeError, ValueError: what it returned is not one finite number.
+        """
+        per_prompt = len(answers) // len(prompts)
+        rewards = torch.zeros(len(prompts), per_prompt)
+        for i, answer in enumerate(answers):
+            row, number = divmod(i, per_prompt)
+            where = f"custom_reward_function {self.name}, data row {rows[row]}, answer {number}"
+            try:
+                value = self.fn(prompts[row], answer, teachers[row])
+            except Exception as error:
+                raise RuntimeError(f"{where}: raised {type(error).__name__}: {error}") from error
+            rewards[row, number] = _as_number(value, where)
+        return rewards
+
+
+def _as_number(value: Any, where: str) -> float:
+    is_scalar = isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.shape == ()
+    if not is_scalar and (not isinstance(value, int | float)):
+        shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+        raise TypeError(f"{where}: expected one number, got {type(value).__name__}{shape}: {value!r:.200}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{where}: expected a finite number, got {number}")
+    return number
+
+
+def get_custom_reward_fn(config: Config) -> TaskReward | None:
+    """The task reward that `custom_reward_function` names, or None."""
+    custom = config.custom_reward_function
+    return None if custom.path is None else TaskReward(f"{custom.path}:{custom.name}")
+
+
+def apply_kl_penalty(
+    data: DataProto, kl_ctrl: FixedKLController | AdaptiveKLController, kl_penalty_type: str = "kl"
+) -> tuple[DataProto, dict[str, float]]:
+    """Make `token_level_rewards` from `token_level_scores` less the controller's share of the KL to the reference.
+
+    The controller then adapts to the mean KL per token of this batch's answers. All tensors (B, N, T).
+    """
+    mask = data.batch["response_mask"]
+    kl = kl_penalty(data.batch["old_log_probs"], data.batch["ref_log_prob"], kl_penalty_type) * mask
+    coefficient = kl_ctrl.value
+    data.batch["token_level_rewards"] = data.batch["token_level_scores"] - coefficient * kl
+    current = (kl.sum(-1) / mask.sum(-1).clamp(min=1)).mean().item()
+    kl_ctrl.update(current_kl=current, n_steps=mask[..., 0].numel())
+    return data, {"actor/reward_kl_penalty": current, "actor/reward_kl_penalty_coeff": coefficient}
+
+
+def compute_advantage(data: DataProto, adv_estimator: str, norm_adv_by_std_in_grpo: bool = True) -> DataProto:
+    """Add `advantages` and `returns` (B, N, T); the answers in one row are one group."""
+    rewards, mask = data.batch["token_level_rewards"], data.batch["response_mask"]
+    groups = np.repeat(np.arange(len(data)), rewards.shape[1])
+    advantages, returns = get_adv_estimator_fn(adv_estimator)(
+        token_level_rewards=rewards.flatten(0, 1),
+        response_mask=mask.flatten(0, 1),
+        index=groups,
+        norm_adv_by_std_in_grpo=norm_adv_by_std_in_grpo,
+    )
+    data.batch["advantages"], data.batch["returns"] = advantages.view_as(rewards), returns.view_as(rewards)
+    return data
+
+
+def on_last_token(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """One score per answer (B, N) as token-level scores (B, N, T) under a mask (B, N, T)."""
+    last = (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
+    return torch.zeros(mask.shape).scatter(-1, last, scores.unsqueeze(-1))

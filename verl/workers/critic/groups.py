@@ -1,0 +1,90 @@
+"""Groups on their way through the discriminator: which rows have to be forwarded, and where their scores belong.
+
+A group is one prompt with its N student answers and its teacher answer, N + 1 members, the teacher's last. Members
+whose scored tokens are the same are one row: the model sees it once, and its score is one number, whatever rounding
+two places in a batch would have given it. n equal answers so get equal rewards, and a student that wrote what the
+teacher wrote gets the teacher's score, to the last bit. The gradient is the same sum.
+
+G groups, U rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from verl.models.packing import AnswerRows
+from verl.protocol import DataProto
+from verl.trainer.ppo.core_algos import PairScores, pool_scores, score_mask
+from verl.workers.batch import student_rows, teacher_rows
+
+SCORE_NAMES = ("scores", "raw_scores", "score_tokens")
+
+
+@dataclass(frozen=True)
+class GroupRows:
+    """The distinct answers of some groups: `rows` (U, T), and `members` (G, N + 1), the row of each member.
+
+    Rows hold the scored tokens alone. Nothing before a token depends on what follows it, so an EOS that is not scored
+    need not be forwarded.
+    """
+
+    rows: AnswerRows
+    members: torch.Tensor
+
+    @classmethod
+    def of(cls, data: DataProto, eos_token_id: int, exclude_eos: bool) -> GroupRows:
+        """From a batch with one row per group."""
+        groups, answers = data.batch["responses"].shape[:2]
+        students, teachers = student_rows(data), teacher_rows(data)
+        # Member (g, n) of all rows, students first, as (G, N + 1).
+        order = torch.arange(groups * answers).view(groups, answers)
+        order = torch.cat([order, groups * answers + torch.arange(groups).unsqueeze(-1)], dim=-1).flatten()
+        rows = AnswerRows.join([students, teachers]).select(order)
+        mask = score_mask(rows.responses, rows.response_mask, eos_token_id, exclude_eos)
+        texts = rows.responses.masked_fill(mask == 0, -1).numpy()
+
+        seen: dict[tuple[int, bytes], int] = {}
+        members = [seen.setdefault((i // (answers + 1), text.tobytes()), len(seen)) for i, text in enumerate(texts)]
+        members = torch.tensor(members)
+        first = torch.full((len(seen),), len(members)).scatter_reduce(0, members, torch.arange(len(members)), "amin")
+        return cls(replace(rows, response_mask=mask).select(first), members.view(groups, answers + 1))
+
+    def lengths(self) -> list[int]:
+        """Tokens to forward for each group."""
+        row_lengths = torch.tensor(self.rows.lengths())
+        return [int(row_lengths[members.unique()].sum()) for members in self.members]
+
+    def select(self, groups: list[int]) -> GroupRows:
+        """Some of the groups, with the rows they need."""
+        needed, members = self.members[groups].unique(return_inverse=True)
+        return GroupRows(self.rows.select(needed), members)
+
+    def scores(self, values: torch.Tensor, pooling: str) -> tuple[PairScores, torch.Tensor]:
+        """From values per token of `rows`, (U, T): the members' scores, and their token counts (G, N + 1)."""
+        mask = self.rows.response_mask
+        pooled = pool_scores(values, mask, pooling)[self.members]
+        raw = pool_scores(values, mask, "sum")[self.members]
+        scores = PairScores(pooled[:, :-1], pooled[:, -1:], raw[:, :-1], raw[:, -1:])
+        return scores, mask.sum(-1).float()[self.members]
+
+
+class ScoreTable:
+    """The scores of a whole batch, filled in part by part.
+
+    `tensors` has `student_scores` (G, N) and `teacher_scores` (G, 1), the raw sums beside them, and the number of
+    tokens that each is pooled over.
+    """
+
+    def __init__(self, groups: int, answers: int):
+        self.tensors = {f"student_{name}": torch.zeros(groups, answers) for name in SCORE_NAMES}
+        self.tensors |= {f"teacher_{name}": torch.zeros(groups, 1) for name in SCORE_NAMES}
+
+    def put(self, groups: list[int], scores: PairScores, tokens: torch.Tensor) -> None:
+        """The scores of some groups, detached, in their order."""
+        students = (scores.student, scores.student_raw, tokens[:, :-1])
+        teachers = (scores.teacher, scores.teacher_raw, tokens[:, -1:])
+        for side, values in (("student", students), ("teacher", teachers)):
+            for name, value in zip(SCORE_NAMES, values, strict=True):
+                self.tensors[f"{side}_{name}"][groups] = value.detach()
