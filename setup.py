@@ -17,7 +17,8 @@ setup(
     package_data={"verl": ["trainer/config/**/*.yaml", "trainer/config/*.yaml"]},
     install_requires=(here / "requirements.txt").read_text().split(),
     extras_require={
-        "test": ["pytest", "ruff", "rouge-score", "scipy", "wandb"],
+        "test": ["pytest", "ruff", "rouge-score", "scipy", "wandb", "matplotlib"],
+        "examples": ["matplotlib"],
         "wandb": ["wandb"],
     },
 )

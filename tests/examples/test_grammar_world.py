@@ -356,8 +356,8 @@ def test_padding_of_prompts_changes_no_answer(tokenizer):
     """A model whose best token is nearly certain answers alike in one batch and in two, and the prompt matters."""
     peaked = build_model(tokenizer, hidden_size=32, num_layers=1, intermediate_size=32)
     peaked.lm_head.weight = torch.nn.Parameter(1000 * torch.randn(len(tokenizer), 32))
-    for weight in peaked.model.layers.parameters():
-        weight.data *= 5
+    for weight in peaked.model.parameters():
+        torch.nn.init.normal_(weight)
     prompts = ["Who knows the Ebrin?", "What do you know about the Velmars?"]
     lengths = [len(encode_row(tokenizer, row_of(prompt, ""))[0]) for prompt in prompts]
     assert lengths[0] < lengths[1]

@@ -1,0 +1,1 @@
+"""A language with known truth: a stochastic teacher grammar, and measures against its exact probabilities."""
