@@ -7,44 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.e2e.metric_names import DISCRIMINATOR_METRICS, POLICY_METRICS
-from tests.e2e.running import read_metrics, train
-from verl.trainer.in_process import run_in_process
+from tests.e2e.running import read_metrics
 from verl.utils.checkpoint.sharded import read_full_tensors
 from verl.utils.model import load_model
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def run(folder):
-    """Train a few steps of GAD from scratch (the discriminator learns along); returns the run's folder."""
-
-    def start(name, *overrides, steps=3):
-        return train(
-            folder,
-            name,
-            "stage=warmup",
-            "trainer.critic_warmup=1",
-            f"trainer.total_training_steps={steps}",
-            f"critic.model.path={folder}/base",
-            "critic.optim.lr=1e-3",
-            "trainer.test_freq=-1",
-            "trainer.val_before_train=False",
-            *overrides,
-            run_with=run_in_process,
-        )
-
-    return start
 
 
 def actor_of(run, step):
