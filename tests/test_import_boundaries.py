@@ -163,13 +163,26 @@ def test_workers_settings_import_no_worker():
     assert offending == set()
 
 
-@pytest.mark.parametrize("folder", ["verl/single_controller/base", "verl/models", "verl/utils", "verl/model_merger"])
+NO_RAY = ["verl/single_controller/base", "verl/models", "verl/utils", "verl/model_merger", "verl/tools"]
+
+
+@pytest.mark.parametrize("folder", NO_RAY)
 def test_no_ray(folder):
     offending = {
         (module_name(path), name)
         for path in files_under(folder)
         for name in imports_of_file(path)
         if within(name, "ray", "verl.single_controller.ray")
+    }
+    assert offending == set()
+
+
+def test_tools_know_only_the_discriminators_algorithms_of_the_trainer():
+    offending = {
+        (module_name(path), name)
+        for path in files_under("verl/tools")
+        for name in imports_of_file(path)
+        if within(name, "verl.trainer", "verl.workers") and not within(name, "verl.trainer.ppo.discriminator_algos")
     }
     assert offending == set()
 

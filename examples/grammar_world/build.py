@@ -13,7 +13,7 @@ from examples.grammar_world.world import World
 from examples.quickstart.tiny_model import build_model, build_tokenizer, pretrain
 from examples.quickstart.world import write_parquet
 
-TRAIN_ROWS = 384  # each training prompt twice, each time with an answer of its own
+TRAIN_ROWS = 3072  # each training prompt sixteen times, each time with an answer of its own
 PRETRAIN_STEPS = 300
 BATCH_SIZE = 64
 PRETRAIN_LR = 3e-3
