@@ -127,3 +127,15 @@ def test_the_entropy_bonus_raises_the_entropy(run, sign):
     bonus = (f"actor_rollout_ref.actor.entropy_coeff={sign * 10}", "actor_rollout_ref.actor.optim.lr=1e-3")
     entropy = partial(dict.__getitem__, read_metrics(run(f"entropy{sign}", *bonus, steps=6)))
     assert sign * (entropy(5)["actor/entropy"] - entropy(1)["actor/entropy"]) > 0.01
+
+
+def test_held_out_answers_survive_a_restart_only_with_their_prompts(run, folder, caplog):
+    """The fixed answers of the first run are the second one's; asked about other prompts, it says what it does."""
+    held_out = ("trainer.test_freq=1", "trainer.val_before_train=True", "critic.held_out_prompts=3")
+    first = read_metrics(run("restart", *held_out, "trainer.save_freq=1", steps=2))
+    again = read_metrics(run("restart", *held_out, steps=3))
+    assert again[2]["val/critic/fixed/teacher_score_mean"] == first[2]["val/critic/fixed/teacher_score_mean"]
+    assert again[2]["val/critic/fixed/student_score_mean"] == first[2]["val/critic/fixed/student_score_mean"]
+    assert "no stored answers" not in caplog.text
+    run("restart", *held_out, "critic.held_out_prompts=2", steps=4)
+    assert "no stored answers to these 2 prompts" in caplog.text

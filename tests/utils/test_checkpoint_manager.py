@@ -224,3 +224,22 @@ def test_prune_leaves_other_folders_alone(tmp_path):
     prune_checkpoints(tmp_path, "actor", 1, newest=1000)
     assert all((tmp_path / other).is_file() for other in others)
     assert not (tmp_path / "global_step_1" / "actor").exists()
+
+
+# ---- what a run with a discriminator keeps beside the models
+
+
+def test_replayed_answers_that_are_gone_are_missed(tmp_path):
+    folder = save(tmp_path, 1, FILES | {"replay.safetensors": b"past"})
+    verify_checkpoint(folder)
+    (folder / "replay.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"damaged: replay\.safetensors"):
+        verify_checkpoint(folder)
+
+
+def test_they_go_with_the_critic(tmp_path):
+    folders = [save(tmp_path, step, FILES | {"held_out.safetensors": b"answers"}) for step in (1, 2)]
+    prune_checkpoints(tmp_path, "critic", keep=1, newest=2)
+    assert not (folders[0] / "held_out.safetensors").exists()
+    assert (folders[1] / "held_out.safetensors").exists()
+    verify_checkpoint(folders[0])

@@ -84,7 +84,7 @@ def test_another_shape_is_refused():
     buffer = ReplayBuffer(capacity=100, seed=0)
     buffer.add(groups(1))
     with pytest.raises(ValueError, match=r"responses of shape \(3, 4\).*\(2, 4\).*rollout.n"):
-        buffer.add(groups(2, answers=2))
+        buffer.check_shapes(groups(2, answers=2))
 
 
 @pytest.mark.parametrize(
@@ -100,3 +100,14 @@ def test_another_shape_is_refused():
 )
 def test_past_groups(mini_batch, fraction, ranks, expected):
     assert past_groups(mini_batch, fraction, ranks) == expected
+
+
+def test_a_smaller_capacity_after_a_restart_keeps_the_newest(tmp_path):
+    buffer = ReplayBuffer(capacity=100, seed=0)
+    buffer.add(groups(1, 2, 3))
+    buffer.save(tmp_path / "r.safetensors")
+    smaller, none = ReplayBuffer(capacity=2 * N, seed=0), ReplayBuffer(capacity=0, seed=0)
+    for restored in (smaller, none):
+        restored.load(tmp_path / "r.safetensors")
+    assert sorted(names(smaller.draw(2, step=0))) == [2, 3]
+    assert len(none) == 0

@@ -196,10 +196,15 @@ def _loss(config: Config) -> Iterator[str]:
     except ValueError as error:
         yield f"critic.discriminator.loss: {error}"
         return
-    if settings.adaptive_temperature.enable and "temperature" not in signature(fn).parameters:
+    adaptive = settings.adaptive_temperature
+    if adaptive.enable and "temperature" not in signature(fn).parameters:
         yield (
             f"critic.discriminator.adaptive_temperature.enable=True: the loss {settings.loss} has no temperature; "
             "choose another loss or leave it off"
+        )
+    if adaptive.lowest > adaptive.highest:
+        yield (
+            f"critic.discriminator.adaptive_temperature.lowest={adaptive.lowest} is above highest={adaptive.highest}"
         )
     if settings.custom and not is_user_function(settings.loss):
         yield f"critic.discriminator.custom is for a loss from a file of your own, not for {settings.loss}"
@@ -214,6 +219,8 @@ def _loss_problem(fn: Callable, constants: dict[str, Any]) -> str | None:
     sides = [torch.randn(2, n, generator=generator, requires_grad=True) for n in (3, 1, 3, 1)]
     try:
         value, metrics = fn(PairScores(*sides), **constants)
+        if not (isinstance(value, torch.Tensor) and isinstance(metrics, dict)):
+            return f"expected (tensor, dict), got ({type(value).__name__}, {type(metrics).__name__})"
         parts = [fn(PairScores(*(side[i : i + 1] for side in sides)), **constants)[0] for i in (0, 1)]
     except Exception as error:
         return f"{type(error).__name__}: {error}"

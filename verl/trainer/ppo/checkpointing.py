@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from verl.single_controller.ray import RayWorkerGroup
+from verl.single_controller.base import WorkerGroup
 from verl.trainer.config.schema import TrainerConfig
 from verl.utils.checkpoint.checkpoint_manager import (
     commit_checkpoint,
@@ -37,7 +37,7 @@ class RunState:
 class Checkpoints:
     """The checkpoints of one run, under `trainer.default_local_dir`."""
 
-    def __init__(self, config: TrainerConfig, actor: RayWorkerGroup, critic: RayWorkerGroup | None):
+    def __init__(self, config: TrainerConfig, actor: WorkerGroup, critic: WorkerGroup | None):
         self.config = config
         self.parts = {"actor": actor} if critic is None else {"actor": actor, "critic": critic}
         # Workers may run in another folder than the driver.

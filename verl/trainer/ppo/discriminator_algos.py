@@ -104,7 +104,13 @@ DISCRIMINATOR_LOSS_REGISTRY: dict[str, DiscriminatorLoss] = {}
 
 
 def register_discriminator_loss(name: str, pooling: str = "mean") -> Callable[[Callable], Callable]:
-    """Register a loss (see `DiscriminatorLoss`) with its usual pooling; ValueError if the name is another's."""
+    """Register a loss (see `DiscriminatorLoss`) with its usual pooling.
+
+    Raises:
+        ValueError: the name is another function's, or the pooling unknown.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"discriminator loss {name!r}: unknown pooling {pooling!r}: use one of {', '.join(POOLINGS)}")
 
     def decorate(fn: Callable) -> Callable:
         known = DISCRIMINATOR_LOSS_REGISTRY.get(name)

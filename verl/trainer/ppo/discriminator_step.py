@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from verl.protocol import DataProto
-from verl.single_controller.ray import RayWorkerGroup
+from verl.single_controller.base import WorkerGroup
 from verl.trainer.config.schema import Config
 from verl.trainer.ppo.balancing import balance
 from verl.trainer.ppo.replay import KEPT, ReplayBuffer, past_groups
@@ -24,7 +24,7 @@ class DiscriminatorStep:
     takes them first.
     """
 
-    def __init__(self, config: Config, critic: RayWorkerGroup):
+    def __init__(self, config: Config, critic: WorkerGroup):
         self.critic = critic
         self.mini_batch_size = config.critic.ppo_mini_batch_size
         self.scores_from_update = self.mini_batch_size == config.data.train_batch_size and config.critic.ppo_epochs == 1
@@ -66,6 +66,7 @@ class DiscriminatorStep:
 
     def _mix(self, batch: DataProto, step: int) -> tuple[DataProto, int]:
         """The rows of the update, past groups spread evenly over the mini-batches; and the number of those."""
+        self.replay.check_shapes(batch)
         mini_batches = len(batch) // self.mini_batch_size
         fresh = batch.select([*KEPT, "data_order"], non_tensor_batch_keys=[])
         fresh.batch[FRESH_ROW] = torch.arange(len(batch))

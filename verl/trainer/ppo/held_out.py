@@ -9,9 +9,12 @@ against fresh ones.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Subset
 
@@ -22,6 +25,8 @@ from verl.workers.batch import PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS
 if TYPE_CHECKING:
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
+logger = logging.getLogger(__name__)
+
 KEPT = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
 
 
@@ -31,41 +36,56 @@ class HeldOutPairs:
     def __init__(self, trainer: RayPPOTrainer, seed: int):
         self.trainer = trainer
         self.seed = seed
-        count = min(trainer.config.critic.held_out_prompts, len(trainer.val_dataset))
         data = trainer.config.data
-        size = data.val_batch_size or data.train_batch_size
-        loader = DataLoader(Subset(trainer.val_dataset, range(count)), batch_size=size, collate_fn=trainer.collate_fn)
-        rows = [DataProto.from_single_dict(batch) for batch in loader]
-        self.prompts = DataProto.concat(rows).select([*PROMPT_KEYS, *TEACHER_KEYS], non_tensor_batch_keys=[])
+        self.batch_size = data.val_batch_size or data.train_batch_size
+        rows = Subset(trainer.val_dataset, range(min(trainer.config.critic.held_out_prompts, len(trainer.val_dataset))))
+        batches = DataLoader(rows, batch_size=self.batch_size, collate_fn=trainer.collate_fn)
+        prompts = DataProto.concat([DataProto.from_single_dict(batch) for batch in batches])
+        self.prompts = prompts.select(list(PROMPT_KEYS + TEACHER_KEYS), non_tensor_batch_keys=[])
         self.fixed: DataProto | None = None
 
     def store(self) -> None:
         """Keep the present student's answers as the fixed ones, unless a checkpoint has brought some."""
-        if self.fixed is None:
-            self.fixed = self._answered()
+        if self.fixed is not None:
+            return
+        if self.trainer.global_step > 0:
+            logger.warning(
+                "the checkpoint has no stored answers to these %d prompts: val/critic/fixed/* is measured on answers "
+                "of step %d instead of the first student's", len(self.prompts), self.trainer.global_step,
+            )  # fmt: skip
+        self.fixed = DataProto.concat([self._answered(part) for part in self.prompts.split(self.batch_size)])
 
     def score(self) -> dict[str, float]:
         """`val/critic/*` and `val/critic/fixed/*`."""
-        metrics = {f"val/{name}": value for name, value in self._metrics(self._answered()).items()}
-        for name, value in self._metrics(self.fixed).items():
-            metrics[f"val/critic/fixed/{name.removeprefix('critic/')}"] = value
-        return metrics
+        parts = self.prompts.split(self.batch_size)
+        fresh = self._metrics(self._answered(part) for part in parts)
+        fixed = self._metrics(self.fixed.split(self.batch_size))
+        metrics = {f"val/{name}": value for name, value in fresh.items()}
+        return metrics | {f"val/critic/fixed/{name.removeprefix('critic/')}": value for name, value in fixed.items()}
 
-    def _answered(self) -> DataProto:
+    def _answered(self, prompts: DataProto) -> DataProto:
         sampling = self.trainer.config.actor_rollout_ref.rollout.sampling
-        prompts = DataProto(self.prompts.batch.clone())
+        prompts = DataProto(prompts.batch.clone())
         return prompts.union(self.trainer.generate(prompts, sampling, self.seed)).select(list(KEPT))
 
-    def _metrics(self, answered: DataProto) -> dict[str, float]:
-        answered = DataProto(answered.batch.clone())
-        return compute_discriminator_metrics(answered.union(self.trainer.critic.compute_scores(answered)))
+    def _metrics(self, parts: Iterable[DataProto]) -> dict[str, float]:
+        scored = []
+        for part in parts:
+            part = DataProto(part.batch.clone())
+            scored.append(part.union(self.trainer.critic.compute_scores(part)))
+        return compute_discriminator_metrics(DataProto.concat(scored))
 
     def save(self, file: Path) -> None:
-        """Write the stored answers; nothing while there are none."""
+        """Write the stored answers."""
         if self.fixed is not None:
             save_file({key: self.fixed.batch[key].contiguous() for key in KEPT}, file)
 
     def load(self, file: Path) -> None:
-        """Restore what `save` wrote; a file that is not there leaves none."""
-        if file.is_file():
-            self.fixed = DataProto.from_dict(load_file(file))
+        """Restore what `save` wrote, if it belongs to this run's prompts; `store` says so if nothing did."""
+        if not file.is_file():
+            return
+        # Copies: a mapped file could not be pruned on every file system.
+        stored = DataProto.from_dict({key: tensor.clone() for key, tensor in load_file(file).items()})
+        keys = PROMPT_KEYS + TEACHER_KEYS
+        if all(torch.equal(stored.batch[key], self.prompts.batch[key]) for key in keys):
+            self.fixed = stored

@@ -42,6 +42,7 @@ from verl.trainer.ppo.resource_pools import ResourcePoolManager
 from verl.trainer.ppo.reward import apply_kl_penalty, compute_advantage, get_custom_reward_fn, on_last_token
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.validation import validate
+from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REPLAY_FILE
 from verl.utils.dataset.sampler import EpochBatches
 from verl.utils.dump import write_jsonl
 from verl.utils.rouge import mean_rouge_l
@@ -64,8 +65,6 @@ logger = logging.getLogger(__name__)
 
 # Far from the seeds of training steps, so that validation never replays their draws.
 VALIDATION_SEED = 1_000_003
-# Beside the models in a checkpoint.
-REPLAY_FILE, HELD_OUT_FILE = "replay.safetensors", "held_out.safetensors"
 # What the progress bar shows, where a step has it.
 SHOWN = {
     "actor/sft_loss": "loss",
@@ -170,7 +169,7 @@ class RayPPOTrainer:
         if self.critic is not None:
             self.critic.init_model()
             self.discriminator = DiscriminatorStep(config, self.critic)
-            if self.val_dataset is not None and config.critic.held_out_prompts:
+            if self._validates() and config.critic.held_out_prompts:
                 self.held_out = HeldOutPairs(self, VALIDATION_SEED)
         self.checkpoints = Checkpoints(config.trainer, self.actor_rollout, self.critic)
 
@@ -284,6 +283,11 @@ class RayPPOTrainer:
 
     def _due(self, frequency: int) -> bool:
         return frequency > 0 and self.global_step % frequency == 0
+
+    def _validates(self) -> bool:
+        """Whether the run validates at all."""
+        trainer = self.config.trainer
+        return self.val_dataset is not None and (trainer.val_only or trainer.val_before_train or trainer.test_freq > 0)
 
     def _validation_is_due(self) -> bool:
         if self.val_dataset is None:

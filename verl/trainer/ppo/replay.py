@@ -7,6 +7,7 @@ that a past answer is compared with the teacher's answer to its own prompt. The 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from verl.protocol import DataProto
 from verl.workers.batch import PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS
+
+logger = logging.getLogger(__name__)
 
 KEPT = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
 
@@ -40,10 +43,14 @@ class ReplayBuffer:
         """Keep a batch's groups (B rows), forgetting the oldest ones beyond the capacity."""
         new = {key: batch.batch[key].to(torch.int32) for key in KEPT}
         if self.groups:
-            self._check_shapes(new)
             new = {key: torch.cat([self.groups[key], tensor]) for key, tensor in new.items()}
-        fitting = self.capacity // new["responses"].shape[1]
-        self.groups = {key: tensor[max(0, len(tensor) - fitting) :].clone() for key, tensor in new.items()}
+        self._keep(new)
+
+    def _keep(self, groups: dict[str, torch.Tensor]) -> None:
+        """The newest groups that fit; copies, so that nothing else stays in memory or mapped to a file."""
+        fitting = self.capacity // groups["responses"].shape[1]
+        first = max(0, len(groups["responses"]) - fitting)
+        self.groups = {key: tensor[first:].clone() for key, tensor in groups.items()}
 
     def draw(self, groups: int, step: int) -> DataProto | None:
         """`groups` different groups, or None while there are fewer."""
@@ -52,13 +59,15 @@ class ReplayBuffer:
         rows = np.random.default_rng((self.seed, step)).choice(len(self), size=groups, replace=False)
         return DataProto.from_dict({key: tensor[rows].long() for key, tensor in self.groups.items()})
 
-    def _check_shapes(self, new: dict[str, torch.Tensor]) -> None:
-        for key, tensor in new.items():
-            if tensor.shape[1:] != self.groups[key].shape[1:]:
+    def check_shapes(self, batch: DataProto) -> None:
+        """ValueError if the buffer, restored from a checkpoint, holds groups of another shape than the batch's."""
+        for key, tensor in self.groups.items():
+            held, made = tuple(tensor.shape[1:]), tuple(batch.batch[key].shape[1:])
+            if held != made:
                 raise ValueError(
-                    f"the replay buffer holds {key} of shape {tuple(self.groups[key].shape[1:])} per prompt, and this "
-                    f"run makes {tuple(tensor.shape[1:])}: keep rollout.n, data.max_prompt_length and "
-                    "data.max_response_length as they were, or set critic.replay.capacity=0"
+                    f"the replay buffer holds {key} of shape {held} per prompt, and this run makes {made}: keep "
+                    "rollout.n, data.max_prompt_length and data.max_response_length as they were, or set "
+                    "critic.replay.capacity=0"
                 )
 
     def save(self, file: Path) -> None:
@@ -67,8 +76,13 @@ class ReplayBuffer:
             save_file(self.groups, file)
 
     def load(self, file: Path) -> None:
-        """Restore what `save` wrote; a file that is not there leaves the buffer empty."""
-        self.groups = load_file(file) if file.is_file() else {}
+        """Restore what `save` wrote, as much as the capacity holds; without a file the buffer starts empty."""
+        if self.capacity == 0:
+            return
+        if file.is_file():
+            self._keep(load_file(file))
+        else:
+            logger.warning("there is no %s: the replay buffer starts empty", file)
 
 
 def past_groups(mini_batch_size: int, fraction: float, ranks: int) -> int:

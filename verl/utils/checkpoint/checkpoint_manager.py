@@ -14,6 +14,10 @@ import zlib
 from pathlib import Path
 
 CHECKSUMS = "checksums.json"
+# What a run with a discriminator keeps beside the models; of no use without it.
+REPLAY_FILE, HELD_OUT_FILE = "replay.safetensors", "held_out.safetensors"
+# The parts that can be pruned, each with the files that go with it.
+PARTS = {"actor": (), "critic": (REPLAY_FILE, HELD_OUT_FILE)}
 
 
 def get_checkpoint_tracker_filename(root_path: str | Path) -> str:
@@ -94,7 +98,8 @@ def verify_checkpoint(folder: str | Path) -> None:
     folder = Path(folder)
     expected = json.loads((folder / CHECKSUMS).read_text())
     # A whole part may have been pruned; whoever needs it will say that it is missing.
-    present = {name: value for name, value in expected.items() if (folder / Path(name).parts[0]).exists()}
+    pruned = {name for part, files in PARTS.items() if not (folder / part).exists() for name in (part, *files)}
+    present = {name: value for name, value in expected.items() if Path(name).parts[0] not in pruned}
     damaged = [
         name for name, value in present.items() if not (folder / name).is_file() or _checksum(folder / name) != value
     ]
@@ -115,5 +120,7 @@ def prune_checkpoints(root: str | Path, part: str, keep: int | None, newest: int
     folders = [folder for folder in Path(root).glob("global_step_*") if re.fullmatch(r"global_step_\d+", folder.name)]
     for folder in sorted((f for f in folders if step_of(f) <= newest), key=step_of)[:-keep]:
         shutil.rmtree(folder / part, ignore_errors=True)
+        for name in PARTS[part]:
+            (folder / name).unlink(missing_ok=True)
         if not any(child.is_dir() for child in folder.iterdir()):
             shutil.rmtree(folder)

@@ -44,12 +44,13 @@ class DataParallelPPOCritic:
         self.pooling = config.discriminator.pooling or self.loss.pooling
 
     def scoring(self) -> dict[str, str | bool | float]:
-        """How an answer's score is made of its values (pooling, whether EOS is left out), and what it means: under the
-        loss, the teacher's answer is the better one with probability sigmoid(d / temperature)."""
+        """How an answer's score is made of its values (pooling, whether EOS is left out), and what it means: under a
+        loss with a constant temperature, the teacher's is the better one with probability sigmoid(d / temperature)."""
         settings = self.config.discriminator
-        temperature = settings.constants().get("temperature", 1.0)
         scoring = {"loss": settings.loss, "pooling": self.pooling, "exclude_eos": settings.exclude_eos}
-        return scoring | {"temperature": temperature}
+        if "temperature" in settings.constants() and not settings.adaptive_temperature.enable:
+            scoring["temperature"] = settings.constants()["temperature"]
+        return scoring
 
     @torch.no_grad()
     def compute_values(self, data: DataProto) -> torch.Tensor:
