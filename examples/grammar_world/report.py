@@ -82,7 +82,7 @@ def _mean_curve(of_seeds: list[Result], value: Callable[[Result, int], float]) -
 
 
 def draw_compute(results: dict[str, list[Result]], file: Path) -> None:
-    """Correctness and JS divergence against compute: SeqKD going on, and GAD with each loss."""
+    """Correctness and JS divergence against compute, from SeqKD's student: SeqKD going on, and GAD with each loss."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,11 +94,14 @@ def draw_compute(results: dict[str, list[Result]], file: Path) -> None:
             continue
         for axis, measure in zip(axes, ("correct", "js"), strict=True):
             steps, values = _mean_curve(of_seeds, lambda result, step, m=measure: result.curve[step][m])
-            x = [cost(of_seeds[0].run, step) for step in steps]
+            start = np.mean([result.curve[result.run.steps][measure] for result in results["SeqKD"]])
+            before = BY_NAME["SeqKD"].steps if name == "SeqKD-long" else cost(of_seeds[0].run, 0)
+            x, values = [before, *(cost(of_seeds[0].run, step) for step in steps)], [start, *values]
             style = {"color": "black", "linewidth": 2} if name == "SeqKD-long" else {"marker": "o", "markersize": 3}
             axis.plot(x, values, label=name.replace("-frozen", "").replace("-fresh", ""), **style)
     for axis, title in zip(axes, ("correct answers", "JS divergence from the teacher (nats)"), strict=True):
         axis.set(xscale="log", xlabel="compute, in SeqKD steps", title=title)
+        axis.tick_params(axis="x", which="minor", labelbottom=False)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.savefig(file, dpi=100)
