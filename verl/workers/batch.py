@@ -21,6 +21,7 @@ from verl.protocol import DataProto
 PROMPT_KEYS = ("input_ids", "attention_mask")
 TEACHER_KEYS = ("teacher_response", "teacher_attention_mask")
 STUDENT_KEYS = ("responses", "response_mask")
+GROUP_KEYS = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
 POLICY_KEYS = ("old_log_probs", "ref_log_prob", "advantages")
 
 

@@ -11,7 +11,8 @@ from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.trainer.config.schema import Config
 from verl.trainer.ppo.balancing import balance
-from verl.trainer.ppo.replay import KEPT, ReplayBuffer, past_groups
+from verl.trainer.ppo.replay import ReplayBuffer, past_groups
+from verl.workers.batch import GROUP_KEYS
 
 # Row of the fresh batch that a row of the discriminator's batch came from; -1 for a past group.
 FRESH_ROW = "fresh_row"
@@ -43,7 +44,7 @@ class DiscriminatorStep:
             the update's metrics.
         """
         mixed, mini_batches = self._mix(batch, step)
-        rows = mixed.select(list(KEPT), non_tensor_batch_keys=[])
+        rows = mixed.select(list(GROUP_KEYS), non_tensor_batch_keys=[])
         rows.meta_info = {"mini_batches": mini_batches}
         if self.scores_from_update:
             with timed("update_critic"):
@@ -68,7 +69,7 @@ class DiscriminatorStep:
         """The rows of the update, past groups spread evenly over the mini-batches; and the number of those."""
         self.replay.check_shapes(batch)
         mini_batches = len(batch) // self.mini_batch_size
-        fresh = batch.select([*KEPT, "data_order"], non_tensor_batch_keys=[])
+        fresh = batch.select([*GROUP_KEYS, "data_order"], non_tensor_batch_keys=[])
         fresh.batch[FRESH_ROW] = torch.arange(len(batch))
         past = self.replay.draw(self.past_per_mini_batch * mini_batches, step) if self.replay.capacity else None
         if past is None:

@@ -20,14 +20,12 @@ from torch.utils.data import DataLoader, Subset
 
 from verl.protocol import DataProto
 from verl.trainer.ppo.metric_utils import compute_discriminator_metrics
-from verl.workers.batch import PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS
+from verl.workers.batch import GROUP_KEYS, PROMPT_KEYS, TEACHER_KEYS
 
 if TYPE_CHECKING:
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 logger = logging.getLogger(__name__)
-
-KEPT = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
 
 
 class HeldOutPairs:
@@ -66,7 +64,7 @@ class HeldOutPairs:
     def _answered(self, prompts: DataProto) -> DataProto:
         sampling = self.trainer.config.actor_rollout_ref.rollout.sampling
         prompts = DataProto(prompts.batch.clone())
-        return prompts.union(self.trainer.generate(prompts, sampling, self.seed)).select(list(KEPT))
+        return prompts.union(self.trainer.generate(prompts, sampling, self.seed)).select(list(GROUP_KEYS))
 
     def _metrics(self, parts: Iterable[DataProto]) -> dict[str, float]:
         scored = []
@@ -78,7 +76,7 @@ class HeldOutPairs:
     def save(self, file: Path) -> None:
         """Write the stored answers."""
         if self.fixed is not None:
-            save_file({key: self.fixed.batch[key].contiguous() for key in KEPT}, file)
+            save_file({key: self.fixed.batch[key].contiguous() for key in GROUP_KEYS}, file)
 
     def load(self, file: Path) -> None:
         """Restore what `save` wrote, if it belongs to this run's prompts; `store` says so if nothing did."""

@@ -15,11 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from verl.protocol import DataProto
-from verl.workers.batch import PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS
+from verl.workers.batch import GROUP_KEYS
 
 logger = logging.getLogger(__name__)
-
-KEPT = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
 
 
 class ReplayBuffer:
@@ -41,7 +39,7 @@ class ReplayBuffer:
 
     def add(self, batch: DataProto) -> None:
         """Keep a batch's groups (B rows), forgetting the oldest ones beyond the capacity."""
-        new = {key: batch.batch[key].to(torch.int32) for key in KEPT}
+        new = {key: batch.batch[key].to(torch.int32) for key in GROUP_KEYS}
         if self.groups:
             new = {key: torch.cat([self.groups[key], tensor]) for key, tensor in new.items()}
         self._keep(new)

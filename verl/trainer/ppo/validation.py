@@ -15,12 +15,10 @@ from verl.trainer.ppo.metric_utils import compute_length_metrics, mean_max_min
 from verl.utils.dump import write_jsonl
 from verl.utils.rouge import rouge_l
 from verl.utils.tracking import Sample, Tracking, ValidationGenerationsLogger
-from verl.workers.batch import PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS
+from verl.workers.batch import GROUP_KEYS
 
 if TYPE_CHECKING:
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-
-KEPT = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
 
 
 def validate(trainer: RayPPOTrainer, tracking: Tracking, seed: int) -> dict[str, float]:
@@ -65,7 +63,7 @@ def _answered_batches(trainer: RayPPOTrainer, seed: int) -> Iterator[DataProto]:
         batch = DataProto.from_single_dict(rows)
         batch.union(trainer.generate(batch, rollout.val_kwargs, seed))
         if trainer.critic is not None and trainer.config.trainer.validation_data_dir is not None:
-            batch.union(trainer.critic.compute_scores(trainer.take(batch, KEPT)))
+            batch.union(trainer.critic.compute_scores(trainer.take(batch, GROUP_KEYS)))
         yield batch
 
 
