@@ -246,10 +246,12 @@ class Tabular(PreTrainedModel, GenerationMixin):
                 self.table[state, token] = math.log(probability)
         self.table[[not mass for mass in masses]] = 0.0  # after EOS, and off the table: anything
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         return {"input_ids": input_ids, "attention_mask": attention_mask}  # all tokens each time: it has no cache
 
-    def forward(self, input_ids, attention_mask, **kwargs):
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        # Some versions of transformers pass no mask where nothing is padded.
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         states = torch.zeros_like(input_ids)
         for row, (ids, mask) in enumerate(zip(input_ids.tolist(), attention_mask.tolist(), strict=True)):
             state = 0
