@@ -1,18 +1,29 @@
 """Attention over packed rows: the one place that knows which kernel runs.
 
 Registered with transformers as `verl_packed`; the rows' layout travels to it as keyword arguments of the model's
-forward. On CPU the packed tokens are spread over a right-padded grid and SDPA runs causally on it: with the padding
-behind the tokens, a causal row never sees any, so no mask is built. Only attention is padded; projections, MLPs and
-heads run on real tokens alone.
+forward (`PackedRows.layout`).
+
+On a GPU it is `torch.nn.attention.varlen.varlen_attn`, a flash-attention kernel over the packed tokens, in bf16 or
+fp16. Everywhere else the packed tokens are spread over a right-padded grid and SDPA runs causally on it: with the
+padding behind the tokens, a causal row never sees any, so no mask is built. Only attention is padded; projections,
+MLPs and heads run on real tokens alone.
 """
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
 PACKED_ATTENTION = "verl_packed"
+# What the flash-attention kernel behind varlen_attn computes in; head sizes above 256 it has no code for.
+VARLEN_TYPES = (torch.bfloat16, torch.float16)
+VARLEN_LARGEST_HEAD = 256
+# torch 2.11 takes fewer key and value heads than query heads without a word, later versions want to be told.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def packed_attention(
@@ -22,11 +33,11 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: None,
     *,
+    scaling: float,
+    starts: torch.Tensor,
     pad_index: torch.Tensor,
     rows: int,
     longest: int,
-    scaling: float,
-    dropout: float = 0.0,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each row: query (1, H, S, D), key and value (1, G, S, D) with H a multiple of G.
@@ -34,6 +45,18 @@ def packed_attention(
     Returns:
         (1, S, H, D) and None, as transformers expects of an attention function.
     """
+    if query.is_cuda and query.dtype in VARLEN_TYPES and query.shape[-1] <= VARLEN_LARGEST_HEAD:
+        return _varlen(query, key, value, starts, longest, scaling), None
+    return _on_grid(query, key, value, pad_index, rows, longest, scaling), None
+
+
+def _varlen(query, key, value, starts: torch.Tensor, longest: int, scaling: float) -> torch.Tensor:
+    packed = (states[0].transpose(0, 1) for states in (query, key, value))
+    output = varlen_attn(*packed, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), **GROUPED)
+    return output.unsqueeze(0)
+
+
+def _on_grid(query, key, value, pad_index: torch.Tensor, rows: int, longest: int, scaling: float) -> torch.Tensor:
     groups = query.shape[1] // key.shape[1]
 
     def grid(packed: torch.Tensor, repeat: int) -> torch.Tensor:
@@ -42,9 +65,9 @@ def packed_attention(
         return flat.index_copy(0, pad_index, heads_last).view(rows, longest, *heads_last.shape[1:]).transpose(1, 2)
 
     output = F.scaled_dot_product_attention(
-        grid(query, 1), grid(key, groups), grid(value, groups), is_causal=True, scale=scaling, dropout_p=dropout
+        grid(query, 1), grid(key, groups), grid(value, groups), is_causal=True, scale=scaling
     )
-    return output.transpose(1, 2).flatten(0, 1)[pad_index].unsqueeze(0), None
+    return output.transpose(1, 2).flatten(0, 1)[pad_index].unsqueeze(0)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -1,20 +1,19 @@
 """A Hugging Face model with the head this trainer needs, as one module: the unit that FSDP wraps.
 
 `PolicyModel` turns rows into log-probs of their answer tokens, `ScoreModel` into one value per answer token. Both
-call the backbone and apply the head themselves, on answer tokens only.
+call the backbone and apply the head themselves, on answer tokens only. Rows come from host memory; results are on the
+model's device.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from verl.models.attention import PACKED_ATTENTION, check_full_attention
+from verl.models.head_log_probs import Entropy, head_log_probs
 from verl.models.packing import AnswerRows, pack
-from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
 
 # Config entries by which some families change their logits after the head.
 LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
@@ -31,37 +30,38 @@ class AnswerModel(nn.Module):
             check_full_attention(hf.config)
         hf.set_attn_implementation(PACKED_ATTENTION if remove_padding else "sdpa")
 
-    def answer_hidden(self, rows: AnswerRows, shift: int) -> torch.Tensor:
-        """Hidden states (K, D) at the answer tokens, or `shift` tokens before them, in the order of the mask."""
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.hf.parameters()).device
+
+    def answers(self, rows: AnswerRows, shift: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states (K, D) at the answer tokens, or `shift` tokens before them, in the order of the mask; the
+        answer tokens (K,), and their places in the flattened (R * T) answers, (K,)."""
+        packed = pack(rows).to(self.device)
         if not self.remove_padding:
-            return self._padded_hidden(rows, shift)
-        packed = pack(rows)
+            return self._padded_hidden(rows, shift), packed.answer_ids, packed.grid_index
         hidden = self.hf.base_model(
-            input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
-            use_cache=False,
-            pad_index=packed.pad_index,
-            rows=packed.rows,
-            longest=packed.longest,
+            input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **packed.layout()
         ).last_hidden_state
-        return hidden[0, packed.answer_index - shift]
+        return hidden[0].index_select(0, packed.answer_index - shift), packed.answer_ids, packed.grid_index
 
     def _padded_hidden(self, rows: AnswerRows, shift: int) -> torch.Tensor:
         """The classic way: every row at full width, padding masked. The reference for the packed path."""
-        mask = torch.cat([rows.prompt_mask, rows.response_mask], dim=-1).long()
+        mask = torch.cat([rows.prompt_mask, rows.response_mask], dim=-1).long().to(self.device)
         hidden = self.hf.base_model(
-            input_ids=torch.cat([rows.prompts, rows.responses], dim=-1),
+            input_ids=torch.cat([rows.prompts, rows.responses], dim=-1).to(self.device),
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
         start = rows.prompts.shape[1] - shift
-        return hidden[:, start : start + rows.responses.shape[1]][rows.response_mask.bool()]
+        return hidden[:, start : start + rows.responses.shape[1]][rows.response_mask.bool().to(self.device)]
 
 
-def to_answer_grid(values: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+def to_answer_grid(values: torch.Tensor, grid_index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Values of the real answer tokens, (K,), as (R, T) with zeros elsewhere."""
-    return values.new_zeros(response_mask.shape).masked_scatter(response_mask.bool(), values)
+    return values.new_zeros(shape.numel()).index_copy(0, grid_index, values).view(shape)
 
 
 class PolicyModel(AnswerModel):
@@ -78,7 +78,7 @@ class PolicyModel(AnswerModel):
             raise ValueError(f"{hf.config.model_type} models change their logits by {changed}, which is not supported")
 
     def forward(
-        self, rows: AnswerRows, temperature: float = 1.0, entropy: Literal["none", "value", "grad"] = "none"
+        self, rows: AnswerRows, temperature: float = 1.0, entropy: Entropy = "none"
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probs and entropies in nats, fp32, (R, T) each, zero outside the mask.
 
@@ -86,15 +86,12 @@ class PolicyModel(AnswerModel):
             temperature: divides the logits, as in sampling.
             entropy: not computed (None is returned), its value only, or differentiable.
         """
-        hidden = self.answer_hidden(rows, shift=1)
-        logits = self.hf.get_output_embeddings()(hidden).float() / temperature
-        targets = rows.responses[rows.response_mask.bool()]
-        log_probs = logprobs_from_logits(logits, targets)
-        log_probs = to_answer_grid(log_probs, rows.response_mask)
-        if entropy == "none":
-            return log_probs, None
-        entropies = entropy_from_logits(logits if entropy == "grad" else logits.detach())
-        return log_probs, to_answer_grid(entropies, rows.response_mask)
+        hidden, answer_ids, grid_index = self.answers(rows, shift=1)
+        head = self.hf.get_output_embeddings()
+        log_probs, entropies = head_log_probs(hidden, head.weight, head.bias, answer_ids, temperature, entropy)
+        shape = rows.responses.shape
+        log_probs = to_answer_grid(log_probs, grid_index, shape)
+        return log_probs, None if entropies is None else to_answer_grid(entropies, grid_index, shape)
 
 
 class ScoreModel(AnswerModel):
@@ -106,8 +103,8 @@ class ScoreModel(AnswerModel):
 
     def forward(self, rows: AnswerRows) -> torch.Tensor:
         """Values (R, T) in fp32, zero outside the mask."""
-        hidden = self.answer_hidden(rows, shift=0)
+        hidden, _, grid_index = self.answers(rows, shift=0)
         head = self.hf.score
         bias = None if head.bias is None else head.bias.float()
         values = nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
-        return to_answer_grid(values, rows.response_mask)
+        return to_answer_grid(values, grid_index, rows.responses.shape)

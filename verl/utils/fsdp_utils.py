@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from verl.models.heads import AnswerModel, PolicyModel, ScoreModel
+from verl.models.layers import compile_layers, decoder_layers, recompute_layers
 from verl.utils.model import Kind, empty_model, load_config, load_model
 from verl.workers.config import FSDPConfig, ModelConfig
 
 HEADS: dict[Kind, type[AnswerModel]] = {"policy": PolicyModel, "score": ScoreModel}
+Part = TypeVar("Part")
 
 
-def build_sharded_model(model: ModelConfig, kind: Kind, fsdp: FSDPConfig, device: str) -> AnswerModel:
-    """The model of `model.path`, sharded over all ranks with fp32 master weights; collective.
+def build_sharded_model(
+    model: ModelConfig, kind: Kind, fsdp: FSDPConfig, device: str, frozen: bool = False
+) -> AnswerModel:
+    """The model of `model.path`, sharded over all ranks; collective.
 
-    Only rank 0 reads the weights; the others build the structure and receive their shards.
+    A model to be trained has fp32 master weights; a frozen one has the type it computes in, which is what FSDP would
+    make of fp32 weights before every use. Only rank 0 reads the weights; the others build the structure and receive
+    their shards.
     """
+    dtype = getattr(torch, fsdp.dtype) if frozen else torch.float32
     if dist.get_rank() == 0:
-        hf = load_model(model.path, kind, model.override_config, model.trust_remote_code)
+        hf = load_model(model.path, kind, model.override_config, model.trust_remote_code, dtype)
         weights = hf.state_dict()
     else:
         config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
-        hf = empty_model(config, kind, model.trust_remote_code)
+        hf = empty_model(config, kind, model.trust_remote_code, dtype)
         weights = {}
-    if model.enable_gradient_checkpointing:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if model.enable_gradient_checkpointing and not frozen:
+        recompute_layers(hf, model.recompute_share)
+    if fsdp.use_torch_compile:
+        compile_layers(hf)
 
-    wrapper = HEADS[kind](hf, model.use_remove_padding)
+    wrapper = HEADS[kind](hf, model.use_remove_padding).requires_grad_(not frozen)
     shard(wrapper, fsdp, device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(hf, weights, options=options)
@@ -44,18 +54,28 @@ def build_sharded_model(model: ModelConfig, kind: Kind, fsdp: FSDPConfig, device
 
 def shard(module: AnswerModel, fsdp: FSDPConfig, device: str) -> None:
     """Apply FSDP2 layer by layer; what is outside the layers (embedding, norm, head) forms the root's group."""
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     compute = getattr(torch, fsdp.dtype)
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers = set(module.hf._no_split_modules or [])
-    for child in module.modules():
-        if type(child).__name__ in layers:
-            fully_shard(child, mesh=mesh, mp_policy=precision, reshard_after_forward=fsdp.reshard_after_forward)
+    for layer in decoder_layers(module.hf):
+        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=fsdp.reshard_after_forward)
     fully_shard(module, mesh=mesh, mp_policy=precision)
 
 
-def full_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter whole, one at a time, under its Hugging Face name; collective, all ranks must exhaust it."""
+def synced_once(module: nn.Module, micro_batches: Sequence[Part]) -> Iterator[Part]:
+    """The micro-batches of one mini-batch; gradients stay on their rank until the last one's backward pass, which
+    reduces the sum of all. Every rank must have as many."""
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(number == len(micro_batches))
+        yield micro_batch
+
+
+def full_parameters(module: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter whole, one at a time, under its Hugging Face name; collective, all ranks must exhaust it.
+
+    In `dtype`, in which the shards travel already, or as they are.
+    """
     for name, parameter in module.named_parameters():
-        tensor = parameter.detach()
+        tensor = parameter.detach().to(dtype or parameter.dtype)
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

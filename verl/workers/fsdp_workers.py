@@ -18,6 +18,7 @@ from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.fsdp_utils import build_sharded_model, full_parameters
 from verl.utils.model import Kind, load_config, load_tokenizer, quiet_transformers
+from verl.utils.offload import Offloader, build_offloader
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.config import (
     ActorRolloutRefConfig,
@@ -39,37 +40,48 @@ class FSDPWorker(Worker):
     """What the actor's and the critic's worker share."""
 
     checkpoint: FSDPCheckpointManager
+    offloader: Offloader
 
     def __init__(self, device: str, seed: int):
         super().__init__()
         self.device = device
+        backend = "gloo"
+        if device == "cuda":
+            self.device = f"cuda:{self.local_rank}"
+            torch.cuda.set_device(self.device)
+            # The driver's numbers (totals, metrics) are summed in host memory, without waiting for the GPU.
+            backend = "cpu:gloo,cuda:nccl"
         quiet_transformers()
         if not dist.is_initialized():
-            dist.init_process_group("gloo", rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT)
+            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT)
         # Fresh score heads are drawn from this; every draw during training has a seed of its own.
         torch.manual_seed(seed)
 
     def _build_trained(
         self, model: ModelConfig, kind: Kind, fsdp: FSDPConfig, optim: OptimizerConfig, total_steps: int
     ) -> tuple[AnswerModel, torch.optim.Optimizer, LRScheduler]:
-        """Module, optimizer and schedule, with the checkpoint manager that keeps them."""
+        """Module, optimizer and schedule, with what keeps them in checkpoints and in host memory."""
         module = build_sharded_model(model, kind, fsdp, self.device)
         optimizer, schedule = build_optimizer(module, optim, total_steps)
         self.tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
         self.checkpoint = FSDPCheckpointManager(
             module.hf, optimizer, schedule, self.tokenizer, compute_dtype=getattr(torch, fsdp.dtype)
         )
+        self.offloader = build_offloader(module, optimizer, fsdp, self.device)
+        self.offloader.rest()
         return module, optimizer, schedule
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, folder: str) -> None:
         """Write this model's part of a checkpoint."""
-        self.checkpoint.save_checkpoint(folder)
+        with self.offloader.on_device(optimizer=True):
+            self.checkpoint.save_checkpoint(folder)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, folder: str) -> None:
         """Restore this model's part of a checkpoint."""
-        self.checkpoint.load_checkpoint(folder)
+        with self.offloader.on_device(optimizer=True):
+            self.checkpoint.load_checkpoint(folder)
 
 
 class ActorRolloutRefWorker(FSDPWorker):
@@ -83,53 +95,62 @@ class ActorRolloutRefWorker(FSDPWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        """Build everything and give the engine its first weights."""
+        """Build everything. The engine sleeps, and has no weights yet."""
         config = self.config
         module, optimizer, self.lr_scheduler = self._build_trained(
             config.model, "policy", config.actor.fsdp_config, config.actor.optim, self.total_steps
         )
         self.actor = DataParallelPPOActor(config.actor, config.rollout, module, optimizer)
         if self.use_reference:
-            reference = build_sharded_model(config.model, "policy", config.ref.fsdp_config, self.device)
-            self.reference = DataParallelPPOActor(config.actor, config.rollout, reference.requires_grad_(False))
+            reference = build_sharded_model(config.model, "policy", config.ref.fsdp_config, self.device, frozen=True)
+            self.reference = DataParallelPPOActor(config.actor, config.rollout, reference)
+            self.reference_offloader = build_offloader(reference, None, config.ref.fsdp_config, self.device)
+            self.reference_offloader.rest()
         model_config = load_config(
             config.model.path, "policy", config.model.override_config, config.model.trust_remote_code
         )
         self.rollout = get_rollout_class(config.rollout.name)(
             model_config, self.tokenizer, config.rollout, self.device, config.model.trust_remote_code
         )
-        self.push_weights()
+        self.rollout.sleep()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def push_weights(self) -> None:
         """Bring the engine to the policy's present weights."""
-        self.rollout.wake()
-        self.rollout.push_weights(full_parameters(self.actor.actor_module.hf))
+        dtype = getattr(torch, self.config.rollout.dtype)
+        with self.offloader.on_device():
+            self.rollout.push_weights(full_parameters(self.actor.actor_module.hf, dtype))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def generate_sequences(self, prompts: DataProto) -> DataProto:
         """Answers to this rank's prompts; `meta_info` has `sampling` (SamplingConfig), `seed`, `report_log_probs`."""
         sampling: SamplingConfig = prompts.meta_info["sampling"]
-        # Ranks hold different prompts; a seed each keeps equal prompts from getting equal answers.
-        seed = prompts.meta_info["seed"] * self.world_size + self.rank
-        return self.rollout.generate(prompts, sampling, seed, prompts.meta_info["report_log_probs"])
+        # Engines hold different prompts; a seed each keeps equal prompts from getting equal answers.
+        engine = self.rank // self.config.rollout.tensor_model_parallel_size
+        seed = prompts.meta_info["seed"] * self.world_size + engine
+        answers = self.rollout.generate(prompts, sampling, seed, prompts.meta_info["report_log_probs"])
+        self.rollout.sleep()
+        return answers
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """`old_log_probs` and `entropys` (B, N, T) of the answers under the present policy."""
-        log_probs, entropies = self.actor.compute_log_prob(data)
+        with self.offloader.on_device():
+            log_probs, entropies = self.actor.compute_log_prob(data)
         return DataProto.from_dict({"old_log_probs": log_probs, "entropys": entropies})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` (B, N, T) of the answers under the frozen reference."""
-        log_probs, _ = self.reference.compute_log_prob(data, entropy=False)
+        with self.reference_offloader.on_device():
+            log_probs, _ = self.reference.compute_log_prob(data, entropy=False)
         return DataProto.from_dict({"ref_log_prob": log_probs})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """Train the policy on the batch; the same metrics from every rank."""
-        metrics = self.actor.update_policy(data)
+        with self.offloader.on_device(optimizer=True):
+            metrics = self.actor.update_policy(data)
         metrics["actor/lr"] = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step()
         return metrics
@@ -157,23 +178,27 @@ class CriticWorker(FSDPWorker):
     def compute_values(self, data: DataProto) -> DataProto:
         """Values per token: `values` (B, N, T), or `teacher_values` (B, T) with `meta_info["compute_teacher"]`."""
         name = "teacher_values" if data.meta_info.get("compute_teacher", False) else "values"
-        return DataProto.from_dict({name: self.critic.compute_values(data)})
+        with self.offloader.on_device():
+            return DataProto.from_dict({name: self.critic.compute_values(data)})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_scores(self, data: DataProto) -> DataProto:
         """Pooled scores of students and teachers under the present discriminator."""
-        return DataProto.from_dict(self.critic.compute_scores(data))
+        with self.offloader.on_device():
+            return DataProto.from_dict(self.critic.compute_scores(data))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
     def update_critic(self, data: DataProto) -> dict[str, float]:
         """Train the discriminator on the batch; the same metrics from every rank."""
-        return self._with_lr(self.critic.update_critic(data))
+        with self.offloader.on_device(optimizer=True):
+            return self._with_lr(self.critic.update_critic(data))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def score_and_update_critic(self, data: DataProto) -> DataProto:
         """`compute_scores` and one update on the whole batch in one forward; `meta_info["metrics"]` as from
         `update_critic`."""
-        scores, metrics = self.critic.score_and_update(data)
+        with self.offloader.on_device(optimizer=True):
+            scores, metrics = self.critic.score_and_update(data)
         return DataProto.from_dict(scores, meta_info={"metrics": self._with_lr(metrics)})
 
     def _with_lr(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -26,7 +26,13 @@ def build_optimizer(
 ) -> tuple[torch.optim.AdamW, LRScheduler]:
     """AdamW (arXiv 1711.05101) over all parameters, and the schedule that is stepped once per training step."""
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        module.parameters(),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        # One pass over the memory instead of several. On CPU it would change nothing but the last bit.
+        fused=next(module.parameters()).is_cuda,
     )
     total = config.total_training_steps or total_steps
     warmup = config.lr_warmup_steps
@@ -91,20 +97,28 @@ def sum_over_ranks(values: Iterable[float]) -> list[float]:
 
 
 class MetricSums:
-    """Means of metrics over parts of different weight, over all ranks: the exact mean, however it was split."""
+    """Means of metrics over parts of different weight, over all ranks: the exact mean, however it was split.
+
+    Values on a GPU stay there until the means are asked for: reading one would make the host wait for the device, and
+    the device then for the host.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = defaultdict(float)
-        self._weights: dict[str, float] = defaultdict(float)
+        self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._weights: dict[str, list[float]] = defaultdict(list)
 
     def add(self, metrics: Mapping[str, torch.Tensor | float], weight: float) -> None:
         """Means over a part that counts `weight` (tokens, sequences or pairs)."""
         for name, value in metrics.items():
-            self._sums[name] += float(value) * weight
-            self._weights[name] += weight
+            self._values[name].append(torch.as_tensor(value).detach())
+            self._weights[name].append(weight)
 
     def means(self) -> dict[str, float]:
         """The means over everything added on all ranks; collective, with the same metrics on every rank."""
-        names = sorted(self._sums)
-        totals = sum_over_ranks([*(self._sums[n] for n in names), *(self._weights[n] for n in names)])
+        names = sorted(self._values)
+        sums = []
+        for name in names:
+            weights = torch.tensor(self._weights[name], dtype=torch.float64)
+            sums.append((torch.stack(self._values[name]).double().cpu() @ weights).item())
+        totals = sum_over_ranks([*sums, *(sum(self._weights[name]) for name in names)])
         return {name: totals[i] / totals[len(names) + i] for i, name in enumerate(names)}

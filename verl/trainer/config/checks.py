@@ -39,6 +39,7 @@ def find_conflicts(config: Config) -> list[str]:
         _replay,
         _task_reward,
         _resume,
+        _engine,
         _left_out,
     )
     return [problem for check in checks for problem in check(config)]
@@ -272,20 +273,24 @@ def _resume(config: Config) -> Iterator[str]:
         )
 
 
+def _engine(config: Config) -> Iterator[str]:
+    name, size = config.actor_rollout_ref.rollout.name, config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    key, per_node = f"actor_rollout_ref.rollout.tensor_model_parallel_size={size}", config.trainer.n_gpus_per_node
+    if size > 1 and name != "vllm":
+        yield f"{key} is not supported with rollout.name={name}, which runs one engine per rank; use 1"
+    elif per_node % size:
+        yield f"{key} does not divide trainer.n_gpus_per_node={per_node}: an engine's ranks share a node; use a divisor"
+
+
 def _left_out(config: Config) -> Iterator[str]:
     """Keys that scripts pass and whose other values have no meaning here, or none yet."""
-    rollout, trainer, algorithm = config.actor_rollout_ref.rollout, config.trainer, config.algorithm
+    trainer, algorithm = config.trainer, config.algorithm
     neutral = [
         ("trainer.default_hdfs_dir", trainer.default_hdfs_dir, None, "checkpoints go to trainer.default_local_dir"),
-        ("trainer.device", trainer.device, "cpu", "training runs on CPU for now"),
         ("algorithm.gamma", algorithm.gamma, 1.0, "outcome rewards are not discounted"),
         ("algorithm.lam", algorithm.lam, 1.0, "it belongs to GAE, which needs a value function"),
         ("reward_model.enable", config.reward_model.enable, False, "the discriminator is the reward"),
         ("actor_rollout_ref.hybrid_engine", config.actor_rollout_ref.hybrid_engine, True, "the only layout"),
-        ("actor_rollout_ref.rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size, 1,
-         "rollout.name=hf runs one engine per rank"),
-        ("actor_rollout_ref.model.use_shm", config.actor_rollout_ref.model.use_shm, False, "not available yet"),
-        ("critic.model.use_shm", config.critic.model.use_shm, False, "not available yet"),
     ]  # fmt: skip
     neutral += _sharding("actor_rollout_ref.actor", config.actor_rollout_ref.actor.fsdp_config)
     neutral += _sharding("actor_rollout_ref.ref", config.actor_rollout_ref.ref.fsdp_config)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,6 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from verl.trainer.config.checks import find_conflicts
 from verl.trainer.config.schema import Config
+
+# In the YAML: what a run has by default where there is a GPU, and what follows from `trainer.device`.
+OmegaConf.register_new_resolver("default_device", lambda: "cuda" if torch.cuda.is_available() else "cpu", replace=True)
+OmegaConf.register_new_resolver(
+    "by_device", lambda cuda, cpu, *, _root_: cuda if _root_.trainer.device == "cuda" else cpu, replace=True
+)
 
 CONFIG_DIR = Path(__file__).parent
 GROUPS = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()}

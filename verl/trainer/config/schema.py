@@ -76,7 +76,7 @@ class TrainerConfig:
     sft_monitor_freq: AtLeastMinusOne | None
     nnodes: Positive
     n_gpus_per_node: Positive
-    device: str
+    device: Literal["cpu", "cuda"]
     balance_batch: bool
     logger: str | list[str]
     default_local_dir: str
@@ -156,6 +156,13 @@ class Config:
     def use_reference(self) -> bool:
         """Whether a frozen reference is kept in memory: only where a KL term needs it."""
         return not self.use_sft and (self.actor_rollout_ref.actor.use_kl_loss or self.algorithm.use_kl_in_reward)
+
+    @property
+    def needs_old_log_probs(self) -> bool:
+        """Whether the policy's log-probs before the update take a pass of their own: with one mini-batch and one epoch
+        they are those of the update's own forward."""
+        actor = self.actor_rollout_ref.actor
+        return actor.ppo_mini_batch_size != self.data.train_batch_size or actor.ppo_epochs != 1
 
     @property
     def use_sft(self) -> bool:

@@ -122,7 +122,7 @@ class RayPPOTrainer:
         self.global_step = 0
         self.samples_seen = 0
         self.total_steps = self._count_steps()
-        self._engine_is_current = True
+        self._engine_is_current = False
 
     def _count_steps(self) -> int:
         rows, batch = len(self.train_dataset), self.config.data.train_batch_size
@@ -224,6 +224,8 @@ class RayPPOTrainer:
     def _adversarial_step(self, batch: DataProto, metrics: dict[str, float], timing: dict[str, float]) -> DataProto:
         """Warmup and GAD: the student answers, the discriminator scores and learns, then the student does."""
         timed = partial(marked_timer, timing=timing)
+        with timed("push_weights"):
+            self._push_weights()
         with timed("gen"):
             self._generate(batch)
         batch = self._balance(batch, metrics)
@@ -245,17 +247,21 @@ class RayPPOTrainer:
             metrics |= self._update_actor(batch, TEACHER_KEYS)
 
     def _policy_step(self, batch: DataProto, metrics: dict[str, float], timed: Callable) -> None:
-        """Old and reference log-probs, rewards, advantages and, unless the actor is frozen still, its update."""
+        """Log-probs where the reward or the update asks for them, rewards, advantages and, unless the actor is frozen
+        still, its update."""
         answers = self.take(batch, PROMPT_KEYS + STUDENT_KEYS)
+        trains = self.config.frozen_actor_steps <= self.global_step
+        in_reward = self.config.algorithm.use_kl_in_reward
         with timed("old_log_prob"):
-            batch.union(self.actor_rollout.compute_log_prob(answers))
-        self._check_sync(batch, metrics)
-        if self.config.use_reference:
+            if in_reward or (trains and self.config.needs_old_log_probs):
+                batch.union(self.actor_rollout.compute_log_prob(answers))
+            self._check_sync(batch, metrics)
+        if in_reward or (trains and self.config.use_reference):
             with timed("ref"):
                 batch.union(self.actor_rollout.compute_ref_log_prob(answers))
         with timed("adv"):
             metrics |= self._compute_advantages(batch)
-        if self.config.frozen_actor_steps <= self.global_step:
+        if trains:
             with timed("update_actor"):
                 metrics |= self._update_actor(batch, STUDENT_KEYS + POLICY_KEYS)
 
@@ -306,12 +312,18 @@ class RayPPOTrainer:
 
     def generate(self, batch: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int = 0) -> DataProto:
         """Answers to a batch's prompts, from an engine that has the policy's present weights."""
+        self._push_weights()
+        prompts = self.take(batch, PROMPT_KEYS)
+        prompts.meta_info = {"sampling": sampling, "seed": seed, "report_log_probs": report_log_probs}
+        answers = self.actor_rollout.generate_sequences(prompts)
+        self._engine_is_current = not self.config.actor_rollout_ref.rollout.drops_weights
+        return answers
+
+    def _push_weights(self) -> None:
+        """Bring the engine to the policy's present weights, unless it has them."""
         if not self._engine_is_current:
             self.actor_rollout.push_weights()
             self._engine_is_current = True
-        prompts = self.take(batch, PROMPT_KEYS)
-        prompts.meta_info = {"sampling": sampling, "seed": seed, "report_log_probs": report_log_probs}
-        return self.actor_rollout.generate_sequences(prompts)
 
     def _balance(self, batch: DataProto, metrics: dict[str, float]) -> DataProto:
         trainer, actor = self.config.trainer, self.config.actor_rollout_ref.actor
@@ -333,7 +345,6 @@ class RayPPOTrainer:
         else:
             batch.batch["token_level_rewards"] = batch.batch["token_level_scores"]
         compute_advantage(batch, algorithm.adv_estimator, algorithm.norm_adv_by_std_in_grpo)
-        metrics["actor/entropy"] = masked_mean(batch.batch["entropys"], mask).item()
         return metrics
 
     def score_task(self, batch: DataProto) -> torch.Tensor:
@@ -347,13 +358,20 @@ class RayPPOTrainer:
         return self.actor_rollout.update_actor(self.take(batch, PROMPT_KEYS + keys))[0]
 
     def _check_sync(self, batch: DataProto, metrics: dict[str, float]) -> None:
-        """Compare the engine's log-probs with the trainer's where the engine reported them; warn if they part."""
+        """Compare the engine's log-probs with the trainer's where the engine reported them; warn if they part.
+
+        The entropy is that of the same answers, or of all, if all have log-probs already; an update that sees them
+        all for the first time knows better.
+        """
+        if "entropys" in batch.batch:
+            metrics["actor/entropy"] = masked_mean(batch.batch["entropys"], batch.batch["response_mask"]).item()
         reported = batch.select_idxs(batch.batch["rollout_log_probs_mask"].bool())
         if len(reported) == 0:
             return
         if "old_log_probs" not in reported.batch:
             answers = self.take(reported, PROMPT_KEYS + STUDENT_KEYS)
             reported.union(self.actor_rollout.compute_log_prob(answers))
+            metrics["actor/entropy"] = masked_mean(reported.batch["entropys"], reported.batch["response_mask"]).item()
         gap = compute_sync_metrics(reported)
         metrics |= gap
         tolerance = self.config.actor_rollout_ref.rollout.sync_check_tolerance

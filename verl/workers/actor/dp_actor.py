@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
 
 from verl.models.heads import PolicyModel
-from verl.models.packing import AnswerRows
+from verl.models.packing import AnswerRows, copy_to
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import agg_loss, compute_sft_loss, get_policy_loss_fn, kl_penalty
+from verl.utils.fsdp_utils import synced_once
 from verl.utils.torch_functional import masked_mean
 from verl.workers.batch import POLICY_KEYS, student_rows, teacher_rows
 from verl.workers.config import ActorConfig, RolloutConfig
@@ -54,19 +54,20 @@ class DataParallelPPOActor:
         Without `entropy` the second is zeros.
         """
         rows = student_rows(data)
-        log_probs = torch.zeros(rows.responses.shape)
-        entropies = torch.zeros(rows.responses.shape)
         micro_batches = split_micro_batches(
             rows.lengths(),
             self.rollout.log_prob_use_dynamic_bsz,
             self.rollout.log_prob_max_token_len_per_gpu,
             self.rollout.log_prob_micro_batch_size_per_gpu,
         )
-        for index in micro_batches:
-            log_prob, values = self.actor_module(rows.select(index), self.temperature, "value" if entropy else "none")
-            log_probs[index] = log_prob
+        wanted = "value" if entropy else "none"
+        parts = [self.actor_module(rows.select(index), self.temperature, wanted) for index in micro_batches]
+        # Results are fetched from the device once all of its work is queued.
+        log_probs, entropies = torch.zeros(rows.responses.shape), torch.zeros(rows.responses.shape)
+        for index, (log_prob, values) in zip(micro_batches, parts, strict=True):
+            log_probs[index] = log_prob.cpu()
             if values is not None:
-                entropies[index] = values
+                entropies[index] = values.cpu()
         shape = data.batch["responses"].shape
         return log_probs.view(shape), entropies.view(shape)
 
@@ -74,7 +75,9 @@ class DataParallelPPOActor:
         """Train on this rank's rows: `ppo_epochs` times over mini-batches of `ppo_mini_batch_size` prompts.
 
         With `use_sft_mode` the teacher's answers are the target, each counted once; otherwise the student's own, with
-        `old_log_probs`, `advantages` and, for a KL loss, `ref_log_prob`.
+        `advantages`, `old_log_probs` and, for a KL loss, `ref_log_prob`. With one mini-batch and one epoch
+        `old_log_probs` may be left out: no weight changes before the last of them would be computed, so they are the
+        update's own, detached; `actor/entropy` is then among the metrics.
 
         Returns:
             metrics over all mini-batches and ranks.
@@ -94,45 +97,55 @@ class DataParallelPPOActor:
         extra = {}
         if not sft:
             extra = {key: mini_batch.batch[key].flatten(0, 1) for key in POLICY_KEYS if key in mini_batch.batch}
+        module, device = self.actor_module, self.actor_module.device
         tokens, sequences = sum_over_ranks([float(rows.response_mask.sum()), float(len(rows))])
         totals = {"dp_size": data_parallel_size(), "batch_num_tokens": tokens, "global_batch_size": sequences}
 
         self.actor_optimizer.zero_grad()
-        losses: dict[str, float] = defaultdict(float)
+        losses: dict[str, torch.Tensor] = {}
         micro_batches = split_micro_batches(
             rows.lengths(),
             self.config.use_dynamic_bsz,
             self.config.ppo_max_token_len_per_gpu,
             self.config.ppo_micro_batch_size_per_gpu,
         )
-        for index in micro_batches:
+        for index in synced_once(module, micro_batches):
             micro = rows.select(index)
+            mask = copy_to(micro.response_mask, device)
             if sft:
-                loss, shares, means = self._sft_loss(micro, totals)
+                loss, shares, means = self._sft_loss(micro, mask, totals)
             else:
-                loss, shares, means = self._policy_loss(micro, {k: v[index] for k, v in extra.items()}, totals)
+                known = {key: copy_to(value[index], device) for key, value in extra.items()}
+                loss, shares, means = self._policy_loss(micro, mask, known, totals)
             loss.backward()
             metrics.add(means, float(micro.response_mask.sum()))
             for name, share in shares.items():
-                losses[name] += share.item()
+                losses[name] = losses.get(name, 0) + share
         # The shares carry their weight already: summed over micro-batches they are the mini-batch's loss.
         metrics.add(losses, 1.0)
 
-    def _sft_loss(self, rows: AnswerRows, totals: dict[str, Any]) -> tuple[torch.Tensor, dict, dict]:
+    def _sft_loss(
+        self, rows: AnswerRows, mask: torch.Tensor, totals: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict, dict]:
         log_prob, entropy = self.actor_module(rows, entropy="value")
-        loss = compute_sft_loss(log_prob, rows.response_mask, self.config.loss_agg_mode, **totals)
+        loss = compute_sft_loss(log_prob, mask, self.config.loss_agg_mode, **totals)
         shares = {"actor/sft_loss": loss.detach(), "actor/teacher_pg_loss": loss.detach()}
-        return loss, shares, {"actor/entropy": masked_mean(entropy.detach(), rows.response_mask)}
+        return loss, shares, {"actor/entropy": masked_mean(entropy, mask)}
 
     def _policy_loss(
-        self, rows: AnswerRows, extra: dict[str, torch.Tensor], totals: dict[str, Any]
+        self, rows: AnswerRows, mask: torch.Tensor, extra: dict[str, torch.Tensor], totals: dict[str, Any]
     ) -> tuple[torch.Tensor, dict, dict]:
-        config, mask = self.config, rows.response_mask
-        log_prob, entropy = self.actor_module(rows, self.temperature, "grad" if config.entropy_coeff else "none")
+        config = self.config
+        first_look = "old_log_probs" not in extra
+        wanted = "grad" if config.entropy_coeff else "value" if first_look else "none"
+        log_prob, entropy = self.actor_module(rows, self.temperature, wanted)
+        old_log_prob = log_prob.detach() if first_look else extra["old_log_probs"]
         policy_loss = get_policy_loss_fn(config.policy_loss.loss_mode)
         loss, means = policy_loss(
-            extra["old_log_probs"], log_prob, extra["advantages"], mask, config.loss_agg_mode, config, **totals
+            old_log_prob, log_prob, extra["advantages"], mask, config.loss_agg_mode, config, **totals
         )
+        if first_look:
+            means = {**means, "actor/entropy": masked_mean(entropy.detach(), mask)}
         shares = {"actor/pg_loss": loss.detach()}
         if config.entropy_coeff != 0:
             loss = loss - config.entropy_coeff * agg_loss(entropy, mask, config.loss_agg_mode, **totals)

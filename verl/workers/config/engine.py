@@ -14,6 +14,7 @@ class ModelConfig:
     use_shm: bool
     trust_remote_code: bool
     enable_gradient_checkpointing: bool
+    recompute_share: Fraction
     use_remove_padding: bool
     override_config: dict[str, Any]
 
@@ -28,6 +29,7 @@ class FSDPConfig:
     optimizer_offload: bool
     reshard_after_forward: bool
     dtype: Literal["float32", "bfloat16"]
+    use_torch_compile: bool
 
 
 @settings

@@ -50,3 +50,8 @@ class RolloutConfig:
     def sampling(self) -> SamplingConfig:
         """How training answers are drawn."""
         return SamplingConfig(self.n, self.do_sample, self.temperature, self.top_p, self.top_k)
+
+    @property
+    def drops_weights(self) -> bool:
+        """Whether the engine's `sleep` drops its weights, so that every use of it has to begin with a push."""
+        return self.name == "vllm" and self.free_cache_engine

@@ -14,6 +14,7 @@ import torch
 from verl.models.heads import ScoreModel
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import PairScores, adapted_temperature, get_discriminator_loss_fn
+from verl.utils.fsdp_utils import synced_once
 from verl.workers.batch import student_rows, teacher_rows
 from verl.workers.config import CriticConfig
 from verl.workers.critic.groups import GroupRows, ScoreTable
@@ -58,18 +59,21 @@ class DataParallelPPOCritic:
         `meta_info["compute_teacher"]=True`."""
         teacher = data.meta_info.get("compute_teacher", False)
         rows = teacher_rows(data) if teacher else student_rows(data)
+        micro_batches = self._micro_batches(rows.lengths(), group_size=1)
+        parts = [self.critic_module(rows.select(index)) for index in micro_batches]
+        # Results are fetched from the device once all of its work is queued.
         values = torch.zeros(rows.responses.shape)
-        for index in self._micro_batches(rows.lengths(), group_size=1):
-            values[index] = self.critic_module(rows.select(index))
+        for index, part in zip(micro_batches, parts, strict=True):
+            values[index] = part.cpu()
         return values.view(data.batch["teacher_response" if teacher else "responses"].shape)
 
     @torch.no_grad()
     def compute_scores(self, data: DataProto) -> dict[str, torch.Tensor]:
-        """Scores as the loss pools them, of every answer in the batch; see `ScoreTable` for what comes back."""
+        """Scores as the loss pools them, of every answer in the batch; see `ScoreTable.tensors`."""
         table = ScoreTable(*data.batch["responses"].shape[:2])
         for part in self._score_groups(data):
             table.put(*part)
-        return table.tensors
+        return table.tensors()
 
     def update_critic(self, data: DataProto) -> dict[str, float]:
         """Train on this rank's groups: `ppo_epochs` times over the `meta_info["mini_batches"]` mini-batches in it.
@@ -91,7 +95,7 @@ class DataParallelPPOCritic:
         """
         metrics, table = MetricSums(), ScoreTable(*data.batch["responses"].shape[:2])
         self._step(data, metrics, table)
-        return table.tensors, metrics.means()
+        return table.tensors(), metrics.means()
 
     def _step(self, mini_batch: DataProto, metrics: MetricSums, table: ScoreTable | None = None) -> None:
         (all_groups,) = sum_over_ranks([float(len(mini_batch))])
@@ -125,12 +129,14 @@ class DataParallelPPOCritic:
         return constants
 
     def _score_groups(self, data: DataProto) -> Iterator[tuple[list[int], PairScores, torch.Tensor]]:
-        """Forward whole groups, micro-batch by micro-batch, students and teachers in one pass.
+        """Forward whole groups, micro-batch by micro-batch, students and teachers in one pass; gradients are reduced
+        over ranks with the last.
 
         Yields the groups' indices, their scores, and the tokens (G, N + 1) behind each, the teacher's last.
         """
         groups = GroupRows.of(data, self.eos_token_id, self.config.discriminator.exclude_eos)
-        for index in self._micro_batches(groups.lengths(), group_size=groups.members.shape[1]):
+        micro_batches = self._micro_batches(groups.lengths(), group_size=groups.members.shape[1])
+        for index in synced_once(self.critic_module, micro_batches):
             part = groups.select(index)
             yield index, *part.scores(self.critic_module(part.rows), self.pooling)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from verl.models.packing import AnswerRows
+from verl.models.packing import AnswerRows, copy_to
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import PairScores, pool_scores, score_mask
 from verl.workers.batch import student_rows, teacher_rows
@@ -63,28 +63,38 @@ class GroupRows:
 
     def scores(self, values: torch.Tensor, pooling: str) -> tuple[PairScores, torch.Tensor]:
         """From values per token of `rows`, (U, T): the members' scores, and their token counts (G, N + 1)."""
-        mask = self.rows.response_mask
-        pooled = pool_scores(values, mask, pooling)[self.members]
-        raw = pool_scores(values, mask, "sum")[self.members]
+        mask, members = copy_to(self.rows.response_mask, values.device), copy_to(self.members, values.device)
+        pooled = pool_scores(values, mask, pooling)[members]
+        raw = pool_scores(values, mask, "sum")[members]
         scores = PairScores(pooled[:, :-1], pooled[:, -1:], raw[:, :-1], raw[:, -1:])
-        return scores, mask.sum(-1).float()[self.members]
+        return scores, self.rows.response_mask.sum(-1).float()[self.members]
 
 
 class ScoreTable:
-    """The scores of a whole batch, filled in part by part.
-
-    `tensors` has `student_scores` (G, N) and `teacher_scores` (G, 1), the raw sums beside them, and the number of
-    tokens that each is pooled over.
-    """
+    """The scores of a whole batch of G groups with N students each, put in part by part."""
 
     def __init__(self, groups: int, answers: int):
-        self.tensors = {f"student_{name}": torch.zeros(groups, answers) for name in SCORE_NAMES}
-        self.tensors |= {f"teacher_{name}": torch.zeros(groups, 1) for name in SCORE_NAMES}
+        self.groups, self.answers = groups, answers
+        self._parts: list[tuple[list[int], dict[str, torch.Tensor]]] = []
 
     def put(self, groups: list[int], scores: PairScores, tokens: torch.Tensor) -> None:
-        """The scores of some groups, detached, in their order."""
+        """The scores of some groups, in their order; they stay on their device."""
         students = (scores.student, scores.student_raw, tokens[:, :-1])
         teachers = (scores.teacher, scores.teacher_raw, tokens[:, -1:])
-        for side, values in (("student", students), ("teacher", teachers)):
-            for name, value in zip(SCORE_NAMES, values, strict=True):
-                self.tensors[f"{side}_{name}"][groups] = value.detach()
+        sides = {"student": students, "teacher": teachers}
+        part = {
+            f"{side}_{name}": value.detach()
+            for side, values in sides.items()
+            for name, value in zip(SCORE_NAMES, values, strict=True)
+        }
+        self._parts.append((groups, part))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """`student_scores` (G, N) and `teacher_scores` (G, 1), the raw sums beside them, and the number of tokens
+        that each is pooled over; in host memory."""
+        whole = {f"student_{name}": torch.zeros(self.groups, self.answers) for name in SCORE_NAMES}
+        whole |= {f"teacher_{name}": torch.zeros(self.groups, 1) for name in SCORE_NAMES}
+        for groups, part in self._parts:
+            for name, value in part.items():
+                whole[name][groups] = value.cpu()
+        return whole

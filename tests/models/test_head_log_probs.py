@@ -1,0 +1,100 @@
+"""The LM head's log-probs and entropies against torch's own softmax and autograd, kept, chunked and recomputed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from verl.models import head_log_probs as module
+from verl.models.head_log_probs import head_log_probs
+
+TOKENS, HIDDEN, VOCAB = 7, 5, 11
+
+
+def inputs(dtype=torch.float64, bias=False):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, HIDDEN, generator=generator, dtype=dtype) for n in (TOKENS, VOCAB))
+    offsets = torch.randn(VOCAB, generator=generator, dtype=dtype) if bias else None
+    targets = torch.randint(VOCAB, (TOKENS,), generator=generator)
+    return [t if t is None else t.requires_grad_() for t in (hidden, weight, offsets)] + [targets]
+
+
+def by_autograd(hidden, weight, bias, targets, temperature):
+    log_p = torch.log_softmax(torch.nn.functional.linear(hidden, weight, bias) / temperature, -1)
+    return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.fixture(params=["kept", "chunked"])
+def memory(request, monkeypatch):
+    """Logits kept whole, or made again three tokens at a time."""
+    if request.param == "chunked":
+        monkeypatch.setattr(module, "KEPT_ON_CPU", 0)
+        monkeypatch.setattr(module, "CHUNK_BYTES", 3 * VOCAB * 8)
+    return request.param
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("entropy", ["none", "value", "grad"])
+def test_values_and_gradients_are_autograds(memory, bias, entropy):
+    results = []
+    for compute in (head_log_probs, by_autograd):
+        arguments = inputs(bias=bias)
+        extra = {"entropy": entropy} if compute is head_log_probs else {}
+        log_probs, entropies = compute(*arguments, 0.7, **extra)
+        # Weights of their own for every token, as a policy loss gives them.
+        weights = torch.linspace(-1, 2, TOKENS, dtype=torch.float64)
+        loss = (weights * log_probs).sum()
+        if entropy == "grad":
+            loss = loss + (weights.flip(0) * entropies).sum()
+        loss.backward()
+        gradients = [t.grad for t in arguments[:3] if t is not None]
+        results.append([log_probs, *([] if entropy == "none" else [entropies]), *gradients])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_by_hand():
+    """Two tokens of a vocabulary of two, logits (0, log 3): probabilities 1/4 and 3/4."""
+    hidden = torch.tensor([[1.0], [1.0]])
+    weight = torch.tensor([[0.0], [3.0]]).log().nan_to_num(neginf=0.0)
+    log_probs, entropies = head_log_probs(hidden, weight, None, torch.tensor([0, 1]), entropy="value")
+    torch.testing.assert_close(log_probs.exp(), torch.tensor([0.25, 0.75]))
+    expected = 0.25 * torch.tensor(4.0).log() + 0.75 * torch.tensor(4 / 3).log()
+    torch.testing.assert_close(entropies, expected.expand(2))
+
+
+def test_logits_of_bfloat16_are_summed_in_float(memory):
+    hidden, weight, _, targets = inputs(torch.bfloat16)
+    log_probs, _ = head_log_probs(hidden, weight, None, targets, 0.7)
+    logits = torch.nn.functional.linear(hidden, weight)
+    assert log_probs.dtype == torch.float32
+    torch.testing.assert_close(
+        log_probs, by_autograd(hidden.float(), weight.float(), None, targets, 0.7)[0], atol=0.05, rtol=0.05
+    )
+    expected = torch.log_softmax(logits.float() / 0.7, -1).gather(-1, targets[:, None])[:, 0]
+    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_no_tokens(memory):
+    hidden, weight, _, targets = inputs()
+    log_probs, _ = head_log_probs(hidden[:0], weight, None, targets[:0])
+    log_probs.sum().backward()
+    assert log_probs.shape == (0,)
+    assert weight.grad.eq(0).all()
+
+
+def test_without_gradients_nothing_is_kept(monkeypatch):
+    monkeypatch.setattr(module, "_has_room", lambda *_: pytest.fail("nobody will need the logits again"))
+    with torch.no_grad():
+        head_log_probs(*inputs())
+
+
+def test_kept_logits_serve_one_backward_pass():
+    hidden, weight, _, targets = inputs()
+    log_probs, _ = head_log_probs(hidden, weight, None, targets)
+    log_probs.sum().backward(retain_graph=True)
+    first = weight.grad.clone()
+    weight.grad = None
+    # Their place was taken by their gradient; a second pass makes them again.
+    log_probs.sum().backward()
+    torch.testing.assert_close(weight.grad, first)

@@ -1,0 +1,221 @@
+"""Moving a model's sharded parameters and its optimizer's states to host memory while nobody works with them.
+
+Only the memory behind a tensor comes and goes: the storage is shrunk to nothing after it was copied, and grown again
+before it is copied back. Tensors and storages stay the objects they were, so FSDP2's flat views of the shards, tied
+weights and the optimizer's references need no care.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from verl.workers.config import FSDPConfig
+
+# Where parts of the host buffer begin: what any copy engine is content with.
+ALIGNMENT = 512
+
+
+class HostCopy:
+    """The tensors of a collection, on their device or in host memory, moved as one.
+
+    Each storage moves whole and once, however many tensors look into it. The collection is asked for anew each time it
+    goes out, so it may grow or be replaced in between (an optimizer's states after its first step or a checkpoint).
+    The host buffer is kept and reused while the sizes stay the same; it is pinned for CUDA tensors.
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[torch.Tensor]]):
+        self._tensors = tensors
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._out: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
+        self._users = 0
+
+    @property
+    def is_out(self) -> bool:
+        """Whether there are tensors whose contents are in host memory."""
+        return bool(self._out)
+
+    def to_host(self) -> None:
+        """Copy everything out and give the device its memory back; nothing happens to what is out already."""
+        if self.is_out:
+            return
+        storages = {storage._cdata: storage for storage in map(_storage, self._tensors()) if storage.nbytes()}
+        out = list(zip(storages.values(), self._host_parts(list(storages.values())), strict=True))
+        for storage, part in out:
+            part.copy_(_bytes(storage), non_blocking=True)
+        on_cuda = any(storage.device.type == "cuda" for storage, _ in out)
+        if on_cuda:
+            # The copies must have ended, and so must whatever FSDP's own streams still read.
+            torch.cuda.synchronize()
+        for storage, _ in out:
+            storage.resize_(0)
+        self._out = out
+        if on_cuda:
+            # The engine allocates beside PyTorch and cannot use what its allocator keeps.
+            torch.cuda.empty_cache()
+
+    def to_device(self) -> None:
+        """Bring everything back; nothing happens to what is there."""
+        for storage, part in self._out:
+            storage.resize_(part.numel())
+            _bytes(storage).copy_(part, non_blocking=True)
+        self._out = []
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """On the device inside, in host memory after the outermost such block.
+
+        After an exception everything stays where it is: it may be a half-done update.
+        """
+        self.to_device()
+        self._users += 1
+        try:
+            yield
+        except BaseException:
+            self._users -= 1
+            raise
+        self._users -= 1
+        if self._users == 0:
+            self.to_host()
+
+    def _host_parts(self, storages: list[torch.UntypedStorage]) -> list[torch.Tensor]:
+        """A part of the host buffer for each storage."""
+        starts, total = [], 0
+        for storage in storages:
+            starts.append(total)
+            total += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
+        if total != self._buffer.numel():
+            pinned = any(storage.device.type == "cuda" for storage in storages)
+            if pinned:
+                # The copies of the last return may still be reading the old buffer.
+                torch.cuda.synchronize()
+            # The old one goes first: both at once may be more than the host has.
+            del self._buffer
+            self._buffer = _host_buffer(total, pinned)
+        return [self._buffer[start : start + s.nbytes()] for start, s in zip(starts, storages, strict=True)]
+
+
+class Offloader:
+    """Lets a model's parameters and its optimizer's states rest in host memory, each if asked for, between their uses.
+
+    Without either flag nothing is ever moved. A forward, a state dict or an optimizer step while the tensors it needs
+    are out raises RuntimeError instead of reading freed memory.
+
+    Args:
+        module: plain or sharded by `fully_shard`.
+        optimizer: None for a frozen model.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer | None, params: bool, optimizer_states: bool
+    ):
+        self._module = module
+        self._optimizer = optimizer
+        self._params = HostCopy(self._resting_parameters) if params else None
+        self._states = HostCopy(self._optimizer_states) if optimizer_states and optimizer is not None else None
+        if self._params is not None:
+            module.register_forward_pre_hook(self._refuse_if_out, prepend=True)
+            for part in module.modules():
+                part.register_state_dict_pre_hook(self._refuse_if_out)
+        if optimizer is not None:
+            optimizer.register_step_pre_hook(self._refuse_if_anything_out)
+            optimizer.register_state_dict_pre_hook(self._refuse_if_anything_out)
+
+    @contextmanager
+    def on_device(self, optimizer: bool = False) -> Iterator[None]:
+        """The parameters, and with `optimizer` its states too, are on the device inside. Blocks may be nested.
+
+        Raises:
+            RuntimeError: at the end, if parameters that are to go out have gradients.
+        """
+        parts = [self._params] + ([self._states] if optimizer else [])
+        with ExitStack() as stack:
+            for part in parts:
+                if part is not None:
+                    stack.enter_context(part.on_device())
+            yield
+
+    def rest(self) -> None:
+        """Send everything to host memory that may go there: for a model that was just built."""
+        for part in (self._params, self._states):
+            if part is not None:
+                part.to_host()
+
+    def _resting_parameters(self) -> Iterator[torch.Tensor]:
+        """The shards, after what a forward left whole was put away."""
+        for part in self._module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        for name, parameter in self._module.named_parameters():
+            if parameter.grad is not None:
+                raise RuntimeError(
+                    f"{name} has a gradient, which would stay on the device while the parameters leave it: "
+                    "call optimizer.zero_grad() after the step"
+                )
+            yield parameter.detach()
+
+    def _optimizer_states(self) -> Iterator[torch.Tensor]:
+        """State tensors on the parameters' device: a step count that is kept on the host stays as it is."""
+        for parameter, state in self._optimizer.state.items():
+            for value in state.values():
+                if isinstance(value, torch.Tensor) and value.device == parameter.device:
+                    yield value
+
+    def _refuse_if_out(self, *_: Any) -> None:
+        if self._params is not None and self._params.is_out:
+            raise RuntimeError("the parameters are in host memory: use them inside `with offloader.on_device()`")
+
+    def _refuse_if_anything_out(self, *_: Any) -> None:
+        self._refuse_if_out()
+        if self._states is not None and self._states.is_out:
+            raise RuntimeError(
+                "the optimizer's states are in host memory: use them inside `with offloader.on_device(optimizer=True)`"
+            )
+
+
+def build_offloader(
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, fsdp: FSDPConfig, device: str
+) -> Offloader:
+    """What `param_offload` and `optimizer_offload` ask for; on CPU nothing moves, as everything is on the host."""
+    on_host = device == "cpu"
+    return Offloader(
+        module,
+        optimizer,
+        params=fsdp.param_offload and not on_host,
+        optimizer_states=fsdp.optimizer_offload and not on_host,
+    )
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage()
+
+
+def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _host_buffer(size: int, pinned: bool) -> torch.Tensor:
+    """`size` bytes of host memory.
+
+    PyTorch's allocator of pinned memory rounds up to a power of two, up to twice what is needed, and keeps what is
+    freed. So the pages are taken from the system and registered with CUDA.
+    """
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    buffer = torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    if pinned:
+        cudart = torch.cuda.cudart()
+        torch.cuda.check_error(cudart.cudaHostRegister(buffer.data_ptr(), size, 0))
+        unregister = weakref.finalize(buffer, cudart.cudaHostUnregister, buffer.data_ptr())
+        # At the end of the process CUDA may be gone before this runs, and takes the registration with it.
+        unregister.atexit = False
+    return buffer
