@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -42,6 +42,8 @@ class Stage:
     reward_model: str | None
     steps: int
     overrides: tuple[str, ...]
+    # Of the steps, those that train the discriminator alone.
+    frozen: float | None = None
 
 
 # The paper's loss: on so small a model it learns the facts several times faster than the default `ranking`. The actor
@@ -60,7 +62,8 @@ STAGES = (
     ),
     Stage(
         "warmup", "gpt5-8b-warmup-gspo.sh", "SeqKD/actor", "SeqKD/actor", 90,
-        (*ADVERSARIAL, "data.train_batch_size=32", "actor_rollout_ref.rollout.n=4", "trainer.critic_warmup=80"),
+        (*ADVERSARIAL, "data.train_batch_size=32", "actor_rollout_ref.rollout.n=4"),
+        frozen=8 / 9,
     ),
     Stage(
         "GAD", "gpt5-8b-gad-gspo.sh", "warmup/actor", "warmup/critic", 30,
@@ -91,7 +94,7 @@ def locate(name: str, out: Path) -> Path:
     return run / f"global_step_{step}" / part
 
 
-def run_stage(stage: Stage, out: Path, ranks: int) -> None:
+def run_stage(stage: Stage, out: Path, ranks: int, device: str) -> None:
     """Run the stage's script; its own progress bar and log lines go to the terminal."""
     command = ["bash", str(REPOSITORY / "scripts" / "train" / stage.script)]
     command += ["--model", str(locate(stage.model, out)), "--exp_name", stage.name, "--nnodes", "1"]
@@ -105,8 +108,11 @@ def run_stage(stage: Stage, out: Path, ranks: int) -> None:
         "trainer.log_val_generations=0",
         "trainer.logger=[tensorboard,file]",
         "trainer.resume_mode=disable",
+        f"trainer.device={device}",
         *stage.overrides,
     ]
+    if stage.frozen is not None:
+        command.append(f"trainer.critic_warmup={round(stage.frozen * stage.steps)}")
     environment = os.environ | {
         "PYTHON": sys.executable,
         "PYTHONPATH": str(REPOSITORY),
@@ -170,8 +176,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="everything is written here")
     parser.add_argument("--seed", type=int, default=0, help="of the world, its data and the base student")
-    parser.add_argument("--ranks", type=int, default=2, help="training processes")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train; vLLM answers on cuda")
+    parser.add_argument("--ranks", type=int, help="training processes (default: 2, and 1 on cuda)")
+    parser.add_argument("--steps", type=int, help="of each stage, instead of its own number")
     options = parser.parse_args()
+    ranks = options.ranks or (2 if options.device == "cpu" else 1)
+    stages = [stage if options.steps is None else replace(stage, steps=options.steps) for stage in STAGES]
     out = options.out.absolute()
     if out.exists() and any(out.iterdir()) and not (out / "base").is_dir():
         parser.error(f"{out} holds something else than an earlier quick start; give another --out")
@@ -187,10 +197,10 @@ def main() -> None:
     world, test = World(options.seed), pd.read_parquet(out / "test.parquet")
     results["base"] = grade(out / "base", world, test)
     seconds["base"] = time.monotonic() - started
-    for number, stage in enumerate(STAGES, start=2):
-        print(f"[{number}/4] {stage.name}: {stage.steps} steps on {options.ranks} ranks", flush=True)
+    for number, stage in enumerate(stages, start=2):
+        print(f"[{number}/4] {stage.name}: {stage.steps} steps, {ranks} rank(s) on {options.device}", flush=True)
         started = time.monotonic()
-        run_stage(stage, out, options.ranks)
+        run_stage(stage, out, ranks, options.device)
         merged = merge(locate(f"{stage.name}/actor", out), out / "merged" / stage.name)
         results[stage.name] = grade(merged, world, test)
         seconds[stage.name] = time.monotonic() - started

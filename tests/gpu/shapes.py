@@ -25,7 +25,7 @@ def language_model(family: str, dtype: torch.dtype = torch.float32) -> PreTraine
     hidden = heads["num_attention_heads"] * heads["head_dim"] if family == "qwen2" else 256
     config = config_class(
         vocab_size=VOCAB, hidden_size=hidden, intermediate_size=512, num_hidden_layers=3,
-        max_position_embeddings=2048, tie_word_embeddings=family == "qwen2", initializer_range=0.05,
+        max_position_embeddings=2048, tie_word_embeddings=family == "qwen2", initializer_range=0.8 / hidden**0.5,
         pad_token_id=0, eos_token_id=1, **heads,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from torch._dynamo.utils import counters
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.tiny import SIZES, answer_rows, causal_lm, scorer
 from verl.models.heads import PolicyModel, ScoreModel
+from verl.models.layers import compile_layers, decoder_layers, recompute_layers
 from verl.models.packing import AnswerRows, pack
 
 ROWS = ([5, 1, 3, 7], [4, 6, 1, 2])
@@ -138,3 +140,30 @@ def test_models_that_change_their_logits_are_refused():
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         PolicyModel(model)
+
+
+@pytest.mark.parametrize(("share", "layers"), [(0.0, []), (0.34, [0, 2, 5]), (0.5, [0, 2, 4]), (1.0, [*range(6)])])
+def test_a_share_of_the_layers_is_recomputed(share, layers):
+    """By hand, of six layers: ceil(6 share) of them, evenly, the first one among them."""
+    config = {**causal_lm().config.to_dict(), "num_hidden_layers": 6, "layer_types": None}
+    model = Qwen2ForCausalLM(Qwen2Config(**config))
+    recompute_layers(model, share)
+    assert [i for i, layer in enumerate(decoder_layers(model)) if layer.gradient_checkpointing] == layers
+
+
+def test_compiled_layers_give_the_same_on_the_same_few_graphs():
+    """Lengths, rows and tokens change at every step; the number of graphs does not."""
+    torch._dynamo.reset()
+    plain, compiled = PolicyModel(causal_lm()), PolicyModel(causal_lm())
+    compile_layers(compiled.hf)
+    graphs = []
+    for lengths in (ROWS, ([3, 3, 2], [4, 2, 7]), ([7, 2, 2, 8, 5], [1, 6, 6, 2, 2]), ([2] * 9, [1] * 9)):
+        rows = answer_rows(*lengths)
+        for module in (plain, compiled):
+            module.zero_grad()
+            module(rows)[0].sum().backward()
+        for ours, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    # One for the first batch, perhaps another for the first of another shape; then none.
+    assert graphs[1] <= 2 and graphs[-1] == graphs[1], graphs

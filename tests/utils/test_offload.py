@@ -201,6 +201,24 @@ def test_gradients_that_would_stay_behind_are_refused():
         module(torch.tensor([1])).sum().backward()
 
 
+@pytest.mark.parametrize(("params", "states"), FLAGS)
+def test_gradients_of_a_whole_update_are_spent_at_its_end(params, states):
+    module = Tied()
+    optimizer = torch.optim.AdamW(module.parameters())
+    offloader = Offloader(module, optimizer, params, states)
+    with offloader.on_device(optimizer=True):
+        module(torch.tensor([1])).sum().backward()
+        optimizer.step()
+    assert module.head.weight.grad is None
+
+
+def test_without_offloading_gradients_are_left_alone():
+    module = Tied()
+    with Offloader(module, torch.optim.AdamW(module.parameters()), False, False).on_device(optimizer=True):
+        module(torch.tensor([1])).sum().backward()
+    assert module.head.weight.grad is not None
+
+
 def test_what_is_out_cannot_be_used():
     module, optimizer, _ = trained(offload=True)
     for use in (lambda: module(torch.tensor([1])), module.state_dict, module.head.state_dict):

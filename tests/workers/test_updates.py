@@ -47,6 +47,8 @@ def test_gradient_and_metrics_do_not_depend_on_the_number_of_ranks(tmp_path):
         assert_same_gradients(result["gradients"], gradients(whole))
         for name, value in expected.items():
             assert result["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (loss, name)
+        # Two layers and what is around them, once for the whole mini-batch, however many micro-batches it had.
+        assert result["reductions"] == 3, loss
 
 
 def test_sft_loss_and_gradient_equal_hugging_face_cross_entropy():

@@ -1,4 +1,4 @@
-"""Child of test_updates: the same updates on two ranks, gradients gathered whole."""
+"""Child of the update tests: the same updates on several ranks, gradients gathered whole."""
 
 import os
 from datetime import timedelta
@@ -7,29 +7,51 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.workers.updates_setup import LOSSES, batch, settings, update
+from tests.workers.updates_setup import LOSSES, PROMPTS, batch, settings, update
 from verl.utils.fsdp_utils import shard
 
 
-def run(rank: int, world_size: int, folder: Path) -> None:
-    """One rank: every loss once, cut by tokens; rank 0 writes gradients and metrics to `folder`."""
+def run(rank: int, world_size: int, folder: Path, device: str = "cpu") -> None:
+    """One rank: every loss once, cut by tokens; rank 0 writes gradients and metrics, and the number of times that
+    gradients were reduced, to `folder`."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    backend = "gloo"
+    if device == "cuda":
+        device, backend = f"cuda:{rank}", "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
     timeout = timedelta(seconds=120)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size, timeout=timeout
+        backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size, timeout=timeout
     )
+    reductions = _count_reductions()
     for loss in LOSSES:
         config = settings(loss, "tokens")
         fsdp = config.actor_rollout_ref.actor.fsdp_config
 
         def wrap(module, fsdp=fsdp):
-            shard(module, fsdp, "cpu")
+            shard(module, fsdp, device)
             return module
 
         # Ranks get different rows and different numbers of tokens.
-        module, metrics = update(loss, config, batch()[2 * rank : 2 * rank + 2], wrap)
-        gradients = {name: parameter.grad.full_tensor() for name, parameter in module.named_parameters()}
+        share = PROMPTS // world_size
+        reductions.clear()
+        module, metrics = update(loss, config, batch()[share * rank : share * (rank + 1)], wrap)
+        gradients = {name: parameter.grad.full_tensor().cpu() for name, parameter in module.named_parameters()}
         if rank == 0:
-            torch.save({"gradients": gradients, "metrics": metrics}, folder / f"{loss}.pt")
+            result = {"gradients": gradients, "metrics": metrics, "reductions": len(reductions)}
+            torch.save(result, folder / f"{loss}.pt")
     dist.destroy_process_group()
+
+
+def _count_reductions() -> list[int]:
+    """A list that grows by one with every reduce-scatter, which FSDP calls by a new name from torch 2.13."""
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    calls, original = [], getattr(dist, name)
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    setattr(dist, name, counted)
+    return calls

@@ -16,7 +16,7 @@ from inspect import signature
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig
 
 PACKED_ATTENTION = "verl_packed"
 # What the flash-attention kernel behind varlen_attn computes in; head sizes above 256 it has no code for.
@@ -70,8 +70,9 @@ def _on_grid(query, key, value, pad_index: torch.Tensor, rows: int, longest: int
     return output.transpose(1, 2).flatten(0, 1)[pad_index].unsqueeze(0)
 
 
+# With a mask function registered beside it, transformers would first read the positions on the host, which waits for
+# the device; without one it makes no mask.
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)
 
 
 def check_full_attention(config: PretrainedConfig) -> None:

@@ -61,7 +61,7 @@ class AnswerModel(nn.Module):
 
 def to_answer_grid(values: torch.Tensor, grid_index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Values of the real answer tokens, (K,), as (R, T) with zeros elsewhere."""
-    return values.new_zeros(shape.numel()).index_copy(0, grid_index, values).view(shape)
+    return values.new_zeros(shape).index_put((grid_index // shape[1], grid_index % shape[1]), values)
 
 
 class PolicyModel(AnswerModel):

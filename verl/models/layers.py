@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -31,8 +33,9 @@ def compile_layers(hf: PreTrainedModel) -> None:
 def recompute_layers(hf: PreTrainedModel, share: float) -> None:
     """Keep only the inputs of this share of the layers, and compute the rest of them again in the backward pass.
 
-    The layers are spread evenly over the depth.
+    The layers are spread evenly over the depth, the first among them: the last one's turn to be computed again comes
+    when everything else is still in memory.
     """
     hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for number, layer in enumerate(decoder_layers(hf)):
-        layer.gradient_checkpointing = int((number + 1) * share) > int(number * share)
+        layer.gradient_checkpointing = ceil((number + 1) * share) > ceil(number * share)

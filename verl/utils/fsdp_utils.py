@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from verl.models.heads import AnswerModel, PolicyModel, ScoreModel
 from verl.models.layers import compile_layers, decoder_layers, recompute_layers
 from verl.utils.model import Kind, empty_model, load_config, load_model
+from verl.utils.shm import model_folder
 from verl.workers.config import FSDPConfig, ModelConfig
 
 HEADS: dict[Kind, type[AnswerModel]] = {"policy": PolicyModel, "score": ScoreModel}
@@ -33,7 +34,7 @@ def build_sharded_model(
     """
     dtype = getattr(torch, fsdp.dtype) if frozen else torch.float32
     if dist.get_rank() == 0:
-        hf = load_model(model.path, kind, model.override_config, model.trust_remote_code, dtype)
+        hf = load_model(model_folder(model), kind, model.override_config, model.trust_remote_code, dtype)
         weights = hf.state_dict()
     else:
         config = load_config(model.path, kind, model.override_config, model.trust_remote_code)

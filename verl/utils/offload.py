@@ -133,8 +133,11 @@ class Offloader:
     def on_device(self, optimizer: bool = False) -> Iterator[None]:
         """The parameters, and with `optimizer` its states too, are on the device inside. Blocks may be nested.
 
+        A block with `optimizer` is a whole update: gradients that are left at its end are spent, and dropped where
+        anything is offloaded.
+
         Raises:
-            RuntimeError: at the end, if parameters that are to go out have gradients.
+            RuntimeError: at the end of a block without `optimizer`, if parameters that are to go out have gradients.
         """
         parts = [self._params] + ([self._states] if optimizer else [])
         with ExitStack() as stack:
@@ -142,6 +145,8 @@ class Offloader:
                 if part is not None:
                     stack.enter_context(part.on_device())
             yield
+            if optimizer and any(part is not None for part in parts):
+                self._module.zero_grad()
 
     def rest(self) -> None:
         """Send everything to host memory that may go there: for a model that was just built."""
@@ -158,7 +163,7 @@ class Offloader:
             if parameter.grad is not None:
                 raise RuntimeError(
                     f"{name} has a gradient, which would stay on the device while the parameters leave it: "
-                    "call optimizer.zero_grad() after the step"
+                    "call zero_grad() first, or put the whole update inside `with offloader.on_device(optimizer=True)`"
                 )
             yield parameter.detach()
 

@@ -5,8 +5,11 @@ Both workers of a rank live in one process and share its process group.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,8 +20,10 @@ from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.fsdp_utils import build_sharded_model, full_parameters
+from verl.utils.memory_knobs import Phase
 from verl.utils.model import Kind, load_config, load_tokenizer, quiet_transformers
 from verl.utils.offload import Offloader, build_offloader
+from verl.utils.out_of_memory import explain_out_of_memory
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.config import (
     ActorRolloutRefConfig,
@@ -39,6 +44,9 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 class FSDPWorker(Worker):
     """What the actor's and the critic's worker share."""
 
+    config: ActorRolloutRefConfig | CriticConfig
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LRScheduler
     checkpoint: FSDPCheckpointManager
     offloader: Offloader
 
@@ -59,17 +67,53 @@ class FSDPWorker(Worker):
 
     def _build_trained(
         self, model: ModelConfig, kind: Kind, fsdp: FSDPConfig, optim: OptimizerConfig, total_steps: int
-    ) -> tuple[AnswerModel, torch.optim.Optimizer, LRScheduler]:
-        """Module, optimizer and schedule, with what keeps them in checkpoints and in host memory."""
+    ) -> AnswerModel:
+        """The module; its optimizer and schedule, and what keeps them all in checkpoints and in host memory."""
         module = build_sharded_model(model, kind, fsdp, self.device)
-        optimizer, schedule = build_optimizer(module, optim, total_steps)
+        self.optimizer, self.lr_scheduler = build_optimizer(module, optim, total_steps)
         self.tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
         self.checkpoint = FSDPCheckpointManager(
-            module.hf, optimizer, schedule, self.tokenizer, compute_dtype=getattr(torch, fsdp.dtype)
+            module.hf, self.optimizer, self.lr_scheduler, self.tokenizer, compute_dtype=getattr(torch, fsdp.dtype)
         )
-        self.offloader = build_offloader(module, optimizer, fsdp, self.device)
+        self.offloader = build_offloader(module, self.optimizer, fsdp, self.device)
         self.offloader.rest()
-        return module, optimizer, schedule
+        return module
+
+    @contextmanager
+    def working(self, phase: Phase, updates: bool = False) -> Iterator[None]:
+        """The model is on the device inside, with its optimizer if it `updates`."""
+        with explain_out_of_memory(phase, self.config), self.offloader.on_device(optimizer=updates):
+            yield
+
+    @contextmanager
+    def updating(self, phase: Phase) -> Iterator[None]:
+        """The model and its optimizer are on the device inside. The gradients, which take as much memory as the
+        weights, are gone afterwards."""
+        with self.working(phase, updates=True):
+            yield
+            self.optimizer.zero_grad()
+
+    def next_rate(self) -> float:
+        """The learning rate of the update just made; the schedule goes on to the next."""
+        rate = self.lr_scheduler.get_last_lr()[0]
+        self.lr_scheduler.step()
+        return rate
+
+    def memory_metrics(self) -> dict[str, float]:
+        """The most that this rank's GPU has held so far."""
+        if not self.device.startswith("cuda"):
+            return {}
+        return {
+            "perf/max_memory_allocated_gb": torch.cuda.max_memory_allocated() / 2**30,
+            "perf/max_memory_reserved_gb": torch.cuda.max_memory_reserved() / 2**30,
+        }
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def memory_sizes(self) -> tuple[int, int] | None:
+        """Bytes of this rank's GPU and of its machine's memory; None without a GPU."""
+        if not self.device.startswith("cuda"):
+            return None
+        return torch.cuda.get_device_properties(self.device).total_memory, psutil.virtual_memory().total
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, folder: str) -> None:
@@ -96,21 +140,30 @@ class ActorRolloutRefWorker(FSDPWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Build everything. The engine sleeps, and has no weights yet."""
+        with explain_out_of_memory("init", self.config):
+            self._build_actor()
+            if self.use_reference:
+                self._build_reference()
+            self._build_rollout()
+
+    def _build_actor(self) -> None:
         config = self.config
-        module, optimizer, self.lr_scheduler = self._build_trained(
-            config.model, "policy", config.actor.fsdp_config, config.actor.optim, self.total_steps
-        )
-        self.actor = DataParallelPPOActor(config.actor, config.rollout, module, optimizer)
-        if self.use_reference:
-            reference = build_sharded_model(config.model, "policy", config.ref.fsdp_config, self.device, frozen=True)
-            self.reference = DataParallelPPOActor(config.actor, config.rollout, reference)
-            self.reference_offloader = build_offloader(reference, None, config.ref.fsdp_config, self.device)
-            self.reference_offloader.rest()
-        model_config = load_config(
-            config.model.path, "policy", config.model.override_config, config.model.trust_remote_code
-        )
-        self.rollout = get_rollout_class(config.rollout.name)(
-            model_config, self.tokenizer, config.rollout, self.device, config.model.trust_remote_code
+        fsdp, optim = config.actor.fsdp_config, config.actor.optim
+        module = self._build_trained(config.model, "policy", fsdp, optim, self.total_steps)
+        self.actor = DataParallelPPOActor(config.actor, config.rollout, module, self.optimizer)
+
+    def _build_reference(self) -> None:
+        config, fsdp = self.config, self.config.ref.fsdp_config
+        module = build_sharded_model(config.model, "policy", fsdp, self.device, frozen=True)
+        self.reference = DataParallelPPOActor(config.actor, config.rollout, module)
+        self.reference_offloader = build_offloader(module, None, fsdp, self.device)
+        self.reference_offloader.rest()
+
+    def _build_rollout(self) -> None:
+        model, rollout = self.config.model, self.config.rollout
+        model_config = load_config(model.path, "policy", model.override_config, model.trust_remote_code)
+        self.rollout = get_rollout_class(rollout.name)(
+            model_config, self.tokenizer, rollout, self.device, model.trust_remote_code
         )
         self.rollout.sleep()
 
@@ -118,7 +171,7 @@ class ActorRolloutRefWorker(FSDPWorker):
     def push_weights(self) -> None:
         """Bring the engine to the policy's present weights."""
         dtype = getattr(torch, self.config.rollout.dtype)
-        with self.offloader.on_device():
+        with self.working("push_weights"):
             self.rollout.push_weights(full_parameters(self.actor.actor_module.hf, dtype))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
@@ -128,32 +181,31 @@ class ActorRolloutRefWorker(FSDPWorker):
         # Engines hold different prompts; a seed each keeps equal prompts from getting equal answers.
         engine = self.rank // self.config.rollout.tensor_model_parallel_size
         seed = prompts.meta_info["seed"] * self.world_size + engine
-        answers = self.rollout.generate(prompts, sampling, seed, prompts.meta_info["report_log_probs"])
+        with explain_out_of_memory("generate", self.config):
+            answers = self.rollout.generate(prompts, sampling, seed, prompts.meta_info["report_log_probs"])
         self.rollout.sleep()
         return answers
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """`old_log_probs` and `entropys` (B, N, T) of the answers under the present policy."""
-        with self.offloader.on_device():
+        with self.working("compute_log_prob"):
             log_probs, entropies = self.actor.compute_log_prob(data)
         return DataProto.from_dict({"old_log_probs": log_probs, "entropys": entropies})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` (B, N, T) of the answers under the frozen reference."""
-        with self.reference_offloader.on_device():
+        with explain_out_of_memory("compute_ref_log_prob", self.config), self.reference_offloader.on_device():
             log_probs, _ = self.reference.compute_log_prob(data, entropy=False)
         return DataProto.from_dict({"ref_log_prob": log_probs})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """Train the policy on the batch; the same metrics from every rank."""
-        with self.offloader.on_device(optimizer=True):
+        with self.updating("update_actor"):
             metrics = self.actor.update_policy(data)
-        metrics["actor/lr"] = self.lr_scheduler.get_last_lr()[0]
-        self.lr_scheduler.step()
-        return metrics
+        return {**metrics, "actor/lr": self.next_rate(), **self.memory_metrics()}
 
 
 class CriticWorker(FSDPWorker):
@@ -167,10 +219,11 @@ class CriticWorker(FSDPWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """Build the discriminator and its optimizer."""
-        module, optimizer, self.lr_scheduler = self._build_trained(
-            self.config.model, "score", self.config.model.fsdp_config, self.config.optim, self.total_steps
-        )
-        self.critic = DataParallelPPOCritic(self.config, module, optimizer, self.tokenizer.eos_token_id)
+        with explain_out_of_memory("init", self.config):
+            module = self._build_trained(
+                self.config.model, "score", self.config.model.fsdp_config, self.config.optim, self.total_steps
+            )
+        self.critic = DataParallelPPOCritic(self.config, module, self.optimizer, self.tokenizer.eos_token_id)
         # Saved with the weights, so that whoever scores with them later pools as training did.
         module.hf.config.discriminator = self.critic.scoring()
 
@@ -178,30 +231,28 @@ class CriticWorker(FSDPWorker):
     def compute_values(self, data: DataProto) -> DataProto:
         """Values per token: `values` (B, N, T), or `teacher_values` (B, T) with `meta_info["compute_teacher"]`."""
         name = "teacher_values" if data.meta_info.get("compute_teacher", False) else "values"
-        with self.offloader.on_device():
+        with self.working("compute_scores"):
             return DataProto.from_dict({name: self.critic.compute_values(data)})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_scores(self, data: DataProto) -> DataProto:
         """Pooled scores of students and teachers under the present discriminator."""
-        with self.offloader.on_device():
+        with self.working("compute_scores"):
             return DataProto.from_dict(self.critic.compute_scores(data))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
     def update_critic(self, data: DataProto) -> dict[str, float]:
         """Train the discriminator on the batch; the same metrics from every rank."""
-        with self.offloader.on_device(optimizer=True):
-            return self._with_lr(self.critic.update_critic(data))
+        with self.updating("update_critic"):
+            return self._logged(self.critic.update_critic(data))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def score_and_update_critic(self, data: DataProto) -> DataProto:
         """`compute_scores` and one update on the whole batch in one forward; `meta_info["metrics"]` as from
         `update_critic`."""
-        with self.offloader.on_device(optimizer=True):
+        with self.updating("update_critic"):
             scores, metrics = self.critic.score_and_update(data)
-        return DataProto.from_dict(scores, meta_info={"metrics": self._with_lr(metrics)})
+        return DataProto.from_dict(scores, meta_info={"metrics": self._logged(metrics)})
 
-    def _with_lr(self, metrics: dict[str, float]) -> dict[str, float]:
-        metrics["critic/lr"] = self.lr_scheduler.get_last_lr()[0]
-        self.lr_scheduler.step()
-        return metrics
+    def _logged(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {**metrics, "critic/lr": self.next_rate(), **self.memory_metrics()}

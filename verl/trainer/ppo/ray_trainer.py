@@ -30,6 +30,7 @@ from verl.trainer.ppo.checkpointing import Checkpoints, RunState
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator_step import DiscriminatorStep
 from verl.trainer.ppo.held_out import HeldOutPairs
+from verl.trainer.ppo.memory_check import check_run_memory
 from verl.trainer.ppo.metric_utils import (
     compute_data_metrics,
     compute_discriminator_metrics,
@@ -161,9 +162,10 @@ class RayPPOTrainer:
                 self.role_worker_mapping[Role.Critic], config.critic, total_steps=self.total_steps, **common
             )
         groups = self.spawn(roles)
-        logger.info("%d ranks are up; building models", self.config.trainer.ranks)
         self.actor_rollout = groups[str(Role.ActorRollout)]
         self.critic = groups.get(str(Role.Critic))
+        check_run_memory(config, self.actor_rollout.memory_sizes()[0])
+        logger.info("%d ranks are up; building models", self.config.trainer.ranks)
         self.actor_rollout.init_model()
         self.discriminator, self.held_out = None, None
         if self.critic is not None:

@@ -1,0 +1,44 @@
+"""The real engine on a GPU stays in sync with the trainer, in each of its modes, and shows it when it is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROLLOUT = "actor_rollout_ref.rollout"
+MODES = {
+    "sleeping": [],
+    "sleeping, eager": [f"{ROLLOUT}.enforce_eager=True"],
+    "awake": [f"{ROLLOUT}.free_cache_engine=False"],
+    "awake, eager, fp32": [
+        f"{ROLLOUT}.free_cache_engine=False",
+        f"{ROLLOUT}.enforce_eager=True",
+        "actor_rollout_ref.actor.fsdp_config.dtype=float32",
+    ],
+    "offloaded": [
+        "actor_rollout_ref.actor.fsdp_config.param_offload=True",
+        "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True",
+        f"{ROLLOUT}.enforce_eager=True",
+    ],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_in_sync(mode, tmp_path):
+    command = [sys.executable, "-m", "tests.gpu.engine", str(tmp_path), *MODES[mode]]
+    done = subprocess.run(command, env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    seen = json.loads((tmp_path / "result.json").read_text())
+    # bf16's rounding is a few thousandths of a probability; weights that moved differ by many times that.
+    limit = 1e-4 if "fp32" in mode else 5e-3
+    for moment in ("first", "pushed"):
+        assert seen[moment]["training/rollout_probs_diff_mean"] < limit, seen
+    assert seen["same seed"], "the same seed drew other answers"
+    if "sleeping" in mode or "offloaded" in mode:
+        assert "push_weights" in seen["refused"]
+    else:
+        assert seen["left out"]["training/rollout_probs_diff_mean"] > 0.02, seen

@@ -1,0 +1,29 @@
+"""What a run's configuration says about the memory it will need, before models are built."""
+
+from __future__ import annotations
+
+from verl.trainer.config.schema import Config
+from verl.utils.memory import ModelShape, Run, check_memory
+from verl.utils.model import Kind, load_config
+from verl.workers.config import ModelConfig
+
+
+def check_run_memory(config: Config, sizes: tuple[int, int] | None) -> None:
+    """Log the estimate, and warn where it does not fit (see `check_memory`, which raises where it cannot).
+
+    Args:
+        sizes: bytes of one GPU and of one machine's memory; None where training is on CPU: nothing is said then.
+    """
+    if sizes is None:
+        return
+    critic = config.critic if config.use_critic else None
+    run = Run(
+        config.actor_rollout_ref, critic, config.use_reference, config.trainer.ranks, config.trainer.n_gpus_per_node
+    )
+    critic_shape = None if critic is None else _shape(critic.model, "score")
+    check_memory(run, _shape(config.actor_rollout_ref.model, "policy"), critic_shape, *sizes)
+
+
+def _shape(model: ModelConfig, kind: Kind) -> ModelShape:
+    config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
+    return ModelShape.of(config, kind, model.trust_remote_code)

@@ -1,0 +1,342 @@
+"""How much memory a run will need, from its settings and the sizes of its models: an estimate, made before it starts.
+
+Counted are the sets that are large and known. N is a model's number of parameters, b the bytes of a number in the
+type it computes in (2 for bf16), T the tokens of the largest micro-batch that may come.
+
+| set | bytes on each GPU | there while |
+|---|---|---|
+| master weights, fp32 | 4 N / ranks | at work; always, without param_offload |
+| AdamW's two moments, fp32 | 8 N / ranks | updated; always, without optimizer_offload |
+| gradients, fp32 | 4 N / ranks; 4 N while several micro-batches add up before they are shared out | updated |
+| gathered layers and their gradients | see `_gathered` | updated |
+| activations | T times `layer_bytes_per_token` of each layer | updated |
+| logits | a chunk, at most CHUNK_BYTES | the actor is updated |
+| reference | b N / ranks | reference log-probs are computed; always, without param_offload |
+| vLLM's weights and KV cache | gpu_memory_utilization of the card | generating; always, without free_cache_engine |
+| CUDA, NCCL, cuBLAS, fragments | OVERHEAD_BYTES | always |
+
+The forward passes without gradients need less than the update that follows them, and are left out.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from verl.models.head_log_probs import CHUNK_BYTES
+from verl.models.layers import decoder_layers
+from verl.utils.memory_knobs import Knob, Phase, knobs
+from verl.utils.model import Kind, empty_model
+from verl.workers.config import ActorConfig, ActorRolloutRefConfig, CriticConfig, FSDPConfig, ModelConfig
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+MASTER, MOMENTS, GRADIENT = 4, 8, 4
+# An allowance, not a sum: a context and its libraries take about a GiB, and the allocator wastes some.
+OVERHEAD_BYTES = 2 * GIB
+PHASES: dict[Phase, str] = {
+    "generate": "answers are generated",
+    "update_actor": "the actor is updated",
+    "update_critic": "the critic is updated",
+}
+Parts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model's architecture decides over memory."""
+
+    parameters: int  # tied ones once
+    layer_parameters: int  # of the largest decoder layer
+    layers: int
+    width: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    normed_heads: bool  # queries and keys are normalised once more
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False) -> ModelShape:
+        """Of a model that is built without memory for its weights."""
+        with torch.device("meta"):
+            hf = empty_model(config, kind, trust_remote_code)
+        text = config.get_text_config()
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(hf)]
+        return cls(
+            parameters=sum(p.numel() for p in hf.parameters()),
+            layer_parameters=max(layers, default=0),
+            layers=text.num_hidden_layers,
+            width=text.hidden_size,
+            # Where a family does not say: what it then does.
+            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            heads=text.num_attention_heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            vocabulary=text.vocab_size,
+            normed_heads=any("q_norm" in name for name, _ in hf.named_parameters()),
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings that decide over memory. `critic` is None where there is no discriminator."""
+
+    actor_rollout_ref: ActorRolloutRefConfig
+    critic: CriticConfig | None
+    use_reference: bool
+    ranks: int
+    ranks_per_machine: int
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by part: on each GPU in each phase, and in each machine's host memory."""
+
+    phases: dict[Phase, Parts]
+    host: Parts
+
+    def need(self, phase: Phase) -> float:
+        """Bytes on each GPU in a phase."""
+        return sum(self.phases[phase].values())
+
+    @property
+    def largest(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=self.need)
+
+    def sentence(self, gpu_bytes: float, host_bytes: float) -> str:
+        """What is needed, when, of how much, and by what."""
+        phase = self.largest
+        parts = sorted(self.phases[phase].items(), key=lambda part: -part[1])[:5]
+        biggest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
+        return (
+            f"needs about {self.need(phase) / GIB:.1f} GiB of {gpu_bytes / GIB:.1f} GiB on each GPU while "
+            f"{PHASES[phase]}; biggest parts: {biggest}; {sum(self.host.values()) / GIB:.1f} of "
+            f"{host_bytes / GIB:.1f} GiB of each machine's host memory"
+        )
+
+
+def check_memory(
+    run: Run, actor: ModelShape, critic: ModelShape | None, gpu_bytes: float, host_bytes: float
+) -> MemoryEstimate:
+    """Log the estimate, and warn where it is more than there is, with what each setting would save.
+
+    Args:
+        gpu_bytes: of one card.
+        host_bytes: of one machine.
+
+    Raises:
+        ValueError: weights and optimizer states alone, which are known to the byte, are larger than the card.
+    """
+    estimate = estimate_memory(run, actor, critic, gpu_bytes)
+    logger.info("Memory: the run %s", estimate.sentence(gpu_bytes, host_bytes))
+    for phase, parts in estimate.phases.items():
+        fixed = sum(size for name, size in parts.items() if name.endswith((" weights", " optimizer states")))
+        advice = _advice(run, actor, critic, gpu_bytes, phase)
+        if fixed > gpu_bytes:
+            raise ValueError(
+                f"weights and optimizer states need {fixed / GIB:.1f} GiB on each GPU while {PHASES[phase]}, and it "
+                f"has {gpu_bytes / GIB:.1f} GiB: {advice}"
+            )
+        if estimate.need(phase) > gpu_bytes:
+            logger.warning(
+                "About %.1f GiB are needed on each GPU while %s, and it has %.1f GiB: %s",
+                estimate.need(phase) / GIB, PHASES[phase], gpu_bytes / GIB, advice,
+            )  # fmt: skip
+    if sum(estimate.host.values()) > host_bytes:
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in estimate.host.items())
+        logger.warning(
+            "About %.1f GiB of host memory are needed on each machine, which has %.1f GiB (%s): offload less, or "
+            "spread the run over more machines",
+            sum(estimate.host.values()) / GIB, host_bytes / GIB, parts,
+        )  # fmt: skip
+    return estimate
+
+
+def estimate_memory(run: Run, actor: ModelShape, critic: ModelShape | None, gpu_bytes: float) -> MemoryEstimate:
+    """The parts of each phase; `gpu_bytes` is what vLLM's share is taken of."""
+    group = run.actor_rollout_ref
+    resting = _resting(run, actor, critic)
+    engine = _engine(run, actor, gpu_bytes)
+    always = {"CUDA and its libraries": float(OVERHEAD_BYTES)}
+    beside = {} if group.rollout.name == "vllm" and group.rollout.free_cache_engine else engine
+    phases: dict[Phase, Parts] = {
+        "generate": {**resting, **engine, **always},
+        "update_actor": {**resting, **_actor_update(run, actor), **beside, **always},
+    }
+    if critic is not None:
+        phases["update_critic"] = {**resting, **_critic_update(run, critic), **beside, **always}
+    return MemoryEstimate(phases, _host(run, actor, critic))
+
+
+def layer_bytes_per_token(shape: ModelShape, dtype: str, compiled: bool) -> int:
+    """What a pre-norm decoder layer keeps for its backward pass, per token: the inputs of its products and norms.
+
+    With hidden size D, intermediate size F, queries Q and keys K (all heads), b bytes per number:
+
+        norms       2 x (4 + 2 b) D      an fp32 copy of the input, normalised, scaled; compiled: 2 x 2 b D
+        attention   b (2 Q + 2 K) + 4 H  q, output, k, v, and log-sums in fp32
+        head norms  (4 + b) (Q + K)      only where there are some; compiled: b (Q + K)
+        MLP         4 b F                gate, its activation, up, their product; compiled: 3 b F
+
+    Against the peaks of a Qwen2.5-1.5B, 16,384 tokens, on an H200: compiling takes off 12.9 GiB here and took off
+    12.9 there; computing every layer again takes off 41.3 here and took off 45.0 there, with keys repeated per head.
+    """
+    b = _bytes(dtype)
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = 2 * (2 * b if compiled else 4 + 2 * b) * shape.width
+    attention = b * (2 * queries + 2 * keys) + 4 * shape.heads
+    head_norms = (b if compiled else 4 + b) * (queries + keys) if shape.normed_heads else 0
+    return norms + attention + head_norms + (3 if compiled else 4) * b * shape.intermediate
+
+
+def _resting(run: Run, actor: ModelShape, critic: ModelShape | None) -> Parts:
+    """What stays on the GPU while others work."""
+    group, parts = run.actor_rollout_ref, {}
+    for name, shape, fsdp in _trained(run, actor, critic):
+        if not fsdp.param_offload:
+            parts[f"{name}'s weights"] = MASTER * shape.parameters / run.ranks
+        if not fsdp.optimizer_offload:
+            parts[f"{name}'s optimizer states"] = MOMENTS * shape.parameters / run.ranks
+    if run.use_reference and not group.ref.fsdp_config.param_offload:
+        parts["reference's weights"] = _reference(run, actor)
+    return parts
+
+
+def _trained(run: Run, actor: ModelShape, critic: ModelShape | None) -> list[tuple[str, ModelShape, FSDPConfig]]:
+    trained = [("actor", actor, run.actor_rollout_ref.actor.fsdp_config)]
+    if critic is not None:
+        trained.append(("critic", critic, run.critic.model.fsdp_config))
+    return trained
+
+
+def _reference(run: Run, actor: ModelShape) -> float:
+    return _bytes(run.actor_rollout_ref.ref.fsdp_config.dtype) * actor.parameters / run.ranks
+
+
+def _engine(run: Run, actor: ModelShape, gpu_bytes: float) -> Parts:
+    rollout = run.actor_rollout_ref.rollout
+    if rollout.name == "vllm":
+        return {"vLLM": rollout.gpu_memory_utilization * gpu_bytes}
+    b = _bytes(rollout.dtype)
+    longest = rollout.prompt_length + rollout.response_length
+    per_token = 2 * actor.layers * actor.kv_heads * actor.head_dim * b
+    return {"rollout's weights": b * actor.parameters, "KV cache": rollout.max_num_seqs * longest * per_token}
+
+
+def _actor_update(run: Run, shape: ModelShape) -> Parts:
+    group = run.actor_rollout_ref
+    actor, rollout = group.actor, group.rollout
+    prompts = max(1, actor.ppo_mini_batch_size // run.ranks)
+    longest = rollout.prompt_length + rollout.response_length
+    sequences = prompts * (1 if actor.use_sft_mode else rollout.n)
+    tokens, several = _micro_batch(actor, sequences, longest, together=1)
+    parts = _update("actor", run, shape, actor.fsdp_config, group.model, tokens, several)
+    # Only answers have logits. What is kept of them beyond a chunk is kept where there is room.
+    answers = tokens * rollout.response_length / longest
+    parts["logits"] = min(CHUNK_BYTES, answers * shape.vocabulary * _bytes(actor.fsdp_config.dtype))
+    return parts
+
+
+def _critic_update(run: Run, shape: ModelShape) -> Parts:
+    critic, rollout = run.critic, run.actor_rollout_ref.rollout
+    prompts = max(1, critic.ppo_mini_batch_size // run.ranks)
+    group_size = rollout.n + 1
+    longest = rollout.prompt_length + rollout.response_length
+    tokens, several = _micro_batch(critic, prompts * group_size, longest, together=group_size)
+    return _update("critic", run, shape, critic.model.fsdp_config, critic.model, tokens, several)
+
+
+def _micro_batch(part: ActorConfig | CriticConfig, rows: int, longest: int, together: int) -> tuple[int, bool]:
+    """Tokens of the largest micro-batch, if all sequences are as long as they may be, and whether there are several.
+
+    `together` sequences are never split.
+    """
+    if part.use_dynamic_bsz:
+        limit = max(part.ppo_max_token_len_per_gpu, together * longest)
+    else:
+        limit = max(part.ppo_micro_batch_size_per_gpu, together) * longest
+    return min(rows * longest, limit), rows * longest > limit
+
+
+def _update(
+    name: str, run: Run, shape: ModelShape, fsdp: FSDPConfig, model: ModelConfig, tokens: int, several: bool
+) -> Parts:
+    """What an update adds to what rests on the GPU; weights and states that came from the host included."""
+    return {
+        f"{name}'s weights": MASTER * shape.parameters / run.ranks,
+        f"{name}'s optimizer states": MOMENTS * shape.parameters / run.ranks,
+        # With several micro-batches every rank sums its own, whole, and shares them out layer by layer at the end.
+        f"{name}'s gradients": GRADIENT * shape.parameters / (1 if several else run.ranks),
+        "gathered layers": _gathered(shape, fsdp),
+        f"activations of {tokens} tokens": tokens * _activations(shape, fsdp, model),
+    }
+
+
+def _gathered(shape: ModelShape, fsdp: FSDPConfig) -> float:
+    """Weights in compute type: two layers (one at work, one on its way) and what is outside of them, or everything
+    without reshard_after_forward; and the gradients of the latter, and of one layer once more in fp32."""
+    b = _bytes(fsdp.dtype)
+    outside = shape.parameters - shape.layers * shape.layer_parameters
+    weights = 2 * shape.layer_parameters + outside if fsdp.reshard_after_forward else shape.parameters
+    return b * (weights + outside) + (b + GRADIENT) * shape.layer_parameters
+
+
+def _activations(shape: ModelShape, fsdp: FSDPConfig, model: ModelConfig) -> float:
+    """Bytes per token: of a layer that is computed again only its input, and one such layer at a time in full."""
+    whole = layer_bytes_per_token(shape, fsdp.dtype, fsdp.use_torch_compile)
+    recomputed = ceil(shape.layers * model.recompute_share) if model.enable_gradient_checkpointing else 0
+    kept = shape.layers - recomputed + (1 if recomputed else 0)
+    return kept * whole + recomputed * _bytes(fsdp.dtype) * shape.width
+
+
+def _host(run: Run, actor: ModelShape, critic: ModelShape | None) -> Parts:
+    """Bytes in one machine's memory: what all of its ranks put there, and a whole model as it is read at the start."""
+    here, parts = run.ranks_per_machine / run.ranks, {}
+    for name, shape, fsdp in _trained(run, actor, critic):
+        if fsdp.param_offload:
+            parts[f"{name}'s weights"] = MASTER * shape.parameters * here
+        if fsdp.optimizer_offload:
+            parts[f"{name}'s optimizer states"] = MOMENTS * shape.parameters * here
+    if run.use_reference and run.actor_rollout_ref.ref.fsdp_config.param_offload:
+        parts["reference's weights"] = _reference(run, actor) * run.ranks_per_machine
+    parts["reading a model"] = MASTER * max(shape.parameters for _, shape, _ in _trained(run, actor, critic))
+    return parts
+
+
+def _advice(run: Run, actor: ModelShape, critic: ModelShape | None, gpu_bytes: float, phase: Phase) -> str:
+    """Settings that would take memory off the phase, each alone, those that save most first."""
+
+    def need(changed: Run) -> float:
+        return estimate_memory(changed, actor, critic, gpu_bytes).need(phase)
+
+    savings = []
+    for knob in knobs(phase, run.actor_rollout_ref, run.critic):
+        savings.append((need(run) - need(_turned(run, knob)), str(knob)))
+    doubled = replace(run, ranks=2 * run.ranks)
+    savings.append((need(run) - need(doubled), f"twice as many GPUs (now {run.ranks})"))
+    useful = sorted((s for s in savings if s[0] > 0.05 * GIB), reverse=True)
+    return ", ".join(f"{text} saves {saved / GIB:.1f} GiB" for saved, text in useful)
+
+
+def _turned(run: Run, knob: Knob) -> Run:
+    return _with_value(run, knob.key.split("."), knob.better)
+
+
+def _with_value(settings: Any, path: list[str], value: Any) -> Any:
+    """A copy of nested settings with one value replaced."""
+    if len(path) > 1:
+        value = _with_value(getattr(settings, path[0]), path[1:], value)
+    return replace(settings, **{path[0]: value})
+
+
+def _bytes(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize

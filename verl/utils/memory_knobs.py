@@ -1,0 +1,138 @@
+"""Which settings take memory off a GPU, by what is being done: for the estimate and for errors, in one list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from verl.workers.config import ActorConfig, ActorRolloutRefConfig, CriticConfig, FSDPConfig, ModelConfig
+
+Phase = Literal[
+    "init",
+    "push_weights",
+    "generate",
+    "compute_log_prob",
+    "compute_ref_log_prob",
+    "update_actor",
+    "compute_scores",
+    "update_critic",
+]
+GROUP = "actor_rollout_ref"
+ACTOR_FSDP, REF_FSDP, CRITIC_FSDP = f"{GROUP}.actor.fsdp_config", f"{GROUP}.ref.fsdp_config", "critic.model.fsdp_config"
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A setting by its whole key, its present value, and one that needs less memory."""
+
+    key: str
+    now: Any
+    better: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.better} (now {self.now})"
+
+
+def knobs(phase: Phase, group: ActorRolloutRefConfig | None, critic: CriticConfig | None) -> list[Knob]:
+    """What can be turned in a phase, the work's own settings first, then what rests beside it.
+
+    Args:
+        group, critic: None where there is none, or where the caller does not know it: its settings are left out.
+    """
+    found: list[Knob] = []
+    if group is not None:
+        found += _own_of_group(phase, group)
+    if critic is not None and phase in ("compute_scores", "update_critic"):
+        found += _own_of_critic(phase, critic)
+    if group is not None:
+        found += _resting_of_group(phase, group)
+    if critic is not None:
+        found += _offload(CRITIC_FSDP, critic.model.fsdp_config, *_resting_flags(phase, _AT_WORK_CRITIC))
+    return found
+
+
+_ENGINE_PHASES = ("init", "push_weights", "generate")
+# Which flags of the model at work still help: what the work needs cannot rest.
+_AT_WORK_ACTOR = {"push_weights": ("optimizer",), "compute_log_prob": ("optimizer",), "update_actor": ()}
+_AT_WORK_REF = {"compute_ref_log_prob": ()}
+_AT_WORK_CRITIC = {"compute_scores": ("optimizer",), "update_critic": ()}
+
+
+def _resting_flags(phase: Phase, at_work: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    return at_work.get(phase, ("param", "optimizer"))
+
+
+def _own_of_group(phase: Phase, group: ActorRolloutRefConfig) -> Iterator[Knob]:
+    actor, rollout = group.actor, group.rollout
+    if phase == "update_actor":
+        yield from _micro_batch(f"{GROUP}.actor", actor, rollout.prompt_length + rollout.response_length)
+        yield from _recomputation(f"{GROUP}.model", group.model)
+        yield from _resharding(ACTOR_FSDP, actor.fsdp_config)
+    elif phase in ("compute_log_prob", "compute_ref_log_prob"):
+        yield from _log_prob_micro_batch(group)
+        is_actor = phase == "compute_log_prob"
+        fsdp = actor.fsdp_config if is_actor else group.ref.fsdp_config
+        yield from _resharding(ACTOR_FSDP if is_actor else REF_FSDP, fsdp)
+    elif phase in _ENGINE_PHASES:
+        if rollout.name == "vllm":
+            lower = round(rollout.gpu_memory_utilization - 0.1, 2)
+            if lower > 0:
+                yield Knob(f"{GROUP}.rollout.gpu_memory_utilization", rollout.gpu_memory_utilization, lower)
+        elif phase == "generate" and rollout.max_num_seqs > 1:
+            yield Knob(f"{GROUP}.rollout.max_num_seqs", rollout.max_num_seqs, rollout.max_num_seqs // 2)
+
+
+def _own_of_critic(phase: Phase, critic: CriticConfig) -> Iterator[Knob]:
+    yield from _micro_batch("critic", critic, longest=1)
+    if phase == "update_critic":
+        yield from _recomputation("critic.model", critic.model)
+    yield from _resharding(CRITIC_FSDP, critic.model.fsdp_config)
+
+
+def _resting_of_group(phase: Phase, group: ActorRolloutRefConfig) -> Iterator[Knob]:
+    yield from _offload(ACTOR_FSDP, group.actor.fsdp_config, *_resting_flags(phase, _AT_WORK_ACTOR))
+    if not group.actor.use_sft_mode and "param" in _resting_flags(phase, _AT_WORK_REF):
+        yield from _offload(REF_FSDP, group.ref.fsdp_config, "param")
+    if group.rollout.name == "vllm" and not group.rollout.free_cache_engine and phase not in _ENGINE_PHASES:
+        yield Knob(f"{GROUP}.rollout.free_cache_engine", False, True)
+
+
+def _micro_batch(key: str, part: ActorConfig | CriticConfig, longest: int) -> Iterator[Knob]:
+    if part.use_dynamic_bsz:
+        lower = max(longest, part.ppo_max_token_len_per_gpu // 2)
+        if lower < part.ppo_max_token_len_per_gpu:
+            yield Knob(f"{key}.ppo_max_token_len_per_gpu", part.ppo_max_token_len_per_gpu, lower)
+    elif part.ppo_micro_batch_size_per_gpu > 1:
+        size = part.ppo_micro_batch_size_per_gpu
+        yield Knob(f"{key}.ppo_micro_batch_size_per_gpu", size, size // 2)
+
+
+def _log_prob_micro_batch(group: ActorRolloutRefConfig) -> Iterator[Knob]:
+    rollout, key = group.rollout, f"{GROUP}.rollout.log_prob"
+    if rollout.log_prob_use_dynamic_bsz:
+        now = rollout.log_prob_max_token_len_per_gpu
+        lower = max(rollout.prompt_length + rollout.response_length, now // 2)
+        if lower < now:
+            yield Knob(f"{key}_max_token_len_per_gpu", now, lower)
+    elif rollout.log_prob_micro_batch_size_per_gpu > 1:
+        size = rollout.log_prob_micro_batch_size_per_gpu
+        yield Knob(f"{key}_micro_batch_size_per_gpu", size, size // 2)
+
+
+def _recomputation(key: str, model: ModelConfig) -> Iterator[Knob]:
+    if not model.enable_gradient_checkpointing:
+        yield Knob(f"{key}.enable_gradient_checkpointing", False, True)
+    elif model.recompute_share < 1:
+        yield Knob(f"{key}.recompute_share", model.recompute_share, 1.0)
+
+
+def _resharding(key: str, fsdp: FSDPConfig) -> Iterator[Knob]:
+    if not fsdp.reshard_after_forward:
+        yield Knob(f"{key}.reshard_after_forward", False, True)
+
+
+def _offload(key: str, fsdp: FSDPConfig, *parts: str) -> Iterator[Knob]:
+    for part in parts:
+        if not getattr(fsdp, f"{part}_offload"):
+            yield Knob(f"{key}.{part}_offload", False, True)

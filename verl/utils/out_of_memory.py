@@ -1,0 +1,60 @@
+"""An out-of-memory error that says which settings to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from verl.utils.memory_knobs import Phase, knobs
+from verl.workers.config import ActorRolloutRefConfig, CriticConfig
+
+GIB = 2**30
+OPENING = "The GPU's memory is full in "
+
+
+@contextmanager
+def explain_out_of_memory(phase: Phase, settings: ActorRolloutRefConfig | CriticConfig) -> Iterator[None]:
+    """Put the settings that would help before the text of an out-of-memory error that is raised inside.
+
+    An engine that allocates beside PyTorch raises a plain RuntimeError where PyTorch has a type of its own.
+
+    Raises:
+        torch.OutOfMemoryError: with the phase, settings by key and present value, what is allocated, and the original
+            text; the original error is its cause. Other errors pass as they are.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if text.startswith(OPENING) or not _is_out_of_memory(error):
+            raise
+        raise torch.OutOfMemoryError(f"{OPENING}{phase}: {_advice(phase, settings)}. {_allocated()}{text}") from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def _advice(phase: Phase, settings: ActorRolloutRefConfig | CriticConfig) -> str:
+    if isinstance(settings, CriticConfig):
+        found = knobs(phase, None, settings)
+        others = "actor_rollout_ref.{actor,ref}.fsdp_config"
+    else:
+        found = knobs(phase, settings, None)
+        others = "critic.model.fsdp_config"
+    advice = [f"set {knob}" for knob in found]
+    advice.append(f"offload what rests beside it ({others}: param_offload, optimizer_offload)")
+    return f"{', or '.join(advice)}, or use more GPUs"
+
+
+def _allocated() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    return (
+        f"Of {total / GIB:.1f} GiB PyTorch has reserved {torch.cuda.memory_reserved() / GIB:.1f} and uses "
+        f"{torch.cuda.memory_allocated() / GIB:.1f} (at most {torch.cuda.max_memory_allocated() / GIB:.1f} so far), "
+        f"{free / GIB:.1f} are free; the rest is CUDA's, NCCL's, vLLM's and other processes'. "
+    )
