@@ -43,6 +43,8 @@ LOSSES = {
         "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla",
         "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm",
     ],
+    # The policy's own log-probs, detached, in the place of those before the update.
+    "ppo-first-look": ["stage=gad", "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla"],
     "ranking": ["stage=gad", "critic.discriminator.loss=ranking"],
     "two_sided_hinge": ["stage=gad", "critic.discriminator.loss=two_sided_hinge"],
     "bradley_terry": ["stage=gad", "critic.discriminator.loss=bradley_terry"],
@@ -118,6 +120,8 @@ def update(loss: str, config: Config, data: DataProto, wrap=lambda module: modul
         module = wrap(ScoreModel(scorer(), config.critic.model.use_remove_padding))
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.0)
         return module, DataParallelPPOCritic(config.critic, module, optimizer, EOS).update_critic(data)
+    if loss.endswith("first-look"):
+        data.batch.pop("old_log_probs")
     group = config.actor_rollout_ref
     module = wrap(PolicyModel(causal_lm(), group.model.use_remove_padding))
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0)
