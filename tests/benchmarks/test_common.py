@@ -1,0 +1,262 @@
+"""The benchmarks' arithmetic by hand, their inputs, and each script's shortest run on CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.classic import ClassicPolicyModel, as_pairs
+from benchmarks.common import format_table
+from benchmarks.engines import random_prompts
+from benchmarks.inputs import EOS, MIXED, TINY, batch_of_tokens, random_batch, rows_of, write_critic, write_policy
+from benchmarks.profiling import busy_seconds, kind_of
+from benchmarks.shapes import (
+    SHAPES,
+    Limits,
+    Shape,
+    attention_flops,
+    decode_limit_seconds,
+    push_limit_seconds,
+    training_flops,
+    training_flops_done,
+)
+from benchmarks.step import even_share, random_texts, summarize
+from tests.tiny import answer_rows, causal_lm
+from verl.models.heads import PolicyModel
+from verl.utils.model import is_discriminator, load_model, load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+# Two heads of 2, one of them for keys and values. A layer has (4 + 1) * (4 + 2 + 2) + 4 * 4 parameters in attention,
+# 3 * 4 * 3 in the MLP and 2 * 4 in norms, 100; with the last norm the body has 204, and the embedding 40.
+HAND = Shape("hand", hidden=4, layers=2, heads=2, kv_heads=1, intermediate=3, vocab=10, tied=True)
+
+
+# ---- arithmetic
+
+
+def test_parameters_by_hand():
+    assert HAND.body_parameters == 204
+    assert HAND.parameters == 244
+    assert HAND.kv_bytes_per_token == 2 * 2 * 2 * 2  # keys and values, layers, one head of 2, bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("3b", 3_085_938_688), ("7b", 7_615_616_512)],
+)
+def test_parameters_are_those_of_qwen(name, published):
+    assert SHAPES[name].parameters == published
+
+
+def test_training_flops_by_hand():
+    lengths = [3, 5]
+    # 2 L^2 is 18 and 50; times 2 heads of 2 in each of 2 layers.
+    assert attention_flops(HAND, lengths) == (18 + 50) * 4 * 2 == 544
+    assert training_flops(HAND, lengths) == 6 * 244 * 8 + 3 * 544 == 13344
+    # The head of 10 outputs on 5 of the 8 tokens.
+    assert training_flops_done(HAND, lengths, head_tokens=5, head_width=10) == 6 * (204 * 8 + 4 * 10 * 5) + 3 * 544
+    assert training_flops_done(HAND, lengths, head_tokens=8, head_width=10) == training_flops(HAND, lengths)
+
+
+def test_decode_limit_by_hand():
+    limits = Limits(flops=1000.0, bandwidth=100.0)
+    # Weights are 488 bytes, a token's keys and values 16. Two steps attend to 3 + 5 + 2 = 10 and to 12 tokens.
+    assert decode_limit_seconds(HAND, limits, [3, 5], new_tokens=2, at_once=2) == pytest.approx(
+        (488 + 160) / 100 + (488 + 192) / 100
+    )
+    one_by_one = [(488 + 16 * attended) / 100 for attended in (4, 5, 6, 7)]
+    assert decode_limit_seconds(HAND, limits, [3, 5], new_tokens=2, at_once=1) == pytest.approx(sum(one_by_one))
+    # 2 * 244 operations a sequence and 4 * 2 * 2 * 2 a token attended to.
+    slow = Limits(flops=10.0, bandwidth=1e9)
+    assert decode_limit_seconds(HAND, slow, [3], new_tokens=1, at_once=1) == pytest.approx((488 + 4 * 32) / 10)
+
+
+def test_decode_limit_at_known_sizes():
+    """About 148,000 tokens/s for 1,024 sequences of a thousand tokens, and 116,000 for 256."""
+    limits = Limits(989e12, 4.8e12)
+    for at_once, expected in ((1024, 148_000), (256, 116_000)):
+        seconds = decode_limit_seconds(SHAPES["1.5b"], limits, [1000] * at_once, new_tokens=1, at_once=at_once)
+        assert at_once / seconds == pytest.approx(expected, rel=0.05)
+
+
+def test_push_limit():
+    assert push_limit_seconds(SHAPES["1.5b"], Limits(989e12, 4.8e12)) == pytest.approx(1.3e-3, rel=0.02)
+
+
+# ---- reports
+
+
+def test_table_is_aligned():
+    rows = [
+        {"name": "a", "count": 1200, "share": 0.12345},
+        {"name": "long", "count": 7, "share": None, "unseen": 1},
+    ]
+    assert format_table(rows, ("name", "count", "share", "nowhere")).splitlines() == [
+        "name  count  share",
+        "----  -----  -----",
+        "a     1,200  0.123",
+        "long      7      -",
+    ]
+
+
+def test_busy_time_counts_overlaps_once():
+    assert busy_seconds([(1.0, 3.0), (0.0, 2.0), (5.0, 6.0), (5.2, 5.4)]) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "gemm"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_kernel<cutlass::bfloat16_t>", "attention"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("void at::native::elementwise_kernel<direct_copy_kernel_cuda>", "copies, casts"),
+        ("triton_poi_fused__to_copy_cat_mul_neg_3", "elementwise, norm"),
+        ("ncclDevKernel_AllGather_RING_LL", "communication"),
+        ("void at::native::reduce_kernel<MeanOps>", "elementwise, norm"),
+    ],
+)
+def test_kinds_of_kernels(kernel, kind):
+    assert kind_of(kernel) == kind
+
+
+def test_summary_of_steps():
+    steps = [
+        {"timing_s/step": s, "timing_s/gen": 1.0, "timing_s/adv": 0.5, "perf/throughput": 10} for s in (9, 4, 2, 6)
+    ]
+    row = summarize(steps, warmup=1)
+    assert (row["step"], row["gen"], row["rest"], row["overhead"]) == (4, 1.0, 2.5, 0.75)
+    assert row["values"] is None
+    assert row["warmup_seconds"] == [9]
+
+
+# ---- inputs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models")
+    write_policy(SHAPES["tiny"], path / "policy", "cpu")
+    write_critic(path / "policy", path / "critic")
+    return path
+
+
+def test_the_policy_never_ends_an_answer(folder):
+    model = load_model(folder / "policy", "policy")
+    ids = random_prompts(SHAPES["tiny"], 4, 32).batch["input_ids"]
+    with torch.no_grad():
+        log_probs = model(ids).logits.log_softmax(-1)
+    assert log_probs[..., EOS].max() < -40
+    assert log_probs[..., EOS + 1 :].std() > 0.05  # and the rest is still a choice
+
+
+def test_the_critic_is_the_policy_with_a_fresh_head(folder):
+    assert is_discriminator(folder / "critic")
+    critic, policy = load_model(folder / "critic", "score"), load_model(folder / "policy", "policy")
+    assert torch.equal(critic.model.norm.weight, policy.model.norm.weight)
+
+
+def test_every_token_of_the_vocabulary_is_text(folder):
+    tokenizer = load_tokenizer(folder / "policy")
+    assert len(tokenizer) == SHAPES["tiny"].vocab
+    assert tokenizer.decode([500]).startswith(" w")
+    prompt, teacher = random_texts(1, TINY)[0].values()
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    assert len(ids) == len(prompt[0]["content"]) + 2
+    assert len(tokenizer(teacher)["input_ids"]) == len(teacher)
+
+
+@pytest.mark.parametrize("loss", ["sft", "gspo", "ranking"])
+def test_batches_fill_their_tokens(loss):
+    batch = batch_of_tokens(SHAPES["1.5b"], loss, answers=8, lengths=MIXED, tokens=65536)
+    tokens = sum(rows_of(loss, batch).lengths())
+    assert 0.85 * 65536 < tokens <= 65536
+
+
+def test_the_rule_of_grpo():
+    assert even_share([2, 3, 4, 6]) == 0.75
+
+
+# ---- the classic way
+
+
+def test_classic_log_probs_are_the_same():
+    rows = answer_rows([3, 5, 1], [4, 2, 6])
+    with torch.no_grad():
+        ours = PolicyModel(causal_lm())(rows, 0.7, "value")
+        classic = ClassicPolicyModel(causal_lm(), remove_padding=False)(rows, 0.7, "value")
+    for one, other in zip(ours, classic, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_pairs_have_a_teacher_each():
+    batch = random_batch(SHAPES["tiny"], prompts=2, answers=3, lengths=TINY)
+    pairs = as_pairs(batch)
+    assert pairs.batch["responses"].shape == (6, 1, TINY.answer[1])
+    assert torch.equal(pairs.batch["responses"][4, 0], batch.batch["responses"][1, 1])
+    assert torch.equal(pairs.batch["teacher_response"][4], batch.batch["teacher_response"][1])
+
+
+# ---- whole runs
+
+
+def run(script: str, out: Path, *options: str) -> list[dict]:
+    command = [sys.executable, "-m", f"benchmarks.{script}", "--shape", "tiny", "--device", "cpu", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(out.read_text())
+    assert written["benchmark"] == script
+    assert written["versions"]["torch"] == torch.__version__
+    return written["results"]
+
+
+@pytest.mark.e2e
+def test_update_runs(tmp_path):
+    rows = run("update", tmp_path / "out.json", "--warmup", "1", "--steps", "1")
+    assert [(row["loss"], row["way"]) for row in rows] == [
+        (loss, way) for way in ("ours", "classic") for loss in ("sft", "gspo", "ranking")
+    ]
+    assert all(row["tokens_per_s"] > 0 and row["mfu"] is None for row in rows)
+    assert all(row["times_classic"] > 0 for row in rows if row["way"] == "ours")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("algorithm", ["gad", "grpo"])
+def test_step_runs(tmp_path, algorithm):
+    sizes = ["--prompts", "4", "--n", "4", "--tokens", "512", "--warmup", "1", "--steps", "1"]
+    ours, classic = run("step", tmp_path / "out.json", "--algorithm", algorithm, *sizes)
+    assert ours["response_length"] == 8  # EOS is never written
+    assert ours["sync_gap"] < 1e-5
+    assert ours["times_classic"] == pytest.approx(classic["step"] / ours["step"])
+    assert ours["update_actor"] > 0
+    # The classic way has passes of its own, and comes to the same.
+    if algorithm == "gad":
+        assert ours["values"] is None
+        assert classic["values"] > 0
+    assert ours["first_step"] == pytest.approx(classic["first_step"], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.e2e
+def test_engine_benchmarks_run(tmp_path):
+    sizes = ["--prompts", "2", "--n", "2", "--prompt-tokens", "8", "--new-tokens", "8", "--steps", "1"]
+    rows = run("rollout", tmp_path / "rollout.json", *sizes)
+    assert [(row["way"], row["reported"], row["tokens"]) for row in rows] == [
+        ("ours", 2, 32),
+        ("ours", 0, 32),
+        ("classic", 2, 32),
+    ]
+    (row,) = run("push", tmp_path / "push.json", "--steps", "1")
+    assert (row["changed"], row["restored"]) == (1, 1)
+
+
+@pytest.mark.skipif(find_spec("trl") is not None, reason="TRL is installed here")
+def test_peers_says_what_is_missing():
+    command = [sys.executable, "-m", "benchmarks.peers", "--shape", "tiny", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "pip install trl" in done.stderr
