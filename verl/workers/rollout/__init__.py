@@ -4,7 +4,10 @@ from importlib import import_module
 
 from verl.workers.rollout.base import BaseRollout
 
-ROLLOUTS = {"hf": "verl.workers.rollout.hf_rollout.HFRollout"}
+ROLLOUTS = {
+    "hf": "verl.workers.rollout.hf_rollout.HFRollout",
+    "vllm": "verl.workers.rollout.vllm_rollout.vllm_rollout.VLLMRollout",
+}
 
 
 def get_rollout_class(name: str) -> type[BaseRollout]:

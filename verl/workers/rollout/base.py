@@ -12,7 +12,12 @@ from verl.workers.config import SamplingConfig
 
 
 class BaseRollout(ABC):
-    """An engine on one rank. It starts with arbitrary weights and is of no use before the first push."""
+    """An engine on one rank. It starts with arbitrary weights and is of no use before the first push.
+
+    A step's order is `push_weights`, `generate` (any number of times), `sleep`. An engine whose `sleep` drops the
+    weights (`RolloutConfig.drops_weights`) needs the push every time; another keeps answering from the weights pushed
+    last. All ranks make the same calls: pushing is collective, and so is generating where ranks share an engine.
+    """
 
     @abstractmethod
     def generate(self, prompts: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int = 0) -> DataProto:
@@ -26,17 +31,26 @@ class BaseRollout(ABC):
 
         Returns:
             B rows: `responses` and `response_mask` (B, N, T), the mask 1 up to and including EOS; `rollout_log_probs`
-            (B, N, T) and `rollout_log_probs_mask` (B,), 1 on the prompts reported.
+            (B, N, T), 0 where not reported or padded, and `rollout_log_probs_mask` (B,), 1 on the prompts reported.
+
+        Raises:
+            RuntimeError: the engine has none of the pushed weights (any more), where it can tell.
         """
 
     @abstractmethod
     def push_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Take over whole tensors under their Hugging Face names; every parameter, once each."""
+        """Take over whole tensors under their Hugging Face names; every parameter, once each, tied ones once.
+
+        An engine that sleeps wakes as far as it needs to. Nothing that was computed with earlier weights outlives this.
+
+        Raises:
+            ValueError: other tensors than the model's parameters came, or one twice, or one is missing.
+        """
 
     @abstractmethod
     def sleep(self) -> None:
-        """Give up what memory the engine can."""
+        """Give up what memory the engine can: with `drops_weights`, that of the weights and the KV cache."""
 
     @abstractmethod
     def wake(self) -> None:
-        """Be ready for `push_weights` and `generate` again."""
+        """Take back the memory that `push_weights` writes to; it does so itself where this was not called."""

@@ -1,0 +1,93 @@
+"""Whole stages through Ray on GPUs, the engine on the trained weights at every step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.e2e.running import read_metrics, train
+from tests.gpu.shapes import language_model
+from tests.tiny import byte_tokenizer, write_data
+
+STEPS = 3
+FP32 = "actor_rollout_ref.actor.fsdp_config.dtype=float32"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu_runs")
+    language_model("qwen2").save_pretrained(path / "base")
+    byte_tokenizer().save_pretrained(path / "base")
+    write_data(path / "train.jsonl", rows=18)
+    write_data(path / "val.jsonl", rows=5)
+    return path
+
+
+@pytest.fixture
+def run(folder):
+    """`run(name, ranks, *overrides)`: the metrics of a few steps, by step."""
+
+    def start(name, ranks, *overrides):
+        if torch.cuda.device_count() < ranks:
+            pytest.skip(f"needs {ranks} GPUs")
+        settings = (
+            "trainer.device=cuda",
+            f"trainer.n_gpus_per_node={ranks}",
+            f"trainer.total_training_steps={STEPS}",
+            "trainer.save_freq=-1",
+            "trainer.test_freq=-1",
+            "actor_rollout_ref.actor.optim.lr=1e-4",
+            "actor_rollout_ref.rollout.gpu_memory_utilization=0.1",
+            "actor_rollout_ref.rollout.enforce_eager=True",
+            "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
+        )
+        return read_metrics(train(folder, name, *settings, *overrides))
+
+    return start
+
+
+def gad(run, name, ranks, *overrides):
+    metrics = run(name, ranks, "stage=gad", "critic.optim.lr=1e-4", *overrides)
+    assert list(metrics) == list(range(STEPS))
+    gaps = [data["training/rollout_probs_diff_mean"] for data in metrics.values()]
+    assert max(gaps) < 5e-3, gaps
+    return metrics
+
+
+def test_gad_on_one_gpu(run):
+    """Validation before and after it as well, which wakes the engine on its own."""
+    metrics = gad(run, "one", 1, "trainer.test_freq=2")
+    assert metrics[0]["val/rouge-L/mean"] >= 0
+    assert metrics[0]["perf/max_memory_allocated_gb"] > 0
+
+
+def test_gad_with_everything_offloaded(run):
+    offload = [
+        f"{part}.fsdp_config.{what}_offload=True"
+        for part in ("actor_rollout_ref.actor", "critic.model", "actor_rollout_ref.ref")
+        for what in ("param", "optimizer")
+    ]
+    plain, offloaded = gad(run, "plain", 1), gad(run, "offloaded", 1, *offload)
+    for step in range(STEPS):
+        for name in ("critic/d_loss", "actor/kl_loss", "response_length/mean"):
+            assert offloaded[step][name] == pytest.approx(plain[step][name], rel=0.05, abs=1e-4), (step, name)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_seqkd_losses_do_not_depend_on_the_number_of_gpus(run, ranks):
+    seqkd = ("stage=seqkd", FP32, "trainer.sft_monitor_freq=-1", "trainer.val_before_train=False")
+    seqkd += ("actor_rollout_ref.rollout.name=hf",)
+    one, several = run(f"seqkd one of {ranks}", 1, *seqkd), run(f"seqkd {ranks}", ranks, *seqkd)
+    for step in range(STEPS):
+        for name in ("actor/sft_loss", "actor/grad_norm", "actor/entropy"):
+            assert several[step][name] == pytest.approx(one[step][name], rel=1e-4), (step, name)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gad_on_several_gpus(run, ranks):
+    gad(run, f"gad {ranks}", ranks)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_tensor_parallel_engine(run, ranks):
+    gad(run, f"tp {ranks}", ranks, "actor_rollout_ref.rollout.tensor_model_parallel_size=2")

@@ -1,0 +1,272 @@
+"""Generation with vLLM: what comes out is what the pushed weights say, row by row, and nothing else can come out."""
+
+import dataclasses
+import json
+import os
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny import byte_tokenizer
+from tests.vllm.tiny_engine import (
+    EOS,
+    GREEDY,
+    LIMIT,
+    PROMPT,
+    TEMPERATURE,
+    greedy_answers,
+    prompts,
+    real_tokens,
+    sampled,
+    start_engine,
+    tiny_model,
+)
+from verl.models.heads import PolicyModel
+from verl.workers.batch import student_rows
+from verl.workers.rollout import get_rollout_class
+
+pytestmark = pytest.mark.vllm
+
+LENGTHS = [3, 150, 1, 9, 200, 2]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def tied(request):
+    return request.param
+
+
+@cache
+def running_engine(tied):
+    """Kept to the end: an engine that is collected takes the process group with it."""
+    # On CPU the share is of the whole process, so the second engine has to count the first one's in.
+    return start_engine(tied, gpu_memory_utilization=0.15 if tied else 0.3)
+
+
+@pytest.fixture
+def model(tied):
+    return tiny_model(tied=tied)
+
+
+@pytest.fixture
+def engine(alone, tied, model):
+    """An engine with the model's weights."""
+    running = running_engine(tied)
+    running.push_weights(model.named_parameters())
+    return running
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_greedy_answers_equal_token_by_token_argmax(engine, model, pad_is_eos, monkeypatch):
+    tokenizer = byte_tokenizer()
+    if pad_is_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+    monkeypatch.setattr(engine, "tokenizer", tokenizer)
+    data = prompts(LENGTHS)
+    answered = engine.generate(data, GREEDY, seed=0)
+    expected = greedy_answers(model, data)
+    assert real_tokens(answered) == expected
+    lengths = [len(answer) for answer in expected]
+    assert min(lengths) < LIMIT == max(lengths), "rows must end at EOS and at the limit for this to prove anything"
+    assert answered.batch["responses"].shape == answered.batch["response_mask"].shape == (len(LENGTHS), 1, LIMIT)
+    assert answered.batch["response_mask"].flatten(0, 1).tolist() == [[1] * n + [0] * (LIMIT - n) for n in lengths]
+    padding = answered.batch["responses"][answered.batch["response_mask"] == 0]
+    assert padding.eq(tokenizer.pad_token_id).all()
+    assert answered.batch["rollout_log_probs"].eq(0).all() and answered.batch["rollout_log_probs_mask"].eq(0).all()
+
+
+def test_answers_follow_the_weights_pushed_last(engine, tied):
+    data, other = prompts(LENGTHS), tiny_model(seed=1, tied=tied)
+    before = real_tokens(engine.generate(data, GREEDY, seed=0))
+    engine.push_weights(other.named_parameters())
+    after = real_tokens(engine.generate(data, GREEDY, seed=0))
+    assert after == greedy_answers(other, data) != before
+
+
+def test_prefixes_cached_under_old_weights_are_not_used(engine, model, tied, monkeypatch):
+    data, other = prompts([PROMPT, 150]), tiny_model(seed=1, tied=tied)
+    engine.generate(data, GREEDY, seed=0)
+    request = {"prompt_token_ids": data.batch["input_ids"][0].tolist()}
+    again = engine.llm.generate(request, engine._params(GREEDY, PROMPT, report=False), use_tqdm=False)
+    assert again[0].num_cached_tokens >= 128, "the cache must be filled for this to prove anything"
+    engine.push_weights(other.named_parameters())
+    assert real_tokens(engine.generate(data, GREEDY, seed=0)) == greedy_answers(other, data)
+
+    # Without the reset the answers are of neither model.
+    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: True)
+    engine.push_weights(model.named_parameters())
+    assert real_tokens(engine.generate(data, GREEDY, seed=0)) != greedy_answers(model, data)
+
+
+def test_a_cache_that_cannot_be_reset_is_an_error(engine, monkeypatch):
+    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(RuntimeError, match="did not reset its prefix cache"):
+        engine.generate(prompts([3]), GREEDY, seed=0)
+
+
+def test_reported_log_probs_are_the_policys_at_the_sampling_temperature(engine, model):
+    data = prompts(LENGTHS)
+    answered = engine.generate(data, sampled(4), seed=1, report_log_probs=2)
+    assert answered.batch["rollout_log_probs_mask"].tolist() == [1, 1, 0, 0, 0, 0]
+    data.union(answered)
+    expected, _ = PolicyModel(model)(student_rows(data), temperature=TEMPERATURE)
+    reported = answered.batch["rollout_log_probs"]
+    torch.testing.assert_close(reported[:2].flatten(0, 1), expected[:8], atol=1e-3, rtol=0)
+    assert reported[2:].eq(0).all()
+    everything = engine.generate(prompts(LENGTHS), sampled(4), seed=1, report_log_probs=100)
+    assert everything.batch["rollout_log_probs_mask"].tolist() == [1] * 6
+    assert torch.equal(everything.batch["responses"], answered.batch["responses"])
+
+
+def test_draws_are_a_function_of_the_seed(engine):
+    data, states = prompts(LENGTHS), (torch.get_rng_state(), np.random.get_state()[1])
+    first, again, other = (engine.generate(data, sampled(4), seed=seed).batch["responses"] for seed in (1, 1, 2))
+    assert first.shape == (6, 4, LIMIT)
+    assert torch.equal(first, again), "the second call must not profit from what the first has cached"
+    assert not torch.equal(first, other)
+    for answers in first:
+        assert len({tuple(answer) for answer in answers.tolist()}) > 1
+    # The trainer's own draws go on as if nothing had happened.
+    assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(np.random.get_state()[1], states[1])
+
+
+def test_sampling_follows_the_models_distribution(engine, model):
+    """2,000 first tokens against the softmax at the temperature: 3.5 standard deviations for the top token."""
+    data = prompts([200])
+    probabilities = (model(data.batch["input_ids"]).logits[0, -1] / TEMPERATURE).softmax(-1)
+    drawn = engine.generate(data, sampled(2000), seed=3).batch["responses"][0, :, 0]
+    top = probabilities.argmax()
+    p = probabilities[top].item()
+    assert (drawn == top).float().mean().item() == pytest.approx(p, abs=3.5 * (p * (1 - p) / 2000) ** 0.5)
+
+
+def renamed(weights):
+    return [("model.unheard_of", weights[0][1]), *weights[1:]]
+
+
+def reshaped(weights):
+    return [(weights[0][0], weights[0][1][:-1]), *weights[1:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights[1:], "1 weights were not pushed"),
+        (lambda weights: [*weights, weights[0]], "came twice"),
+        (renamed, "'model.unheard_of' is not a parameter"),
+        (reshaped, "has shape"),
+    ],
+    ids=["missing", "twice", "unknown", "shape"],
+)
+def test_a_push_must_be_exactly_the_models_parameters(engine, model, change, message):
+    weights = list(model.named_parameters())
+    with pytest.raises(ValueError, match=message):
+        engine.push_weights(iter(change(weights)))
+    with pytest.raises(RuntimeError, match="no weights"):
+        engine.generate(prompts([3]), GREEDY, seed=0)
+    # A push that failed leaves nothing behind.
+    engine.push_weights(iter(weights))
+    data = prompts(LENGTHS)
+    assert real_tokens(engine.generate(data, GREEDY, seed=0)) == greedy_answers(model, data)
+
+
+def test_sleep_drops_the_weights(engine, model):
+    assert engine.config.drops_weights
+    engine.sleep()
+    with pytest.raises(RuntimeError, match="no weights"):
+        engine.generate(prompts([3]), GREEDY, seed=0)
+    engine.push_weights(model.named_parameters())
+    engine.generate(prompts([3]), GREEDY, seed=0)
+
+
+def test_an_engine_that_keeps_its_memory_keeps_its_weights(engine, model, monkeypatch):
+    monkeypatch.setattr(engine, "config", dataclasses.replace(engine.config, free_cache_engine=False))
+    assert not engine.config.drops_weights
+    engine.sleep()
+    engine.wake()
+    data = prompts(LENGTHS)
+    assert real_tokens(engine.generate(data, GREEDY, seed=0)) == greedy_answers(model, data)
+
+
+def test_an_answer_may_be_as_long_as_its_prompt_leaves_room_for(engine):
+    assert engine.max_model_len == PROMPT + LIMIT
+    room = [engine._params(GREEDY, length, report=False).max_tokens for length in (1, PROMPT, PROMPT + 5)]
+    assert room == [LIMIT, LIMIT, 3]
+
+
+def test_code_that_came_with_a_model_goes_with_its_config(alone, tmp_path):
+    from verl.workers.rollout.vllm_rollout.vllm_rollout import _model_folder
+
+    (tmp_path / "modeling_own.py").write_text("OWN = True")
+    config = tiny_model().config
+    config.name_or_path = str(tmp_path)
+    with _model_folder(config, "OwnForCausalLM") as folder:
+        assert sorted(os.listdir(folder)) == ["config.json", "modeling_own.py"]
+        assert json.loads((Path(folder) / "config.json").read_text())["architectures"] == ["OwnForCausalLM"]
+
+
+class Recorder:
+    """In place of vLLM on a GPU: notes what it is asked to do."""
+
+    def __init__(self):
+        self.calls = []
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.calls += [f"wake {tag}" for tag in tags]
+
+    def reset_prefix_cache(self):
+        self.calls.append("reset")
+        return True
+
+    def collective_rpc(self, load, args):
+        self.calls.append("load")
+        list(args[0])
+
+    def generate(self, requests, params, use_tqdm):
+        self.calls.append("generate")
+        answer = SimpleNamespace(token_ids=[EOS])
+        return [SimpleNamespace(outputs=[answer] * params[0].n) for _ in requests]
+
+
+def test_on_a_gpu_memory_comes_back_only_when_it_is_needed(engine, model, monkeypatch):
+    """Weights and KV cache sleep apart: the trainer's shards and the engine's KV cache need not be there at once."""
+    recorder = Recorder()
+    monkeypatch.setattr(engine, "llm", recorder)
+    monkeypatch.setattr(engine, "on_gpu", True)
+    monkeypatch.setattr(engine, "_generators", lambda seed: nullcontext())
+    monkeypatch.setattr(engine, "_asleep", set())
+    monkeypatch.setattr(engine, "_has_weights", False)
+
+    def calls(*actions):
+        recorder.calls.clear()
+        for action in actions:
+            action()
+        return recorder.calls
+
+    def push():
+        engine.push_weights(model.named_parameters())
+
+    def generate():
+        engine.generate(prompts([3]), GREEDY, seed=0)
+
+    assert calls(engine.sleep, engine.sleep) == ["sleep 2"]
+    step = ["wake weights", "load", "wake kv_cache", "reset", "generate", "sleep 2"]
+    assert calls(push, generate, engine.sleep) == step
+    assert calls(engine.wake, push, push, generate, generate, engine.sleep) == [
+        "wake weights", "load", "load", "wake kv_cache", "reset", "generate", "reset", "generate", "sleep 2",
+    ]  # fmt: skip
+    # An engine that is awake in part does not go to sleep again by itself.
+    assert calls(push, engine.sleep) == ["wake weights", "load", "wake kv_cache", "sleep 2"]
+
+
+def test_too_little_memory_names_the_settings(engine):
+    config = dataclasses.replace(engine.config, gpu_memory_utilization=1.0)
+    with pytest.raises(RuntimeError, match=r"desired CPU memory utilization[\s\S]*rollout.gpu_memory_utilization"):
+        get_rollout_class("vllm")(tiny_model().config, byte_tokenizer(), config, "cpu")

@@ -1,0 +1,262 @@
+"""vLLM in the rank's own process, for GPU runs: vLLM 0.26 to 0.32, and its CPU build for tests.
+
+Ranks that share a tensor-parallel engine are neighbours. Each of them runs the whole engine's schedule on the prompts
+of all of them, with its own part of the weights, and returns the answers to its own prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from vllm import LLM, RequestOutput, SamplingParams
+
+from verl.protocol import DataProto
+from verl.workers.config import RolloutConfig, SamplingConfig
+from verl.workers.rollout.base import BaseRollout
+from verl.workers.rollout.vllm_rollout.weights import (
+    PushCheck,
+    copy_weights,
+    keeps_checkpoint_layout,
+    parameter_shapes,
+    reload_weights,
+)
+
+MEMORY_ADVICE = (
+    "vLLM did not get the memory that it was promised, or cannot work with so little: change "
+    "actor_rollout_ref.rollout.gpu_memory_utilization (the engine's share of the whole device), lower "
+    "actor_rollout_ref.rollout.max_num_seqs or max_num_batched_tokens, or offload the trainer's models "
+    "(fsdp_config.param_offload, fsdp_config.optimizer_offload)"
+)
+# What vLLM lets go of and takes back separately.
+PARTS = frozenset({"weights", "kv_cache"})
+
+
+class Share(NamedTuple):
+    """One rank's part of what an engine is asked."""
+
+    prompts: list[list[int]]
+    reported: int
+    seed: int
+
+
+class VLLMRollout(BaseRollout):
+    """One vLLM engine per `tensor_model_parallel_size` ranks. All ranks must build theirs at the same time."""
+
+    def __init__(
+        self,
+        model_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RolloutConfig,
+        device: str,
+        trust_remote_code: bool = False,
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.max_model_len = config.max_model_len or config.prompt_length + config.response_length
+        self._join_group()
+        architecture, self._shapes = parameter_shapes(model_config, trust_remote_code)
+        with _model_folder(model_config, architecture) as folder, self._generators(config.seed):
+            self.llm = self._start(folder, trust_remote_code)
+        in_place = self.llm.collective_rpc(keeps_checkpoint_layout)[0]
+        self._load = copy_weights if in_place else reload_weights
+        self._has_weights = False
+        self._asleep: set[str] = set()
+        self.sleep()
+
+    def _join_group(self) -> None:
+        """The ranks that share this engine, and a group to talk to them; every rank creates all groups."""
+        size, ranks, rank = self.config.tensor_model_parallel_size, dist.get_world_size(), dist.get_rank()
+        if ranks % size:
+            key = "actor_rollout_ref.rollout.tensor_model_parallel_size"
+            raise ValueError(f"{key}={size} does not divide {ranks} ranks")
+        self.engine_number, self.place = divmod(rank, size)
+        self.group = None
+        for first in range(0, ranks, size) if size > 1 else ():
+            group = dist.new_group(list(range(first, first + size)), backend="gloo")
+            if first <= rank < first + size:
+                self.group = group
+
+    def _start(self, folder: str, trust_remote_code: bool) -> LLM:
+        config = self.config
+        if self.on_gpu:
+            # What torch keeps for itself looks taken to vLLM.
+            torch.cuda.empty_cache()
+        try:
+            return LLM(
+                model=folder,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                trust_remote_code=trust_remote_code,
+                dtype=config.dtype,
+                seed=config.seed + self.engine_number,
+                distributed_executor_backend="external_launcher",
+                tensor_parallel_size=config.tensor_model_parallel_size,
+                disable_custom_all_reduce=True,
+                enable_sleep_mode=config.free_cache_engine and self.on_gpu,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",
+                max_model_len=self.max_model_len,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                enable_chunked_prefill=config.enable_chunked_prefill,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                enforce_eager=config.enforce_eager,
+                disable_log_stats=config.disable_log_stats,
+                use_tqdm_on_load=False,
+            )
+        except (RuntimeError, ValueError) as error:
+            if "memory" not in str(error).lower():
+                raise
+            raise RuntimeError(f"{error}\n{MEMORY_ADVICE}") from error
+
+    # ------------------------------------------------------------ answers
+
+    def generate(self, prompts: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int = 0) -> DataProto:
+        """As `BaseRollout.generate`. RuntimeError before the first push, and after `sleep` until the next."""
+        if not self._has_weights:
+            raise RuntimeError(
+                "the vLLM engine has no weights: call push_weights before the first generate, after a push that failed "
+                "and, with actor_rollout_ref.rollout.free_cache_engine=True, after every sleep, which drops them"
+            )
+        self._wake("kv_cache")
+        # Prefixes cached by an earlier call may be of other weights. And an engine that always starts cold schedules
+        # equal prompts equally, so that the draws, which come from one generator for the whole batch, repeat.
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: requests of an earlier call still hold blocks")
+        own = Share(_token_ids(prompts), min(report_log_probs, len(prompts)), seed)
+        shares = self._gather(own)
+        requests, params = [], []
+        for share in shares:
+            requests += [{"prompt_token_ids": ids} for ids in share.prompts]
+            params += [
+                self._params(sampling, len(ids), report=row < share.reported) for row, ids in enumerate(share.prompts)
+            ]
+        with self._generators(shares[0].seed):
+            outputs = self.llm.generate(requests, params, use_tqdm=False)
+        start = sum(len(share.prompts) for share in shares[: self.place])
+        return self._to_batch(outputs[start : start + len(own.prompts)], sampling.n, own.reported)
+
+    def _gather(self, own: Share) -> list[Share]:
+        """What the ranks of this engine are asked, in their order."""
+        if self.group is None:
+            return [own]
+        shares: list[Any] = [None] * self.config.tensor_model_parallel_size
+        dist.all_gather_object(shares, own, group=self.group)
+        return shares
+
+    def _params(self, sampling: SamplingConfig, prompt_length: int, report: bool) -> SamplingParams:
+        # No seed per request: a sampler that knows one draws row by row. `ignore_eos` is about the EOS tokens of the
+        # model's own config; answers end at the tokenizer's, as in training.
+        return SamplingParams(
+            n=sampling.n,
+            temperature=sampling.temperature if sampling.do_sample else 0.0,
+            top_p=sampling.top_p if sampling.do_sample else 1.0,
+            top_k=sampling.top_k if sampling.do_sample else -1,
+            max_tokens=min(self.config.response_length, self.max_model_len - prompt_length),
+            ignore_eos=True,
+            stop_token_ids=[self.tokenizer.eos_token_id],
+            logprobs=0 if report else None,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+    @contextmanager
+    def _generators(self, seed: int) -> Iterator[None]:
+        """The process's generators set to a seed, and as they were after.
+
+        vLLM draws from them: its older model runner every token from torch's, the newer one a seed per request from
+        NumPy's.
+        """
+        numpy_state = np.random.get_state()
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if self.on_gpu else []):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            try:
+                yield
+            finally:
+                np.random.set_state(numpy_state)
+
+    def _to_batch(self, outputs: list[RequestOutput], n: int, reported: int) -> DataProto:
+        shape = (len(outputs), n, self.config.response_length)
+        responses = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
+        log_probs = np.zeros(shape, dtype=np.float32)
+        lengths = np.zeros(shape[:2], dtype=np.int64)
+        for row, output in enumerate(outputs):
+            for column, answer in enumerate(output.outputs):
+                length = lengths[row, column] = len(answer.token_ids)
+                responses[row, column, :length] = answer.token_ids
+                if row < reported:
+                    log_probs[row, column, :length] = answer.logprobs.logprobs
+        mask = np.arange(shape[-1]) < lengths[..., None]
+        return DataProto.from_dict(
+            {
+                "responses": torch.from_numpy(responses),
+                "response_mask": torch.from_numpy(mask.astype(np.int64)),
+                "rollout_log_probs": torch.from_numpy(log_probs),
+                "rollout_log_probs_mask": (torch.arange(len(outputs)) < reported).long(),
+            }
+        )
+
+    # ------------------------------------------------------------ weights and memory
+
+    @torch.no_grad()
+    def push_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """As `BaseRollout.push_weights`: each tensor is copied into the engine's own memory before the next comes."""
+        self._wake("weights")
+        self._has_weights = False
+        check = PushCheck(self._shapes)
+        self.llm.collective_rpc(self._load, args=(check.through(weights),))
+        check.verify()
+        self._has_weights = True
+
+    def sleep(self) -> None:
+        """With `free_cache_engine`, give up weights and KV cache; the next push and generation take them back."""
+        if not self.config.free_cache_engine:
+            return
+        self._has_weights = False
+        if self.on_gpu and self._asleep != PARTS:
+            # vLLM 0.26 takes an engine that sleeps in part for one that sleeps.
+            self._wake("kv_cache")
+            self.llm.sleep(level=2)
+            self._asleep = set(PARTS)
+
+    def wake(self) -> None:
+        """Take back the memory of the weights alone, for `push_weights`; the KV cache waits for `generate`."""
+        self._wake("weights")
+
+    def _wake(self, part: str) -> None:
+        if part in self._asleep:
+            # The engine's memory comes from the driver, not from what torch keeps for itself.
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=[part])
+            self._asleep.discard(part)
+
+
+def _token_ids(prompts: DataProto) -> list[list[int]]:
+    """Prompts without their left padding."""
+    ids, mask = prompts.batch["input_ids"].cpu(), prompts.batch["attention_mask"].cpu()
+    starts = (ids.shape[1] - mask.sum(-1)).tolist()
+    return [row[start:] for row, start in zip(ids.tolist(), starts, strict=True)]
+
+
+@contextmanager
+def _model_folder(config: PretrainedConfig, architecture: str) -> Iterator[str]:
+    """A folder with all that vLLM reads of a model whose weights come later: its config, and code that came with it."""
+    config = copy.deepcopy(config)
+    config.architectures = [architecture]
+    with tempfile.TemporaryDirectory(prefix="verl_vllm_") as folder:
+        config.save_pretrained(folder)
+        for file in Path(config.name_or_path or folder).glob("*.py"):
+            shutil.copy(file, folder)
+        yield folder
