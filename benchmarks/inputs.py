@@ -66,6 +66,9 @@ def write_policy(shape: Shape, folder: Path, device: str, seed: int = 0) -> None
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     save_file(_random_weights(config, shape, device, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    if device == "cuda":
+        # Ranks of their own will want it.
+        torch.cuda.empty_cache()
     word_tokenizer(shape.vocab).save_pretrained(folder)
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
 
-
 from benchmarks.classic import ClassicActorWorker, ClassicCriticWorker, classic_step
 from benchmarks.common import Report, free_memory, in_processes, parser, say
 from benchmarks.engines import engine_name

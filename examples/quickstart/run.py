@@ -115,7 +115,7 @@ def run_stage(stage: Stage, out: Path, ranks: int, device: str) -> None:
         command.append(f"trainer.critic_warmup={round(stage.frozen * stage.steps)}")
     environment = os.environ | {
         "PYTHON": sys.executable,
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
         "DATA_DIR": str(out),
         "N_GPUS_PER_NODE": str(ranks),
         "TENSORBOARD": os.environ.get("TENSORBOARD", "off"),

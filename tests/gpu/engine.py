@@ -19,6 +19,7 @@ from verl.workers.config import SamplingConfig
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 
 PROMPTS, ANSWERS, WIDTH = 16, 4, 64
+LESSONS = 8
 SAMPLING = SamplingConfig(n=ANSWERS, do_sample=True, temperature=0.8, top_p=1.0, top_k=-1)
 
 
@@ -30,7 +31,7 @@ def main(folder: Path, overrides: list[str]) -> None:
         "stage=seqkd", "data.train_files=x", "trainer.experiment_name=x", "trainer.device=cuda",
         f"actor_rollout_ref.model.path={folder / 'model'}", f"data.train_batch_size={PROMPTS}",
         f"data.max_prompt_length={WIDTH}", f"data.max_response_length={WIDTH}",
-        "actor_rollout_ref.rollout.gpu_memory_utilization=0.1", "actor_rollout_ref.actor.optim.lr=1e-2", *overrides,
+        "actor_rollout_ref.rollout.gpu_memory_utilization=0.1", "actor_rollout_ref.actor.optim.lr=3e-3", *overrides,
     ])  # fmt: skip
     group = LocalWorkerGroup(
         ClassWithInitArgs(
@@ -44,39 +45,39 @@ def main(folder: Path, overrides: list[str]) -> None:
     prompts = {"input_ids": torch.randint(4, 260, mask.shape, generator=generator) * mask, "attention_mask": mask}
     prompts = DataProto.from_dict(prompts)
 
-    def gap(seed: int) -> tuple[dict[str, float], DataProto]:
+    def gap(seed: int) -> tuple[dict[str, float], torch.Tensor]:
         prompts.meta_info = {"sampling": SAMPLING, "seed": seed, "report_log_probs": PROMPTS}
         batch = DataProto.from_dict(dict(prompts.batch.items())).union(group.generate_sequences(prompts))
         batch.union(group.compute_log_prob(batch))
-        return compute_sync_metrics(batch), batch
+        return compute_sync_metrics(batch), batch.batch["responses"]
+
+    def learn(answer: int) -> None:
+        """Teach the policy to answer every prompt with one token, again and again."""
+        teacher = torch.full((PROMPTS, WIDTH), answer)
+        whole = torch.cat([mask, torch.ones_like(teacher)], -1)
+        lesson = {**prompts.batch, "teacher_response": teacher, "teacher_attention_mask": whole}
+        for _ in range(LESSONS):
+            group.update_actor(DataProto.from_dict(lesson))
 
     seen = {}
     group.push_weights()
-    seen["first"], batch = gap(0)
-    seen["same seed"] = torch.equal(batch.batch["responses"], again(group, gap)["responses"])
-    allocated = torch.cuda.memory_allocated()
-    batch.batch["teacher_response"] = batch.batch["responses"][:, 0]
-    answer_mask = batch.batch["response_mask"][:, 0]
-    batch.batch["teacher_attention_mask"] = torch.cat([batch.batch["attention_mask"], answer_mask], -1)
-    group.update_actor(batch)
-    # An engine that drops its weights refuses to work without them; the others would go on with the old ones.
-    if config.actor_rollout_ref.rollout.drops_weights:
-        try:
-            gap(1)
-        except RuntimeError as error:
-            seen["refused"] = str(error)
-    else:
-        seen["left out"], _ = gap(1)
+    seen["first"], answers = gap(0)
     group.push_weights()
-    seen["pushed"], _ = gap(1)
-    seen["allocated"] = allocated
+    seen["same seed"] = torch.equal(answers, gap(0)[1])
+    learn(answer=7)
+    group.push_weights()
+    seen["pushed"], answers = gap(1)
+    seen["learned"] = (answers == 7).float().mean().item()
+    learn(answer=9)
+    try:
+        # An engine that dropped its weights refuses to work without them; the others go on with the old ones.
+        seen["left out"], _ = gap(2)
+    except RuntimeError as error:
+        seen["refused"] = str(error)
+    group.push_weights()
+    seen["pushed again"], answers = gap(2)
+    seen["learned again"] = (answers == 9).float().mean().item()
     (folder / "result.json").write_text(json.dumps(seen))
-
-
-def again(group, gap) -> DataProto:
-    """The first answers once more, from an engine that may have to be given its weights again."""
-    group.push_weights()
-    return gap(0)[1].batch
 
 
 if __name__ == "__main__":

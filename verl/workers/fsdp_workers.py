@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import ClassVar
 
 import psutil
 import torch
@@ -43,6 +44,9 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 class FSDPWorker(Worker):
     """What the actor's and the critic's worker share."""
+
+    # What PyTorch counts as allocated for an engine that sleeps through training; one for all roles of the process.
+    engine_bytes: ClassVar[int] = 0
 
     config: ActorRolloutRefConfig | CriticConfig
     optimizer: torch.optim.Optimizer
@@ -100,12 +104,12 @@ class FSDPWorker(Worker):
         return rate
 
     def memory_metrics(self) -> dict[str, float]:
-        """The most that this rank's GPU has held so far."""
+        """The most that this rank's GPU has held so far for training; a sleeping engine holds nothing."""
         if not self.device.startswith("cuda"):
             return {}
         return {
-            "perf/max_memory_allocated_gb": torch.cuda.max_memory_allocated() / 2**30,
-            "perf/max_memory_reserved_gb": torch.cuda.max_memory_reserved() / 2**30,
+            "perf/max_memory_allocated_gb": (torch.cuda.max_memory_allocated() - FSDPWorker.engine_bytes) / 2**30,
+            "perf/max_memory_reserved_gb": (torch.cuda.max_memory_reserved() - FSDPWorker.engine_bytes) / 2**30,
         }
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -162,9 +166,12 @@ class ActorRolloutRefWorker(FSDPWorker):
     def _build_rollout(self) -> None:
         model, rollout = self.config.model, self.config.rollout
         model_config = load_config(model.path, "policy", model.override_config, model.trust_remote_code)
+        before = torch.cuda.memory_allocated()
         self.rollout = get_rollout_class(rollout.name)(
             model_config, self.tokenizer, rollout, self.device, model.trust_remote_code
         )
+        if rollout.drops_weights:
+            FSDPWorker.engine_bytes = torch.cuda.memory_allocated() - before
         self.rollout.sleep()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

@@ -37,6 +37,7 @@ MEMORY_ADVICE = (
     "actor_rollout_ref.rollout.max_num_seqs or max_num_batched_tokens, or offload the trainer's models "
     "(fsdp_config.param_offload, fsdp_config.optimizer_offload)"
 )
+VLLM_LARGEST_GRAPH = 512
 # What vLLM lets go of and takes back separately.
 PARTS = frozenset({"weights", "kv_cache"})
 
@@ -112,6 +113,7 @@ class VLLMRollout(BaseRollout):
                 enable_chunked_prefill=config.enable_chunked_prefill,
                 gpu_memory_utilization=config.gpu_memory_utilization,
                 enforce_eager=config.enforce_eager,
+                compilation_config=self._compilation(),
                 disable_log_stats=config.disable_log_stats,
                 use_tqdm_on_load=False,
             )
@@ -119,6 +121,12 @@ class VLLMRollout(BaseRollout):
             if "memory" not in str(error).lower():
                 raise
             raise RuntimeError(f"{error}\n{MEMORY_ADVICE}") from error
+
+    def _compilation(self) -> dict[str, int]:
+        """By itself vLLM captures CUDA graphs of at most 512 sequences, and decodes larger batches kernel by kernel."""
+        if self.on_gpu and not self.config.enforce_eager and self.config.max_num_seqs > VLLM_LARGEST_GRAPH:
+            return {"max_cudagraph_capture_size": self.config.max_num_seqs}
+        return {}
 
     # ------------------------------------------------------------ answers
 
