@@ -48,8 +48,7 @@ def run(folder):
 
 def gad(run, name, ranks, *overrides):
     metrics = run(name, ranks, "stage=warmup", "trainer.critic_warmup=1", "critic.optim.lr=1e-4", *overrides)
-    assert list(metrics) == list(range(STEPS))
-    gaps = [data["training/rollout_probs_diff_mean"] for data in metrics.values()]
+    gaps = [metrics[step]["training/rollout_probs_diff_mean"] for step in range(STEPS)]
     assert max(gaps) < 5e-3, gaps
     return metrics
 
@@ -57,7 +56,7 @@ def gad(run, name, ranks, *overrides):
 def test_gad_on_one_gpu(run):
     """Validation before and after it as well, which wakes the engine on its own."""
     metrics = gad(run, "one", 1, "trainer.test_freq=2")
-    assert metrics[0]["val/rouge-L/mean"] >= 0
+    assert [step for step, data in metrics.items() if "val/rouge-L/mean" in data] == [0, 2, STEPS]
     assert metrics[0]["perf/max_memory_allocated_gb"] > 0
 
 

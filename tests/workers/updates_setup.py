@@ -18,6 +18,8 @@ BASE = [
     "data.train_files=x",
     "actor_rollout_ref.model.path=x",
     "trainer.experiment_name=x",
+    # Types and engines as on a machine without a GPU, also where there is one: a test says where its modules are.
+    "trainer.device=cpu",
     f"data.train_batch_size={PROMPTS}",
     "data.max_prompt_length=9",
     "data.max_response_length=8",
