@@ -1,4 +1,4 @@
-"""Child process of test_vllm_rollout: one actor with a vLLM engine on one GPU, in sync, out of sync, in sync again."""
+"""Child process of test_gpu_engine: one actor with a vLLM engine on one GPU, in sync, out of sync, in sync again."""
 
 from __future__ import annotations
 
