@@ -25,6 +25,7 @@ COST_OF_WARMUP = (3 * N + 3 * (N + 1)) / 3
 SEQKD_LONG_STEPS = round(COST_OF_WARMUP * WARMUP_STEPS + COST_OF_GAD * GAD_STEPS)
 
 COMMON = (
+    "trainer.device=cpu",
     f"data.train_batch_size={BATCH}",
     "data.max_prompt_length=24",
     "data.max_response_length=32",

@@ -16,6 +16,7 @@ def train(folder: Path, name: str, *overrides: str, run_with: Callable[[Config],
     run_with(
         compose_config(
             [
+                "trainer.device=cpu",
                 f"data.train_files={folder}/train.jsonl",
                 f"data.val_files={folder}/val.jsonl",
                 "data.train_batch_size=4",

@@ -61,8 +61,10 @@ def test_two_mini_batches_need_the_old_log_probs(run, calls):
 
 
 def test_kl_in_the_reward_needs_them_even_while_the_actor_is_frozen(run, calls):
-    run("kl in reward", "algorithm.use_kl_in_reward=True", steps=1)
-    assert calls == [("policy", 4), ("reference", 4)]
+    """The update does not: its ratios are 1 to the last bit."""
+    metrics = read_metrics(run("kl in reward", "algorithm.use_kl_in_reward=True", steps=2))
+    assert calls == [("policy", 4), ("reference", 4)] * 2
+    assert metrics[1]["actor/ppo_kl"] == 0
 
 
 def test_the_reference_of_a_run_without_kl(run, calls):

@@ -10,6 +10,7 @@ from tests.gpu.shapes import language_model
 from tests.tiny import byte_tokenizer, write_data
 
 STEPS = 3
+GAD = ("stage=warmup", "trainer.critic_warmup=1", "critic.optim.lr=1e-4")
 FP32 = "actor_rollout_ref.actor.fsdp_config.dtype=float32"
 
 
@@ -34,9 +35,8 @@ def run(folder):
             "trainer.device=cuda",
             f"trainer.n_gpus_per_node={ranks}",
             f"trainer.total_training_steps={STEPS}",
-            "trainer.save_freq=-1",
             "trainer.test_freq=-1",
-            "actor_rollout_ref.actor.optim.lr=1e-4",
+            "actor_rollout_ref.actor.optim.lr=1e-3",
             "actor_rollout_ref.rollout.gpu_memory_utilization=0.1",
             "actor_rollout_ref.rollout.enforce_eager=True",
             "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
@@ -47,7 +47,7 @@ def run(folder):
 
 
 def gad(run, name, ranks, *overrides):
-    metrics = run(name, ranks, "stage=warmup", "trainer.critic_warmup=1", "critic.optim.lr=1e-4", *overrides)
+    metrics = run(name, ranks, *GAD, *overrides)
     gaps = [metrics[step]["training/rollout_probs_diff_mean"] for step in range(STEPS)]
     assert max(gaps) < 5e-3, gaps
     return metrics
@@ -72,6 +72,17 @@ def test_gad_with_everything_offloaded(run):
             assert offloaded[step][name] == pytest.approx(plain[step][name], rel=0.05, abs=1e-4), (step, name)
     memory = "perf/max_memory_allocated_gb"
     assert offloaded[STEPS - 1][memory] < plain[STEPS - 1][memory]
+
+
+def test_resuming_with_everything_offloaded(run):
+    """The weights, the optimizer's states and the engine after a restart, against a run in one piece."""
+    offload = ("actor_rollout_ref.actor.fsdp_config.param_offload=True", "critic.model.fsdp_config.param_offload=True")
+    offload += ("actor_rollout_ref.actor.fsdp_config.optimizer_offload=True",)
+    whole = gad(run, "whole", 1, *offload)
+    run("parts", 1, *GAD, *offload, "trainer.total_training_steps=2")
+    parts = gad(run, "parts", 1, *offload)
+    for name in ("critic/d_loss", "critic/grad_norm", "response_length/mean"):
+        assert parts[STEPS - 1][name] == pytest.approx(whole[STEPS - 1][name], rel=0.05, abs=1e-4), name
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -200,6 +200,13 @@ def test_two_ranks_by_hand(actor, critic):
     assert estimate.largest == "update_critic"
 
 
+def test_gradients_that_are_reduced_at_every_micro_batch_stay_sharded(actor, critic):
+    flags = [f"{ACTOR}.fsdp_config.sync_gradients_once=False", "trainer.n_gpus_per_node=2"]
+    phases = estimate_memory(run_of(*flags), actor, critic, 80 * GIB).phases
+    assert phases["update_actor"]["actor's gradients"] == 2 * PARAMETERS
+    assert phases["update_critic"]["critic's gradients"] == 4 * (PARAMETERS + 1537)
+
+
 def test_a_single_micro_batch_shares_its_gradients_out_at_once(actor):
     # 8 prompts on 2 ranks are 4 teacher answers of at most 1,024 tokens each.
     seqkd = ["stage=seqkd", "trainer.n_gpus_per_node=2", f"{ACTOR}.ppo_mini_batch_size=8", "data.train_batch_size=8"]
@@ -349,10 +356,12 @@ def test_each_phase_has_its_own_settings():
     assert keys_of("update_actor") == OFFLOADS["critic"] | OFFLOADS["reference"] | {
         f"{ACTOR}.ppo_max_token_len_per_gpu",
         "actor_rollout_ref.model.enable_gradient_checkpointing",
+        f"{ACTOR}.fsdp_config.sync_gradients_once",
     }
     assert keys_of("update_critic") == OFFLOADS["actor"] | OFFLOADS["reference"] | {
         "critic.ppo_max_token_len_per_gpu",
         "critic.model.enable_gradient_checkpointing",
+        "critic.model.fsdp_config.sync_gradients_once",
     }
     log_prob = f"{ROLLOUT}.log_prob_max_token_len_per_gpu"
     assert keys_of("compute_log_prob") == {log_prob} | everything - {f"{ACTOR}.fsdp_config.param_offload"}
@@ -365,6 +374,7 @@ def test_each_phase_has_its_own_settings():
 def test_settings_that_are_turned_already_are_not_named():
     flags = [f"{ACTOR}.fsdp_config.param_offload=True", f"{ACTOR}.fsdp_config.optimizer_offload=True"]
     flags += ["actor_rollout_ref.ref.fsdp_config.param_offload=True", "critic.model.fsdp_config.optimizer_offload=True"]
+    flags += ["critic.model.fsdp_config.sync_gradients_once=False"]
     flags += ["critic.model.enable_gradient_checkpointing=True", f"{ROLLOUT}.log_prob_max_token_len_per_gpu=1024"]
     assert keys_of("update_critic", *flags) == {"critic.ppo_max_token_len_per_gpu"}
     assert keys_of("compute_log_prob", *flags) == {"critic.model.fsdp_config.param_offload"}
@@ -380,6 +390,7 @@ def test_settings_of_other_layouts():
     assert found == {
         f"{ACTOR}.ppo_micro_batch_size_per_gpu": (4, 2),
         "actor_rollout_ref.model.recompute_share": (0.5, 1.0),
+        f"{ACTOR}.fsdp_config.sync_gradients_once": (True, False),
         f"{ACTOR}.fsdp_config.reshard_after_forward": (False, True),
         f"{ROLLOUT}.free_cache_engine": (False, True),
         "actor_rollout_ref.ref.fsdp_config.param_offload": (False, True),

@@ -49,6 +49,9 @@ def test_gradient_and_metrics_do_not_depend_on_the_number_of_ranks(tmp_path):
             assert result["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (loss, name)
         # Two layers and what is around them, once for the whole mini-batch, however many micro-batches it had.
         assert result["reductions"] == 3, loss
+    every = torch.load(tmp_path / "every.pt", weights_only=True)
+    assert_same_gradients(every["gradients"], gradients(update("gspo", settings("gspo"), batch())[0]))
+    assert every["reductions"] > 3, "one micro-batch shows nothing"
 
 
 def test_sft_loss_and_gradient_equal_hugging_face_cross_entropy():

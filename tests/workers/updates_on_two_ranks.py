@@ -7,13 +7,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.tiny import causal_lm
 from tests.workers.updates_setup import LOSSES, PROMPTS, batch, settings, update
-from verl.utils.fsdp_utils import shard
+from verl.models.heads import PolicyModel
+from verl.utils.fsdp_utils import full_parameters, shard
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+
+ACTOR_SYNC = "actor_rollout_ref.actor.fsdp_config.sync_gradients_once"
 
 
 def run(rank: int, world_size: int, folder: Path, device: str = "cpu") -> None:
     """One rank: every loss once, cut by tokens; rank 0 writes gradients and metrics, and the number of times that
-    gradients were reduced, to `folder`."""
+    gradients were reduced, to `folder`. Then one loss with gradients reduced at every micro-batch, and the weights that
+    an engine would get before and after a forward pass in bf16."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     backend = "gloo"
@@ -25,23 +31,35 @@ def run(rank: int, world_size: int, folder: Path, device: str = "cpu") -> None:
         backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size, timeout=timeout
     )
     reductions = _count_reductions()
-    for loss in LOSSES:
-        config = settings(loss, "tokens")
-        fsdp = config.actor_rollout_ref.actor.fsdp_config
-
-        def wrap(module, fsdp=fsdp):
-            shard(module, fsdp, device)
-            return module
-
-        # Ranks get different rows and different numbers of tokens.
-        share = PROMPTS // world_size
+    # Ranks get different rows and different numbers of tokens.
+    share = PROMPTS // world_size
+    mine = slice(share * rank, share * (rank + 1))
+    for name, loss, overrides in [*((loss, loss, []) for loss in LOSSES), ("every", "gspo", [f"{ACTOR_SYNC}=False"])]:
+        config = settings(loss, "tokens", overrides)
         reductions.clear()
-        module, metrics = update(loss, config, batch()[share * rank : share * (rank + 1)], wrap)
+        module, metrics = update(loss, config, batch()[mine], lambda m, c=config: _sharded(m, c, device))
         gradients = {name: parameter.grad.full_tensor().cpu() for name, parameter in module.named_parameters()}
         if rank == 0:
             result = {"gradients": gradients, "metrics": metrics, "reductions": len(reductions)}
-            torch.save(result, folder / f"{loss}.pt")
+            torch.save(result, folder / f"{name}.pt")
+    _check_weights_after_a_forward(mine, device)
     dist.destroy_process_group()
+
+
+def _sharded(module, config, device):
+    shard(module, config.actor_rollout_ref.actor.fsdp_config, device)
+    return module
+
+
+def _check_weights_after_a_forward(mine: slice, device: str) -> None:
+    """They are the fp32 master weights, though the forward gathered some of them in bf16."""
+    config = settings("gspo", "whole", ["actor_rollout_ref.actor.fsdp_config.dtype=bfloat16"])
+    module = _sharded(PolicyModel(causal_lm()), config, device)
+    before = {name: tensor.clone() for name, tensor in full_parameters(module)}
+    group = config.actor_rollout_ref
+    DataParallelPPOActor(group.actor, group.rollout, module).compute_log_prob(batch()[mine])
+    for name, tensor in full_parameters(module):
+        assert torch.equal(tensor, before[name]), name
 
 
 def _count_reductions() -> list[int]:

@@ -70,9 +70,9 @@ SPLITS = {
 }
 
 
-def settings(loss: str, split: str = "whole") -> Config:
+def settings(loss: str, split: str = "whole", overrides: list[str] | None = None) -> Config:
     """The configuration of one loss, cut in one way."""
-    return compose_config([*LOSSES[loss], *BASE, *SPLITS[split]])
+    return compose_config([*LOSSES[loss], *BASE, *SPLITS[split], *(overrides or [])])
 
 
 def batch() -> DataProto:

@@ -17,12 +17,14 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
-from verl.trainer.ppo.model_checks import check_models, with_absolute_paths
+from verl.trainer.ppo.model_checks import check_engine, check_models, with_absolute_paths
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
 from verl.trainer.ppo.utils import Role, need_critic
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.model import quiet_transformers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
+
+logger = logging.getLogger(__name__)
 
 
 def create_rl_dataset(
@@ -44,6 +46,7 @@ class TaskRunner:
         data, trainer = config.data, config.trainer
         if config.custom_reward_function.path is not None:
             data = replace(data, return_raw_chat=True)
+        check_engine(config)
         tokenizer = check_models(config)
         train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples)
         val = None
@@ -57,6 +60,11 @@ class TaskRunner:
         )
         runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate_fn)
         self.start(config)
+        group = config.actor_rollout_ref
+        logger.info(
+            "training on %d x %s in %s, answers by %s",
+            trainer.ranks, trainer.device, group.actor.fsdp_config.dtype, group.rollout.name,
+        )  # fmt: skip
         runner.init_workers()
         runner.fit()
 
@@ -75,6 +83,11 @@ def start_ray(config: Config) -> None:
         ray.init(address=address)
     else:
         ray.init(address="local", num_cpus=settings.num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1")
+    if config.trainer.device == "cpu" and ray.cluster_resources().get("GPU"):
+        logger.warning(
+            "the cluster has %d GPUs and trainer.device=cpu leaves them idle (it is cuda by itself only where the "
+            "driver sees a GPU): set trainer.device=cuda to use them", ray.cluster_resources()["GPU"],
+        )  # fmt: skip
 
 
 def run_ppo(config: Config, task_runner_class: type[TaskRunner] | None = None) -> None:

@@ -63,19 +63,31 @@ def shard(module: AnswerModel, fsdp: FSDPConfig, device: str) -> None:
     fully_shard(module, mesh=mesh, mp_policy=precision)
 
 
-def synced_once(module: nn.Module, micro_batches: Sequence[Part]) -> Iterator[Part]:
-    """The micro-batches of one mini-batch; gradients stay on their rank until the last one's backward pass, which
-    reduces the sum of all. Every rank must have as many."""
+def synced(module: nn.Module, micro_batches: Sequence[Part], once: bool) -> Iterator[Part]:
+    """The micro-batches of one mini-batch, on each of which a backward pass follows. Every rank must have as many.
+
+    With `once`, gradients stay whole on their rank until the last backward pass, which reduces the sum of all;
+    otherwise every one reduces its own.
+    """
     for number, micro_batch in enumerate(micro_batches, start=1):
         if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(number == len(micro_batches))
+            module.set_requires_gradient_sync(not once or number == len(micro_batches))
         yield micro_batch
+
+
+def reshard(module: nn.Module) -> None:
+    """Put away what a forward pass without a backward one left gathered: FSDP2 keeps the root's group for a backward
+    pass that is sure to follow, and other groups too without `reshard_after_forward`."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def full_parameters(module: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter whole, one at a time, under its Hugging Face name; collective, all ranks must exhaust it.
 
-    In `dtype`, in which the shards travel already, or as they are.
+    In `dtype`, in which the shards travel already, or as they are. What a forward pass left gathered, in the type it
+    computes in, has to be put away first (`reshard`).
     """
     for name, parameter in module.named_parameters():
         tensor = parameter.detach().to(dtype or parameter.dtype)

@@ -7,7 +7,7 @@ type it computes in (2 for bf16), T the tokens of the largest micro-batch that m
 |---|---|---|
 | master weights, fp32 | 4 N / ranks | at work; always, without param_offload |
 | AdamW's two moments, fp32 | 8 N / ranks | updated; always, without optimizer_offload |
-| gradients, fp32 | 4 N / ranks; 4 N while several micro-batches add up before they are shared out | updated |
+| gradients, fp32 | 4 N / ranks; 4 N with sync_gradients_once and several micro-batches | updated |
 | gathered layers and their gradients | see `_gathered` | updated |
 | activations | T times `layer_bytes_per_token` of each layer | updated |
 | logits | a chunk, at most CHUNK_BYTES | the actor is updated |
@@ -275,7 +275,7 @@ def _update(
         f"{name}'s weights": MASTER * shape.parameters / run.ranks,
         f"{name}'s optimizer states": MOMENTS * shape.parameters / run.ranks,
         # With several micro-batches every rank sums its own, whole, and shares them out layer by layer at the end.
-        f"{name}'s gradients": GRADIENT * shape.parameters / (1 if several else run.ranks),
+        f"{name}'s gradients": GRADIENT * shape.parameters / (1 if several and fsdp.sync_gradients_once else run.ranks),
         "gathered layers": _gathered(shape, fsdp),
         f"activations of {tokens} tokens": tokens * _activations(shape, fsdp, model),
     }

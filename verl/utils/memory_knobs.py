@@ -68,6 +68,7 @@ def _own_of_group(phase: Phase, group: ActorRolloutRefConfig) -> Iterator[Knob]:
     if phase == "update_actor":
         yield from _micro_batch(f"{GROUP}.actor", actor, rollout.prompt_length + rollout.response_length)
         yield from _recomputation(f"{GROUP}.model", group.model)
+        yield from _gradients(ACTOR_FSDP, actor.fsdp_config)
         yield from _resharding(ACTOR_FSDP, actor.fsdp_config)
     elif phase in ("compute_log_prob", "compute_ref_log_prob"):
         yield from _log_prob_micro_batch(group)
@@ -87,6 +88,7 @@ def _own_of_critic(phase: Phase, critic: CriticConfig) -> Iterator[Knob]:
     yield from _micro_batch("critic", critic, longest=1)
     if phase == "update_critic":
         yield from _recomputation("critic.model", critic.model)
+        yield from _gradients(CRITIC_FSDP, critic.model.fsdp_config)
     yield from _resharding(CRITIC_FSDP, critic.model.fsdp_config)
 
 
@@ -125,6 +127,11 @@ def _recomputation(key: str, model: ModelConfig) -> Iterator[Knob]:
         yield Knob(f"{key}.enable_gradient_checkpointing", False, True)
     elif model.recompute_share < 1:
         yield Knob(f"{key}.recompute_share", model.recompute_share, 1.0)
+
+
+def _gradients(key: str, fsdp: FSDPConfig) -> Iterator[Knob]:
+    if fsdp.sync_gradients_once:
+        yield Knob(f"{key}.sync_gradients_once", True, False)
 
 
 def _resharding(key: str, fsdp: FSDPConfig) -> Iterator[Knob]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from verl.utils.fsdp_utils import reshard
 from verl.workers.config import FSDPConfig
 
 # Where parts of the host buffer begin: what any copy engine is content with.
@@ -156,9 +156,7 @@ class Offloader:
 
     def _resting_parameters(self) -> Iterator[torch.Tensor]:
         """The shards, after what a forward left whole was put away."""
-        for part in self._module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+        reshard(self._module)
         for name, parameter in self._module.named_parameters():
             if parameter.grad is not None:
                 raise RuntimeError(

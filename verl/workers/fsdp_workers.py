@@ -94,6 +94,8 @@ class FSDPWorker(Worker):
         """The model and its optimizer are on the device inside. The gradients, which take as much memory as the
         weights, are gone afterwards."""
         with self.working(phase, updates=True):
+            if self.device.startswith("cuda"):
+                torch.cuda.reset_peak_memory_stats()
             yield
             self.optimizer.zero_grad()
 
@@ -104,7 +106,7 @@ class FSDPWorker(Worker):
         return rate
 
     def memory_metrics(self) -> dict[str, float]:
-        """The most that this rank's GPU has held so far for training; a sleeping engine holds nothing."""
+        """The most that PyTorch held on this rank's GPU in the update just made; a sleeping engine is left out."""
         if not self.device.startswith("cuda"):
             return {}
         return {
@@ -179,6 +181,7 @@ class ActorRolloutRefWorker(FSDPWorker):
         """Bring the engine to the policy's present weights."""
         dtype = getattr(torch, self.config.rollout.dtype)
         with self.working("push_weights"):
+            self.rollout.wake()
             self.rollout.push_weights(full_parameters(self.actor.actor_module.hf, dtype))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)

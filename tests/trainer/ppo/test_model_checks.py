@@ -8,7 +8,8 @@ from transformers import GenerationConfig
 
 from tests.tiny import byte_tokenizer, scorer, write_model
 from verl.trainer.config import compose_config
-from verl.trainer.ppo.model_checks import check_models, with_absolute_paths
+from verl.trainer.ppo import model_checks
+from verl.trainer.ppo.model_checks import check_engine, check_models, with_absolute_paths
 from verl.utils.model import load_config, load_model, load_tokenizer
 
 
@@ -106,3 +107,10 @@ def test_generation_settings_come_along(folder, tmp_path):
     write_model(tmp_path / "m")
     GenerationConfig(eos_token_id=[1, 5], pad_token_id=0).save_pretrained(tmp_path / "m")
     assert load_model(tmp_path / "m", "policy").generation_config.eos_token_id == [1, 5]
+
+
+def test_an_engine_that_is_not_installed_is_said_before_anything_starts(folder, monkeypatch):
+    monkeypatch.setattr(model_checks, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"rollout\.name=vllm.*pip install -e '\.\[gpu\]'"):
+        check_engine(config(folder, "critic", "actor_rollout_ref.rollout.name=vllm"))
+    check_engine(config(folder, "critic", "actor_rollout_ref.rollout.name=hf"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,6 +43,15 @@ def with_absolute_paths(config: Config) -> Config:
 def _load(model: ModelConfig, kind: str) -> PreTrainedTokenizerBase:
     load_config(model.path, kind, model.override_config, model.trust_remote_code)
     return load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
+
+
+def check_engine(config: Config) -> None:
+    """ModuleNotFoundError if the generation engine is not installed."""
+    if config.actor_rollout_ref.rollout.name == "vllm" and find_spec("vllm") is None:
+        raise ModuleNotFoundError(
+            "actor_rollout_ref.rollout.name=vllm, the default on GPUs, needs vLLM, which is not installed: "
+            "pip install -e '.[gpu]', or set actor_rollout_ref.rollout.name=hf, which is slow"
+        )
 
 
 def check_models(config: Config) -> PreTrainedTokenizerBase:

@@ -265,7 +265,10 @@ class RayPPOTrainer:
             metrics |= self._compute_advantages(batch)
         if trains:
             with timed("update_actor"):
-                metrics |= self._update_actor(batch, STUDENT_KEYS + POLICY_KEYS)
+                # Left out where they are the update's own, to the last bit.
+                left_out = () if self.config.needs_old_log_probs else ("old_log_probs",)
+                keys = tuple(key for key in POLICY_KEYS if key not in left_out)
+                metrics |= self._update_actor(batch, STUDENT_KEYS + keys)
 
     # ------------------------------------------------------------ parts of a step
 

@@ -10,7 +10,7 @@ from verl.models.heads import PolicyModel
 from verl.models.packing import AnswerRows, copy_to
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import agg_loss, compute_sft_loss, get_policy_loss_fn, kl_penalty
-from verl.utils.fsdp_utils import synced_once
+from verl.utils.fsdp_utils import reshard, synced
 from verl.utils.torch_functional import masked_mean
 from verl.workers.batch import POLICY_KEYS, student_rows, teacher_rows
 from verl.workers.config import ActorConfig, RolloutConfig
@@ -62,6 +62,7 @@ class DataParallelPPOActor:
         )
         wanted = "value" if entropy else "none"
         parts = [self.actor_module(rows.select(index), self.temperature, wanted) for index in micro_batches]
+        reshard(self.actor_module)
         # Results are fetched from the device once all of its work is queued.
         log_probs, entropies = torch.zeros(rows.responses.shape), torch.zeros(rows.responses.shape)
         for index, (log_prob, values) in zip(micro_batches, parts, strict=True):
@@ -109,7 +110,8 @@ class DataParallelPPOActor:
             self.config.ppo_max_token_len_per_gpu,
             self.config.ppo_micro_batch_size_per_gpu,
         )
-        for index in synced_once(module, micro_batches):
+        once = self.config.fsdp_config.sync_gradients_once
+        for index in synced(module, micro_batches, once):
             micro = rows.select(index)
             mask = copy_to(micro.response_mask, device)
             if sft:

@@ -28,6 +28,7 @@ class FSDPConfig:
     param_offload: bool
     optimizer_offload: bool
     reshard_after_forward: bool
+    sync_gradients_once: bool
     dtype: Literal["float32", "bfloat16"]
     use_torch_compile: bool
 

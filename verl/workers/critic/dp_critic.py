@@ -14,7 +14,7 @@ import torch
 from verl.models.heads import ScoreModel
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import PairScores, adapted_temperature, get_discriminator_loss_fn
-from verl.utils.fsdp_utils import synced_once
+from verl.utils.fsdp_utils import reshard, synced
 from verl.workers.batch import student_rows, teacher_rows
 from verl.workers.config import CriticConfig
 from verl.workers.critic.groups import GroupRows, ScoreTable
@@ -61,6 +61,7 @@ class DataParallelPPOCritic:
         rows = teacher_rows(data) if teacher else student_rows(data)
         micro_batches = self._micro_batches(rows.lengths(), group_size=1)
         parts = [self.critic_module(rows.select(index)) for index in micro_batches]
+        reshard(self.critic_module)
         # Results are fetched from the device once all of its work is queued.
         values = torch.zeros(rows.responses.shape)
         for index, part in zip(micro_batches, parts, strict=True):
@@ -73,6 +74,7 @@ class DataParallelPPOCritic:
         table = ScoreTable(*data.batch["responses"].shape[:2])
         for part in self._score_groups(data):
             table.put(*part)
+        reshard(self.critic_module)
         return table.tensors()
 
     def update_critic(self, data: DataProto) -> dict[str, float]:
@@ -129,14 +131,14 @@ class DataParallelPPOCritic:
         return constants
 
     def _score_groups(self, data: DataProto) -> Iterator[tuple[list[int], PairScores, torch.Tensor]]:
-        """Forward whole groups, micro-batch by micro-batch, students and teachers in one pass; gradients are reduced
-        over ranks with the last.
+        """Forward whole groups, micro-batch by micro-batch, students and teachers in one pass.
 
         Yields the groups' indices, their scores, and the tokens (G, N + 1) behind each, the teacher's last.
         """
         groups = GroupRows.of(data, self.eos_token_id, self.config.discriminator.exclude_eos)
         micro_batches = self._micro_batches(groups.lengths(), group_size=groups.members.shape[1])
-        for index in synced_once(self.critic_module, micro_batches):
+        once = self.config.model.fsdp_config.sync_gradients_once
+        for index in synced(self.critic_module, micro_batches, once):
             part = groups.select(index)
             yield index, *part.scores(self.critic_module(part.rows), self.pooling)
 

@@ -2,7 +2,7 @@
 
 import os
 
-# The engine lives in the rank's own process: it joins the process group there, and weights reach it without a copy.
+# The engine lives in the rank's own process: it joins the process group there, and weights are copied within the GPU.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 # FlashInfer's sampler has a generator of its own and cannot give log-probs.
 os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
