@@ -183,9 +183,7 @@ def run(options: argparse.Namespace) -> str:
     tokenized = tokenize_groups(groups, tokenizer, limits, options.apply_chat_template_kwargs)
 
     model = load_critic(options.critic, config, options.dtype, options.device, options.trust_remote_code)
-    scores = score_sequences(
-        model, tokenized.sequences, scoring, tokenizer.eos_token_id, options.max_tokens, options.device
-    )
+    scores = score_sequences(model, tokenized.sequences, scoring, tokenizer.eos_token_id, options.max_tokens)
     pairs = pair_table(groups, tokenized, scores)
     lines = [
         _header(options.critic, scoring, tokenized, pairs),

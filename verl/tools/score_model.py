@@ -101,7 +101,7 @@ def _full_attention(config: PretrainedConfig) -> bool:
 # Scores
 
 
-def _rows(sequences: Sequence[PromptAndAnswer], device: str) -> AnswerRows:
+def _rows(sequences: Sequence[PromptAndAnswer]) -> AnswerRows:
     """Prompts left-padded, answers right-padded; masks from lengths."""
 
     def pad(lists: Sequence[Sequence[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +110,7 @@ def _rows(sequences: Sequence[PromptAndAnswer], device: str) -> AnswerRows:
         for row, values in enumerate(lists):
             place = slice(width - len(values), None) if left else slice(len(values))
             ids[row, place], mask[row, place] = torch.tensor(values), 1
-        return ids.to(device), mask.to(device)
+        return ids, mask
 
     prompts, answers = zip(*sequences, strict=True)
     return AnswerRows(*pad(prompts, left=True), *pad(answers, left=False))
@@ -132,7 +132,6 @@ def score_sequences(
     scoring: Scoring,
     eos_token_id: int,
     max_tokens: int,
-    device: str = "cpu",
 ) -> dict[str, np.ndarray]:
     """`score`, `raw_score` (the sum over the same tokens) and `score_tokens` of each sequence, (S,) each.
 
@@ -148,12 +147,12 @@ def score_sequences(
     # disable=None: no bar where nobody watches.
     with tqdm(total=len(sequences), desc="scoring", unit="answer", dynamic_ncols=True, disable=None) as progress:
         for numbers in _micro_batches(lengths, max_tokens):
-            rows = _rows([sequences[number] for number in numbers], device)
-            values = model(rows)
+            rows = _rows([sequences[number] for number in numbers])
+            values = model(rows).cpu()
             mask = score_mask(rows.responses, rows.response_mask, eos_token_id, scoring.exclude_eos)
-            result["score"][numbers] = pool_scores(values, mask, scoring.pooling).cpu()
-            result["raw_score"][numbers] = pool_scores(values, mask, "sum").cpu()
-            result["score_tokens"][numbers] = mask.sum(-1).cpu()
+            result["score"][numbers] = pool_scores(values, mask, scoring.pooling)
+            result["raw_score"][numbers] = pool_scores(values, mask, "sum")
+            result["score_tokens"][numbers] = mask.sum(-1)
             progress.update(len(numbers))
     unsound = int((~np.isfinite(result["score"])).sum())
     if unsound:
