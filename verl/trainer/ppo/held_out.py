@@ -35,7 +35,7 @@ class HeldOutPairs:
         self.trainer = trainer
         self.seed = seed
         data = trainer.config.data
-        self.batch_size = data.val_batch_size or data.train_batch_size
+        self.batch_size = data.val_batch_size or len(trainer.val_dataset)
         rows = Subset(trainer.val_dataset, range(min(trainer.config.critic.held_out_prompts, len(trainer.val_dataset))))
         batches = DataLoader(rows, batch_size=self.batch_size, collate_fn=trainer.collate_fn)
         prompts = DataProto.concat([DataProto.from_single_dict(batch) for batch in batches])

@@ -58,7 +58,7 @@ def _scores(answered: DataProto) -> list[dict[str, float]]:
 def _answered_batches(trainer: RayPPOTrainer, seed: int) -> Iterator[DataProto]:
     """The validation set in file order, answered and, for the files of a run with a discriminator, scored."""
     data, rollout = trainer.config.data, trainer.config.actor_rollout_ref.rollout
-    size = data.val_batch_size or data.train_batch_size
+    size = data.val_batch_size or len(trainer.val_dataset)
     for rows in DataLoader(trainer.val_dataset, batch_size=size, collate_fn=trainer.collate_fn):
         batch = DataProto.from_single_dict(rows)
         batch.union(trainer.generate(batch, rollout.val_kwargs, seed))
