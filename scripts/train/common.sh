@@ -4,7 +4,7 @@
 #
 # A script that defines before_training has it called once its flags are found right.
 #
-# From the environment: PYTHON (python3 by default), DATA_DIR (data), N_GPUS_PER_NODE.
+# From the environment: PYTHON (python3 by default), DATA_DIR (data), N_GPUS_PER_NODE (this machine's GPUs, or 1).
 
 usage() {
     cat <<TEXT
@@ -40,10 +40,11 @@ run_stage() {
     ((${#missing[@]} == 0)) || { echo "missing: ${missing[*]}" >&2; usage >&2; return 2; }
 
     if declare -F before_training >/dev/null; then before_training; fi
-    local data=${DATA_DIR:-data}
-    "${PYTHON:-python3}" -m verl.trainer.main_ppo "stage=$stage" \
+    local data=${DATA_DIR:-data} python=${PYTHON:-python3}
+    local ranks=${N_GPUS_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+    "$python" -m verl.trainer.main_ppo "stage=$stage" \
         data.train_files="'$data/train.parquet'" data.val_files="'$data/test.parquet'" \
         actor_rollout_ref.model.path="'$model'" ${reward_model:+critic.model.path="'$reward_model'"} \
         trainer.experiment_name="'$exp_name'" trainer.nnodes="$nnodes" \
-        trainer.n_gpus_per_node="${N_GPUS_PER_NODE:-1}" ${overrides[@]+"${overrides[@]}"}
+        trainer.n_gpus_per_node="$ranks" ${overrides[@]+"${overrides[@]}"}
 }
