@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import LIMITS, SHAPES, Limits
+from benchmarks.shapes import SHAPES
+from verl.utils.flops import LIMITS, Limits
 
 PACKAGES = ("torch", "transformers", "vllm", "trl")
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,6 @@ from benchmarks.inputs import EOS, MIXED, TINY, batch_of_tokens, random_batch, r
 from benchmarks.profiling import busy_seconds, kind_of
 from benchmarks.shapes import (
     SHAPES,
-    Limits,
     Shape,
     attention_flops,
     decode_limit_seconds,
@@ -28,6 +27,7 @@ from benchmarks.shapes import (
 from benchmarks.step import even_share, random_texts, summarize
 from tests.tiny import answer_rows, causal_lm
 from verl.models.heads import PolicyModel
+from verl.utils.flops import Limits
 from verl.utils.model import is_discriminator, load_model, load_tokenizer
 
 ROOT = Path(__file__).parents[2]

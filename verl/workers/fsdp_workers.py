@@ -5,6 +5,7 @@ Both workers of a rank live in one process and share its process group.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,12 +21,15 @@ from verl.protocol import DataProto
 from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+from verl.utils.flops import LIMITS, training_flops
 from verl.utils.fsdp_utils import build_sharded_model, full_parameters
+from verl.utils.memory import ModelShape
 from verl.utils.memory_knobs import Phase
 from verl.utils.model import Kind, load_config, load_tokenizer, quiet_transformers
 from verl.utils.offload import Offloader, build_offloader
 from verl.utils.out_of_memory import explain_out_of_memory
 from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.batch import student_rows, teacher_rows
 from verl.workers.config import (
     ActorRolloutRefConfig,
     CriticConfig,
@@ -53,6 +57,8 @@ class FSDPWorker(Worker):
     lr_scheduler: LRScheduler
     checkpoint: FSDPCheckpointManager
     offloader: Offloader
+    shape: ModelShape
+    update_seconds: float
 
     def __init__(self, device: str, seed: int):
         super().__init__()
@@ -75,6 +81,7 @@ class FSDPWorker(Worker):
         """The module; its optimizer and schedule, and what keeps them all in checkpoints and in host memory."""
         module = build_sharded_model(model, kind, fsdp, self.device)
         self.optimizer, self.lr_scheduler = build_optimizer(module, optim, total_steps)
+        self.shape = ModelShape.of(module.hf.config, kind, model.trust_remote_code)
         self.tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
         self.checkpoint = FSDPCheckpointManager(
             module.hf, self.optimizer, self.lr_scheduler, self.tokenizer, compute_dtype=getattr(torch, fsdp.dtype)
@@ -96,23 +103,30 @@ class FSDPWorker(Worker):
         with self.working(phase, updates=True):
             if self.device.startswith("cuda"):
                 torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
             yield
+            self.update_seconds = time.perf_counter() - start
             self.optimizer.zero_grad()
 
-    def next_rate(self) -> float:
-        """The learning rate of the update just made; the schedule goes on to the next."""
-        rate = self.lr_scheduler.get_last_lr()[0]
-        self.lr_scheduler.step()
-        return rate
+    def update_metrics(self, name: str, lengths: list[int]) -> dict[str, float]:
+        """Of the update just made, of `name`, on sequences of these lengths.
 
-    def memory_metrics(self) -> dict[str, float]:
-        """The most that PyTorch held on this rank's GPU in the update just made; a sleeping engine is left out."""
+        Its learning rate, after which the schedule goes on to the next; on a GPU, the most that PyTorch held there, a
+        sleeping engine left out, and what share that work (`training_flops`) is of what the GPU could have done in the
+        time, if its rate is known.
+        """
+        metrics = {f"{name}/lr": self.lr_scheduler.get_last_lr()[0]}
+        self.lr_scheduler.step()
         if not self.device.startswith("cuda"):
-            return {}
-        return {
-            "perf/max_memory_allocated_gb": (torch.cuda.max_memory_allocated() - FSDPWorker.engine_bytes) / 2**30,
-            "perf/max_memory_reserved_gb": (torch.cuda.max_memory_reserved() - FSDPWorker.engine_bytes) / 2**30,
-        }
+            return metrics
+        held = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        for kind, size in held.items():
+            metrics[f"perf/max_memory_{kind}_gb"] = (size - FSDPWorker.engine_bytes) / 2**30
+        limits, shape = LIMITS.get(torch.cuda.get_device_name(self.device)), self.shape
+        if limits is not None:
+            work = training_flops(shape.parameters, shape.layers, shape.heads * shape.head_dim, lengths)
+            metrics[f"perf/mfu/{name}"] = work / (self.update_seconds * limits.flops)
+        return metrics
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def memory_sizes(self) -> tuple[int, int] | None:
@@ -215,7 +229,8 @@ class ActorRolloutRefWorker(FSDPWorker):
         """Train the policy on the batch; the same metrics from every rank."""
         with self.updating("update_actor"):
             metrics = self.actor.update_policy(data)
-        return {**metrics, "actor/lr": self.next_rate(), **self.memory_metrics()}
+        rows = teacher_rows(data) if self.config.actor.use_sft_mode else student_rows(data)
+        return {**metrics, **self.update_metrics("actor", rows.lengths() * self.config.actor.ppo_epochs)}
 
 
 class CriticWorker(FSDPWorker):
@@ -254,7 +269,8 @@ class CriticWorker(FSDPWorker):
     def update_critic(self, data: DataProto) -> dict[str, float]:
         """Train the discriminator on the batch; the same metrics from every rank."""
         with self.updating("update_critic"):
-            return self._logged(self.critic.update_critic(data))
+            metrics = self.critic.update_critic(data)
+        return self._logged(metrics, data)
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def score_and_update_critic(self, data: DataProto) -> DataProto:
@@ -262,7 +278,8 @@ class CriticWorker(FSDPWorker):
         `update_critic`."""
         with self.updating("update_critic"):
             scores, metrics = self.critic.score_and_update(data)
-        return DataProto.from_dict(scores, meta_info={"metrics": self._logged(metrics)})
+        return DataProto.from_dict(scores, meta_info={"metrics": self._logged(metrics, data)})
 
-    def _logged(self, metrics: dict[str, float]) -> dict[str, float]:
-        return {**metrics, "critic/lr": self.next_rate(), **self.memory_metrics()}
+    def _logged(self, metrics: dict[str, float], data: DataProto) -> dict[str, float]:
+        lengths = student_rows(data).lengths() + teacher_rows(data).lengths()
+        return {**metrics, **self.update_metrics("critic", lengths * self.config.ppo_epochs)}
