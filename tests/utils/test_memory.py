@@ -262,8 +262,8 @@ def test_an_engine_that_does_not_sleep_stays(actor, critic):
     hugging_face = estimate_memory(run_of(f"{ROLLOUT}.name=hf"), actor, critic, 80 * GIB)
     for parts in hugging_face.phases.values():
         assert parts["rollout's weights"] == 2 * PARAMETERS
-        # Keys and values of 2 heads of 128 in 28 layers, 2 bytes each, for 256 answers of 1,024 tokens.
-        assert parts["KV cache"] == 2 * 28 * 2 * 128 * 2 * 256 * 1024
+        # Keys and values of 2 heads of 128 in 28 layers, 2 bytes each, for 1,024 answers of 1,024 tokens.
+        assert parts["KV cache"] == 2 * 28 * 2 * 128 * 2 * 1024 * 1024
 
 
 # --- what is said ---
