@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from tests.ranks import leave
 from verl.protocol import (
     DataProto,
     DataProtoConfig,
@@ -639,7 +640,7 @@ def _gather(rank: int, init_file: str) -> None:
     assert xs(data) == [0, 1, 2, 3]
     assert uids(data) == ["a", "b", "c", "d"]
     assert data.meta_info == {"rank": rank}
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.distributed

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
+from tests.ranks import leave
 from tests.tiny import answer_rows, causal_lm
 from verl.models.heads import PolicyModel
 from verl.trainer.config import compose_config
@@ -111,4 +112,4 @@ def run(rank: int, world_size: int, folder: Path) -> None:
     }
     if rank == 0:
         torch.save(seen, folder / "seen.pt")
-    dist.destroy_process_group()
+    leave()

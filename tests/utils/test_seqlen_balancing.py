@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.ranks import leave
 from verl.utils import seqlen_balancing as sb
 
 
@@ -195,8 +196,7 @@ def _ask_from_rank(rank, lengths_by_rank, folder):
     except AssertionError as error:
         answer = str(error)
     torch.save(answer, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.distributed

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.ranks import leave
 from tests.tiny import causal_lm
 from tests.workers.updates_setup import LOSSES, PROMPTS, batch, settings, update
 from verl.models.heads import PolicyModel
@@ -43,7 +44,7 @@ def run(rank: int, world_size: int, folder: Path, device: str = "cpu") -> None:
             result = {"gradients": gradients, "metrics": metrics, "reductions": len(reductions)}
             torch.save(result, folder / f"{name}.pt")
     _check_weights_after_a_forward(mine, device)
-    dist.destroy_process_group()
+    leave()
 
 
 def _sharded(module, config, device):
