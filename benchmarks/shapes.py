@@ -61,26 +61,28 @@ SHAPES = {
 }
 
 
-def attention_flops(shape: Shape, lengths: Iterable[int]) -> float:
+def attention_flops(shape: Shape, lengths: Iterable[int], repeated: Iterable[int] = ()) -> float:
     """See `verl.utils.flops`."""
-    return flops.attention_flops(shape.layers, shape.heads * shape.head_dim, lengths)
+    return flops.attention_flops(shape.layers, shape.heads * shape.head_dim, lengths, repeated)
 
 
-def training_flops(shape: Shape, lengths: Iterable[int]) -> float:
+def training_flops(shape: Shape, lengths: Iterable[int], repeated: Iterable[int] = ()) -> float:
     """See `verl.utils.flops`."""
-    return flops.training_flops(shape.parameters, shape.layers, shape.heads * shape.head_dim, lengths)
+    return flops.training_flops(shape.parameters, shape.layers, shape.heads * shape.head_dim, lengths, repeated)
 
 
-def training_flops_done(shape: Shape, lengths: Iterable[int], head_tokens: int, head_width: int) -> float:
+def training_flops_done(
+    shape: Shape, lengths: Iterable[int], head_tokens: int, head_width: int, repeated: Iterable[int] = ()
+) -> float:
     """The same with the head counted where it is applied, and the embedding, which is a look-up, not at all.
 
     Args:
         head_tokens: tokens that the head sees, the answers'.
         head_width: its outputs: the vocabulary of a policy, 1 of a discriminator.
     """
-    lengths = list(lengths)
-    linear = shape.body_parameters * sum(lengths) + shape.hidden * head_width * head_tokens
-    return 6.0 * linear + 3 * attention_flops(shape, lengths)
+    lengths, repeated = list(lengths), list(repeated)
+    linear = shape.body_parameters * (sum(lengths) - sum(repeated)) + shape.hidden * head_width * head_tokens
+    return 6.0 * linear + 3 * attention_flops(shape, lengths, repeated)
 
 
 def decode_limit_seconds(shape: Shape, limits: Limits, contexts: list[int], new_tokens: int, at_once: int) -> float:

@@ -5,8 +5,8 @@
 Each is timed as this trainer does it (rows packed end to end, compiled layers, logits of the answers alone, a
 teacher's answer once for all n students) and the classic way (rows padded to full width, nothing compiled, all logits,
 a teacher's answer beside every student's), by the workers' own `update_actor` and `update_critic`, optimizer included.
-Tokens are real ones, each counted once: what the classic way pads or repeats is not work done. `mfu` counts 6 N T +
-attention, `mfu_done` the LM head where it is applied (see `benchmarks/shapes.py`).
+Tokens are those of all sequences, each with its prompt, also where that is computed once for several; padding is none.
+`mfu` counts 6 N T + attention with such a prompt once, `mfu_done` the LM head where it is applied (`shapes.py`).
 """
 
 from __future__ import annotations
@@ -155,9 +155,11 @@ class UpdateBenchmark:
         warmup = self.args.warmup if way == "ours" else min(1, self.args.warmup)
         times = measure(self.args.device, lambda: update(data), warmup, self.args.steps)
         real, seconds = sum(rows.lengths()), times["seconds"]
+        # All but one of the sequences of a prompt have it from the first.
+        repeated = batch.batch["attention_mask"].sum(-1).repeat(len(rows) // len(batch) - 1).tolist()
         row = {
             "loss": loss, "way": way, "micro_tokens": tokens, "prompts": len(batch), "rows": len(rows), "tokens": real,
-            "tokens_per_s": real / seconds, **times, **self._utilisation(loss, rows, seconds),
+            "tokens_per_s": real / seconds, **times, **self._utilisation(loss, rows, seconds, repeated),
             "times_classic": None,
         }  # fmt: skip
         if way == "classic":
@@ -166,13 +168,14 @@ class UpdateBenchmark:
             row["profile"] = profile(self.args.device, lambda: update(data))
         self.report.add(**row)
 
-    def _utilisation(self, loss: str, rows, seconds: float) -> dict[str, float | None]:
+    def _utilisation(self, loss: str, rows, seconds: float, repeated: list[int]) -> dict[str, float | None]:
         if self.limits is None:
             return {"mfu": None, "mfu_done": None}
         lengths, answered = rows.lengths(), int(rows.response_mask.sum())
-        done = training_flops_done(self.shape, lengths, answered, 1 if loss == "ranking" else self.shape.vocab)
+        head = 1 if loss == "ranking" else self.shape.vocab
+        done = training_flops_done(self.shape, lengths, answered, head, repeated)
         possible = seconds * self.limits.flops
-        return {"mfu": training_flops(self.shape, lengths) / possible, "mfu_done": done / possible}
+        return {"mfu": training_flops(self.shape, lengths, repeated) / possible, "mfu_done": done / possible}
 
     def _compare(self, loss: str, tokens: int, classic_seconds: float) -> None:
         """Write into our rows how many times as fast as the classic way they were."""

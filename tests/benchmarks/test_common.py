@@ -58,6 +58,10 @@ def test_training_flops_by_hand():
     # 2 L^2 is 18 and 50; times 2 heads of 2 in each of 2 layers.
     assert attention_flops(HAND, lengths) == (18 + 50) * 4 * 2 == 544
     assert training_flops(HAND, lengths) == 6 * 244 * 8 + 3 * 544 == 13344
+    # A prompt of 2 tokens that both begin with is computed once: 2 tokens and 2 x 2^2 less.
+    assert attention_flops(HAND, lengths, [2]) == (18 + 50 - 8) * 4 * 2 == 480
+    assert training_flops(HAND, lengths, [2]) == 6 * 244 * 6 + 3 * 480
+    assert training_flops_done(HAND, lengths, 5, 10, [2]) == 6 * (204 * 6 + 4 * 10 * 5) + 3 * 480
     # The head of 10 outputs on 5 of the 8 tokens.
     assert training_flops_done(HAND, lengths, head_tokens=5, head_width=10) == 6 * (204 * 8 + 4 * 10 * 5) + 3 * 544
     assert training_flops_done(HAND, lengths, head_tokens=8, head_width=10) == training_flops(HAND, lengths)

@@ -36,9 +36,76 @@ def test_pack_lays_rows_end_to_end():
     assert packed.input_ids.tolist() == [[11, 12, 13, 21, 22, 23, 24, 25]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
     assert packed.answer_index.tolist() == [2, 6, 7]
-    assert packed.longest == 5
+    assert packed.before_index.tolist() == [1, 5, 6]
+    assert packed.answer_ids.tolist() == [13, 24, 25]
+    assert packed.grid_index.tolist() == [0, 2, 3]
+    layout = packed.layout
+    assert layout.starts.tolist() == [0, 3, 8] and layout.longest == 5
+    assert (layout.prompts, layout.answers) == (0, 0) and layout.prompt_starts.tolist() == [0]
     # Row 1 starts at the second line of a 2 x 5 grid.
-    assert packed.pad_index.tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
+    assert (layout.rows, layout.width) == (2, 5)
+    assert layout.source.tolist() == [0, 1, 2, 0, 0, 3, 4, 5, 6, 7]
+    assert layout.place.tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
+
+
+def test_pack_lays_a_shared_prompt_once():
+    """The first two rows answer 11 12, the third answers 21: P P A | A A | P A."""
+    rows = AnswerRows(
+        prompts=torch.tensor([[11, 12], [11, 12], [0, 21]]),
+        prompt_mask=torch.tensor([[1, 1], [1, 1], [0, 1]]),
+        responses=torch.tensor([[13, 0], [14, 15], [22, 0]]),
+        response_mask=torch.tensor([[1, 0], [1, 1], [1, 0]]),
+    )
+    assert rows.lengths() == [3, 4, 2]
+    assert rows.costs() == [3, 2, 2]
+    packed = pack(rows)
+    assert packed.input_ids.tolist() == [[11, 12, 13, 14, 15, 21, 22]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1]]
+    assert packed.answer_index.tolist() == [2, 3, 4, 6]
+    assert packed.before_index.tolist() == [1, 1, 3, 5]
+    layout = packed.layout
+    # The prompt, its two answers, and the third row whole.
+    assert layout.starts.tolist() == [0, 2, 3, 5, 7] and layout.longest == 2
+    assert layout.prompts == 2 and layout.prompt_starts.tolist() == [0, 2]
+    assert layout.answers == 3 and layout.answer_starts.tolist() == [0, 3]
+    assert (layout.longest_answers, layout.longest_prompt) == (3, 2)
+    assert layout.source.tolist() == [0, 1, 2, 0, 0, 1, 3, 4, 5, 6, 0, 0]
+    assert layout.place.tolist() == [0, 1, 2, 6, 7, 8, 9]
+
+
+def test_families_come_first_their_prompts_before_their_answers():
+    rows = AnswerRows(
+        prompts=torch.tensor([[11, 12], [21, 22], [21, 22], [31, 32], [31, 32]]),
+        prompt_mask=torch.tensor([[1, 1], [0, 1], [0, 1], [1, 1], [1, 1]]),
+        responses=torch.tensor([[13, 14], [23, 24], [25, 0], [33, 0], [34, 35]]),
+        response_mask=torch.tensor([[1, 1], [1, 1], [1, 0], [0, 0], [1, 1]]),
+    )
+    packed = pack(rows)
+    assert packed.input_ids.tolist() == [[22, 31, 32, 23, 24, 25, 34, 35, 11, 12, 13, 14]]
+    assert packed.position_ids.tolist() == [[0, 0, 1, 1, 2, 1, 2, 3, 0, 1, 2, 3]]
+    assert packed.answer_ids.tolist() == [13, 14, 23, 24, 25, 34, 35]
+    assert packed.answer_index.tolist() == [10, 11, 3, 4, 5, 6, 7]
+    assert packed.before_index.tolist() == [9, 10, 0, 3, 0, 2, 6]
+    assert packed.grid_index.tolist() == [0, 1, 2, 3, 4, 8, 9]
+    layout = packed.layout
+    # An answer without a token has no segment.
+    assert layout.starts.tolist() == [0, 1, 3, 5, 6, 8, 12] and layout.longest == 4
+    assert layout.prompts == 3 and layout.prompt_starts.tolist() == [0, 1, 3] and layout.longest_prompt == 2
+    assert layout.answers == 5 and layout.answer_starts.tolist() == [0, 3, 5] and layout.longest_answers == 3
+    assert (layout.rows, layout.width) == (5, 4)
+    assert layout.source.tolist() == [8, 9, 10, 11, 0, 3, 4, 0, 0, 5, 0, 0, 1, 2, 0, 0, 1, 2, 6, 7]
+    assert layout.place.tolist() == [4, 12, 13, 5, 6, 9, 18, 19, 0, 1, 2, 3]
+
+
+def test_only_neighbours_share_a_prompt():
+    rows = answer_rows([3, 3, 3], [1, 2, 3])
+    rows = AnswerRows(rows.prompts[[0, 1, 0]], rows.prompt_mask, rows.responses, rows.response_mask)
+    assert rows.begins_family().tolist() == [True, True, True]
+    # The same tokens behind another padding are another prompt.
+    rows = AnswerRows(
+        torch.zeros(2, 3), torch.tensor([[0, 1, 1], [1, 1, 1]]), rows.responses[:2], rows.response_mask[:2]
+    )
+    assert rows.begins_family().tolist() == [True, True]
 
 
 def test_a_row_without_prompt_is_refused():

@@ -118,7 +118,7 @@ def test_activations_of_a_layer_are_what_autograd_keeps(config_class, model_clas
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            module.answers(rows, shift=1)
+            module.answers(rows, before=True)
         return sum(storage.nbytes() for storage in storages.values())
 
     sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
@@ -126,9 +126,9 @@ def test_activations_of_a_layer_are_what_autograd_keeps(config_class, model_clas
     rows: AnswerRows = answer_rows([100] * 4, [28] * 4)
     shape = ModelShape.of(config_class(**sizes, num_hidden_layers=1, **extra), "policy")
     per_token = (kept(2) - kept(1)) / (4 * 128)
-    # On a CPU, attention runs on a padded grid: another copy of queries (64 numbers of 2 bytes), of keys and values
-    # repeated to as many heads, of the output; and the repeated ones are 64 each where 32 would do.
-    on_grid = 2 * (3 * 64 + 2 * 32 + 64)
+    # On a CPU, attention runs on a padded grid: keys and values are repeated to as many heads as queries, 64 numbers of
+    # 2 bytes each where 32 would do, and the output is there as a grid and as packed tokens.
+    on_grid = 2 * (2 * 32 + 64)
     # And each norm keeps a number per token (or head), which is nothing beside a real hidden size.
     per_norm = 4 * (2 + (4 + 2 if shape.normed_heads else 0))
     assert per_token == pytest.approx(layer_bytes_per_token(shape, "bfloat16", compiled=False) + on_grid + per_norm)
@@ -168,8 +168,8 @@ def test_recomputed_layers_keep_their_input_and_one_is_whole_at_a_time(actor):
 
 
 def test_two_ranks_by_hand(actor, critic):
-    # 64 prompts on 2 ranks: 32 x 8 answers of at most 1,024 tokens are 262,144 tokens, so micro-batches are full, and
-    # there are several.
+    # 64 prompts on 2 ranks: 32 prompts and 32 x 8 answers of at most 512 tokens are 147,456 tokens, so micro-batches
+    # are full, and there are several.
     estimate = estimate_memory(run_of("trainer.n_gpus_per_node=2"), actor, critic, 80 * GIB)
     weights, critic_weights = 2 * PARAMETERS, 2 * (PARAMETERS + 1537)  # 4 bytes over 2 ranks
     resting = {
@@ -187,7 +187,7 @@ def test_two_ranks_by_hand(actor, critic):
         "actor's gradients": 4 * PARAMETERS,
         "gathered layers": 2 * (2 * LAYER + outside) + 2 * outside + 6 * LAYER,
         "activations of 16384 tokens": 16384 * 28 * 73_264,
-        "logits": GIB,  # of the 2.3 GiB of 8,192 answer tokens
+        "logits": GIB,  # of the 4.1 GiB of 8/9 of the tokens
     }
     outside += 1537
     assert estimate.phases["update_critic"] == {
@@ -221,11 +221,12 @@ def test_micro_batches_by_rows_and_whole_groups(actor, critic):
     rows = [f"{ACTOR}.use_dynamic_bsz=False", f"{ACTOR}.ppo_micro_batch_size_per_gpu=4"]
     rows += ["critic.ppo_micro_batch_size_per_gpu=4"]
     estimate = estimate_memory(run_of(*rows), actor, critic, 80 * GIB)
-    assert "activations of 4096 tokens" in estimate.phases["update_actor"]
-    # A group of a teacher's and 8 student answers is never split.
-    assert "activations of 9216 tokens" in estimate.phases["update_critic"]
+    # Four answers and their prompt, of 512 tokens each.
+    assert "activations of 2560 tokens" in estimate.phases["update_actor"]
+    # A group of a prompt, a teacher's and 8 student answers is never split.
+    assert "activations of 5120 tokens" in estimate.phases["update_critic"]
     budget = estimate_memory(run_of("critic.ppo_max_token_len_per_gpu=2048"), actor, critic, 80 * GIB)
-    assert "activations of 9216 tokens" in budget.phases["update_critic"]
+    assert "activations of 5120 tokens" in budget.phases["update_critic"]
 
 
 def test_without_resharding_all_layers_are_gathered(actor):

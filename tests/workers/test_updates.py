@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.tiny import causal_lm, scorer
+from tests.tiny import answer_rows, causal_lm, scorer
 from tests.workers import updates_on_two_ranks
 from tests.workers.updates_setup import ANSWERS, EOS, LOSSES, PROMPTS, batch, settings, update
 from verl.models.heads import PolicyModel, ScoreModel
+from verl.models.packing import AnswerRows
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.batch import student_rows, teacher_response_mask, teacher_rows
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
-from verl.workers.updates import MetricSums, build_optimizer, optimizer_step
+from verl.workers.updates import MetricSums, build_optimizer, optimizer_step, split_rows
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -223,3 +224,37 @@ def test_schedules_follow_the_settings():
     # Two warmup steps, 0 and 1/2, then half a cosine over eight: 1 at its start, 1/2 in its middle.
     assert rates[:3] == pytest.approx([0.0, 0.5, 1.0])
     assert rates[6] == pytest.approx(0.5)
+
+
+def rows_of(prompts: list[int], answer_lengths: list[int]) -> AnswerRows:
+    """Answers to the given prompts, each of four tokens."""
+    rows = answer_rows([4] * len(prompts), answer_lengths)
+    first = [prompts.index(prompt) for prompt in prompts]
+    return AnswerRows(rows.prompts[first], rows.prompt_mask, rows.responses, rows.response_mask)
+
+
+def test_answers_to_one_prompt_stay_together_where_the_budget_holds_them():
+    """Prompts of 4 tokens; answers of 2, 3, 1 to the first, 10 with it; of 5, 2 to the second, 11; of 6 to the last."""
+    rows = rows_of([0, 0, 0, 1, 1, 2], [2, 3, 1, 5, 2, 6])
+    by_budget = {budget: sorted(map(sorted, split_rows(rows, True, budget, None))) for budget in (31, 21, 11, 10)}
+    assert by_budget[31] == [[0, 1, 2, 3, 4, 5]]
+    assert by_budget[21] == [[0, 1, 2, 3, 4], [5]] or by_budget[21] == [[0, 1, 2, 5], [3, 4]]
+    assert by_budget[11] == [[0, 1, 2], [3, 4], [5]]
+    # The second prompt's answers need 11 together, so each gets the prompt for itself: 9 and 6.
+    assert by_budget[10] == [[0, 1, 2], [3], [4], [5]]
+    assert split_rows(rows, False, 0, 4) == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_a_shared_prompt_is_forwarded_once_in_the_update_and_in_the_log_prob_pass():
+    """Of the batch's 12 answers and 4 prompts of 5, 1, 9 and 3 tokens: 18 + 52 tokens."""
+    data, seen = batch(), []
+    config = settings("gspo")
+    module = PolicyModel(causal_lm())
+    module.hf.model.embed_tokens.register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+    actor = DataParallelPPOActor(
+        config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, module, torch.optim.SGD(module.parameters())
+    )
+    actor.compute_log_prob(data)
+    actor.update_policy(data)
+    assert int(data.batch["response_mask"].sum()) == 52
+    assert seen == [18 + 52] * 2

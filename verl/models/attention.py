@@ -1,29 +1,24 @@
 """Attention over packed rows: the one place that knows which kernel runs.
 
 Registered with transformers as `verl_packed`; the rows' layout travels to it as keyword arguments of the model's
-forward (`PackedRows.layout`).
+forward (`packing.Layout`).
 
-On a GPU it is `torch.nn.attention.varlen.varlen_attn`, a flash-attention kernel over the packed tokens, in bf16 or
-fp16. Everywhere else the packed tokens are spread over a right-padded grid and SDPA runs causally on it: with the
-padding behind the tokens, a causal row never sees any, so no mask is built. Only attention is padded; projections,
-MLPs and heads run on real tokens alone.
+On a GPU, in bf16 or fp16, PyTorch's flash-attention kernels run over the packed tokens. Everywhere else the tokens are
+spread over a right-padded grid of whole rows and SDPA runs causally on it: with the padding behind the tokens, a causal
+row never sees any, so no mask is built. Only attention is padded and repeats prompts; projections, MLPs and heads run
+on each token once.
 """
 
 from __future__ import annotations
 
-from inspect import signature
-
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig
 
 PACKED_ATTENTION = "verl_packed"
-# What the flash-attention kernel behind varlen_attn computes in; head sizes above 256 it has no code for.
-VARLEN_TYPES = (torch.bfloat16, torch.float16)
-VARLEN_LARGEST_HEAD = 256
-# torch 2.11 takes fewer key and value heads than query heads without a word, later versions want to be told.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+# What the flash-attention kernels compute in, and the head sizes that they have code for.
+FLASH_TYPES = (torch.bfloat16, torch.float16)
+FLASH_LARGEST_HEAD, FLASH_HEAD_STEP = 256, 8
 
 
 def packed_attention(
@@ -31,13 +26,21 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,
+    attention_mask: torch.Tensor | None,
     *,
     scaling: float,
     starts: torch.Tensor,
-    pad_index: torch.Tensor,
-    rows: int,
     longest: int,
+    prompts: int,
+    prompt_starts: torch.Tensor,
+    longest_prompt: int,
+    answers: int,
+    answer_starts: torch.Tensor,
+    longest_answers: int,
+    source: torch.Tensor,
+    place: torch.Tensor,
+    rows: int,
+    width: int,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each row: query (1, H, S, D), key and value (1, G, S, D) with H a multiple of G.
@@ -45,29 +48,143 @@ def packed_attention(
     Returns:
         (1, S, H, D) and None, as transformers expects of an attention function.
     """
-    if query.is_cuda and query.dtype in VARLEN_TYPES and query.shape[-1] <= VARLEN_LARGEST_HEAD:
-        return _varlen(query, key, value, starts, longest, scaling), None
-    return _on_grid(query, key, value, pad_index, rows, longest, scaling), None
+    states = [packed[0].transpose(0, 1) for packed in (query, key, value)]
+    if _has_kernel(query):
+        output = _Flash.apply(
+            *states, starts, longest, prompts, prompt_starts, longest_prompt, answers, answer_starts, longest_answers,
+            scaling,
+        )  # fmt: skip
+    else:
+        output = _on_grid(*states, source, place, rows, width, scaling)
+    return output.unsqueeze(0), None
 
 
-def _varlen(query, key, value, starts: torch.Tensor, longest: int, scaling: float) -> torch.Tensor:
-    packed = (states[0].transpose(0, 1) for states in (query, key, value))
-    output = varlen_attn(*packed, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), **GROUPED)
-    return output.unsqueeze(0)
+def _has_kernel(query: torch.Tensor) -> bool:
+    size = query.shape[-1]
+    fits = size <= FLASH_LARGEST_HEAD and size % FLASH_HEAD_STEP == 0
+    return query.is_cuda and query.dtype in FLASH_TYPES and fits
 
 
-def _on_grid(query, key, value, pad_index: torch.Tensor, rows: int, longest: int, scaling: float) -> torch.Tensor:
+def _on_grid(query, key, value, source: torch.Tensor, place: torch.Tensor, rows: int, width: int, scaling: float):
     groups = query.shape[1] // key.shape[1]
 
     def grid(packed: torch.Tensor, repeat: int) -> torch.Tensor:
-        heads_last = packed[0].repeat_interleave(repeat, dim=0).transpose(0, 1)
-        flat = heads_last.new_zeros(rows * longest, *heads_last.shape[1:])
-        return flat.index_copy(0, pad_index, heads_last).view(rows, longest, *heads_last.shape[1:]).transpose(1, 2)
+        cells = packed.index_select(0, source).view(rows, width, *packed.shape[1:])
+        return cells.repeat_interleave(repeat, dim=2).transpose(1, 2)
 
     output = F.scaled_dot_product_attention(
         grid(query, 1), grid(key, groups), grid(value, groups), is_causal=True, scale=scaling
     )
-    return output.transpose(1, 2).flatten(0, 1)[pad_index].unsqueeze(0)
+    return output.transpose(1, 2).flatten(0, 1).index_select(0, place)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flash attention, with prompts that several answers share
+#
+# An answer's tokens attend to each other causally, and to all of the prompt: two sets of keys. Attention over a union
+# is the mean of attention over its parts, weighted by the exponentials of their log-sums, so each part runs by itself.
+# Backwards, the kernel derives the probabilities from the log-sums that it is given: with those of the union, each
+# part's call gives that part's share of the gradient of the whole.
+#
+# The kernels are opaque to the compiler; what is between them it fuses.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Flash(torch.autograd.Function):
+    """Output (S, H, D) of query (S, H, D) and key, value (S, G, D); the rest as in `packing.Layout`."""
+
+    @staticmethod
+    def forward(
+        ctx, query, key, value, starts, longest, prompts, prompt_starts, longest_prompt, answers, answer_starts,
+        longest_answers, scaling,
+    ):  # fmt: skip
+        output, log_sums = _flash(query, key, value, starts, starts, longest, longest, True, scaling)
+        if answers:
+            shared = slice(prompts, prompts + answers)
+            other, other_sums = _flash(
+                query[shared], key[:prompts], value[:prompts], answer_starts, prompt_starts, longest_answers,
+                longest_prompt, False, scaling,
+            )  # fmt: skip
+            own_sums = log_sums[:, shared]
+            both = torch.logaddexp(own_sums, other_sums)
+            own_share, other_share = ((sums - both).exp().T.unsqueeze(-1) for sums in (own_sums, other_sums))
+            merged = own_share * output[shared] + other_share * other
+            output[shared] = merged.to(output.dtype)
+            log_sums[:, shared] = both
+        ctx.save_for_backward(query, key, value, output, log_sums, starts, prompt_starts, answer_starts)
+        ctx.numbers = longest, prompts, longest_prompt, answers, longest_answers, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, output, log_sums, starts, prompt_starts, answer_starts = ctx.saved_tensors
+        longest, prompts, longest_prompt, answers, longest_answers, scaling = ctx.numbers
+        gradient = gradient.contiguous()
+        gradients = _flash_backward(
+            gradient, query, key, value, output, log_sums, starts, starts, longest, longest, True, scaling
+        )
+        if answers:
+            shared = slice(prompts, prompts + answers)
+            others = _flash_backward(
+                gradient[shared], query[shared], key[:prompts], value[:prompts], output[shared],
+                log_sums[:, shared].contiguous(), answer_starts, prompt_starts, longest_answers, longest_prompt, False,
+                scaling,
+            )  # fmt: skip
+            for whole, part, other in zip(gradients, (shared, slice(prompts), slice(prompts)), others, strict=True):
+                whole[part] += other
+        return *gradients, *[None] * 9
+
+
+@torch.library.custom_op("verl::flash_attention", mutates_args=())
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_starts: torch.Tensor, key_starts: torch.Tensor,
+    longest_query: int, longest_key: int, causal: bool, scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Output (Q, H, D), and in fp32 the log-sums (H, Q) of exponentials, of query (Q, H, D) and key, value (K, G, D)
+    in segments."""
+    return _kernel_forward(query, key, value, query_starts, key_starts, longest_query, longest_key, causal, scaling)
+
+
+@_flash.register_fake
+def _(query, key, value, *layout):
+    return torch.empty_like(query), query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("verl::flash_attention_backward", mutates_args=())
+def _flash_backward(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
+    log_sums: torch.Tensor, query_starts: torch.Tensor, key_starts: torch.Tensor, longest_query: int, longest_key: int,
+    causal: bool, scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of query, key and value."""
+    return _kernel_backward(
+        gradient, query, key, value, output, log_sums, query_starts, key_starts, longest_query, longest_key, causal,
+        scaling,
+    )  # fmt: skip
+
+
+@_flash_backward.register_fake
+def _(gradient, query, key, value, *rest):
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _kernel_forward(query, key, value, query_starts, key_starts, longest_query, longest_key, causal, scaling):
+    # For single queries the kernel has a way of its own, which takes no segment to be empty.
+    longest_query = max(2, longest_query)
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, query_starts, key_starts, longest_query, longest_key, 0.0, causal, False, scale=scaling
+    )[:2]
+
+
+def _kernel_backward(
+    gradient, query, key, value, output, log_sums, query_starts, key_starts, longest_query, longest_key, causal, scaling
+):
+    # The random state is dropout's, and there is none.
+    dropout = (torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device))
+    segments = (query_starts, key_starts, longest_query, longest_key)
+    return torch.ops.aten._flash_attention_backward(
+        gradient, query, key, value, output, log_sums, *segments, 0.0, causal, *dropout, scale=scaling
+    )
 
 
 # With a mask function registered beside it, transformers would first read the positions on the host, which waits for

@@ -35,18 +35,19 @@ class AnswerModel(nn.Module):
         """Where the model is."""
         return next(self.hf.parameters()).device
 
-    def answers(self, rows: AnswerRows, shift: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states (K, D) at the answer tokens, or `shift` tokens before them, in the order of the mask; the
-        answer tokens (K,), and their places in the flattened (R * T) answers, (K,)."""
+    def answers(self, rows: AnswerRows, before: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states (K, D) at the answer tokens, or at the token before each, in the order of the mask; the answer
+        tokens (K,), and their places in the flattened (R * T) answers, (K,)."""
         packed = pack(rows).to(self.device)
         if not self.remove_padding:
-            return self._padded_hidden(rows, shift), packed.answer_ids, packed.grid_index
+            return self._padded_hidden(rows, before), packed.answer_ids, packed.grid_index
         hidden = self.hf.base_model(
-            input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **packed.layout()
+            input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **packed.layout.arguments()
         ).last_hidden_state
-        return hidden[0].index_select(0, packed.answer_index - shift), packed.answer_ids, packed.grid_index
+        index = packed.before_index if before else packed.answer_index
+        return hidden[0].index_select(0, index), packed.answer_ids, packed.grid_index
 
-    def _padded_hidden(self, rows: AnswerRows, shift: int) -> torch.Tensor:
+    def _padded_hidden(self, rows: AnswerRows, before: bool) -> torch.Tensor:
         """The classic way: every row at full width, padding masked. The reference for the packed path."""
         mask = torch.cat([rows.prompt_mask, rows.response_mask], dim=-1).long().to(self.device)
         hidden = self.hf.base_model(
@@ -55,7 +56,7 @@ class AnswerModel(nn.Module):
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
-        start = rows.prompts.shape[1] - shift
+        start = rows.prompts.shape[1] - before
         return hidden[:, start : start + rows.responses.shape[1]][rows.response_mask.bool().to(self.device)]
 
 
@@ -86,7 +87,7 @@ class PolicyModel(AnswerModel):
             temperature: divides the logits, as in sampling.
             entropy: not computed (None is returned), its value only, or differentiable.
         """
-        hidden, answer_ids, grid_index = self.answers(rows, shift=1)
+        hidden, answer_ids, grid_index = self.answers(rows, before=True)
         head = self.hf.get_output_embeddings()
         log_probs, entropies = head_log_probs(hidden, head.weight, head.bias, answer_ids, temperature, entropy)
         shape = rows.responses.shape
@@ -103,7 +104,7 @@ class ScoreModel(AnswerModel):
 
     def forward(self, rows: AnswerRows) -> torch.Tensor:
         """Values (R, T) in fp32, zero outside the mask."""
-        hidden, _, grid_index = self.answers(rows, shift=0)
+        hidden, _, grid_index = self.answers(rows, before=False)
         head = self.hf.score
         bias = None if head.bias is None else head.bias.float()
         values = nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)

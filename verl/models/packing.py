@@ -1,7 +1,10 @@
-"""Rows of prompt + answer, and how they are laid end to end so that no padding is computed.
+"""Rows of prompt + answer, and how they are laid end to end so that nothing is computed twice or in vain.
 
-R rows, P prompt width (left-padded), T answer width (right-padded), S real tokens of all rows together,
-K real answer tokens.
+R rows, P prompt width (left-padded), T answer width (right-padded), S tokens to compute, K answer tokens.
+
+Padding is not computed, and a prompt is computed once for all answers to it that stand next to each other: nothing in
+a prompt depends on what follows it. A *family* is such a run of several rows; each of its answers continues the one
+prompt. Prompts of families are laid down first, then their answers, then the rows without a family, whole.
 
 Rows stay in host memory, and their layout is worked out there: on a GPU the index arithmetic would make the host wait
 for the device at every micro-batch. What the model needs is then copied over without waiting.
@@ -37,6 +40,16 @@ class AnswerRows:
         """Real tokens of each row."""
         return (self.prompt_mask.sum(-1) + self.response_mask.sum(-1)).tolist()
 
+    def begins_family(self) -> torch.Tensor:
+        """(R,) bool: whether a row's prompt is another one than that of the row before it."""
+        same = (self.prompts[1:] == self.prompts[:-1]) & (self.prompt_mask[1:] == self.prompt_mask[:-1])
+        return torch.cat([torch.ones(min(1, len(self)), dtype=torch.bool), ~same.all(-1)])
+
+    def costs(self) -> list[int]:
+        """Tokens that each row adds to the work: its answer's, and its prompt's if it begins a family."""
+        prompts = self.prompt_mask.sum(-1) * self.begins_family()
+        return (prompts + self.response_mask.sum(-1)).tolist()
+
     def select(self, rows: torch.Tensor | list[int]) -> AnswerRows:
         """The given rows, in the given order."""
         return AnswerRows(self.prompts[rows], self.prompt_mask[rows], self.responses[rows], self.response_mask[rows])
@@ -56,33 +69,66 @@ class AnswerRows:
 class PackedRows:
     """Rows laid end to end.
 
-    input_ids, position_ids: (1, S); positions count from 0 in every row.
-    starts: (R + 1,) int32, where each row begins in S, and S itself.
-    pad_index: (S,) where a token sits in the right-padded (R * longest) grid.
-    answer_index: (K,) where the answer tokens sit in S, row after row; the token before each one predicts it.
+    input_ids, position_ids: (1, S); positions count on from the prompt in every answer.
+    answer_index: (K,) where the answer tokens sit in S, row after row.
+    before_index: (K,) where the token before each of them sits, which predicts it.
     answer_ids: (K,) the answer tokens.
     grid_index: (K,) where they sit in the flattened (R * T) answers.
+    layout: what attention has to know.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    starts: torch.Tensor
-    pad_index: torch.Tensor
     answer_index: torch.Tensor
+    before_index: torch.Tensor
     answer_ids: torch.Tensor
     grid_index: torch.Tensor
-    rows: int
-    longest: int
+    layout: Layout
 
     def to(self, device: torch.device) -> PackedRows:
         """The same rows on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: copy_to(value, device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors)
+        return _copy_tensors(replace(self, layout=_copy_tensors(self.layout, device)), device)
 
-    def layout(self) -> dict[str, torch.Tensor | int]:
-        """What `packed_attention` has to know of the rows."""
-        return {"starts": self.starts, "pad_index": self.pad_index, "rows": self.rows, "longest": self.longest}
+
+@dataclass(frozen=True)
+class Layout:
+    """Which token of S attends to which.
+
+    As segments, each of which is causal in itself: `prompts` tokens of the families' prompts, then `answers` tokens of
+    their answers, then the other rows. Answers attend to their family's prompt besides:
+
+        starts: (segments + 1,) int32, where each begins in S, and S itself; longest: tokens of the longest.
+        prompt_starts, answer_starts: (families + 1,) int32, where each family's prompt begins in the first section, and
+            its answers in the second, and the section's end.
+        longest_prompt, longest_answers: tokens of the longest prompt, and of the largest family's answers together.
+
+    As a grid, (rows * width), in which every row is causal in itself:
+
+        source: (rows * width,) which token of S stands in a cell; 0 in the padding behind a row.
+        place: (S,) the cell in which a token's result stands.
+    """
+
+    starts: torch.Tensor
+    longest: int
+    prompts: int
+    prompt_starts: torch.Tensor
+    longest_prompt: int
+    answers: int
+    answer_starts: torch.Tensor
+    longest_answers: int
+    source: torch.Tensor
+    place: torch.Tensor
+    rows: int
+    width: int
+
+    def arguments(self) -> dict[str, torch.Tensor | int]:
+        """Its fields, as they travel through a model's forward to `packed_attention`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _copy_tensors(record, device: torch.device):
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return replace(record, **{k: copy_to(v, device) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
 
 def pack(rows: AnswerRows) -> PackedRows:
@@ -96,22 +142,62 @@ def pack(rows: AnswerRows) -> PackedRows:
         raise ValueError(f"every row needs at least one prompt token; rows {empty[:10]} have none")
     answer_mask = rows.response_mask.bool()
     mask = torch.cat([rows.prompt_mask.bool(), answer_mask], dim=-1)
-    ids = torch.cat([rows.prompts, rows.responses], dim=-1)
-    count, prompt_width = rows.prompts.shape
+    width = rows.prompts.shape[1]
+    begins = rows.begins_family()
+    family = begins.long().cumsum(0) - 1
+    shared = (torch.bincount(family) > 1)[family]
 
+    # Which cells are computed, section by section; by them, the cell that each token of S stands in.
+    prompts, answers, others = mask.clone(), mask.clone(), mask & ~shared.unsqueeze(-1)
+    prompts &= (shared & begins).unsqueeze(-1)
+    prompts[:, width:] = False
+    answers &= shared.unsqueeze(-1)
+    answers[:, :width] = False
+    cell = torch.cat([section.flatten().nonzero().flatten() for section in (prompts, answers, others)])
+
+    # Where each cell's token sits in S; a prompt that is not laid down again is the family's first.
+    token = torch.zeros(mask.numel(), dtype=torch.long).index_copy(0, cell, torch.arange(len(cell))).view_as(mask)
+    token[:, :width] = token[begins.nonzero().flatten()[family], :width]
     position = mask.cumsum(-1) - 1
-    lengths = mask.sum(-1)
-    longest = int(lengths.max())
-    row = torch.arange(count).unsqueeze(-1)
-    flat_index = mask.flatten().cumsum(0).view_as(mask) - 1
     return PackedRows(
-        input_ids=ids[mask].unsqueeze(0),
-        position_ids=position[mask].unsqueeze(0),
-        starts=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int(),
-        pad_index=(row * longest + position)[mask],
-        answer_index=flat_index[:, prompt_width:][answer_mask],
+        input_ids=torch.cat([rows.prompts, rows.responses], dim=-1).flatten()[cell].unsqueeze(0),
+        position_ids=position.flatten()[cell].unsqueeze(0),
+        answer_index=token[:, width:][answer_mask],
+        before_index=token[:, width - 1 : -1][answer_mask],
         answer_ids=rows.responses[answer_mask],
         grid_index=answer_mask.flatten().nonzero().flatten(),
-        rows=count,
-        longest=longest,
+        layout=Layout(
+            **_segments(prompts.sum(-1), answers.sum(-1), others.sum(-1), family), **_grid(mask, cell, token, position)
+        ),
     )
+
+
+def _segments(prompts: torch.Tensor, answers: torch.Tensor, others: torch.Tensor, family: torch.Tensor) -> dict:
+    """Of tokens (R,) that each row has in each section, and the number of its family (R,), counted from 0."""
+    lengths = torch.cat([prompts, answers, others])
+    lengths = lengths[lengths > 0]
+    in_family = torch.zeros(2, int(family[-1]) + 1, dtype=torch.long)
+    in_family.index_add_(1, family, torch.stack([prompts, answers]))
+    prompts, answers = in_family[:, in_family[0] > 0]
+    return {
+        "starts": _starts(lengths),
+        "longest": int(lengths.max()),
+        "prompts": int(prompts.sum()),
+        "prompt_starts": _starts(prompts),
+        "longest_prompt": max(prompts.tolist(), default=0),
+        "answers": int(answers.sum()),
+        "answer_starts": _starts(answers),
+        "longest_answers": max(answers.tolist(), default=0),
+    }
+
+
+def _grid(mask: torch.Tensor, cell: torch.Tensor, token: torch.Tensor, position: torch.Tensor) -> dict:
+    """Of the (R, P + T) cells with a token in them, the token's number and position, and `cell` (S,) of each number."""
+    rows, width = len(mask), int(mask.sum(-1).max())
+    place = torch.arange(rows).unsqueeze(-1) * width + position
+    source = torch.zeros(rows * width, dtype=torch.long).index_copy(0, place[mask], token[mask])
+    return {"source": source, "place": place.flatten()[cell], "rows": rows, "width": width}
+
+
+def _starts(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()

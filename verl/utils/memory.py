@@ -32,7 +32,14 @@ from verl.models.head_log_probs import CHUNK_BYTES
 from verl.models.layers import decoder_layers
 from verl.utils.memory_knobs import Knob, Phase, knobs
 from verl.utils.model import Kind, empty_model
-from verl.workers.config import ActorConfig, ActorRolloutRefConfig, CriticConfig, FSDPConfig, ModelConfig
+from verl.workers.config import (
+    ActorConfig,
+    ActorRolloutRefConfig,
+    CriticConfig,
+    FSDPConfig,
+    ModelConfig,
+    RolloutConfig,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -236,35 +243,41 @@ def _actor_update(run: Run, shape: ModelShape) -> Parts:
     group = run.actor_rollout_ref
     actor, rollout = group.actor, group.rollout
     prompts = max(1, actor.ppo_mini_batch_size // run.ranks)
-    longest = rollout.prompt_length + rollout.response_length
-    sequences = prompts * (1 if actor.use_sft_mode else rollout.n)
-    tokens, several = _micro_batch(actor, sequences, longest, together=1)
+    answers = 1 if actor.use_sft_mode else rollout.n
+    tokens, several = _micro_batch(actor, rollout, prompts, answers, together=1)
     parts = _update("actor", run, shape, actor.fsdp_config, group.model, tokens, several)
     # Only answers have logits. What is kept of them beyond a chunk is kept where there is room.
-    answers = tokens * rollout.response_length / longest
-    parts["logits"] = min(CHUNK_BYTES, answers * shape.vocabulary * _bytes(actor.fsdp_config.dtype))
+    answered = tokens * answers * rollout.response_length / _tokens(rollout, answers, answers)
+    parts["logits"] = min(CHUNK_BYTES, answered * shape.vocabulary * _bytes(actor.fsdp_config.dtype))
     return parts
 
 
 def _critic_update(run: Run, shape: ModelShape) -> Parts:
     critic, rollout = run.critic, run.actor_rollout_ref.rollout
     prompts = max(1, critic.ppo_mini_batch_size // run.ranks)
-    group_size = rollout.n + 1
-    longest = rollout.prompt_length + rollout.response_length
-    tokens, several = _micro_batch(critic, prompts * group_size, longest, together=group_size)
+    tokens, several = _micro_batch(critic, rollout, prompts, rollout.n + 1, together=rollout.n + 1)
     return _update("critic", run, shape, critic.model.fsdp_config, critic.model, tokens, several)
 
 
-def _micro_batch(part: ActorConfig | CriticConfig, rows: int, longest: int, together: int) -> tuple[int, bool]:
-    """Tokens of the largest micro-batch, if all sequences are as long as they may be, and whether there are several.
+def _micro_batch(
+    part: ActorConfig | CriticConfig, rollout: RolloutConfig, prompts: int, answers: int, together: int
+) -> tuple[int, bool]:
+    """Tokens of the largest micro-batch, if everything is as long as it may be, and whether there are several.
 
-    `together` sequences are never split.
+    Of each prompt there are `answers`; `together` of them are never split.
     """
+    everything = _tokens(rollout, prompts * answers, answers)
+    smallest = _tokens(rollout, together, answers)
     if part.use_dynamic_bsz:
-        limit = max(part.ppo_max_token_len_per_gpu, together * longest)
+        limit = max(part.ppo_max_token_len_per_gpu, smallest)
     else:
-        limit = max(part.ppo_micro_batch_size_per_gpu, together) * longest
-    return min(rows * longest, limit), rows * longest > limit
+        limit = max(_tokens(rollout, part.ppo_micro_batch_size_per_gpu, answers), smallest)
+    return min(everything, limit), everything > limit
+
+
+def _tokens(rollout: RolloutConfig, rows: int, answers: int) -> int:
+    """Of so many rows at their longest, a prompt counted once for its `answers`."""
+    return ceil(rows / answers) * rollout.prompt_length + rows * rollout.response_length
 
 
 def _update(

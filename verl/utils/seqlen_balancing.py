@@ -247,6 +247,15 @@ def rearrange_micro_batches(
     return sorted(micro_batches, key=lambda rows: (-sum(lengths[row] for row in rows), rows))
 
 
+def can_fill_micro_batches(lengths: Sequence[int], max_token_len: int, dp_group: Any = None) -> bool:
+    """Whether every rank has as many rows as the rank with the largest need takes micro-batches, without which
+    `rearrange_micro_batches` fails; the same answer on every rank of the group, which must all call this together."""
+    count, fewest_rows = max(1, _BudgetPacker(lengths, max_token_len).fewest()), len(lengths)
+    if dp_group is not None and dist.is_initialized():
+        count, fewest_rows = _agree_on_count(count, fewest_rows, dp_group)
+    return count <= fewest_rows
+
+
 def prepare_dynamic_batch(
     data: Any, max_token_len: int, dp_group: Any = None, min_num_micro_batch: int = 1
 ) -> tuple[list[Any], list[list[int]]]:

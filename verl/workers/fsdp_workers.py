@@ -108,8 +108,8 @@ class FSDPWorker(Worker):
             self.update_seconds = time.perf_counter() - start
             self.optimizer.zero_grad()
 
-    def update_metrics(self, name: str, lengths: list[int]) -> dict[str, float]:
-        """Of the update just made, of `name`, on sequences of these lengths.
+    def update_metrics(self, name: str, lengths: list[int], repeated: list[int]) -> dict[str, float]:
+        """Of the update just made, of `name`, on sequences of these lengths, `repeated` prompts among them.
 
         Its learning rate, after which the schedule goes on to the next; on a GPU, the most that PyTorch held there, a
         sleeping engine left out, and what share that work (`training_flops`) is of what the GPU could have done in the
@@ -124,7 +124,7 @@ class FSDPWorker(Worker):
             metrics[f"perf/max_memory_{kind}_gb"] = (size - FSDPWorker.engine_bytes) / 2**30
         limits, shape = LIMITS.get(torch.cuda.get_device_name(self.device)), self.shape
         if limits is not None:
-            work = training_flops(shape.parameters, shape.layers, shape.heads * shape.head_dim, lengths)
+            work = training_flops(shape.parameters, shape.layers, shape.heads * shape.head_dim, lengths, repeated)
             metrics[f"perf/mfu/{name}"] = work / (self.update_seconds * limits.flops)
         return metrics
 
@@ -230,7 +230,9 @@ class ActorRolloutRefWorker(FSDPWorker):
         with self.updating("update_actor"):
             metrics = self.actor.update_policy(data)
         rows = teacher_rows(data) if self.config.actor.use_sft_mode else student_rows(data)
-        return {**metrics, **self.update_metrics("actor", rows.lengths() * self.config.actor.ppo_epochs)}
+        lengths, repeated = rows.lengths(), rows.prompt_mask.sum(-1)[~rows.begins_family()].tolist()
+        epochs = self.config.actor.ppo_epochs
+        return {**metrics, **self.update_metrics("actor", lengths * epochs, repeated * epochs)}
 
 
 class CriticWorker(FSDPWorker):
@@ -281,5 +283,8 @@ class CriticWorker(FSDPWorker):
         return DataProto.from_dict(scores, meta_info={"metrics": self._logged(metrics, data)})
 
     def _logged(self, metrics: dict[str, float], data: DataProto) -> dict[str, float]:
-        lengths = student_rows(data).lengths() + teacher_rows(data).lengths()
-        return {**metrics, **self.update_metrics("critic", lengths * self.config.ppo_epochs)}
+        students, epochs = student_rows(data), self.config.ppo_epochs
+        lengths = students.lengths() + teacher_rows(data).lengths()
+        # The teacher's answer has the prompt, and the students' share it.
+        repeated = students.prompt_mask.sum(-1).tolist()
+        return {**metrics, **self.update_metrics("critic", lengths * epochs, repeated * epochs)}

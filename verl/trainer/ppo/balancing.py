@@ -34,9 +34,8 @@ def balance(batch: DataProto, mini_batch_size: int, ranks: int, by_tokens: bool)
 
 
 def _tokens(batch: DataProto) -> list[int]:
-    """Tokens of each row's sequences: the teacher's and, where there are any, the students'."""
+    """Tokens to compute for each row: its prompt's once, the teacher's and, where there are any, the students'."""
     tokens = batch.batch["teacher_attention_mask"].sum(-1)
     if "response_mask" in batch.batch:
-        mask = batch.batch["response_mask"]
-        tokens = tokens + batch.batch["attention_mask"].sum(-1) * mask.shape[1] + mask.sum((1, 2))
+        tokens = tokens + batch.batch["response_mask"].sum((1, 2))
     return tokens.tolist()

@@ -18,7 +18,7 @@ from verl.workers.updates import (
     MetricSums,
     data_parallel_size,
     optimizer_step,
-    split_micro_batches,
+    split_rows,
     sum_over_ranks,
 )
 
@@ -54,8 +54,8 @@ class DataParallelPPOActor:
         Without `entropy` the second is zeros.
         """
         rows = student_rows(data)
-        micro_batches = split_micro_batches(
-            rows.lengths(),
+        micro_batches = split_rows(
+            rows,
             self.rollout.log_prob_use_dynamic_bsz,
             self.rollout.log_prob_max_token_len_per_gpu,
             self.rollout.log_prob_micro_batch_size_per_gpu,
@@ -104,8 +104,8 @@ class DataParallelPPOActor:
 
         self.actor_optimizer.zero_grad()
         losses: dict[str, torch.Tensor] = {}
-        micro_batches = split_micro_batches(
-            rows.lengths(),
+        micro_batches = split_rows(
+            rows,
             self.config.use_dynamic_bsz,
             self.config.ppo_max_token_len_per_gpu,
             self.config.ppo_micro_batch_size_per_gpu,

@@ -23,6 +23,7 @@ from verl.workers.updates import (
     data_parallel_size,
     optimizer_step,
     split_micro_batches,
+    split_rows,
     sum_over_ranks,
 )
 
@@ -59,7 +60,10 @@ class DataParallelPPOCritic:
         `meta_info["compute_teacher"]=True`."""
         teacher = data.meta_info.get("compute_teacher", False)
         rows = teacher_rows(data) if teacher else student_rows(data)
-        micro_batches = self._micro_batches(rows.lengths(), group_size=1)
+        config = self.config
+        micro_batches = split_rows(
+            rows, config.use_dynamic_bsz, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu
+        )
         parts = [self.critic_module(rows.select(index)) for index in micro_batches]
         reshard(self.critic_module)
         # Results are fetched from the device once all of its work is queued.

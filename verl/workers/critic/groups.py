@@ -52,9 +52,9 @@ class GroupRows:
         return cls(replace(rows, response_mask=mask).select(first), members.view(groups, answers + 1))
 
     def lengths(self) -> list[int]:
-        """Tokens to forward for each group."""
-        row_lengths = torch.tensor(self.rows.lengths())
-        return [int(row_lengths[members.unique()].sum()) for members in self.members]
+        """Tokens to forward for each group: its prompt's, and those of its distinct answers."""
+        prompts, answers = self.rows.prompt_mask.sum(-1), self.rows.response_mask.sum(-1)
+        return [int(prompts[members[0]] + answers[members.unique()].sum()) for members in self.members]
 
     def select(self, groups: list[int]) -> GroupRows:
         """Some of the groups, with the rows they need."""
