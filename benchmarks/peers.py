@@ -33,7 +33,7 @@ from verl.utils.model import load_tokenizer
 RUNS = ("ours-sft", "trl-sft", "ours-grpo", "trl-grpo")
 TRL_SAMPLING = {"trl padded": "random", "trl grouped": "group_by_length"}
 COLUMNS = ("task", "who", "seconds", "tokens", "tokens_per_s", "peak_gib", "times_trl")
-STEP_TOKENS, TINY_STEP_TOKENS = 65536, 1024
+STEP_TOKENS, TINY_STEP_TOKENS = 131072, 1024
 TEMPERATURE, KL_COEF = 0.8, 0.001
 
 
@@ -66,7 +66,8 @@ def own_arguments(args: argparse.Namespace) -> list[str]:
 
 def ours_sft(args: argparse.Namespace, report: Report, models: Path) -> None:
     """SFT by `benchmarks.update`."""
-    rows = update.main([*own_arguments(args), "--losses", "sft", "--tokens", str(args.tokens)])["results"]
+    sizes = ["--tokens", str(args.tokens), "--step-tokens", str(STEP_TOKENS)]
+    rows = update.main([*own_arguments(args), "--losses", "sft", *sizes])["results"]
     kept = {name: rows[0][name] for name in ("seconds", "tokens", "tokens_per_s", "peak_gib", "all_seconds", "mfu")}
     report.add(task="sft", who="ours", **kept)
 
@@ -97,7 +98,7 @@ class StepClock(TrainerCallback):
         say(f"TRL's step {len(self.ends)}")
 
     def seconds(self, warmup: int) -> list[float]:
-        """Of the steps after the first `warmup`, at least one."""
+        """Of the steps after the first `warmup`, at least one: when the first began was not noted."""
         return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)][warmup - 1 :]
 
 
@@ -153,7 +154,7 @@ def trl_sft(args: argparse.Namespace, report: Report, models: Path) -> None:
         seconds = clock.seconds(args.warmup)
         report.add(
             task="sft", who=who, seconds=median(seconds), tokens=sum(drawn) / len(drawn), all_seconds=seconds,
-            tokens_per_s=sum(drawn) / sum(seconds), peak_gib=peak_gib(args.device),
+            tokens_per_s=median(t / s for t, s in zip(drawn, seconds, strict=True)), peak_gib=peak_gib(args.device),
         )  # fmt: skip
         del trainer
         free_memory()
@@ -254,6 +255,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         sys.exit(
             "this benchmark compares with TRL, which is not installed: pip install trl, or pass --runs ours-sft ..."
         )
+    if args.warmup < 1:
+        arguments().error("--warmup must be at least 1: when TRL's first step begins is not noted")
     report = Report("peers", args, COLUMNS)
     if args.device == "cuda" and len(args.runs) > 1:
         # What an engine leaves on the device must not stand in the next one's way.

@@ -57,7 +57,6 @@ def test_pack_lays_a_shared_prompt_once():
         response_mask=torch.tensor([[1, 0], [1, 1], [1, 0]]),
     )
     assert rows.lengths() == [3, 4, 2]
-    assert rows.costs() == [3, 2, 2]
     packed = pack(rows)
     assert packed.input_ids.tolist() == [[11, 12, 13, 14, 15, 21, 22]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1]]

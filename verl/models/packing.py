@@ -3,8 +3,8 @@
 R rows, P prompt width (left-padded), T answer width (right-padded), S tokens to compute, K answer tokens.
 
 Padding is not computed, and a prompt is computed once for all answers to it that stand next to each other: nothing in
-a prompt depends on what follows it. A *family* is such a run of several rows; each of its answers continues the one
-prompt. Prompts of families are laid down first, then their answers, then the rows without a family, whole.
+a prompt depends on what follows it. A *family* is such a run of rows; each of its answers continues the one prompt. The
+prompts of families of several rows are laid down first, then their answers, then the other rows, whole.
 
 Rows stay in host memory, and their layout is worked out there: on a GPU the index arithmetic would make the host wait
 for the device at every micro-batch. What the model needs is then copied over without waiting.
@@ -44,11 +44,6 @@ class AnswerRows:
         """(R,) bool: whether a row's prompt is another one than that of the row before it."""
         same = (self.prompts[1:] == self.prompts[:-1]) & (self.prompt_mask[1:] == self.prompt_mask[:-1])
         return torch.cat([torch.ones(min(1, len(self)), dtype=torch.bool), ~same.all(-1)])
-
-    def costs(self) -> list[int]:
-        """Tokens that each row adds to the work: its answer's, and its prompt's if it begins a family."""
-        prompts = self.prompt_mask.sum(-1) * self.begins_family()
-        return (prompts + self.response_mask.sum(-1)).tolist()
 
     def select(self, rows: torch.Tensor | list[int]) -> AnswerRows:
         """The given rows, in the given order."""
@@ -94,8 +89,8 @@ class PackedRows:
 class Layout:
     """Which token of S attends to which.
 
-    As segments, each of which is causal in itself: `prompts` tokens of the families' prompts, then `answers` tokens of
-    their answers, then the other rows. Answers attend to their family's prompt besides:
+    As segments, each of which is causal in itself: `prompts` tokens of the prompts of families of several rows, then
+    `answers` tokens of their answers, then the other rows. Such answers attend to their family's prompt besides:
 
         starts: (segments + 1,) int32, where each begins in S, and S itself; longest: tokens of the longest.
         prompt_starts, answer_starts: (families + 1,) int32, where each family's prompt begins in the first section, and
