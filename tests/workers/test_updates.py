@@ -233,6 +233,27 @@ def rows_of(prompts: list[int], answer_lengths: list[int]) -> AnswerRows:
     return AnswerRows(rows.prompts[first], rows.prompt_mask, rows.responses, rows.response_mask)
 
 
+def test_states_made_beforehand_are_those_that_adamw_makes_itself():
+    config = settings("sft").actor_rollout_ref.actor.optim
+    ours, theirs = (torch.nn.Linear(3, 2) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizer, _ = build_optimizer(ours, config, total_steps=2)
+    expected = torch.optim.AdamW(
+        theirs.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
+    assert len(optimizer.state) == 2
+    for scale in (1.0, -3.0):
+        for layer, stepped in ((ours, optimizer), (theirs, expected)):
+            stepped.zero_grad()
+            (layer(torch.tensor([1.0, 2.0, 3.0])) * scale).sum().backward()
+            stepped.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
+        assert optimizer.state[mine].keys() == expected.state[other].keys()
+        for name, value in expected.state[other].items():
+            assert torch.equal(optimizer.state[mine][name], value) and optimizer.state[mine][name].dtype == value.dtype
+
+
 def test_answers_to_one_prompt_stay_together_where_the_budget_holds_them():
     """Prompts of 4 tokens; answers of 2, 3, 1 to the first, 10 with it; of 5, 2 to the second, 11; of 6 to the last."""
     rows = rows_of([0, 0, 0, 1, 1, 2], [2, 3, 1, 5, 2, 6])

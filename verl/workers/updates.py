@@ -35,6 +35,7 @@ def build_optimizer(
         # One pass over the memory instead of several. On CPU it would change nothing but the last bit.
         fused=next(module.parameters()).is_cuda,
     )
+    _make_states(optimizer)
     total = config.total_training_steps or total_steps
     warmup = config.lr_warmup_steps
     if warmup < 0:
@@ -50,6 +51,21 @@ def build_optimizer(
         optimizer, warmup, total, min_lr_ratio=config.min_lr_ratio, num_cycles=config.num_cycles
     )
     return optimizer, schedule
+
+
+def _make_states(optimizer: torch.optim.AdamW) -> None:
+    """Make now what AdamW by itself makes in its first step.
+
+    The states stay for good. By the first step PyTorch has large pieces of the GPU's memory at hand that activations
+    were in, and would put the states into them: what is left of these pieces could not be given back for the engine.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device if group["fused"] else "cpu"),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def optimizer_step(module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
