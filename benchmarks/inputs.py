@@ -215,7 +215,7 @@ def rows_of(loss: str, batch: DataProto) -> AnswerRows:
 
 
 def batch_of_tokens(shape: Shape, loss: str, answers: int, lengths: Lengths, tokens: int) -> DataProto:
-    """The largest random batch whose update forwards at most `tokens`."""
+    """The largest random batch whose update is on sequences of at most `tokens` together, each with its prompt."""
     rows_per_prompt = {"sft": 1, "gspo": answers}.get(loss, answers + 1)
     prompts = 2 * tokens // (rows_per_prompt * sum((*lengths.prompt, *lengths.answer)) // 2)
     batch = random_batch(shape, max(2, prompts), answers, lengths)

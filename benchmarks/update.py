@@ -75,7 +75,7 @@ def arguments() -> argparse.ArgumentParser:
                         help="prompts and answers of 64-511 tokens, or a loss over documents of 128-1023")  # fmt: skip
     result.add_argument("--tokens", nargs="+", type=int, default=[16384, 32768],
                         help="of a micro-batch; the classic way is timed with the first of them")  # fmt: skip
-    result.add_argument("--step-tokens", type=int, default=131072, help="of one optimizer step")
+    result.add_argument("--step-tokens", type=int, default=131072, help="of the sequences of one optimizer step")
     result.add_argument("--n", type=int, default=8, help="answers per prompt")
     result.add_argument("--warmup", type=int, default=2, help="steps that are not timed")
     result.add_argument("--steps", type=int, default=5, help="steps that are timed")

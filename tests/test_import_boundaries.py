@@ -112,6 +112,7 @@ PURE = {
 }
 STANDARD = {
     "__future__",
+    "bisect",
     "collections",
     "copy",
     "dataclasses",

@@ -34,7 +34,7 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("heads", [(12, 2, 128), (32, 8, 64)], ids=["qwen2", "llama"])
 def test_attention_and_its_gradients(lengths, heads, cuda, monkeypatch):
     layout = pack(rows_of(*lengths)).to(cuda).layout
-    assert layout.answers == sum(sum(group) for group in lengths[1] if len(group) > 1)
+    assert layout.answer_tokens == sum(sum(group) for group in lengths[1] if len(group) > 1)
     queries, groups, size = heads
     generator = torch.Generator(cuda).manual_seed(0)
     states = [

@@ -41,7 +41,7 @@ def test_pack_lays_rows_end_to_end():
     assert packed.grid_index.tolist() == [0, 2, 3]
     layout = packed.layout
     assert layout.starts.tolist() == [0, 3, 8] and layout.longest == 5
-    assert (layout.prompts, layout.answers) == (0, 0) and layout.prompt_starts.tolist() == [0]
+    assert (layout.prompt_tokens, layout.answer_tokens) == (0, 0) and layout.prompt_starts.tolist() == [0]
     # Row 1 starts at the second line of a 2 x 5 grid.
     assert (layout.rows, layout.width) == (2, 5)
     assert layout.source.tolist() == [0, 1, 2, 0, 0, 3, 4, 5, 6, 7]
@@ -65,8 +65,8 @@ def test_pack_lays_a_shared_prompt_once():
     layout = packed.layout
     # The prompt, its two answers, and the third row whole.
     assert layout.starts.tolist() == [0, 2, 3, 5, 7] and layout.longest == 2
-    assert layout.prompts == 2 and layout.prompt_starts.tolist() == [0, 2]
-    assert layout.answers == 3 and layout.answer_starts.tolist() == [0, 3]
+    assert layout.prompt_tokens == 2 and layout.prompt_starts.tolist() == [0, 2]
+    assert layout.answer_tokens == 3 and layout.answer_starts.tolist() == [0, 3]
     assert (layout.longest_answers, layout.longest_prompt) == (3, 2)
     assert layout.source.tolist() == [0, 1, 2, 0, 0, 1, 3, 4, 5, 6, 0, 0]
     assert layout.place.tolist() == [0, 1, 2, 6, 7, 8, 9]
@@ -89,8 +89,8 @@ def test_families_come_first_their_prompts_before_their_answers():
     layout = packed.layout
     # An answer without a token has no segment.
     assert layout.starts.tolist() == [0, 1, 3, 5, 6, 8, 12] and layout.longest == 4
-    assert layout.prompts == 3 and layout.prompt_starts.tolist() == [0, 1, 3] and layout.longest_prompt == 2
-    assert layout.answers == 5 and layout.answer_starts.tolist() == [0, 3, 5] and layout.longest_answers == 3
+    assert layout.prompt_tokens == 3 and layout.prompt_starts.tolist() == [0, 1, 3] and layout.longest_prompt == 2
+    assert layout.answer_tokens == 5 and layout.answer_starts.tolist() == [0, 3, 5] and layout.longest_answers == 3
     assert (layout.rows, layout.width) == (5, 4)
     assert layout.source.tolist() == [8, 9, 10, 11, 0, 3, 4, 0, 0, 5, 0, 0, 1, 2, 0, 0, 1, 2, 6, 7]
     assert layout.place.tolist() == [4, 12, 13, 5, 6, 9, 18, 19, 0, 1, 2, 3]
@@ -111,6 +111,14 @@ def test_a_row_without_prompt_is_refused():
     rows = answer_rows([2, 2], [1, 1])
     rows.prompt_mask[1] = 0
     with pytest.raises(ValueError, match=r"rows \[1\] have none"):
+        pack(rows)
+
+
+@pytest.mark.parametrize("mask", ["prompt_mask", "response_mask"])
+def test_padding_between_tokens_is_refused(mask):
+    rows = answer_rows([3, 3], [3, 3])
+    getattr(rows, mask)[1] = torch.tensor([1, 0, 1])
+    with pytest.raises(ValueError, match=r"rows \[1\] have padding between tokens"):
         pack(rows)
 
 

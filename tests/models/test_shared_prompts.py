@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.tiny import answer_rows, causal_lm, scorer
 from verl.models import attention
@@ -106,8 +107,8 @@ def test_two_kernel_calls_are_attention_over_prompt_and_answer(plain_kernel):
         return [output, *(t.grad for t in inputs)]
 
     def flash(query, key, value):
-        parts = (layout.starts, layout.longest, layout.prompts, layout.prompt_starts, layout.longest_prompt)
-        parts += (layout.answers, layout.answer_starts, layout.longest_answers)
+        parts = (layout.starts, layout.longest, layout.prompt_tokens, layout.prompt_starts, layout.longest_prompt)
+        parts += (layout.answer_tokens, layout.answer_starts, layout.longest_answers)
         return attention._Flash.apply(query, key, value, *parts, 0.3)
 
     def grid(query, key, value):
@@ -117,22 +118,35 @@ def test_two_kernel_calls_are_attention_over_prompt_and_answer(plain_kernel):
         torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-10)
 
 
+LAYOUTS = {
+    "shared": families(),
+    "none shared": answer_rows([3, 8, 5], [6, 2, 4]),
+    "shared, other lengths": families().select([1, 2, 4, 5, 3]),
+    "none shared, other lengths": answer_rows([2, 9], [3, 7]),
+}
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_model_on_the_flash_path_is_that_on_the_grid(plain_kernel, monkeypatch, compiled):
-    """With prompts that are shared, and with none, on the same graphs."""
-    for rows in (families(), answer_rows([3, 8, 5], [6, 2, 4])):
+    """Compiled, layouts with shared prompts have their graphs, those without have theirs, and lengths take no more."""
+    torch._dynamo.reset()
+    counters.clear()
+    modules = {flash: PolicyModel(causal_lm()) for flash in (False, True)}
+    if compiled:
+        compile_layers(modules[True].hf)
+    graphs = []
+    for name, rows in LAYOUTS.items():
         results = []
-        for flash in (False, True):
+        for flash, module in modules.items():
             monkeypatch.setattr(attention, "_has_kernel", lambda _, flash=flash: flash)
-            torch._dynamo.reset()
-            module = PolicyModel(causal_lm())
-            if compiled and flash:
-                compile_layers(module.hf)
+            module.zero_grad()
             output = module(rows, 0.7)[0]
             (torch.linspace(-1, 2, output.numel()).view(output.shape) * output).sum().backward()
             results.append([output, *(p.grad for p in module.parameters())])
         for expected, ours in zip(*results, strict=True):
-            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == ([1, 2, 2, 2] if compiled else [0, 0, 0, 0])
 
 
 def test_the_kernels_take_what_they_are_given():

@@ -223,6 +223,14 @@ def test_micro_batches_by_rows_and_whole_groups(actor, critic):
     estimate = estimate_memory(run_of(*rows), actor, critic, 80 * GIB)
     # Four answers and their prompt, of 512 tokens each.
     assert "activations of 2560 tokens" in estimate.phases["update_actor"]
+    # Of six answers to a prompt the first four and then two, with the first two of the next.
+    of_six = estimate_memory(run_of(*rows, "actor_rollout_ref.rollout.n=6"), actor, critic, 80 * GIB)
+    assert "activations of 3072 tokens" in of_six.phases["update_actor"]
+    # Padded rows have a prompt each.
+    padded = [*rows, "actor_rollout_ref.model.use_remove_padding=False", "critic.model.use_remove_padding=False"]
+    padded = estimate_memory(run_of(*padded), actor, critic, 80 * GIB)
+    assert "activations of 4096 tokens" in padded.phases["update_actor"]
+    assert "activations of 9216 tokens" in padded.phases["update_critic"]
     # A group of a prompt, a teacher's and 8 student answers is never split.
     assert "activations of 5120 tokens" in estimate.phases["update_critic"]
     budget = estimate_memory(run_of("critic.ppo_max_token_len_per_gpu=2048"), actor, critic, 80 * GIB)

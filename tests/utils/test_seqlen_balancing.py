@@ -186,13 +186,41 @@ def test_prepare_and_restore_a_dataproto():
     assert sb.restore_dynamic_batch(rows, indices).tolist() == [0, 1, 2, 3]
 
 
+# ---- rows that share tokens with the row before them
+
+# Three rows of one prompt of 4 tokens, two of another, one of a third.
+LENGTHS, SHARED = [6, 7, 5, 9, 6, 10], [0, 4, 4, 0, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("budget", "at_least", "expected"),
+    [
+        (31, 1, [[0, 1, 2, 3, 4, 5]]),  # 6 + 3 + 1 + 9 + 2 + 10
+        (30, 1, [[0, 1, 2, 3], [4, 5]]),  # 19 and 16; 21 and 10, or 10 and 21, would be less even
+        (11, 1, [[3, 4], [0, 1, 2], [5]]),  # 11, 10, 10
+        (31, 3, [[3, 4], [0, 1, 2], [5]]),
+        (10, 1, [[0, 1, 2], [5], [3], [4]]),  # 10, 10, 9, 6: the second prompt once more
+        (8, 1, [[5], [3], [1, 2], [0], [4]]),  # 10 and 9 are alone, as they are more than 8; 8, 6, 6
+    ],
+)
+def test_shared_tokens_count_once(budget, at_least, expected):
+    assert sb.rearrange_micro_batches(LENGTHS, budget, min_num_micro_batch=at_least, shared=SHARED) == expected
+
+
+def test_a_count_between_two_that_a_budget_gives():
+    # Four rows of 3 tokens, 2 of them shared: within 4 tokens two and two, within 3 each alone.
+    assert sb.rearrange_micro_batches([3] * 4, 9, min_num_micro_batch=3, shared=[0, 2, 2, 2]) == [[2, 3], [0], [1]]
+
+
 # ---- several ranks
 
 
-def _ask_from_rank(rank, lengths_by_rank, folder):
+def _ask_from_rank(rank, lengths_by_rank, folder, shared_by_rank=(None, None)):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(lengths_by_rank))
     try:
-        answer = sb.rearrange_micro_batches(lengths_by_rank[rank], 10, dp_group=dist.group.WORLD)
+        answer = sb.rearrange_micro_batches(
+            lengths_by_rank[rank], 10, dp_group=dist.group.WORLD, shared=shared_by_rank[rank]
+        )
     except AssertionError as error:
         answer = str(error)
     torch.save(answer, f"{folder}/{rank}.pt")
@@ -214,3 +242,13 @@ def test_every_rank_hears_of_too_few_rows(tmp_path):
     mp.spawn(_ask_from_rank, args=(([9, 8, 7], [1, 2]), str(tmp_path)), nprocs=2)
     for rank in range(2):
         assert "3 micro-batches are needed" in torch.load(tmp_path / f"{rank}.pt")
+
+
+@pytest.mark.distributed
+def test_a_rank_that_shares_much_has_as_many_micro_batches(tmp_path):
+    """Four rows of 4 + 1 tokens, once of one prompt and once of four, of which a budget of 10 holds two."""
+    lengths_by_rank, shared_by_rank = ([5] * 4, [5] * 4), ([0, 4, 4, 4], [0] * 4)
+    mp.spawn(_ask_from_rank, args=(lengths_by_rank, str(tmp_path), shared_by_rank), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first == [[0, 1], [2, 3]]
+    assert [len(rows) for rows in second] == [2, 2]

@@ -11,9 +11,11 @@ from tests.workers import updates_on_two_ranks
 from tests.workers.updates_setup import ANSWERS, EOS, LOSSES, PROMPTS, batch, settings, update
 from verl.models.heads import PolicyModel, ScoreModel
 from verl.models.packing import AnswerRows
+from verl.trainer.ppo import balancing
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.batch import student_rows, teacher_response_mask, teacher_rows
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
+from verl.workers.critic.groups import GroupRows
 from verl.workers.updates import MetricSums, build_optimizer, optimizer_step, split_rows
 
 
@@ -254,16 +256,32 @@ def test_states_made_beforehand_are_those_that_adamw_makes_itself():
             assert torch.equal(optimizer.state[mine][name], value) and optimizer.state[mine][name].dtype == value.dtype
 
 
-def test_answers_to_one_prompt_stay_together_where_the_budget_holds_them():
-    """Prompts of 4 tokens; answers of 2, 3, 1 to the first, 10 with it; of 5, 2 to the second, 11; of 6 to the last."""
+def test_a_prompt_counts_once_where_it_is_computed_once():
+    """Prompts of 4 tokens; answers of 2, 3, 1 to the first, of 5, 2 to the second, of 6 to the last."""
     rows = rows_of([0, 0, 0, 1, 1, 2], [2, 3, 1, 5, 2, 6])
-    by_budget = {budget: sorted(map(sorted, split_rows(rows, True, budget, None))) for budget in (31, 21, 11, 10)}
-    assert by_budget[31] == [[0, 1, 2, 3, 4, 5]]
-    assert by_budget[21] == [[0, 1, 2, 3, 4], [5]] or by_budget[21] == [[0, 1, 2, 5], [3, 4]]
-    assert by_budget[11] == [[0, 1, 2], [3, 4], [5]]
-    # The second prompt's answers need 11 together, so each gets the prompt for itself: 9 and 6.
-    assert by_budget[10] == [[0, 1, 2], [3], [4], [5]]
-    assert split_rows(rows, False, 0, 4) == [[0, 1, 2, 3], [4, 5]]
+    assert rows.lengths() == [6, 7, 5, 9, 6, 10] and rows.shared_prompts() == [0, 4, 4, 0, 4, 0]
+    packed, padded = (PolicyModel(causal_lm(), remove_padding) for remove_padding in (True, False))
+    # 4 + 2 + 3 + 1, 4 + 5 + 2 and 4 + 6.
+    assert split_rows(rows, packed, True, 31, None) == [[0, 1, 2, 3, 4, 5]]
+    assert split_rows(rows, packed, True, 11, None) == [[3, 4], [0, 1, 2], [5]]
+    # Of padded rows each has a prompt of its own: 43 tokens.
+    assert split_rows(rows, padded, True, 43, None) == [[0, 1, 2, 3, 4, 5]]
+    cut = split_rows(rows, padded, True, 31, None)
+    assert len(cut) == 2 and max(sum(rows.lengths()[row] for row in part) for part in cut) <= 31
+    assert split_rows(rows, packed, False, 0, 4) == [[0, 1, 2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(("share_prompts", "expected"), [(True, [19, 22, 17, 19]), (False, [34, 25, 35, 25])])
+def test_tokens_of_a_group(share_prompts, expected):
+    """Prompts of 5, 1, 9, 3 tokens, teachers of 3, 8, 2, 6, and students of [7, 1, 3], [2, 7, 4], [5, 5, 1], [6, 2, 8]
+    without their EOS, of which two are equal in the third group, and the first is the teacher's in the last."""
+    assert GroupRows.of(batch(), EOS, exclude_eos=True).lengths(share_prompts) == expected
+
+
+def test_balancing_counts_a_prompt_once():
+    """Prompts of 5, 1, 9, 3 tokens, teachers of 3, 8, 2, 6, students of 12, 13, 11, 16 in all."""
+    assert balancing._tokens(batch()) == [20, 22, 22, 25]
+    assert balancing._tokens(batch().select(["attention_mask", "teacher_attention_mask"])) == [8, 9, 11, 9]
 
 
 def test_a_shared_prompt_is_forwarded_once_in_the_update_and_in_the_log_prob_pass():
@@ -279,3 +297,15 @@ def test_a_shared_prompt_is_forwarded_once_in_the_update_and_in_the_log_prob_pas
     actor.update_policy(data)
     assert int(data.batch["response_mask"].sum()) == 52
     assert seen == [18 + 52] * 2
+
+
+def test_a_shared_prompt_is_forwarded_once_by_the_discriminator():
+    """The students' 70 tokens as above; in the update the 77 of `test_tokens_of_a_group`, the teachers' among them."""
+    data, seen = batch(), []
+    module = ScoreModel(scorer())
+    module.hf.model.embed_tokens.register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+    critic = DataParallelPPOCritic(settings("ranking").critic, module, torch.optim.SGD(module.parameters()), EOS)
+    critic.compute_values(data)
+    data.meta_info["mini_batches"] = 1
+    critic.update_critic(data)
+    assert seen == [70, 77]

@@ -31,10 +31,10 @@ def packed_attention(
     scaling: float,
     starts: torch.Tensor,
     longest: int,
-    prompts: int,
+    prompt_tokens: int,
     prompt_starts: torch.Tensor,
     longest_prompt: int,
-    answers: int,
+    answer_tokens: int,
     answer_starts: torch.Tensor,
     longest_answers: int,
     source: torch.Tensor,
@@ -51,8 +51,8 @@ def packed_attention(
     states = [packed[0].transpose(0, 1) for packed in (query, key, value)]
     if _has_kernel(query):
         output = _Flash.apply(
-            *states, starts, longest, prompts, prompt_starts, longest_prompt, answers, answer_starts, longest_answers,
-            scaling,
+            *states, starts, longest, prompt_tokens, prompt_starts, longest_prompt, answer_tokens, answer_starts,
+            longest_answers, scaling,
         )  # fmt: skip
     else:
         output = _on_grid(*states, source, place, rows, width, scaling)
@@ -95,42 +95,42 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, query, key, value, starts, longest, prompts, prompt_starts, longest_prompt, answers, answer_starts,
-        longest_answers, scaling,
+        ctx, query, key, value, starts, longest, prompt_tokens, prompt_starts, longest_prompt, answer_tokens,
+        answer_starts, longest_answers, scaling,
     ):  # fmt: skip
         output, log_sums = _flash(query, key, value, starts, starts, longest, longest, True, scaling)
-        if answers:
-            shared = slice(prompts, prompts + answers)
+        if answer_tokens:
+            prompts, answers = slice(prompt_tokens), slice(prompt_tokens, prompt_tokens + answer_tokens)
             other, other_sums = _flash(
-                query[shared], key[:prompts], value[:prompts], answer_starts, prompt_starts, longest_answers,
+                query[answers], key[prompts], value[prompts], answer_starts, prompt_starts, longest_answers,
                 longest_prompt, False, scaling,
             )  # fmt: skip
-            own_sums = log_sums[:, shared]
+            own_sums = log_sums[:, answers]
             both = torch.logaddexp(own_sums, other_sums)
             own_share, other_share = ((sums - both).exp().T.unsqueeze(-1) for sums in (own_sums, other_sums))
-            merged = own_share * output[shared] + other_share * other
-            output[shared] = merged.to(output.dtype)
-            log_sums[:, shared] = both
+            merged = own_share * output[answers] + other_share * other
+            output[answers] = merged.to(output.dtype)
+            log_sums[:, answers] = both
         ctx.save_for_backward(query, key, value, output, log_sums, starts, prompt_starts, answer_starts)
-        ctx.numbers = longest, prompts, longest_prompt, answers, longest_answers, scaling
+        ctx.numbers = longest, prompt_tokens, longest_prompt, answer_tokens, longest_answers, scaling
         return output
 
     @staticmethod
     def backward(ctx, gradient):
         query, key, value, output, log_sums, starts, prompt_starts, answer_starts = ctx.saved_tensors
-        longest, prompts, longest_prompt, answers, longest_answers, scaling = ctx.numbers
+        longest, prompt_tokens, longest_prompt, answer_tokens, longest_answers, scaling = ctx.numbers
         gradient = gradient.contiguous()
         gradients = _flash_backward(
             gradient, query, key, value, output, log_sums, starts, starts, longest, longest, True, scaling
         )
-        if answers:
-            shared = slice(prompts, prompts + answers)
+        if answer_tokens:
+            prompts, answers = slice(prompt_tokens), slice(prompt_tokens, prompt_tokens + answer_tokens)
             others = _flash_backward(
-                gradient[shared], query[shared], key[:prompts], value[:prompts], output[shared],
-                log_sums[:, shared].contiguous(), answer_starts, prompt_starts, longest_answers, longest_prompt, False,
+                gradient[answers], query[answers], key[prompts], value[prompts], output[answers],
+                log_sums[:, answers].contiguous(), answer_starts, prompt_starts, longest_answers, longest_prompt, False,
                 scaling,
             )  # fmt: skip
-            for whole, part, other in zip(gradients, (shared, slice(prompts), slice(prompts)), others, strict=True):
+            for whole, part, other in zip(gradients, (answers, prompts, prompts), others, strict=True):
                 whole[part] += other
         return *gradients, *[None] * 9
 
@@ -169,7 +169,7 @@ def _(gradient, query, key, value, *rest):
 
 
 def _kernel_forward(query, key, value, query_starts, key_starts, longest_query, longest_key, causal, scaling):
-    # For single queries the kernel has a way of its own, which takes no segment to be empty.
+    # For segments of one query at most the kernel has a way of its own, which reads past an empty one.
     longest_query = max(2, longest_query)
     return torch.ops.aten._flash_attention_forward(
         query, key, value, query_starts, key_starts, longest_query, longest_key, 0.0, causal, False, scale=scaling

@@ -56,7 +56,7 @@ class AnswerModel(nn.Module):
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
-        start = rows.prompts.shape[1] - before
+        start = rows.prompts.shape[1] - int(before)
         return hidden[:, start : start + rows.responses.shape[1]][rows.response_mask.bool().to(self.device)]
 
 

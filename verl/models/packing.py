@@ -45,6 +45,10 @@ class AnswerRows:
         same = (self.prompts[1:] == self.prompts[:-1]) & (self.prompt_mask[1:] == self.prompt_mask[:-1])
         return torch.cat([torch.ones(min(1, len(self)), dtype=torch.bool), ~same.all(-1)])
 
+    def shared_prompts(self) -> list[int]:
+        """Tokens of each row's prompt if the row before it has the same one, else 0."""
+        return (self.prompt_mask.sum(-1) * ~self.begins_family()).tolist()
+
     def select(self, rows: torch.Tensor | list[int]) -> AnswerRows:
         """The given rows, in the given order."""
         return AnswerRows(self.prompts[rows], self.prompt_mask[rows], self.responses[rows], self.response_mask[rows])
@@ -89,10 +93,11 @@ class PackedRows:
 class Layout:
     """Which token of S attends to which.
 
-    As segments, each of which is causal in itself: `prompts` tokens of the prompts of families of several rows, then
-    `answers` tokens of their answers, then the other rows. Such answers attend to their family's prompt besides:
+    As segments, each of which is causal in itself: the prompts of families of several rows, then their answers, then
+    the other rows. Such answers attend to their family's prompt besides:
 
         starts: (segments + 1,) int32, where each begins in S, and S itself; longest: tokens of the longest.
+        prompt_tokens, answer_tokens: tokens of the first section and of the second.
         prompt_starts, answer_starts: (families + 1,) int32, where each family's prompt begins in the first section, and
             its answers in the second, and the section's end.
         longest_prompt, longest_answers: tokens of the longest prompt, and of the largest family's answers together.
@@ -105,10 +110,10 @@ class Layout:
 
     starts: torch.Tensor
     longest: int
-    prompts: int
+    prompt_tokens: int
     prompt_starts: torch.Tensor
     longest_prompt: int
-    answers: int
+    answer_tokens: int
     answer_starts: torch.Tensor
     longest_answers: int
     source: torch.Tensor
@@ -130,25 +135,31 @@ def pack(rows: AnswerRows) -> PackedRows:
     """Lay rows end to end.
 
     Raises:
-        ValueError: a row without a prompt token: its first answer token could not be predicted.
+        ValueError: a row without a prompt token: its first answer token could not be predicted; or padding between
+            tokens.
     """
     if not rows.prompt_mask.any(-1).all():
         empty = (~rows.prompt_mask.bool().any(-1)).nonzero().flatten().tolist()
         raise ValueError(f"every row needs at least one prompt token; rows {empty[:10]} have none")
     answer_mask = rows.response_mask.bool()
     mask = torch.cat([rows.prompt_mask.bool(), answer_mask], dim=-1)
+    gaps = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, 0] > 1
+    if gaps.any():
+        raise ValueError(
+            "a row's tokens must follow each other, prompts left-padded and answers right-padded; rows "
+            f"{gaps.nonzero().flatten().tolist()[:10]} have padding between tokens"
+        )
     width = rows.prompts.shape[1]
     begins = rows.begins_family()
     family = begins.long().cumsum(0) - 1
     shared = (torch.bincount(family) > 1)[family]
 
     # Which cells are computed, section by section; by them, the cell that each token of S stands in.
-    prompts, answers, others = mask.clone(), mask.clone(), mask & ~shared.unsqueeze(-1)
-    prompts &= (shared & begins).unsqueeze(-1)
-    prompts[:, width:] = False
-    answers &= shared.unsqueeze(-1)
-    answers[:, :width] = False
-    cell = torch.cat([section.flatten().nonzero().flatten() for section in (prompts, answers, others)])
+    prompt_cells, answer_cells = mask & (shared & begins).unsqueeze(-1), mask & shared.unsqueeze(-1)
+    prompt_cells[:, width:] = False
+    answer_cells[:, :width] = False
+    sections = (prompt_cells, answer_cells, mask & ~shared.unsqueeze(-1))
+    cell = torch.cat([section.flatten().nonzero().flatten() for section in sections])
 
     # Where each cell's token sits in S; a prompt that is not laid down again is the family's first.
     token = torch.zeros(mask.numel(), dtype=torch.long).index_copy(0, cell, torch.arange(len(cell))).view_as(mask)
@@ -162,7 +173,7 @@ def pack(rows: AnswerRows) -> PackedRows:
         answer_ids=rows.responses[answer_mask],
         grid_index=answer_mask.flatten().nonzero().flatten(),
         layout=Layout(
-            **_segments(prompts.sum(-1), answers.sum(-1), others.sum(-1), family), **_grid(mask, cell, token, position)
+            **_segments(*(section.sum(-1) for section in sections), family), **_grid(mask, cell, token, position)
         ),
     )
 
@@ -171,18 +182,18 @@ def _segments(prompts: torch.Tensor, answers: torch.Tensor, others: torch.Tensor
     """Of tokens (R,) that each row has in each section, and the number of its family (R,), counted from 0."""
     lengths = torch.cat([prompts, answers, others])
     lengths = lengths[lengths > 0]
-    in_family = torch.zeros(2, int(family[-1]) + 1, dtype=torch.long)
-    in_family.index_add_(1, family, torch.stack([prompts, answers]))
-    prompts, answers = in_family[:, in_family[0] > 0]
+    per_family = torch.zeros(2, int(family[-1]) + 1, dtype=torch.long)
+    per_family.index_add_(1, family, torch.stack([prompts, answers]))
+    family_prompts, family_answers = per_family[:, per_family[0] > 0]
     return {
         "starts": _starts(lengths),
         "longest": int(lengths.max()),
-        "prompts": int(prompts.sum()),
-        "prompt_starts": _starts(prompts),
-        "longest_prompt": max(prompts.tolist(), default=0),
-        "answers": int(answers.sum()),
-        "answer_starts": _starts(answers),
-        "longest_answers": max(answers.tolist(), default=0),
+        "prompt_tokens": int(family_prompts.sum()),
+        "prompt_starts": _starts(family_prompts),
+        "longest_prompt": max(family_prompts.tolist(), default=0),
+        "answer_tokens": int(family_answers.sum()),
+        "answer_starts": _starts(family_answers),
+        "longest_answers": max(family_answers.tolist(), default=0),
     }
 
 

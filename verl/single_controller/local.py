@@ -15,8 +15,8 @@ class LocalWorkerGroup(WorkerGroup):
     def __init__(self, worker: ClassWithInitArgs):
         super().__init__(world_size=1)
         # Whatever a launcher has set: this is a group of one.
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR=HOST)
-        os.environ.setdefault("MASTER_PORT", str(find_free_port(HOST)))
+        port = str(find_free_port(HOST))
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR=HOST, MASTER_PORT=port)
         self.worker = worker()
         self._bind_worker_methods(worker.cls)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, gcd
 from typing import Any
 
 import torch
@@ -244,10 +244,11 @@ def _actor_update(run: Run, shape: ModelShape) -> Parts:
     actor, rollout = group.actor, group.rollout
     prompts = max(1, actor.ppo_mini_batch_size // run.ranks)
     answers = 1 if actor.use_sft_mode else rollout.n
-    tokens, several = _micro_batch(actor, rollout, prompts, answers, together=1)
+    sharing = answers if group.model.use_remove_padding else 1
+    tokens, several = _micro_batch(actor, rollout, prompts * answers, sharing, together=1)
     parts = _update("actor", run, shape, actor.fsdp_config, group.model, tokens, several)
     # Only answers have logits. What is kept of them beyond a chunk is kept where there is room.
-    answered = tokens * answers * rollout.response_length / _tokens(rollout, answers, answers)
+    answered = tokens * sharing * rollout.response_length / _tokens(rollout, sharing, sharing)
     parts["logits"] = min(CHUNK_BYTES, answered * shape.vocabulary * _bytes(actor.fsdp_config.dtype))
     return parts
 
@@ -255,29 +256,32 @@ def _actor_update(run: Run, shape: ModelShape) -> Parts:
 def _critic_update(run: Run, shape: ModelShape) -> Parts:
     critic, rollout = run.critic, run.actor_rollout_ref.rollout
     prompts = max(1, critic.ppo_mini_batch_size // run.ranks)
-    tokens, several = _micro_batch(critic, rollout, prompts, rollout.n + 1, together=rollout.n + 1)
+    members = rollout.n + 1
+    sharing = members if critic.model.use_remove_padding else 1
+    tokens, several = _micro_batch(critic, rollout, prompts * members, sharing, together=members)
     return _update("critic", run, shape, critic.model.fsdp_config, critic.model, tokens, several)
 
 
 def _micro_batch(
-    part: ActorConfig | CriticConfig, rollout: RolloutConfig, prompts: int, answers: int, together: int
+    part: ActorConfig | CriticConfig, rollout: RolloutConfig, rows: int, sharing: int, together: int
 ) -> tuple[int, bool]:
     """Tokens of the largest micro-batch, if everything is as long as it may be, and whether there are several.
 
-    Of each prompt there are `answers`; `together` of them are never split.
+    Of the `rows`, every `sharing` have one prompt between them; every `together` are never split.
     """
-    everything = _tokens(rollout, prompts * answers, answers)
-    smallest = _tokens(rollout, together, answers)
+    everything = _tokens(rollout, rows, sharing)
+    smallest = _tokens(rollout, together, sharing)
     if part.use_dynamic_bsz:
         limit = max(part.ppo_max_token_len_per_gpu, smallest)
     else:
-        limit = max(_tokens(rollout, part.ppo_micro_batch_size_per_gpu, answers), smallest)
+        limit = max(_tokens(rollout, part.ppo_micro_batch_size_per_gpu, sharing), smallest)
     return min(everything, limit), everything > limit
 
 
-def _tokens(rollout: RolloutConfig, rows: int, answers: int) -> int:
-    """Of so many rows at their longest, a prompt counted once for its `answers`."""
-    return ceil(rows / answers) * rollout.prompt_length + rows * rollout.response_length
+def _tokens(rollout: RolloutConfig, rows: int, sharing: int) -> int:
+    """At most, of a micro-batch of so many rows at their longest: cuts may fall between rows of one prompt."""
+    prompts = (sharing - gcd(rows, sharing) + rows - 1) // sharing + 1
+    return prompts * rollout.prompt_length + rows * rollout.response_length
 
 
 def _update(

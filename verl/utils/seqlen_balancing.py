@@ -4,6 +4,7 @@ Everything works on lists of lengths and gives back lists of row indices; tensor
 """
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -171,6 +172,7 @@ class _BudgetPacker:
     """Packs the rows of one batch under a token budget; rows that are longer than the budget stand alone."""
 
     def __init__(self, lengths: Sequence[int], budget: int):
+        self.all_lengths = lengths
         self.alone = [[row] for row, length in enumerate(lengths) if length > budget]
         self.rows = [row for row, length in enumerate(lengths) if length <= budget]
         self.lengths = [lengths[row] for row in self.rows]
@@ -191,6 +193,10 @@ class _BudgetPacker:
         counts = range(lower_bound, len(self.fallback))
         return len(self.alone) + next((k for k in counts if self._balanced(k)), len(self.fallback))
 
+    def tokens(self, rows: Sequence[int]) -> int:
+        """Of any rows."""
+        return sum(self.all_lengths[row] for row in rows)
+
     def pack(self, count: int) -> list[list[int]]:
         """Exactly `count` micro-batches, from fewest() to the number of rows."""
         if not self.rows:
@@ -198,6 +204,45 @@ class _BudgetPacker:
         shared = count - len(self.alone)
         bins = self._balanced(shared) or _split_to_count(self.fallback, self.lengths, shared)
         return self.alone + [[self.rows[i] for i in rows] for rows in bins]
+
+
+class _RunPacker:
+    """Cuts the rows of one batch, in their order, into runs under a token budget; a row has `shared` tokens less where
+    the row before it is in the same run. A row that is longer than the budget stands alone."""
+
+    def __init__(self, lengths: Sequence[int], shared: Sequence[int], budget: int):
+        self.lengths, self.shared, self.budget = lengths, shared, budget
+
+    def _runs(self, budget: int) -> list[list[int]]:
+        """As long as the budget allows, from the first row on: there are no fewer."""
+        runs: list[list[int]] = []
+        tokens = 0
+        for row, (length, shared) in enumerate(zip(self.lengths, self.shared, strict=True)):
+            if runs and tokens + length - shared <= budget:
+                runs[-1].append(row)
+                tokens += length - shared
+            else:
+                runs.append([row])
+                tokens = length
+        return runs
+
+    def fewest(self) -> int:
+        """The smallest number of micro-batches."""
+        return len(self._runs(self.budget))
+
+    def pack(self, count: int) -> list[list[int]]:
+        """Exactly `count` micro-batches, from fewest() to the number of rows, the largest as small as can be."""
+        smallest = bisect_left(range(self.budget), True, key=lambda budget: len(self._runs(budget)) <= count)
+        runs = self._runs(smallest)
+        while len(runs) < count:
+            place = max((i for i, run in enumerate(runs) if len(run) > 1), key=lambda i: self.tokens(runs[i]))
+            run, half = runs[place], len(runs[place]) // 2
+            runs[place : place + 1] = [run[:half], run[half:]]
+        return runs
+
+    def tokens(self, run: Sequence[int]) -> int:
+        """Of rows that follow each other."""
+        return sum(self.lengths[row] for row in run) - sum(self.shared[row] for row in run[1:])
 
 
 def _agree_on_count(count: int, rows: int, group: Any) -> tuple[int, int]:
@@ -210,13 +255,18 @@ def _agree_on_count(count: int, rows: int, group: Any) -> tuple[int, int]:
 
 
 def rearrange_micro_batches(
-    lengths: Sequence[int], max_token_len: int, dp_group: Any = None, min_num_micro_batch: int = 1
+    lengths: Sequence[int],
+    max_token_len: int,
+    dp_group: Any = None,
+    min_num_micro_batch: int = 1,
+    shared: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Rows shared out over as few, and as equal, micro-batches as the token budget allows.
 
     Every row is in exactly one micro-batch; no micro-batch of more than one row has more than `max_token_len` tokens,
     and a row longer than that is alone. (The fewest possible is bin packing, NP-hard: what is reached here is the
-    better of balancing and first-fit-decreasing, which needs at most 11/9 of the optimum plus one.)
+    better of balancing and first-fit-decreasing, which needs at most 11/9 of the optimum plus one. Where rows have
+    `shared` tokens they stay in their order, and the fewest possible is reached.)
 
     Args:
         lengths: tokens of each row.
@@ -224,6 +274,7 @@ def rearrange_micro_batches(
         dp_group: with torch.distributed running, every rank of this group gets the same number of micro-batches, so
             that their collectives match; all its ranks must call this together.
         min_num_micro_batch: never fewer micro-batches than this.
+        shared: of each row's tokens, those that it need not have where the row before it is in the same micro-batch.
 
     Returns:
         Row indices per micro-batch, the one with most tokens first, so that a lack of memory shows at once.
@@ -234,7 +285,8 @@ def rearrange_micro_batches(
     """
     if max_token_len < 1:
         raise ValueError(f"max_token_len={max_token_len} must be at least 1")
-    packer = _BudgetPacker(lengths, max_token_len)
+    in_order = shared is not None and any(shared)
+    packer = _RunPacker(lengths, shared, max_token_len) if in_order else _BudgetPacker(lengths, max_token_len)
     count, fewest_rows = max(1, min_num_micro_batch, packer.fewest()), len(lengths)
     if dp_group is not None and dist.is_initialized():
         count, fewest_rows = _agree_on_count(count, fewest_rows, dp_group)
@@ -244,16 +296,7 @@ def rearrange_micro_batches(
         "raise the token budget, or lower min_num_micro_batch"
     )
     micro_batches = [sorted(rows) for rows in packer.pack(count)]
-    return sorted(micro_batches, key=lambda rows: (-sum(lengths[row] for row in rows), rows))
-
-
-def can_fill_micro_batches(lengths: Sequence[int], max_token_len: int, dp_group: Any = None) -> bool:
-    """Whether every rank has as many rows as the rank with the largest need takes micro-batches, without which
-    `rearrange_micro_batches` fails; the same answer on every rank of the group, which must all call this together."""
-    count, fewest_rows = max(1, _BudgetPacker(lengths, max_token_len).fewest()), len(lengths)
-    if dp_group is not None and dist.is_initialized():
-        count, fewest_rows = _agree_on_count(count, fewest_rows, dp_group)
-    return count <= fewest_rows
+    return sorted(micro_batches, key=lambda rows: (-packer.tokens(rows), rows))
 
 
 def prepare_dynamic_batch(

@@ -109,7 +109,8 @@ class FSDPWorker(Worker):
             self.optimizer.zero_grad()
 
     def update_metrics(self, name: str, lengths: list[int], repeated: list[int]) -> dict[str, float]:
-        """Of the update just made, of `name`, on sequences of these lengths, `repeated` prompts among them.
+        """Of the update just made, of `name`, on sequences of these lengths. `repeated` are the tokens of prompts in
+        them that other sequences have as well: computed once, they count once.
 
         Its learning rate, after which the schedule goes on to the next; on a GPU, the most that PyTorch held there, a
         sleeping engine left out, and what share that work (`training_flops`) is of what the GPU could have done in the
@@ -230,9 +231,8 @@ class ActorRolloutRefWorker(FSDPWorker):
         with self.updating("update_actor"):
             metrics = self.actor.update_policy(data)
         rows = teacher_rows(data) if self.config.actor.use_sft_mode else student_rows(data)
-        lengths, repeated = rows.lengths(), rows.prompt_mask.sum(-1)[~rows.begins_family()].tolist()
         epochs = self.config.actor.ppo_epochs
-        return {**metrics, **self.update_metrics("actor", lengths * epochs, repeated * epochs)}
+        return {**metrics, **self.update_metrics("actor", rows.lengths() * epochs, rows.shared_prompts() * epochs)}
 
 
 class CriticWorker(FSDPWorker):

@@ -12,8 +12,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from verl.models.heads import AnswerModel
 from verl.models.packing import AnswerRows
-from verl.utils.seqlen_balancing import can_fill_micro_batches, rearrange_micro_batches
+from verl.utils.seqlen_balancing import rearrange_micro_batches
 from verl.utils.torch_functional import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -86,58 +87,32 @@ def optimizer_step(module: nn.Module, optimizer: torch.optim.Optimizer, max_norm
 
 
 def split_micro_batches(
-    lengths: list[int], use_dynamic_bsz: bool, max_tokens: int, micro_batch_size: int | None
+    lengths: list[int],
+    use_dynamic_bsz: bool,
+    max_tokens: int,
+    micro_batch_size: int | None,
+    shared: list[int] | None = None,
 ) -> list[list[int]]:
     """Indices of each micro-batch's rows (or groups, by their `lengths` in tokens), the same number of micro-batches
     on every rank.
 
     With `use_dynamic_bsz` they are filled up to `max_tokens`, else they hold `micro_batch_size` rows. FSDP's
-    collectives run once per micro-batch, so ranks with fewer would leave the others waiting.
+    collectives run once per micro-batch, so ranks with fewer would leave the others waiting. `shared`: see
+    `rearrange_micro_batches`.
     """
     if use_dynamic_bsz:
-        return rearrange_micro_batches(lengths, max_tokens, dp_group=_world())
+        group = dist.group.WORLD if dist.is_initialized() else None
+        return rearrange_micro_batches(lengths, max_tokens, dp_group=group, shared=shared)
     rows = list(range(len(lengths)))
     return [rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]
 
 
 def split_rows(
-    rows: AnswerRows, use_dynamic_bsz: bool, max_tokens: int, micro_batch_size: int | None
+    rows: AnswerRows, module: AnswerModel, use_dynamic_bsz: bool, max_tokens: int, micro_batch_size: int | None
 ) -> list[list[int]]:
-    """As `split_micro_batches`, with answers to one prompt kept together where they fit `max_tokens` together: the
-    prompt is computed once for them.
-
-    Where a rank has fewer such families than another needs micro-batches, all ranks go by single rows.
-    """
-    lengths = rows.lengths()
-    if not use_dynamic_bsz:
-        return split_micro_batches(lengths, False, max_tokens, micro_batch_size)
-    units, costs = _families(rows, max_tokens)
-    if not can_fill_micro_batches(costs, max_tokens, _world()):
-        return split_micro_batches(lengths, True, max_tokens, None)
-    return [
-        [row for unit in micro_batch for row in units[unit]]
-        for micro_batch in split_micro_batches(costs, True, max_tokens, None)
-    ]
-
-
-def _families(rows: AnswerRows, max_tokens: int) -> tuple[list[list[int]], list[int]]:
-    """Rows of each family, one that is too large for `max_tokens` in several parts, and the tokens of each part."""
-    units: list[list[int]] = []
-    costs: list[int] = []
-    for row, (begins, alone, added) in enumerate(
-        zip(rows.begins_family().tolist(), rows.lengths(), rows.response_mask.sum(-1).tolist(), strict=True)
-    ):
-        if begins or costs[-1] + added > max_tokens:
-            units.append([row])
-            costs.append(alone)
-        else:
-            units[-1].append(row)
-            costs[-1] += added
-    return units, costs
-
-
-def _world() -> dist.ProcessGroup | None:
-    return dist.group.WORLD if dist.is_initialized() else None
+    """As `split_micro_batches`, with a prompt that the module computes once for several answers counted once."""
+    shared = rows.shared_prompts() if module.remove_padding else None
+    return split_micro_batches(rows.lengths(), use_dynamic_bsz, max_tokens, micro_batch_size, shared)
 
 
 def data_parallel_size() -> int:

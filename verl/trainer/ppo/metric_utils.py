@@ -123,7 +123,10 @@ def compute_throughout_metrics(batch: DataProto, timing: Mapping[str, float], n_
 
 
 def count_tokens(batch: DataProto) -> tuple[int, int]:
-    """(tokens of all sequences, answer tokens): the students' if there are any, else the teachers'."""
+    """(tokens of all sequences, answer tokens): the students' if there are any, else the teachers'.
+
+    Every sequence has its prompt here, also where the prompt is computed once for several.
+    """
     prompts = int(batch.batch["attention_mask"].sum())
     if "response_mask" in batch.batch:
         answers = int(batch.batch["response_mask"].sum())

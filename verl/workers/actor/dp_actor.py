@@ -56,6 +56,7 @@ class DataParallelPPOActor:
         rows = student_rows(data)
         micro_batches = split_rows(
             rows,
+            self.actor_module,
             self.rollout.log_prob_use_dynamic_bsz,
             self.rollout.log_prob_max_token_len_per_gpu,
             self.rollout.log_prob_micro_batch_size_per_gpu,
@@ -106,6 +107,7 @@ class DataParallelPPOActor:
         losses: dict[str, torch.Tensor] = {}
         micro_batches = split_rows(
             rows,
+            module,
             self.config.use_dynamic_bsz,
             self.config.ppo_max_token_len_per_gpu,
             self.config.ppo_micro_batch_size_per_gpu,

@@ -60,9 +60,12 @@ class DataParallelPPOCritic:
         `meta_info["compute_teacher"]=True`."""
         teacher = data.meta_info.get("compute_teacher", False)
         rows = teacher_rows(data) if teacher else student_rows(data)
-        config = self.config
         micro_batches = split_rows(
-            rows, config.use_dynamic_bsz, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu
+            rows,
+            self.critic_module,
+            self.config.use_dynamic_bsz,
+            self.config.ppo_max_token_len_per_gpu,
+            self.config.ppo_micro_batch_size_per_gpu,
         )
         parts = [self.critic_module(rows.select(index)) for index in micro_batches]
         reshard(self.critic_module)
@@ -140,17 +143,14 @@ class DataParallelPPOCritic:
         Yields the groups' indices, their scores, and the tokens (G, N + 1) behind each, the teacher's last.
         """
         groups = GroupRows.of(data, self.eos_token_id, self.config.discriminator.exclude_eos)
-        micro_batches = self._micro_batches(groups.lengths(), group_size=groups.members.shape[1])
+        size = self.config.ppo_micro_batch_size_per_gpu
+        micro_batches = split_micro_batches(
+            groups.lengths(share_prompts=self.critic_module.remove_padding),
+            self.config.use_dynamic_bsz,
+            self.config.ppo_max_token_len_per_gpu,
+            None if size is None else max(1, size // groups.members.shape[1]),
+        )
         once = self.config.model.fsdp_config.sync_gradients_once
         for index in synced(self.critic_module, micro_batches, once):
             part = groups.select(index)
             yield index, *part.scores(self.critic_module(part.rows), self.pooling)
-
-    def _micro_batches(self, lengths: list[int], group_size: int) -> list[list[int]]:
-        size = self.config.ppo_micro_batch_size_per_gpu
-        return split_micro_batches(
-            lengths,
-            self.config.use_dynamic_bsz,
-            self.config.ppo_max_token_len_per_gpu,
-            None if size is None else max(1, size // group_size),
-        )

@@ -51,10 +51,13 @@ class GroupRows:
         first = torch.full((len(seen),), len(members)).scatter_reduce(0, members, torch.arange(len(members)), "amin")
         return cls(replace(rows, response_mask=mask).select(first), members.view(groups, answers + 1))
 
-    def lengths(self) -> list[int]:
-        """Tokens to forward for each group: its prompt's, and those of its distinct answers."""
+    def lengths(self, share_prompts: bool) -> list[int]:
+        """Tokens to forward for each group: its distinct answers', and its prompt's once or for each of these."""
         prompts, answers = self.rows.prompt_mask.sum(-1), self.rows.response_mask.sum(-1)
-        return [int(prompts[members[0]] + answers[members.unique()].sum()) for members in self.members]
+        distinct = [members.unique() for members in self.members]
+        return [
+            int(answers[rows].sum() + (prompts[rows[0]] if share_prompts else prompts[rows].sum())) for rows in distinct
+        ]
 
     def select(self, groups: list[int]) -> GroupRows:
         """Some of the groups, with the rows they need."""
