@@ -228,6 +228,7 @@ def test_a_share_of_the_layers_is_recomputed(share, layers):
 def test_compiled_layers_give_the_same_on_the_same_few_graphs():
     """Lengths, rows and tokens change at every step; the number of graphs does not."""
     torch._dynamo.reset()
+    counters.clear()
     plain, compiled = PolicyModel(causal_lm()), PolicyModel(causal_lm())
     compile_layers(compiled.hf)
     graphs = []
@@ -240,4 +241,4 @@ def test_compiled_layers_give_the_same_on_the_same_few_graphs():
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     # One for the first batch, perhaps another for the first of another shape; then none.
-    assert graphs[1] <= 2 and graphs[-1] == graphs[1], graphs
+    assert 1 <= graphs[1] <= 2 and graphs[-1] == graphs[1], graphs

@@ -1,11 +1,5 @@
-import os
-
 import pytest
 import torch.distributed as dist
-
-# vLLM compiles a helper of its log-probs even when told to be eager: a quarter of a minute for a tiny model's first
-# answer. Ray's workers inherit this.
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
 @pytest.fixture(scope="session")
