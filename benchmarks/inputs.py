@@ -214,6 +214,11 @@ def rows_of(loss: str, batch: DataProto) -> AnswerRows:
     return AnswerRows.join([teacher_rows(batch), student_rows(batch)])
 
 
+def repeated_prompts(rows: AnswerRows, batch: DataProto) -> list[int]:
+    """Tokens of the prompts that `rows` repeat: each of the batch's prompts in all but one of the rows that have it."""
+    return batch.batch["attention_mask"].sum(-1).repeat(len(rows) // len(batch) - 1).tolist()
+
+
 def batch_of_tokens(shape: Shape, loss: str, answers: int, lengths: Lengths, tokens: int) -> DataProto:
     """The largest random batch whose update is on sequences of at most `tokens` together, each with its prompt."""
     rows_per_prompt = {"sft": 1, "gspo": answers}.get(loss, answers + 1)

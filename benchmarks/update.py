@@ -28,6 +28,7 @@ from benchmarks.inputs import (
     compose,
     fast_overrides,
     model_folder,
+    repeated_prompts,
     rows_of,
 )
 from benchmarks.profiling import profile
@@ -155,8 +156,7 @@ class UpdateBenchmark:
         warmup = self.args.warmup if way == "ours" else min(1, self.args.warmup)
         times = measure(self.args.device, lambda: update(data), warmup, self.args.steps)
         real, seconds = sum(rows.lengths()), times["seconds"]
-        # All but one of the sequences of a prompt have it from the first.
-        repeated = batch.batch["attention_mask"].sum(-1).repeat(len(rows) // len(batch) - 1).tolist()
+        repeated = repeated_prompts(rows, batch)
         row = {
             "loss": loss, "way": way, "micro_tokens": tokens, "prompts": len(batch), "rows": len(rows), "tokens": real,
             "tokens_per_s": real / seconds, **times, **self._utilisation(loss, rows, seconds, repeated),

@@ -13,7 +13,17 @@ import torch
 from benchmarks.classic import ClassicPolicyModel, as_pairs
 from benchmarks.common import format_table
 from benchmarks.engines import random_prompts
-from benchmarks.inputs import EOS, MIXED, TINY, batch_of_tokens, random_batch, rows_of, write_critic, write_policy
+from benchmarks.inputs import (
+    EOS,
+    MIXED,
+    TINY,
+    batch_of_tokens,
+    random_batch,
+    repeated_prompts,
+    rows_of,
+    write_critic,
+    write_policy,
+)
 from benchmarks.profiling import busy_seconds, kind_of
 from benchmarks.shapes import (
     SHAPES,
@@ -172,6 +182,15 @@ def test_every_token_of_the_vocabulary_is_text(folder):
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     assert len(ids) == len(prompt[0]["content"]) + 2
     assert len(tokenizer(teacher)["input_ids"]) == len(teacher)
+
+
+@pytest.mark.parametrize(("loss", "repeats"), [("sft", 0), ("gspo", 2), ("ranking", 3)])
+def test_all_but_one_of_the_rows_of_a_prompt_repeat_it(loss, repeats):
+    """Three students, and for the discriminator a teacher beside them."""
+    batch = random_batch(SHAPES["tiny"], prompts=2, answers=3, lengths=TINY)
+    prompts = batch.batch["attention_mask"].sum(-1).tolist()
+    repeated = repeated_prompts(rows_of(loss, batch), batch)
+    assert sorted(repeated) == sorted(prompts * repeats)
 
 
 @pytest.mark.parametrize("loss", ["sft", "gspo", "ranking"])
