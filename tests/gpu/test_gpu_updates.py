@@ -34,13 +34,13 @@ def test_what_activations_were_in_can_be_given_back(cuda):
     for name, build in ways.items():
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        layer = torch.nn.Linear(2048, 2048, bias=False, device=cuda)
+        layer = torch.nn.Linear(8192, 8192, bias=False, device=cuda)
         optimizer = build(layer)
-        layer(torch.ones(65536, 2048, device=cuda)).square().sum().backward()
+        layer(torch.ones(65536, 8192, device=cuda)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         torch.cuda.empty_cache()
         kept[name] = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - before
         del layer, optimizer
-    # 16 MiB of weights, and activations of 512 MiB.
-    assert kept["ours"] < 64 * 2**20 < 256 * 2**20 < kept["lazy"], kept
+    # 256 MiB of weights, too large for what other tests left half empty, and activations of 2 GiB.
+    assert kept["ours"] < 64 * 2**20 < 2**30 < kept["lazy"], kept
