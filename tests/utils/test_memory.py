@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from transformers import GPT2Config, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -11,7 +12,7 @@ from tests.tiny import FAMILIES, SIZES, answer_rows, causal_lm, scorer
 from verl.models.heads import PolicyModel
 from verl.models.packing import AnswerRows
 from verl.trainer.config import compose_config
-from verl.utils.memory import GIB, ModelShape, Run, check_memory, estimate_memory, layer_bytes_per_token
+from verl.utils.memory import GIB, ModelShape, Run, check_memory, estimate_memory, host_memory, layer_bytes_per_token
 from verl.utils.memory_knobs import knobs
 
 ACTOR, CRITIC, ROLLOUT = "actor_rollout_ref.actor", "critic", "actor_rollout_ref.rollout"
@@ -334,6 +335,19 @@ def test_weights_and_states_that_cannot_fit_are_refused(actor, critic):
     # 12 + 12 + 2 bytes per parameter: 37.4 GiB.
     with pytest.raises(ValueError, match=r"need 37\.4 GiB on each GPU while .* has 24\.0 GiB: .*_offload=True"):
         check_memory(run_of(), actor, critic, 24 * GIB, 128 * GIB)
+
+
+def test_a_container_that_is_given_less_than_the_machine_has_is_the_limit(tmp_path):
+    version_2, version_1 = tmp_path / "memory.max", tmp_path / "limit_in_bytes"
+    total = psutil.virtual_memory().total
+    assert host_memory((version_2, version_1)) == total
+    version_2.write_text("max\n")
+    assert host_memory((version_2, version_1)) == total
+    version_2.write_text("1000000000\n")
+    assert host_memory((version_2, version_1)) == 10**9
+    # How version 1 says that there is no limit.
+    version_1.write_text("9223372036854771712\n")
+    assert host_memory((version_1,)) == total
 
 
 def test_a_host_that_is_too_small_is_warned_of(actor, critic, caplog):

@@ -23,8 +23,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from math import ceil, gcd
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import PretrainedConfig
 
@@ -53,6 +55,8 @@ PHASES: dict[Phase, str] = {
     "update_critic": "the critic is updated",
 }
 Parts = dict[str, float]
+# Where Linux says what a container may use: version 2 of its control groups, and version 1.
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,16 @@ class MemoryEstimate:
         )
 
 
+def host_memory(limits: tuple[Path, ...] = CONTAINER_LIMITS) -> int:
+    """Bytes of host memory that this machine's processes may use: all there are, or what its container is given."""
+    sizes = [psutil.virtual_memory().total]
+    for file in limits:
+        text = file.read_text().strip() if file.exists() else "max"
+        if text != "max":
+            sizes.append(int(text))
+    return min(sizes)
+
+
 def check_memory(
     run: Run, actor: ModelShape, critic: ModelShape | None, gpu_bytes: float, host_bytes: float
 ) -> MemoryEstimate:
@@ -138,7 +152,7 @@ def check_memory(
 
     Args:
         gpu_bytes: of one card.
-        host_bytes: of one machine.
+        host_bytes: of one machine (see `host_memory`).
 
     Raises:
         ValueError: weights and optimizer states alone, which are known to the byte, are larger than the card.

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import ClassVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,7 +22,7 @@ from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.flops import LIMITS, training_flops
 from verl.utils.fsdp_utils import build_sharded_model, full_parameters
-from verl.utils.memory import ModelShape
+from verl.utils.memory import ModelShape, host_memory
 from verl.utils.memory_knobs import Phase
 from verl.utils.model import Kind, load_config, load_tokenizer, quiet_transformers
 from verl.utils.offload import Offloader, build_offloader
@@ -131,10 +130,10 @@ class FSDPWorker(Worker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def memory_sizes(self) -> tuple[int, int] | None:
-        """Bytes of this rank's GPU and of its machine's memory; None without a GPU."""
+        """Bytes of this rank's GPU and of the memory of its machine or container; None without a GPU."""
         if not self.device.startswith("cuda"):
             return None
-        return torch.cuda.get_device_properties(self.device).total_memory, psutil.virtual_memory().total
+        return torch.cuda.get_device_properties(self.device).total_memory, host_memory()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, folder: str) -> None:

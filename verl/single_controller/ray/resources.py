@@ -43,7 +43,7 @@ def describe(process_on_nodes: list[int], bundle: dict[str, float], reason: str)
     return (
         f"not enough resources for {sum(process_on_nodes)} worker processes. "
         f"Asked for: {asked} (per node: {per_node}). The Ray cluster has: {there_is}; by node: {nodes}. {reason} "
-        "Lower trainer.n_gpus_per_node or trainer.nnodes, or give Ray more (ray.init num_cpus, num_gpus; more nodes)."
+        "Lower trainer.n_gpus_per_node or trainer.nnodes, or give Ray more (ray_kwargs.ray_init.num_cpus; more nodes)."
     )
 
 
