@@ -39,7 +39,7 @@ from verl.workers.config import (
 )
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.rollout import get_rollout_class
-from verl.workers.updates import build_optimizer
+from verl.workers.updates import build_optimizer, data_parallel_size, sum_over_ranks
 
 # A process group's default half hour is short for the slowest rank of a large generation.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -100,8 +100,6 @@ class FSDPWorker(Worker):
         """The model and its optimizer are on the device inside. The gradients, which take as much memory as the
         weights, are gone afterwards."""
         with self.working(phase, updates=True):
-            if self.device.startswith("cuda"):
-                torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             yield
             self.update_seconds = time.perf_counter() - start
@@ -111,22 +109,29 @@ class FSDPWorker(Worker):
         """Of the update just made, of `name`, on sequences of these lengths. `repeated` are the tokens of prompts in
         them that other sequences have as well: computed once, they count once.
 
-        Its learning rate, after which the schedule goes on to the next; on a GPU, the most that PyTorch held there, a
-        sleeping engine left out, and what share that work (`training_flops`) is of what the GPU could have done in the
-        time, if its rate is known.
+        Its learning rate, after which the schedule goes on to the next; on a GPU whose rate is known, what share that
+        work (`training_flops`) is of what the GPU could have done in the time, the mean of all ranks.
         """
         metrics = {f"{name}/lr": self.lr_scheduler.get_last_lr()[0]}
         self.lr_scheduler.step()
         if not self.device.startswith("cuda"):
             return metrics
-        held = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-        for kind, size in held.items():
-            metrics[f"perf/max_memory_{kind}_gb"] = (size - FSDPWorker.engine_bytes) / 2**30
         limits, shape = LIMITS.get(torch.cuda.get_device_name(self.device)), self.shape
         if limits is not None:
             work = training_flops(shape.parameters, shape.layers, shape.heads * shape.head_dim, lengths, repeated)
-            metrics[f"perf/mfu/{name}"] = work / (self.update_seconds * limits.flops)
+            share = work / (self.update_seconds * limits.flops)
+            metrics[f"perf/mfu/{name}"] = sum_over_ranks([share])[0] / data_parallel_size()
         return metrics
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def peak_memory(self) -> dict[str, float]:
+        """GiB that PyTorch held on this rank's GPU at most since the last call, for all roles of this process, less
+        what it counts for an engine that can sleep; empty without a GPU."""
+        if not self.device.startswith("cuda"):
+            return {}
+        held = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        torch.cuda.reset_peak_memory_stats()
+        return {f"perf/max_memory_{kind}_gb": (size - FSDPWorker.engine_bytes) / 2**30 for kind, size in held.items()}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def memory_sizes(self) -> tuple[int, int] | None:

@@ -174,6 +174,7 @@ class RayPPOTrainer:
             if self._validates() and config.critic.held_out_prompts:
                 self.held_out = HeldOutPairs(self, VALIDATION_SEED)
         self.checkpoints = Checkpoints(config.trainer, self.actor_rollout, self.critic)
+        self._peak_memory()  # What building took is not the first step's.
 
     def spawn(self, roles: dict[str, RayClassWithInitArgs]) -> dict[str, WorkerGroup]:
         """One worker group per role, the roles of a rank in one process."""
@@ -446,10 +447,16 @@ class RayPPOTrainer:
         return {
             **compute_timing_metrics(batch, timing),
             **compute_throughout_metrics(batch, timing, self.config.trainer.ranks),
+            **self._peak_memory(),
             "perf/cpu_memory_used_gb": psutil.virtual_memory().used / 2**30,
             "training/global_step": self.global_step,
             "training/epoch": rows_seen / len(self.train_dataset),
         }
+
+    def _peak_memory(self) -> dict[str, float]:
+        """The most that any rank's GPU held since the last call; empty on CPU."""
+        reports = self.actor_rollout.peak_memory()
+        return {name: max(report[name] for report in reports) for name in reports[0]}
 
     def _dump_rollouts(self, batch: DataProto, path: Path) -> None:
         answers = self.decode(batch.batch["responses"], batch.batch["response_mask"])
