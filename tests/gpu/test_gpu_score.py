@@ -7,13 +7,14 @@ import torch
 
 from tests.tiny import scorer
 from verl.models.heads import ScoreModel
+from verl.tools.score_data import PromptAndAnswer
 from verl.tools.score_model import Scoring, score_sequences
 
 
 def test_scores_are_those_of_the_cpu(cuda):
     generator = torch.Generator().manual_seed(0)
     sequences = [
-        tuple(torch.randint(2, 260, (length,), generator=generator).tolist() for length in lengths)
+        PromptAndAnswer(*(torch.randint(2, 260, (length,), generator=generator).tolist() for length in lengths))
         for lengths in ((5, 3), (1, 40), (33, 2), (7, 7))
     ]
     scoring = Scoring(pooling="mean", exclude_eos=True)

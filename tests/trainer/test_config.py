@@ -340,6 +340,7 @@ def test_discriminator_constants():
         "temperature": 3.0,
         "clamp": 10.0,
         "reg_coef": 0.005,
+        "reg_on": "centre",
         "diff_limit": 1.5,
         "diff_coef": 0.5,
     }

@@ -118,8 +118,23 @@ def test_eos_and_pad_ids_inside_the_text_stay_unmasked(tmp_path):
     row = open_rows(tmp_path, [make_row("<eos> one", "<pad> two <eos>")], make_tokenizer(pad="<eos>"))[0]
     assert row["input_ids"].tolist() == [EOS, EOS, USER, EOS, ONE, ASSISTANT]
     assert row["attention_mask"].tolist() == [0, 0, 1, 1, 1, 1]
+    # The text's own EOS at its end is the one that closes the answer.
     assert row["teacher_response"].tolist() == [PAD, TWO, EOS, EOS, EOS]
-    assert row["teacher_attention_mask"].tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0]
+    assert row["teacher_attention_mask"].tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("answer", ["one<eos>", "one <eos>\n", "one"])
+def test_an_answer_that_ends_in_the_eos_text_gets_no_second_one(tmp_path, answer):
+    row = open_rows(tmp_path, [make_row(answer=answer)])[0]
+    assert row["teacher_response"].tolist()[:2] == [ONE, EOS]
+    assert row["teacher_attention_mask"][6:].tolist() == [1, 1, 0, 0, 0]
+
+
+def test_an_eos_inside_an_answer_stays_and_one_that_is_all_there_is_is_no_answer(tmp_path):
+    row = open_rows(tmp_path, [make_row(answer="one<eos>two")])[0]
+    assert row["teacher_response"].tolist()[:4] == [ONE, EOS, TWO, EOS]
+    with pytest.raises(ValueError, match="makes no token of the answer"):
+        open_rows(tmp_path, [make_row(answer="<eos>")])
 
 
 @pytest.mark.parametrize(

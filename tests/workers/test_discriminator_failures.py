@@ -10,12 +10,14 @@ import math
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForTokenClassification
 
-from tests.tiny import scorer
+from tests.tiny import SIZES, answer_rows, scorer
 from tests.workers.updates_setup import EOS, batch
 from verl.models.heads import ScoreModel
 from verl.protocol import DataProto
 from verl.trainer.config import compose_config
+from verl.trainer.ppo.core_algos import PairScores, get_discriminator_loss_fn
 from verl.trainer.ppo.metric_utils import compute_discriminator_metrics
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 
@@ -82,6 +84,33 @@ def test_equal_text_gets_equal_scores_whatever_is_around_it(pooling, exclude_eos
         data.batch["response_mask"][1, 2, -1] = 0
         scores = critic(*settings_, lr=0.0).compute_scores(data)
         assert scores["student_scores"][1, 2] == scores["teacher_scores"][1, 0]
+
+
+def gradient_of_a_part(constants: dict[str, float], tokens: int) -> float:
+    """Norm of the gradient of `ranking` with the given constants, at a fresh head, on a pair of answers so long."""
+    torch.manual_seed(0)
+    config = Qwen2Config(**SIZES | {"max_position_embeddings": 2048}, num_labels=1, classifier_dropout=0.0)
+    module = ScoreModel(Qwen2ForTokenClassification(config))
+    module.hf.score.weight.data.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    rows = answer_rows([4, 4], [tokens, tokens])
+    values = module(rows)
+    mask = rows.response_mask
+    scores = PairScores.pool(values[:1], values[1:], mask[:1], mask[1:], "mean")
+    get_discriminator_loss_fn("ranking").fn(scores, **constants)[0].backward()
+    return torch.nn.utils.clip_grad_norm_(module.parameters(), 1e9).item()
+
+
+@pytest.mark.parametrize("tokens", [20, 200, 1500])
+@pytest.mark.parametrize("stage", ["warmup", "gad", "gad_short"])
+def test_the_regulariser_leaves_the_ranking_its_gradient(stage, tokens):
+    """In the first step, with every default: not more than ten times the ranking's, whatever the answers' length."""
+    constants = compose_config([*REQUIRED, f"stage={stage}"]).critic.discriminator.ranking.__dict__
+    ranking = gradient_of_a_part({**constants, "reg_coef": 0.0, "diff_coef": 0.0}, tokens)
+    regulariser = gradient_of_a_part({**constants, "ranking_coef": 0.0, "diff_coef": 0.0}, tokens)
+    assert regulariser < 10 * ranking
+    on_sums = gradient_of_a_part({**constants, "ranking_coef": 0.0, "diff_coef": 0.0, "reg_on": "raw"}, tokens)
+    if tokens >= 200:
+        assert on_sums > 10 * ranking, "the form that grows with length, which this test is about"
 
 
 def test_nothing_to_tell_apart():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.tiny import answer_rows, causal_lm, scorer
 from tests.workers import updates_on_two_ranks
-from tests.workers.updates_setup import ANSWERS, EOS, LOSSES, PROMPTS, batch, settings, update
+from tests.workers.updates_setup import ANCHOR, ANSWERS, EOS, LOSSES, PROMPTS, batch, settings, update
 from verl.models.heads import PolicyModel, ScoreModel
 from verl.models.packing import AnswerRows
 from verl.trainer.ppo import balancing
@@ -83,13 +83,13 @@ def test_discriminator_update_equals_the_flat_form():
     students, teachers = student_rows(data), teacher_rows(data)
     repeated = teachers.select(torch.arange(PROMPTS).repeat_interleave(ANSWERS))
 
-    def last(rows):
-        lengths = rows.response_mask.sum(-1)
-        ends_with_eos = rows.responses.gather(-1, lengths[:, None] - 1)[:, 0] == EOS
-        position = lengths - 1 - (ends_with_eos & (lengths > 1)).long()
-        return module(rows).gather(-1, position[:, None])[:, 0]
+    def last(rows, without_eos):
+        return module(rows).gather(-1, (rows.response_mask.sum(-1) - 1 - without_eos)[:, None])[:, 0]
 
-    loss = -F.logsigmoid(last(repeated) - last(students)).mean()
+    # The last teacher's answer was cut, so the EOS of the student's answer (3, 2), the eleventh, is not looked at.
+    cut_group = torch.zeros(PROMPTS * ANSWERS, dtype=torch.long)
+    cut_group[11] = 1
+    loss = -F.logsigmoid(last(repeated, 0) - last(students, cut_group)).mean()
     loss.backward()
     grouped, metrics = update("bradley_terry", settings("bradley_terry"), data)
     assert metrics["critic/d_loss"] == pytest.approx(loss.item(), abs=1e-6)
@@ -106,10 +106,11 @@ def test_values_of_students_and_teachers():
     assert values.shape == (PROMPTS, ANSWERS, 8)
     assert teacher_values.shape == (PROMPTS, 8)
     torch.testing.assert_close(values.flatten(0, 1), ScoreModel(scorer())(student_rows(data)), atol=1e-5, rtol=1e-5)
-    # Mean pooling by hand: the sum over real tokens, without EOS (only answer (0, 0) ends with one, of 8 tokens).
+    # Mean pooling by hand: the sum over real tokens, EOS among them, but not in the group whose teacher was cut.
     scores = critic.compute_scores(data)
-    assert scores["student_score_tokens"][0, 0] == 7
-    assert scores["student_scores"][0, 0] == pytest.approx(values[0, 0, :7].mean().item(), abs=1e-6)
+    assert scores["student_score_tokens"][0, 0] == 8 and scores["student_score_tokens"][3, 2] == 7
+    assert scores["student_scores"][0, 0] == pytest.approx(values[0, 0, :8].mean().item(), abs=1e-6)
+    assert scores["student_scores"][3, 2] == pytest.approx(values[3, 2, :7].mean().item(), abs=1e-6)
     mask = teacher_response_mask(data)
     expected = (teacher_values * mask).sum(-1) / mask.sum(-1)
     torch.testing.assert_close(scores["teacher_scores"][:, 0], expected, atol=1e-5, rtol=1e-5)
@@ -145,6 +146,11 @@ def test_scores_from_the_updates_own_forward_are_those_before_it(loss, split):
     assert scores.keys() == before.keys()
     for name, value in before.items():
         torch.testing.assert_close(scores[name], value, atol=1e-5, rtol=1e-5)
+    # Without the update: the same numbers, and no weight moves.
+    evaluated, values = plain.score_and_evaluate(data)
+    assert values == pytest.approx({name: value for name, value in metrics.items() if name != "critic/grad_norm"})
+    for name, value in before.items():
+        torch.testing.assert_close(evaluated[name], value, atol=1e-5, rtol=1e-5)
     expected = plain.update_critic(data)
     assert metrics == pytest.approx(expected)
     for ours, theirs in zip(fused.critic_module.parameters(), plain.critic_module.parameters(), strict=True):
@@ -271,11 +277,49 @@ def test_a_prompt_counts_once_where_it_is_computed_once():
     assert split_rows(rows, packed, False, 0, 4) == [[0, 1, 2, 3], [4, 5]]
 
 
-@pytest.mark.parametrize(("share_prompts", "expected"), [(True, [19, 22, 17, 19]), (False, [34, 25, 35, 25])])
+@pytest.mark.parametrize(("share_prompts", "expected"), [(True, [18, 21, 16, 18]), (False, [33, 24, 34, 24])])
 def test_tokens_of_a_group(share_prompts, expected):
-    """Prompts of 5, 1, 9, 3 tokens, teachers of 3, 8, 2, 6, and students of [7, 1, 3], [2, 7, 4], [5, 5, 1], [6, 2, 8]
+    """Prompts of 5, 1, 9, 3 tokens, teachers of 2, 7, 1, 6, and students of [7, 1, 3], [2, 7, 4], [5, 5, 1], [6, 2, 7]
     without their EOS, of which two are equal in the third group, and the first is the teacher's in the last."""
     assert GroupRows.of(batch(), EOS, exclude_eos=True).lengths(share_prompts) == expected
+
+
+def test_tokens_of_a_group_with_eos():
+    """As above, and one EOS more for each answer with one, but none where the teacher's answer was cut."""
+    assert GroupRows.of(batch(), EOS, exclude_eos=False).lengths(True) == [20, 22, 17, 18]
+
+
+@pytest.mark.parametrize("loss", ["gspo-anchor", "ppo-anchor-first-look"])
+def test_an_anchored_update_has_the_sum_of_two_gradients(loss):
+    """The policy loss's, at the sampling temperature, and ANCHOR times that of the teacher's cross-entropy at 1."""
+    anchored, metrics = update(loss, settings(loss), batch())
+    data = batch()
+    if loss.endswith("first-look"):
+        data.batch.pop("old_log_probs")
+    group = settings(loss).actor_rollout_ref
+    policy = PolicyModel(causal_lm())
+    actor = DataParallelPPOActor(group.actor, group.rollout, policy, torch.optim.SGD(policy.parameters(), lr=0.0))
+    expected = actor.update_policy(data)
+    sft, sft_metrics = update("sft", settings("sft"), batch())
+    total = {name: gradients(policy)[name] + ANCHOR * gradient for name, gradient in gradients(sft).items()}
+    assert_same_gradients(gradients(anchored), total)
+    assert metrics["actor/sft_anchor_loss"] == pytest.approx(sft_metrics["actor/sft_loss"], abs=1e-6)
+    assert metrics["actor/sft_anchor_coef"] == pytest.approx(ANCHOR)
+    for name, value in expected.items():
+        if name != "actor/grad_norm":
+            assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_an_anchored_update_shares_the_prompts():
+    """The 70 tokens of `test_a_shared_prompt_is_forwarded_once_in_the_update...`, and the teachers' 19."""
+    seen = []
+
+    def watch(module):
+        module.hf.model.embed_tokens.register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+        return module
+
+    update("gspo-anchor", settings("gspo-anchor"), batch(), wrap=watch)
+    assert seen == [18 + 52 + 19]
 
 
 def test_balancing_counts_a_prompt_once():

@@ -9,6 +9,7 @@ from verl.models.heads import PolicyModel, ScoreModel
 from verl.protocol import DataProto
 from verl.trainer.config import Config, compose_config
 from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.batch import ANCHOR_COEF
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 
 PROMPTS, ANSWERS = 4, 3
@@ -47,6 +48,13 @@ LOSSES = {
     ],
     # The policy's own log-probs, detached, in the place of those before the update.
     "ppo-first-look": ["stage=gad", "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla"],
+    # With the teacher's answers beside, at a weight of ANCHOR.
+    "gspo-anchor": ["stage=gad", "actor_rollout_ref.actor.kl_loss_coef=0.1"],
+    "ppo-anchor-first-look": [
+        "stage=gad",
+        "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla",
+        "actor_rollout_ref.actor.entropy_coeff=0.01",
+    ],
     "ranking": ["stage=gad", "critic.discriminator.loss=ranking"],
     "two_sided_hinge": ["stage=gad", "critic.discriminator.loss=two_sided_hinge"],
     "bradley_terry": ["stage=gad", "critic.discriminator.loss=bradley_terry"],
@@ -56,6 +64,7 @@ LOSSES = {
         "critic.discriminator.adaptive_temperature.enable=True",
     ],
 }
+ANCHOR = 0.3
 CRITIC_LOSSES = [name for name, overrides in LOSSES.items() if any("critic.discriminator" in o for o in overrides)]
 # Ways to cut the same mini-batch: everything at once, by tokens, by rows, and padded instead of packed.
 SPLITS = {
@@ -82,7 +91,10 @@ def batch() -> DataProto:
     teachers = answer_rows(prompt_lengths, [3, 8, 2, 6], answer_width=8)
     shape = (PROMPTS, ANSWERS, 8)
     responses = students.responses.view(shape).clone()
-    responses[0, 0, -1] = EOS  # some answers end with EOS, some are cut
+    # Some answers end with EOS, some are cut; so is the last teacher's.
+    responses[0, 0, -1] = responses[3, 2, -1] = EOS
+    for row, length in enumerate([3, 8, 2]):
+        teachers.responses[row, length - 1] = EOS
     # Two students of the third prompt wrote the same, and one of the last prompt wrote what the teacher wrote.
     lengths = students.response_mask.sum(-1).view(PROMPTS, ANSWERS)
     assert lengths[2].tolist() == [5, 5, 1] and lengths[3, 0] == teachers.response_mask[3].sum() == 6, lengths
@@ -124,6 +136,8 @@ def update(loss: str, config: Config, data: DataProto, wrap=lambda module: modul
         return module, DataParallelPPOCritic(config.critic, module, optimizer, EOS).update_critic(data)
     if loss.endswith("first-look"):
         data.batch.pop("old_log_probs")
+    if "anchor" in loss:
+        data.meta_info[ANCHOR_COEF] = ANCHOR
     group = config.actor_rollout_ref
     module = wrap(PolicyModel(causal_lm(), group.model.use_remove_padding))
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0)

@@ -22,7 +22,7 @@ KEPT_ON_CPU = 2**30
 
 def head_log_probs(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-    temperature: float = 1.0, entropy: Entropy = "none",
+    temperature: float | torch.Tensor = 1.0, entropy: Entropy = "none",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """log softmax(logits / temperature)[target] and the entropy of that distribution, in nats.
 
@@ -30,13 +30,19 @@ def head_log_probs(
         hidden: (K, D).
         weight: (V, D), with an optional bias (V,).
         targets: (K,), integers in [0, V).
+        temperature: one for all tokens, or one each, (K,).
         entropy: not computed (None is returned), its value only, or differentiable.
 
     Returns:
         (K,) each, in fp32 (fp64 for fp64 inputs).
     """
     trains = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    settings = (1.0 / temperature, entropy != "none", trains and _has_room(hidden, weight))
+    scale = 1.0 / temperature
+    settings = (
+        scale.unsqueeze(-1) if isinstance(scale, torch.Tensor) else scale,
+        entropy != "none",
+        trains and _has_room(hidden, weight),
+    )
     log_probs, entropies = _HeadLogProbs.apply(hidden, weight, bias, targets, *settings)
     if entropy == "none":
         return log_probs, None
@@ -45,11 +51,11 @@ def head_log_probs(
 
 class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale: float, with_entropy: bool, keeps: bool):
+    def forward(ctx, hidden, weight, bias, targets, scale, with_entropy: bool, keeps: bool):
         statistics, kept = [], None
         for part in _chunks(hidden, weight, whole=keeps):
             logits = torch.nn.functional.linear(hidden[part], weight, bias)
-            statistics.append(_on(logits, _statistics)(logits, targets[part], scale, with_entropy))
+            statistics.append(_on(logits, _statistics)(logits, targets[part], _part(scale, part), with_entropy))
             kept = logits if keeps else None
         log_probs, log_sums, entropies = (torch.cat(parts) for parts in zip(*statistics, strict=True))
         ctx.save_for_backward(hidden, weight, bias, targets, log_sums, entropies)
@@ -66,7 +72,7 @@ class _HeadLogProbs(torch.autograd.Function):
         for part in _chunks(hidden, weight, whole=kept is not None):
             logits = torch.nn.functional.linear(hidden[part], weight, bias) if kept is None else kept
             known = (targets[part], log_sums[part], entropies[part], grad_log_probs[part], grad_entropies[part])
-            logits = _on(logits, _gradient)(logits, *known, ctx.scale, ctx.with_entropy)
+            logits = _on(logits, _gradient)(logits, *known, _part(ctx.scale, part), ctx.with_entropy)
             torch.mm(logits, weight, out=grad_hidden[part])
             grad_weight = _sum_of_chunks(grad_weight, logits.T @ hidden[part], last=part.stop >= len(hidden))
             if bias is not None:
@@ -75,7 +81,7 @@ class _HeadLogProbs(torch.autograd.Function):
 
 
 def _statistics(
-    logits: torch.Tensor, targets: torch.Tensor, scale: float, with_entropy: bool
+    logits: torch.Tensor, targets: torch.Tensor, scale: float | torch.Tensor, with_entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probs of the targets, log of the sum of exponentials, and entropies (zeros if not wanted), (K,) each."""
     scaled = _wide(logits) * scale
@@ -92,7 +98,7 @@ def _statistics(
 
 def _gradient(
     logits: torch.Tensor, targets: torch.Tensor, log_sums: torch.Tensor, entropies: torch.Tensor,
-    grad_log_probs: torch.Tensor, grad_entropies: torch.Tensor, scale: float, with_entropy: bool,
+    grad_log_probs: torch.Tensor, grad_entropies: torch.Tensor, scale: float | torch.Tensor, with_entropy: bool,
 ) -> torch.Tensor:  # fmt: skip
     """The logits' gradient, (K, V), over the logits.
 
@@ -104,6 +110,11 @@ def _gradient(
     if with_entropy:
         gradient = gradient - grad_entropies.unsqueeze(-1) * log_p.exp() * (log_p + entropies.unsqueeze(-1))
     return logits.copy_(gradient * scale)
+
+
+def _part(scale: float | torch.Tensor, part: slice) -> float | torch.Tensor:
+    """A scale for all tokens, or the part's own, (K, 1)."""
+    return scale[part] if isinstance(scale, torch.Tensor) else scale
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -79,16 +79,18 @@ class PolicyModel(AnswerModel):
             raise ValueError(f"{hf.config.model_type} models change their logits by {changed}, which is not supported")
 
     def forward(
-        self, rows: AnswerRows, temperature: float = 1.0, entropy: Entropy = "none"
+        self, rows: AnswerRows, temperature: float | torch.Tensor = 1.0, entropy: Entropy = "none"
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probs and entropies in nats, fp32, (R, T) each, zero outside the mask.
 
         Args:
-            temperature: divides the logits, as in sampling.
+            temperature: divides the logits, as in sampling; one for all rows, or one each, (R,), on the device.
             entropy: not computed (None is returned), its value only, or differentiable.
         """
         hidden, answer_ids, grid_index = self.answers(rows, before=True)
         head = self.hf.get_output_embeddings()
+        if isinstance(temperature, torch.Tensor):
+            temperature = temperature[grid_index // rows.responses.shape[1]]
         log_probs, entropies = head_log_probs(hidden, head.weight, head.bias, answer_ids, temperature, entropy)
         shape = rows.responses.shape
         log_probs = to_answer_grid(log_probs, grid_index, shape)

@@ -136,7 +136,7 @@ def pair_table(groups: Sequence[Group], tokenized: TokenizedGroups, scores: dict
         for answer, student in enumerate(students)
     ]
     table = pd.DataFrame(places, columns=["group", "file", "row", "answer", "teacher", "student"])
-    lengths = np.array([(len(prompt), len(answer)) for prompt, answer in tokenized.sequences])
+    lengths = np.array([(len(sequence.prompt), len(sequence.answer)) for sequence in tokenized.sequences])
     sides = {side: table.pop(side).to_numpy() for side in ("teacher", "student")}
     teacher, student = (scores["score"][numbers].astype(np.float64) for numbers in sides.values())
     table = table.assign(score_diff=teacher - student, prompt_tokens=lengths[sides["teacher"], 0])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -22,6 +22,7 @@ from verl.utils.dataset.rl_dataset import (
     fault_of_messages,
     find_files,
     read_rows,
+    tokenize_answers,
     tokenize_prompts,
 )
 from verl.utils.torch_functional import Truncation, postprocess_data
@@ -172,12 +173,17 @@ class Limits:
     context: int | None = None
 
 
-PromptAndAnswer: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+class PromptAndAnswer(NamedTuple):
+    """Ids to score; `cut_group`: the teacher's answer was cut, so no EOS of the group is scored."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    cut_group: bool = False
 
 
 @dataclass
 class TokenizedGroups:
-    """Distinct (prompt ids, answer ids), and which of them belongs to whom.
+    """Distinct prompts with answers, and which of them belongs to whom.
 
     Equal answers to equal prompts are one sequence, so that equal texts have equal scores to the last bit.
     """
@@ -210,22 +216,22 @@ def tokenize_groups(
     for group in groups:
         try:
             (prompt,) = tokenize_prompts(tokenizer, template_kwargs, [group.messages])
-            answers = tokenizer([group.teacher, *group.answers], add_special_tokens=False)["input_ids"]
+            answers = tokenize_answers(tokenizer, [group.teacher, *group.answers])
         except (TemplateError, TypeError) as error:
             raise ValueError(
                 f"{group.place}: the tokenizer or its chat template refuses it ({error}); correct its text or roles"
             ) from error
-        if not prompt or not answers[0]:
+        if not prompt or len(answers[0]) == 1:
             raise ValueError(f"{group.place}: the tokenizer makes no token of its {'teacher' if prompt else 'prompt'}")
         cut_prompt = _cut_prompt(prompt, limits, group.place)
         result.cut_prompts += len(cut_prompt) < len(prompt)
         members = []
-        for number, ids in enumerate(answers):
-            whole = (*ids, tokenizer.eos_token_id)
-            answer = whole[: limits.response]
+        cut_teacher = limits.response is not None and len(answers[0]) > limits.response
+        for number, whole in enumerate(answers):
+            answer = tuple(whole[: limits.response])
             result.cut_answers += len(answer) < len(whole)
             _check_context(cut_prompt, answer, limits, f"{group.place}, {_name(number)}")
-            members.append(seen.setdefault((cut_prompt, answer), len(seen)))
+            members.append(seen.setdefault(PromptAndAnswer(cut_prompt, answer, cut_teacher), len(seen)))
         result.teachers.append(members[0])
         result.students.append(members[1:])
     result.sequences = list(seen)

@@ -112,7 +112,7 @@ def _rows(sequences: Sequence[PromptAndAnswer]) -> AnswerRows:
             ids[row, place], mask[row, place] = torch.tensor(values), 1
         return ids, mask
 
-    prompts, answers = zip(*sequences, strict=True)
+    prompts, answers = ([getattr(sequence, part) for sequence in sequences] for part in ("prompt", "answer"))
     return AnswerRows(*pad(prompts, left=True), *pad(answers, left=False))
 
 
@@ -143,13 +143,14 @@ def score_sequences(
     """
     result = {name: np.zeros(len(sequences), np.float32) for name in ("score", "raw_score")}
     result["score_tokens"] = np.zeros(len(sequences), np.int64)
-    lengths = [len(prompt) + len(answer) for prompt, answer in sequences]
+    lengths = [len(sequence.prompt) + len(sequence.answer) for sequence in sequences]
+    without_eos = torch.tensor([scoring.exclude_eos or sequence.cut_group for sequence in sequences])
     # disable=None: no bar where nobody watches.
     with tqdm(total=len(sequences), desc="scoring", unit="answer", dynamic_ncols=True, disable=None) as progress:
         for numbers in _micro_batches(lengths, max_tokens):
             rows = _rows([sequences[number] for number in numbers])
             values = model(rows).cpu()
-            mask = score_mask(rows.responses, rows.response_mask, eos_token_id, scoring.exclude_eos)
+            mask = score_mask(rows.responses, rows.response_mask, eos_token_id, without_eos[numbers])
             result["score"][numbers] = pool_scores(values, mask, scoring.pooling)
             result["raw_score"][numbers] = pool_scores(values, mask, "sum")
             result["score_tokens"][numbers] = mask.sum(-1)

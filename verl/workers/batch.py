@@ -13,6 +13,8 @@ Here the rows that a model sees are taken out of it: B*N student rows, or B teac
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from verl.models.packing import AnswerRows
@@ -22,6 +24,8 @@ PROMPT_KEYS = ("input_ids", "attention_mask")
 TEACHER_KEYS = ("teacher_response", "teacher_attention_mask")
 STUDENT_KEYS = ("responses", "response_mask")
 GROUP_KEYS = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
+# In a batch's meta_info: the weight of the teachers' answers beside the students' in a policy's update.
+ANCHOR_COEF = "sft_anchor_coef"
 POLICY_KEYS = ("old_log_probs", "ref_log_prob", "advantages")
 
 
@@ -50,3 +54,30 @@ def teacher_rows(data: DataProto) -> AnswerRows:
         responses=data.batch["teacher_response"],
         response_mask=teacher_response_mask(data),
     )
+
+
+@dataclass(frozen=True)
+class UpdateRows:
+    """The rows of a policy's update, and where they come from.
+
+    rows: R rows; the rows of a prompt stand next to each other.
+    student: (R,), which of the batch's B*N student answers a row is; -1 for a teacher's answer.
+    """
+
+    rows: AnswerRows
+    student: torch.Tensor
+
+
+def update_rows(data: DataProto, sft: bool, anchor: bool) -> UpdateRows:
+    """The teacher's answers (`sft`), or the students', each group with the teacher's answer behind it if `anchor`."""
+    if sft:
+        rows = teacher_rows(data)
+        return UpdateRows(rows, torch.full((len(rows),), -1))
+    rows = student_rows(data)
+    student = torch.arange(len(rows))
+    if not anchor:
+        return UpdateRows(rows, student)
+    groups = len(data)
+    places = torch.cat([student.view(groups, -1), len(rows) + torch.arange(groups).unsqueeze(-1)], dim=-1).flatten()
+    joined = AnswerRows.join([rows, teacher_rows(data)]).select(places)
+    return UpdateRows(joined, torch.where(places < len(rows), places, -1))

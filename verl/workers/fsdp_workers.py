@@ -28,7 +28,7 @@ from verl.utils.model import Kind, load_config, load_tokenizer, quiet_transforme
 from verl.utils.offload import Offloader, build_offloader
 from verl.utils.out_of_memory import explain_out_of_memory
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.batch import student_rows, teacher_rows
+from verl.workers.batch import ANCHOR_COEF, student_rows, teacher_rows, update_rows
 from verl.workers.config import (
     ActorRolloutRefConfig,
     CriticConfig,
@@ -105,15 +105,20 @@ class FSDPWorker(Worker):
             self.update_seconds = time.perf_counter() - start
             self.optimizer.zero_grad()
 
+    def step_schedule(self, name: str) -> dict[str, float]:
+        """This step's learning rate, after which the schedule goes on to the next."""
+        metrics = {f"{name}/lr": self.lr_scheduler.get_last_lr()[0]}
+        self.lr_scheduler.step()
+        return metrics
+
     def update_metrics(self, name: str, lengths: list[int], repeated: list[int]) -> dict[str, float]:
         """Of the update just made, of `name`, on sequences of these lengths. `repeated` are the tokens of prompts in
         them that other sequences have as well: computed once, they count once.
 
-        Its learning rate, after which the schedule goes on to the next; on a GPU whose rate is known, what share that
-        work (`training_flops`) is of what the GPU could have done in the time, the mean of all ranks.
+        Its learning rate (`step_schedule`); on a GPU whose rate is known, what share that work (`training_flops`) is of
+        what the GPU could have done in the time, the mean of all ranks.
         """
-        metrics = {f"{name}/lr": self.lr_scheduler.get_last_lr()[0]}
-        self.lr_scheduler.step()
+        metrics = self.step_schedule(name)
         if not self.device.startswith("cuda"):
             return metrics
         limits, shape = LIMITS.get(torch.cuda.get_device_name(self.device)), self.shape
@@ -234,7 +239,7 @@ class ActorRolloutRefWorker(FSDPWorker):
         """Train the policy on the batch; the same metrics from every rank."""
         with self.updating("update_actor"):
             metrics = self.actor.update_policy(data)
-        rows = teacher_rows(data) if self.config.actor.use_sft_mode else student_rows(data)
+        rows = update_rows(data, self.config.actor.use_sft_mode, anchor=data.meta_info.get(ANCHOR_COEF, 0.0) > 0).rows
         epochs = self.config.actor.ppo_epochs
         return {**metrics, **self.update_metrics("actor", rows.lengths() * epochs, rows.shared_prompts() * epochs)}
 
@@ -286,8 +291,15 @@ class CriticWorker(FSDPWorker):
             scores, metrics = self.critic.score_and_update(data)
         return DataProto.from_dict(scores, meta_info={"metrics": self._logged(metrics, data)})
 
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def score_and_evaluate_critic(self, data: DataProto) -> DataProto:
+        """`score_and_update_critic` in a step that leaves the update out; its schedule goes on all the same."""
+        with self.working("compute_scores"):
+            scores, metrics = self.critic.score_and_evaluate(data)
+        return DataProto.from_dict(scores, meta_info={"metrics": {**metrics, **self.step_schedule("critic")}})
+
     def _logged(self, metrics: dict[str, float], data: DataProto) -> dict[str, float]:
-        students, epochs = student_rows(data), self.config.ppo_epochs
+        students, epochs = student_rows(data), self.critic.epochs(data)
         lengths = students.lengths() + teacher_rows(data).lengths()
         # The teacher's answer has the prompt, and the students' share it.
         repeated = students.prompt_mask.sum(-1).tolist()

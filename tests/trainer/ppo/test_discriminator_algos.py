@@ -11,11 +11,13 @@ from verl.trainer.ppo.discriminator_algos import (
     bradley_terry_loss,
     compute_discriminator_loss,
     discriminator_metrics,
+    ends_with_eos,
     get_discriminator_loss_fn,
     hinge_loss,
     pool_scores,
     ranking_loss,
     score_mask,
+    score_regulariser,
     two_sided_hinge_loss,
 )
 
@@ -115,6 +117,19 @@ def test_score_mask(ids, mask, expected):
     assert score_mask(ids, mask, EOS, exclude_eos=False).tolist() == mask.tolist()
 
 
+def test_score_mask_with_a_choice_for_each_answer():
+    ids, mask = torch.tensor([[5, EOS, 0], [5, EOS, 0]]), torch.tensor([[1, 1, 0], [1, 1, 0]])
+    chosen = score_mask(ids, mask, EOS, torch.tensor([True, False]))
+    assert chosen.long().tolist() == [[1, 0, 0], [1, 1, 0]]
+
+
+def test_an_answer_that_was_cut_has_no_eos_at_its_end():
+    # The end; the end after nothing; cut; EOS inside only; nothing; EOS where the padding begins.
+    ids = torch.tensor([[5, EOS, EOS], [EOS, 0, 0], [5, 5, 5], [EOS, 5, 5], [EOS, EOS, EOS], [5, EOS, 0]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1], [0, 0, 0], [1, 0, 0]])
+    assert ends_with_eos(ids, mask, EOS).tolist() == [True, True, False, False, False, False]
+
+
 def test_score_mask_of_groups():
     ids = torch.tensor([[[5, EOS, 0], [5, 6, 7]], [[EOS, 0, 0], [5, 6, EOS]]])
     mask = torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 1]]])
@@ -210,6 +225,37 @@ def test_regulariser():
     assert loss.item() == metrics["critic/score_reg"].item() == 13.0
     teacher, student = torch.autograd.grad(loss, [scores.teacher_raw, scores.student_raw])
     assert (teacher.item(), student.item()) == (6.0, -4.0)
+
+
+@pytest.mark.parametrize(
+    ("reg_on", "value", "slopes_of_teacher_student"),
+    [
+        # Pooled scores .5 and -1.5; sums over tokens 3 and -2.
+        ("raw", 13.0, (0.0, 0.0)),
+        ("pooled", 0.25 + 2.25, (1.0, -3.0)),
+        ("centre", 1.0, (-2.0, -2.0)),  # (.5 - 1.5)^2, slope 2 * -1 for both
+    ],
+)
+def test_what_the_regulariser_pulls_on(reg_on, value, slopes_of_teacher_student):
+    teacher = torch.tensor([[0.5]], requires_grad=True)
+    student = torch.tensor([[-1.5]], requires_grad=True)
+    raw = torch.tensor([[3.0]], requires_grad=True), torch.tensor([[-2.0]], requires_grad=True)
+    scores = PairScores(student=student, teacher=teacher, student_raw=raw[1], teacher_raw=raw[0])
+    loss, metrics = ranking_loss(scores, ranking_coef=0.0, reg_coef=1.0, diff_coef=0.0, reg_on=reg_on)
+    assert loss.item() == metrics["critic/score_reg"].item() == value
+    gradients = torch.autograd.grad(loss + 0 * (teacher + student).sum(), [teacher, student])
+    assert tuple(gradient.item() for gradient in gradients) == slopes_of_teacher_student
+
+
+def test_centring_is_a_mean_over_pairs():
+    # One teacher, 1, and students 1 and -3: ((1 + 1)^2 + (1 - 3)^2) / 2.
+    student, teacher = torch.tensor([[1.0, -3.0]]), torch.tensor([[1.0]])
+    assert score_regulariser(PairScores(student, teacher, student, teacher), "centre").item() == 4.0
+
+
+def test_an_unknown_regulariser_is_refused():
+    with pytest.raises(ValueError, match="unknown reg_on 'mean': use one of raw, pooled, centre"):
+        ranking_loss(pairs([0.0]), reg_on="mean")
 
 
 def test_ranking_with_its_own_constants():

@@ -62,14 +62,13 @@ def run(step, number=0):
 
 
 def weights(step):
-    return [p.detach().clone() for p in step.critic.worker.critic.critic_module.parameters()]
+    return [p.detach().full_tensor().clone() for p in step.critic.worker.critic.critic_module.parameters()]
 
 
 def test_rewards_are_the_scores_before_the_update_in_both_ways(model):
     """From the update's own forward, and from a pass of its own."""
     fused = make_step(model)
     separate = make_step(model, "critic.ppo_epochs=2")
-    assert (fused.scores_from_update, separate.scores_from_update) == (True, False)
     before = {name: value for name, value in separate.critic.compute_scores(fresh()).batch.items()}
     for step in (fused, separate):
         data, metrics = run(step)
@@ -78,6 +77,33 @@ def test_rewards_are_the_scores_before_the_update_in_both_ways(model):
         assert metrics["critic/grad_norm"] > 0
         after = step.critic.compute_scores(fresh()).batch["student_scores"]
         assert not torch.allclose(after, before["student_scores"], atol=1e-3)
+
+
+def test_a_discriminator_that_wins_only_scores_and_one_that_loses_trains_twice(model):
+    """By the accuracy of earlier steps; the rewards are the scores before the update all the same."""
+    step = make_step(model)
+    before = {name: value for name, value in step.critic.compute_scores(fresh()).batch.items()}
+    first = weights(step)
+    step.balance.accuracy = 0.9
+    data, metrics = run(step)
+    assert metrics["critic/balance/epochs"] == 0 and "critic/grad_norm" not in metrics
+    assert metrics["critic/d_loss"] > 0 and metrics["critic/lr"] == 1e-2
+    assert all(torch.equal(a, b) for a, b in zip(weights(step), first, strict=True))
+    for name, value in before.items():
+        torch.testing.assert_close(data.batch[name], value, atol=1e-5, rtol=1e-5)
+    accuracy = (before["teacher_scores"] > before["student_scores"]).float().mean().item()
+    assert metrics["critic/balance/d_acc"] == pytest.approx(0.5 * 0.9 + 0.5 * accuracy)
+
+    step.balance.accuracy = 0.2
+    losing, usual = step, make_step(model, "critic.ppo_epochs=2", "critic.balance.enable=False")
+    data, metrics = run(losing)
+    _, expected = run(usual)
+    assert metrics["critic/balance/epochs"] == 2
+    for name in ("critic/d_loss", "critic/grad_norm"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-5)
+    for name, value in before.items():
+        torch.testing.assert_close(data.batch[name], value, atol=1e-5, rtol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(losing), weights(usual), strict=True))
 
 
 def test_capacity_zero_is_plain_gad(model):

@@ -117,8 +117,21 @@ def _names(config: Config) -> Iterator[str]:
 
 def _stage(config: Config) -> Iterator[str]:
     trainer, critic = config.trainer, config.critic
-    if trainer.critic_warmup < -1:
-        yield f"trainer.critic_warmup={trainer.critic_warmup}: use -1 (no discriminator), 0, or a number of steps"
+    auto = trainer.critic_warmup == "auto"
+    if not auto and trainer.critic_warmup < -1:
+        yield f"trainer.critic_warmup={trainer.critic_warmup}: use -1 (no discriminator), 0, a number of steps, or auto"
+    if auto and (config.data.val_files is None or critic.held_out_prompts == 0):
+        yield (
+            "trainer.critic_warmup=auto looks at held-out pairs, and there are none: set data.val_files and "
+            "critic.held_out_prompts, or give trainer.critic_warmup a number of steps"
+        )
+    if auto and trainer.warmup_use_sft:
+        yield "trainer.critic_warmup=auto freezes the actor, and trainer.warmup_use_sft=True trains it: choose one"
+    if critic.balance.lowest >= critic.balance.highest:
+        yield (
+            f"critic.balance.lowest={critic.balance.lowest} must be below critic.balance.highest="
+            f"{critic.balance.highest}: between them is where the discriminator is left alone"
+        )
     if critic.enable is not None and critic.enable != config.use_critic:
         yield (
             f"critic.enable={critic.enable} contradicts trainer.critic_warmup={trainer.critic_warmup}: "

@@ -53,6 +53,9 @@ class AlgorithmConfig:
     kl_penalty: str
     kl_ctrl: KLControlConfig
     task_reward_weight: float
+    cut_answers: Literal["keep", "lowest", "leave_out"]
+    min_group_std: NonNegative
+    length_correction: bool
 
 
 @settings
@@ -71,7 +74,7 @@ class TrainerConfig:
     experiment_name: str
     total_epochs: Positive
     total_training_steps: Positive | None
-    critic_warmup: int
+    critic_warmup: int | Literal["auto"]
     warmup_use_sft: bool
     sft_monitor_freq: AtLeastMinusOne | None
     nnodes: Positive
@@ -145,11 +148,14 @@ class Config:
     @property
     def use_critic(self) -> bool:
         """Whether there is a discriminator: yes, unless `trainer.critic_warmup` is -1."""
-        return self.trainer.critic_warmup >= 0
+        return self.trainer.critic_warmup == "auto" or self.trainer.critic_warmup >= 0
 
     @property
     def frozen_actor_steps(self) -> int:
-        """Steps that train the discriminator alone; a warmup by SFT trains the actor from the first step on."""
+        """Steps that train the discriminator alone, at least; with `critic_warmup=auto` as many as its checks take. A
+        warmup by SFT trains the actor from the first step on."""
+        if self.trainer.critic_warmup == "auto":
+            return self.critic.head_start.checks * self.critic.head_start.check_every
         return 0 if self.use_sft else max(0, self.trainer.critic_warmup)
 
     @property

@@ -32,6 +32,10 @@ class RunState:
     global_step: int
     samples_seen: int
     kl_coef: float
+    # The discriminator's smoothed accuracy, and how far its head start is.
+    d_acc: float | None = None
+    first_actor_step: int | None = None
+    head_start_held: int = 0
 
 
 class Checkpoints:

@@ -18,6 +18,7 @@ from verl.utils.torch_functional import masked_mean, masked_sum
 from verl.utils.user_code import is_user_function, load_user_function
 
 POOLINGS = ("last_token", "mean", "sum")
+REGULARISERS = ("raw", "pooled", "centre")
 
 
 def pool_scores(values: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -39,20 +40,27 @@ def pool_scores(values: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch
 
 
 def score_mask(
-    responses: torch.Tensor, response_mask: torch.Tensor, eos_token_id: int, exclude_eos: bool
+    responses: torch.Tensor, response_mask: torch.Tensor, eos_token_id: int, exclude_eos: bool | torch.Tensor
 ) -> torch.Tensor:
-    """The tokens a score is pooled over: `response_mask` (..., T), without the closing EOS if `exclude_eos`.
+    """The tokens a score is pooled over: `response_mask` (..., T), without the closing EOS where `exclude_eos`, one
+    bool for all answers or one for each (...,).
 
     EOS is recognised only as the last real token, so that a pad id equal to it changes nothing. An answer that is
     nothing but EOS keeps it: it must have a score too.
     """
-    if not exclude_eos:
+    if exclude_eos is False:
         return response_mask
+    lengths = response_mask.sum(-1)
+    drop = ends_with_eos(responses, response_mask, eos_token_id) & (lengths > 1) & exclude_eos
+    is_last = torch.arange(responses.shape[-1], device=responses.device) == (lengths - 1).unsqueeze(-1)
+    return response_mask * ~(is_last & drop.unsqueeze(-1))
+
+
+def ends_with_eos(responses: torch.Tensor, response_mask: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Whether each answer (..., T) came to its end: its last real token is EOS. An answer that did not was cut."""
     lengths = response_mask.sum(-1, keepdim=True)
-    last = (lengths - 1).clamp(min=0).long()
-    ends_with_eos = (responses.gather(-1, last) == eos_token_id) & (lengths > 1)
-    is_last = torch.arange(responses.shape[-1], device=responses.device) == last
-    return response_mask * ~(is_last & ends_with_eos)
+    last = responses.gather(-1, (lengths - 1).clamp(min=0).long())
+    return ((last == eos_token_id) & (lengths > 0)).squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -200,21 +208,41 @@ def ranking_loss(
     reg_coef: float = 0.005,
     diff_limit: float = 1.5,
     diff_coef: float = 0.5,
+    reg_on: str = "raw",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The mean over pairs of
 
         ranking_coef * -logsigmoid(clamp(d / temperature, -clamp, clamp))
-        + reg_coef * (teacher_raw^2 + student_raw^2) + diff_coef * relu(d - diff_limit)^2
+        + reg_coef * regulariser + diff_coef * relu(d - diff_limit)^2
 
-    A soft ranking, a pull of the raw sums towards zero, and a brake once the teacher leads by more than `diff_limit`.
+    A soft ranking, a pull of the scores towards zero, and a brake once the teacher leads by more than `diff_limit`.
+    The regulariser is, by `reg_on`,
+
+        raw     teacher_raw^2 + student_raw^2: of the sums over tokens, so its gradient grows with the square of an
+                answer's length and leaves nothing of the ranking on answers of hundreds of tokens
+        pooled  teacher^2 + student^2: of the scores that are ranked
+        centre  (teacher + student)^2: holds a pair's mean at zero and its difference free (arXiv 2312.09244, section
+                3.2)
+
     Metrics are the three terms without their coefficients, so that ranking_loss = log 2 means "cannot tell".
     """
     d = scores.difference
     ranking = _soft_ranking(d, temperature, clamp)
-    regulariser = scores.teacher_raw.square().mean() + scores.student_raw.square().mean()
+    regulariser = score_regulariser(scores, reg_on)
     penalty = F.relu(d - diff_limit).square().mean()
     loss = ranking_coef * ranking + reg_coef * regulariser + diff_coef * penalty
     return loss, {"critic/ranking_loss": ranking, "critic/score_reg": regulariser, "critic/diff_penalty": penalty}
+
+
+def score_regulariser(scores: PairScores, reg_on: str) -> torch.Tensor:
+    """The mean over pairs that `ranking_loss` adds; ValueError for a name it does not know."""
+    if reg_on == "raw":
+        return scores.teacher_raw.square().mean() + scores.student_raw.square().mean()
+    if reg_on == "pooled":
+        return scores.teacher.square().mean() + scores.student.square().mean()
+    if reg_on == "centre":
+        return (scores.teacher + scores.student).square().mean()
+    raise ValueError(f"unknown reg_on {reg_on!r}: use one of {', '.join(REGULARISERS)}")
 
 
 def discriminator_metrics(scores: PairScores) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.trainer.config.schema import Config
 from verl.trainer.ppo.balancing import balance
+from verl.trainer.ppo.discriminator_balance import DiscriminatorBalance
 from verl.trainer.ppo.replay import ReplayBuffer, past_groups
 from verl.workers.batch import GROUP_KEYS
 
@@ -28,7 +29,8 @@ class DiscriminatorStep:
     def __init__(self, config: Config, critic: WorkerGroup):
         self.critic = critic
         self.mini_batch_size = config.critic.ppo_mini_batch_size
-        self.scores_from_update = self.mini_batch_size == config.data.train_batch_size and config.critic.ppo_epochs == 1
+        self.one_mini_batch = self.mini_batch_size == config.data.train_batch_size
+        self.balance = DiscriminatorBalance(config.critic.balance, config.critic.ppo_epochs)
         self.ranks, self.by_tokens = config.trainer.ranks, config.trainer.balance_batch
         self.replay = ReplayBuffer(config.critic.replay.capacity, config.data.seed)
         self.past_per_mini_batch = past_groups(self.mini_batch_size, config.critic.replay.fraction, self.ranks)
@@ -45,16 +47,9 @@ class DiscriminatorStep:
         """
         mixed, mini_batches = self._mix(batch, step)
         rows = mixed.select(list(GROUP_KEYS), non_tensor_batch_keys=[])
-        rows.meta_info = {"mini_batches": mini_batches}
-        if self.scores_from_update:
-            with timed("update_critic"):
-                scores = self.critic.score_and_update_critic(rows)
-            metrics = scores.meta_info.pop("metrics")[0]
-        else:
-            with timed("values"):
-                scores = self.critic.compute_scores(rows)
-            with timed("update_critic"):
-                metrics = self.critic.update_critic(rows)[0]
+        epochs = self.balance.epochs()
+        rows.meta_info = {"mini_batches": mini_batches, "epochs": epochs}
+        scores, metrics = self._score_and_train(rows, epochs, timed)
         if self.replay.capacity:
             metrics |= self._replay_metrics(scores, mixed)
             # In the data's order, which is the same for any number of ranks.
@@ -63,7 +58,24 @@ class DiscriminatorStep:
         position = torch.empty(len(batch), dtype=torch.long)
         position[fresh_row[fresh_row >= 0]] = (fresh_row >= 0).nonzero().flatten()
         batch.union(DataProto.from_dict({key: value[position] for key, value in scores.batch.items()}))
-        return metrics
+        fresh = batch.batch["teacher_scores"] > batch.batch["student_scores"]
+        self.balance.observe(fresh.float().mean().item())
+        return metrics | {"critic/balance/d_acc": self.balance.accuracy, "critic/balance/epochs": epochs}
+
+    def _score_and_train(self, rows: DataProto, epochs: int, timed: Callable) -> tuple[DataProto, dict[str, float]]:
+        """Scores before the update, and the update's metrics."""
+        if epochs == 0:
+            with timed("values"):
+                scores = self.critic.score_and_evaluate_critic(rows)
+            return scores, scores.meta_info.pop("metrics")[0]
+        if epochs == 1 and self.one_mini_batch:
+            with timed("update_critic"):
+                scores = self.critic.score_and_update_critic(rows)
+            return scores, scores.meta_info.pop("metrics")[0]
+        with timed("values"):
+            scores = self.critic.compute_scores(rows)
+        with timed("update_critic"):
+            return scores, self.critic.update_critic(rows)[0]
 
     def _mix(self, batch: DataProto, step: int) -> tuple[DataProto, int]:
         """The rows of the update, past groups spread evenly over the mini-batches; and the number of those."""

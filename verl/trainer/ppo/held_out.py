@@ -10,9 +10,10 @@ against fresh ones.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,14 @@ if TYPE_CHECKING:
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 logger = logging.getLogger(__name__)
+
+
+class HeldOutAccuracy(NamedTuple):
+    """Share of pairs whose teacher scores higher, its standard error over prompts, and the number of prompts."""
+
+    value: float
+    error: float
+    prompts: int
 
 
 class HeldOutPairs:
@@ -56,22 +65,29 @@ class HeldOutPairs:
     def score(self) -> dict[str, float]:
         """`val/critic/*` and `val/critic/fixed/*`."""
         parts = self.prompts.split(self.batch_size)
-        fresh = self._metrics(self._answered(part) for part in parts)
-        fixed = self._metrics(self.fixed.split(self.batch_size))
+        fresh = compute_discriminator_metrics(self._scored(self._answered(part) for part in parts))
+        fixed = compute_discriminator_metrics(self._scored(self.fixed.split(self.batch_size)))
         metrics = {f"val/{name}": value for name, value in fresh.items()}
         return metrics | {f"val/critic/fixed/{name.removeprefix('critic/')}": value for name, value in fixed.items()}
+
+    def accuracy(self) -> HeldOutAccuracy:
+        """How well the discriminator tells the stored answers from the teacher's now."""
+        tensors = self._scored(self.fixed.split(self.batch_size)).batch
+        per_prompt = (tensors["teacher_scores"] > tensors["student_scores"]).double().mean(-1)
+        error = per_prompt.std(correction=0).item() / math.sqrt(max(1, len(per_prompt) - 1))
+        return HeldOutAccuracy(per_prompt.mean().item(), error, len(per_prompt))
 
     def _answered(self, prompts: DataProto) -> DataProto:
         sampling = self.trainer.config.actor_rollout_ref.rollout.sampling
         prompts = DataProto(prompts.batch.clone())
         return prompts.union(self.trainer.generate(prompts, sampling, self.seed)).select(list(GROUP_KEYS))
 
-    def _metrics(self, parts: Iterable[DataProto]) -> dict[str, float]:
+    def _scored(self, parts: Iterable[DataProto]) -> DataProto:
         scored = []
         for part in parts:
             part = DataProto(part.batch.clone())
             scored.append(part.union(self.trainer.critic.compute_scores(part)))
-        return compute_discriminator_metrics(DataProto.concat(scored))
+        return DataProto.concat(scored)
 
     def save(self, file: Path) -> None:
         """Write the stored answers."""

@@ -75,7 +75,7 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
     if config.trainer.critic_warmup == 0 and not is_discriminator(path):
         raise ValueError(
             f"{path} is a language model, and an untrained discriminator would reward noise: pass a warmed-up critic "
-            "(critic.model.path, --reward_model), or let it learn first with trainer.critic_warmup=N steps"
+            "(critic.model.path, --reward_model), or let it learn first with trainer.critic_warmup=N steps or auto"
         )
     _warn_of_other_scoring(config)
     return tokenizer

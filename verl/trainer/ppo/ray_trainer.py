@@ -29,6 +29,7 @@ from verl.trainer.ppo.balancing import balance
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator_step import DiscriminatorStep
+from verl.trainer.ppo.head_start import HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.memory_check import check_run_memory
 from verl.trainer.ppo.metric_utils import (
@@ -37,10 +38,9 @@ from verl.trainer.ppo.metric_utils import (
     compute_sync_metrics,
     compute_throughout_metrics,
     compute_timing_metrics,
-    mean_max_min,
 )
 from verl.trainer.ppo.resource_pools import ResourcePoolManager
-from verl.trainer.ppo.reward import apply_kl_penalty, compute_advantage, get_custom_reward_fn, on_last_token
+from verl.trainer.ppo.reward import apply_kl_penalty, compute_advantage, get_custom_reward_fn, reward_answers
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.validation import validate
 from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REPLAY_FILE
@@ -49,7 +49,7 @@ from verl.utils.dump import write_jsonl
 from verl.utils.rouge import mean_rouge_l
 from verl.utils.torch_functional import masked_mean
 from verl.utils.tracking import Tracking
-from verl.workers.batch import POLICY_KEYS, PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS
+from verl.workers.batch import ANCHOR_COEF, POLICY_KEYS, PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS
 from verl.workers.config import SamplingConfig
 
 __all__ = [
@@ -137,7 +137,7 @@ class RayPPOTrainer:
         logger.info("%d training rows, batches of %d: %d steps, %.2f epochs", rows, batch, steps, steps * batch / rows)
         if self.config.frozen_actor_steps >= steps:
             logger.warning(
-                "trainer.critic_warmup=%d covers all %d steps: only the discriminator will be trained",
+                "trainer.critic_warmup=%s covers all %d steps: only the discriminator will be trained",
                 self.config.trainer.critic_warmup, steps,
             )  # fmt: skip
         return steps
@@ -171,8 +171,10 @@ class RayPPOTrainer:
         if self.critic is not None:
             self.critic.init_model()
             self.discriminator = DiscriminatorStep(config, self.critic)
-            if self._validates() and config.critic.held_out_prompts:
+            auto = config.trainer.critic_warmup == "auto"
+            if config.critic.held_out_prompts and self.val_dataset is not None and (auto or self._validates()):
                 self.held_out = HeldOutPairs(self, VALIDATION_SEED)
+        self.head_start = HeadStart(config, None if self.held_out is None else self.held_out.accuracy)
         self.checkpoints = Checkpoints(config.trainer, self.actor_rollout, self.critic)
         self._peak_memory()  # What building took is not the first step's.
 
@@ -190,6 +192,8 @@ class RayPPOTrainer:
         self._resume()
         if self.held_out is not None:
             self.held_out.store()
+        if self.global_step == 0:
+            self.head_start.warn_of_a_blind_critic()
         with self._open_tracking() as tracking, self._progress() as progress:
             if config.val_only:
                 return tracking.log(self._validate(tracking), self.global_step)
@@ -227,6 +231,8 @@ class RayPPOTrainer:
     def _adversarial_step(self, batch: DataProto, metrics: dict[str, float], timing: dict[str, float]) -> DataProto:
         """Warmup and GAD: the student answers, the discriminator scores and learns, then the student does."""
         timed = partial(marked_timer, timing=timing)
+        with timed("testing"):
+            metrics |= self.head_start.check(self.global_step)
         with timed("push_weights"):
             self._push_weights()
         with timed("gen"):
@@ -253,7 +259,7 @@ class RayPPOTrainer:
         """Log-probs where the reward or the update asks for them, rewards, advantages and, unless the actor is frozen
         still, its update."""
         answers = self.take(batch, PROMPT_KEYS + STUDENT_KEYS)
-        trains = self.config.frozen_actor_steps <= self.global_step
+        trains = self.head_start.actor_trains(self.global_step)
         in_reward = self.config.algorithm.use_kl_in_reward
         with timed("old_log_prob"):
             if in_reward or (trains and self.config.needs_old_log_probs):
@@ -269,7 +275,7 @@ class RayPPOTrainer:
                 # Left out where they are the update's own, to the last bit.
                 left_out = () if self.config.needs_old_log_probs else ("old_log_probs",)
                 keys = tuple(key for key in POLICY_KEYS if key not in left_out)
-                metrics |= self._update_actor(batch, STUDENT_KEYS + keys)
+                metrics |= self._update_actor(batch, STUDENT_KEYS + keys, self._sft_anchor_coef())
 
     # ------------------------------------------------------------ parts of a step
 
@@ -338,20 +344,8 @@ class RayPPOTrainer:
         return batch
 
     def _compute_advantages(self, batch: DataProto) -> dict[str, float]:
-        """Rewards on each answer's last token, less the KL penalty if it is in the reward, then advantages."""
-        algorithm, metrics = self.config.algorithm, {}
-        mask, scores = batch.batch["response_mask"], batch.batch["student_scores"]
-        if self.task_reward is not None:
-            task = self.score_task(batch)
-            metrics |= mean_max_min("critic/task_reward", task)
-            scores = scores + algorithm.task_reward_weight * task
-        batch.batch["token_level_scores"] = on_last_token(scores, mask)
-        if algorithm.use_kl_in_reward:
-            metrics |= apply_kl_penalty(batch, self.kl_ctrl, algorithm.kl_penalty)[1]
-        else:
-            batch.batch["token_level_rewards"] = batch.batch["token_level_scores"]
-        compute_advantage(batch, algorithm.adv_estimator, algorithm.norm_adv_by_std_in_grpo)
-        return metrics
+        task = None if self.task_reward is None else self.score_task(batch)
+        return reward_answers(batch, self.config.algorithm, self.kl_ctrl, task, self.tokenizer.eos_token_id)
 
     def score_task(self, batch: DataProto) -> torch.Tensor:
         """The user's reward of every answer, (B, N)."""
@@ -359,9 +353,18 @@ class RayPPOTrainer:
         prompts, teachers, rows = (batch.non_tensor_batch[key] for key in ("raw_prompt", "teacher_text", "index"))
         return self.task_reward(prompts, texts, teachers, rows)
 
-    def _update_actor(self, batch: DataProto, keys: tuple[str, ...]) -> dict[str, float]:
+    def _sft_anchor_coef(self) -> float:
+        """The weight of the teacher's answers in this step's policy update."""
+        actor = self.config.actor_rollout_ref.actor
+        start, end = actor.sft_anchor_coef, actor.sft_anchor_end_coef
+        done = self.global_step / max(1, self.total_steps - 1)
+        return start if end is None else start + (end - start) * done
+
+    def _update_actor(self, batch: DataProto, keys: tuple[str, ...], sft_anchor_coef: float = 0.0) -> dict[str, float]:
         self._engine_is_current = False
-        return self.actor_rollout.update_actor(self.take(batch, PROMPT_KEYS + keys))[0]
+        rows = self.take(batch, PROMPT_KEYS + keys + (TEACHER_KEYS if sft_anchor_coef > 0 else ()))
+        rows.meta_info = {ANCHOR_COEF: sft_anchor_coef}
+        return self.actor_rollout.update_actor(rows)[0]
 
     def _check_sync(self, batch: DataProto, metrics: dict[str, float]) -> None:
         """Compare the engine's log-probs with the trainer's where the engine reported them; warn if they part.
@@ -411,9 +414,12 @@ class RayPPOTrainer:
         state = self.checkpoints.load(folder)
         if self.discriminator is not None:
             self.discriminator.replay.load(folder / REPLAY_FILE)
+            self.discriminator.balance.accuracy = state.d_acc
         if self.held_out is not None:
             self.held_out.load(folder / HELD_OUT_FILE)
         self.global_step, self.samples_seen = state.global_step, state.samples_seen
+        if self.head_start.auto:
+            self.head_start.first_actor_step, self.head_start.held = state.first_actor_step, state.head_start_held
         if isinstance(self.kl_ctrl, AdaptiveKLController):
             self.kl_ctrl.value = state.kl_coef
         self._engine_is_current = False
@@ -421,8 +427,15 @@ class RayPPOTrainer:
             logger.info("%d of %d steps are done already: nothing is left to train", self.global_step, self.total_steps)
 
     def _save(self, step: int) -> None:
-        seen = self.samples_seen + self.config.data.train_batch_size
-        with self.checkpoints.save(RunState(global_step=step, samples_seen=seen, kl_coef=self.kl_ctrl.value)) as folder:
+        state = RunState(
+            global_step=step,
+            samples_seen=self.samples_seen + self.config.data.train_batch_size,
+            kl_coef=self.kl_ctrl.value,
+            d_acc=None if self.discriminator is None else self.discriminator.balance.accuracy,
+            first_actor_step=self.head_start.first_actor_step,
+            head_start_held=self.head_start.held,
+        )
+        with self.checkpoints.save(state) as folder:
             if self.discriminator is not None:
                 self.discriminator.replay.save(folder / REPLAY_FILE)
             if self.held_out is not None:
@@ -472,7 +485,7 @@ class RayPPOTrainer:
         write_jsonl(path, rows)
 
     def _progress(self) -> tqdm:
-        warming_up = self.config.use_sft or self.config.trainer.critic_warmup > 0
+        warming_up = self.config.use_sft or self.config.frozen_actor_steps > 0
         stage = "SeqKD" if not self.config.use_critic else "warmup" if warming_up else "GAD"
         return tqdm(total=self.total_steps, initial=self.global_step, desc=stage, unit="step", dynamic_ncols=True)
 

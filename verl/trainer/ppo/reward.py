@@ -11,8 +11,16 @@ import numpy as np
 import torch
 
 from verl.protocol import DataProto
-from verl.trainer.config.schema import Config
-from verl.trainer.ppo.core_algos import AdaptiveKLController, FixedKLController, get_adv_estimator_fn, kl_penalty
+from verl.trainer.config.schema import AlgorithmConfig, Config
+from verl.trainer.ppo.core_algos import (
+    AdaptiveKLController,
+    FixedKLController,
+    ends_with_eos,
+    get_adv_estimator_fn,
+    kl_penalty,
+)
+from verl.trainer.ppo.metric_utils import correlation, mean_max_min
+from verl.trainer.ppo.reward_shaping import flat_groups, settle_cut_answers, without_length
 from verl.utils.user_code import load_user_function
 
 logger = logging.getLogger(__name__)
@@ -89,10 +97,67 @@ def apply_kl_penalty(
     return data, {"actor/reward_kl_penalty": current, "actor/reward_kl_penalty_coeff": coefficient}
 
 
-def compute_advantage(data: DataProto, adv_estimator: str, norm_adv_by_std_in_grpo: bool = True) -> DataProto:
-    """Add `advantages` and `returns` (B, N, T); the answers in one row are one group."""
+def reward_answers(
+    batch: DataProto,
+    algorithm: AlgorithmConfig,
+    kl_ctrl: FixedKLController | AdaptiveKLController,
+    task: torch.Tensor | None,
+    eos_token_id: int,
+) -> dict[str, float]:
+    """From `student_scores` (B, N) to `advantages` (B, N, T), in place; everything between is added as well.
+
+    In this order: the task reward (`task`, (B, N)) is added, the part that goes with length is taken out, what cut
+    answers are worth is settled, groups that say nothing are left out, the KL penalty is taken off, advantages follow.
+
+    Returns:
+        how much each of it did.
+    """
+    metrics: dict[str, float] = {}
+    mask, rewards = batch.batch["response_mask"], batch.batch["student_scores"]
+    if task is not None:
+        metrics |= mean_max_min("critic/task_reward", task)
+        rewards = rewards + algorithm.task_reward_weight * task
+    cut = ~ends_with_eos(batch.batch["responses"], mask, eos_token_id)
+    lengths = mask.sum(-1)
+    if algorithm.length_correction:
+        counted = ~cut if algorithm.cut_answers != "keep" else torch.ones_like(cut)
+        rewards, slope = without_length(rewards, lengths, counted)
+        metrics["critic/length_slope"] = slope.item()
+    rewards, left_out = settle_cut_answers(rewards, cut, algorithm.cut_answers)
+    flat = flat_groups(rewards, left_out, algorithm.min_group_std)
+    left_out = left_out | flat
+    batch.batch["token_level_scores"] = on_last_token(rewards, mask)
+    if algorithm.use_kl_in_reward:
+        metrics |= apply_kl_penalty(batch, kl_ctrl, algorithm.kl_penalty)[1]
+    else:
+        batch.batch["token_level_rewards"] = batch.batch["token_level_scores"]
+    compute_advantage(batch, algorithm.adv_estimator, algorithm.norm_adv_by_std_in_grpo, left_out)
+    compared = ~left_out
+    metrics |= {
+        "response_length/cut_ratio": cut.float().mean().item(),
+        "critic/left_out_frac": left_out.float().mean().item(),
+        "critic/flat_group_frac": flat.float().mean().item(),
+    }
+    if compared.any():
+        metrics["critic/length_reward_corr_used"] = correlation(lengths[compared].float(), rewards[compared])
+    if cut.any():
+        metrics["critic/advantages/cut_mean"] = batch.batch["advantages"][..., 0][cut].mean().item()
+    return metrics
+
+
+def compute_advantage(
+    data: DataProto,
+    adv_estimator: str,
+    norm_adv_by_std_in_grpo: bool = True,
+    left_out: torch.Tensor | None = None,
+) -> DataProto:
+    """Add `advantages` and `returns` (B, N, T); the answers in one row are one group, those `left_out` (B, N) apart:
+    each of these is a group of its own, which has no advantage."""
     rewards, mask = data.batch["token_level_rewards"], data.batch["response_mask"]
     groups = np.repeat(np.arange(len(data)), rewards.shape[1])
+    if left_out is not None:
+        alone = left_out.flatten().numpy()
+        groups[alone] = len(data) + np.arange(alone.sum())
     advantages, returns = get_adv_estimator_fn(adv_estimator)(
         token_level_rewards=rewards.flatten(0, 1),
         response_mask=mask.flatten(0, 1),

@@ -197,6 +197,14 @@ def tokenize_prompts(
     )
 
 
+def tokenize_answers(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each answer with one EOS at its end, also where the text ends in the EOS text itself."""
+    eos = tokenizer.eos_token
+    ends = [text.rstrip() for text in texts]
+    texts = [end.removesuffix(eos) if end.endswith(eos) else text for text, end in zip(texts, ends, strict=True)]
+    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
 def _prompt_lengths(
     tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], conversations: Sequence[Messages]
 ) -> list[int]:
@@ -355,7 +363,7 @@ class RLHFDataset(Dataset):
     def _answer(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, (R,) each."""
         limit = self.config.max_response_length
-        ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id][:limit]
+        ids = tokenize_answers(self.tokenizer, [text])[0][:limit]
         mask = (torch.arange(limit) < len(ids)).long()
         return pad_2d_list_to_length([ids], self.pad_token_id, limit)[0], mask
 
@@ -375,8 +383,7 @@ class RLHFDataset(Dataset):
     def _check_answer_lengths(self) -> None:
         limit = self.config.max_response_length
         texts = [row.record[self.config.response_key] for row in self.rows]
-        tokenized = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        lengths = np.array([len(ids) + 1 for ids in tokenized])  # with EOS
+        lengths = np.array([len(ids) for ids in tokenize_answers(self.tokenizer, texts)])
         if lengths.min() == 1:
             row = self.rows[int(lengths.argmin())]
             raise ValueError(

@@ -12,7 +12,7 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import agg_loss, compute_sft_loss, get_policy_loss_fn, kl_penalty
 from verl.utils.fsdp_utils import reshard, synced
 from verl.utils.torch_functional import masked_mean
-from verl.workers.batch import POLICY_KEYS, student_rows, teacher_rows
+from verl.workers.batch import ANCHOR_COEF, POLICY_KEYS, UpdateRows, student_rows, update_rows
 from verl.workers.config import ActorConfig, RolloutConfig
 from verl.workers.updates import (
     MetricSums,
@@ -77,7 +77,9 @@ class DataParallelPPOActor:
         """Train on this rank's rows: `ppo_epochs` times over mini-batches of `ppo_mini_batch_size` prompts.
 
         With `use_sft_mode` the teacher's answers are the target, each counted once; otherwise the student's own, with
-        `advantages`, `old_log_probs` and, for a KL loss, `ref_log_prob`. With one mini-batch and one epoch
+        `advantages`, `old_log_probs` and, for a KL loss, `ref_log_prob`. `meta_info["sft_anchor_coef"]` above 0 adds so
+        many times the SFT loss of the teacher's answers, whose prompts are shared (CHORD, arXiv 2508.11408).
+        With one mini-batch and one epoch
         `old_log_probs` may be left out: no weight changes before the last of them would be computed, so they are the
         update's own, detached; `actor/entropy` is then among the metrics.
 
@@ -94,14 +96,13 @@ class DataParallelPPOActor:
         return metrics.means()
 
     def _accumulate_gradients(self, mini_batch: DataProto, metrics: MetricSums) -> None:
-        sft = self.config.use_sft_mode
-        rows = teacher_rows(mini_batch) if sft else student_rows(mini_batch)
+        sft, module = self.config.use_sft_mode, self.actor_module
+        coef = 0.0 if sft else mini_batch.meta_info.get(ANCHOR_COEF, 0.0)
+        update = update_rows(mini_batch, sft, anchor=coef > 0)
+        rows, totals = update.rows, self._totals(update)
         extra = {}
         if not sft:
             extra = {key: mini_batch.batch[key].flatten(0, 1) for key in POLICY_KEYS if key in mini_batch.batch}
-        module, device = self.actor_module, self.actor_module.device
-        tokens, sequences = sum_over_ranks([float(rows.response_mask.sum()), float(len(rows))])
-        totals = {"dp_size": data_parallel_size(), "batch_num_tokens": tokens, "global_batch_size": sequences}
 
         self.actor_optimizer.zero_grad()
         losses: dict[str, torch.Tensor] = {}
@@ -114,35 +115,75 @@ class DataParallelPPOActor:
         )
         once = self.config.fsdp_config.sync_gradients_once
         for index in synced(module, micro_batches, once):
-            micro = rows.select(index)
-            mask = copy_to(micro.response_mask, device)
+            micro, student = rows.select(index), update.student[index]
             if sft:
-                loss, shares, means = self._sft_loss(micro, mask, totals)
+                loss, shares, means = self._sft_loss(micro, totals["teacher"])
             else:
-                known = {key: copy_to(value[index], device) for key, value in extra.items()}
-                loss, shares, means = self._policy_loss(micro, mask, known, totals)
+                known = {key: copy_to(value[student[student >= 0]], module.device) for key, value in extra.items()}
+                loss, shares, means = self._policy_loss(micro, student >= 0, known, totals, coef)
             loss.backward()
-            metrics.add(means, float(micro.response_mask.sum()))
+            for side, values in means.items():
+                metrics.add(values, float(micro.response_mask[(student >= 0) == (side == "student")].sum()))
             for name, share in shares.items():
                 losses[name] = losses.get(name, 0) + share
         # The shares carry their weight already: summed over micro-batches they are the mini-batch's loss.
         metrics.add(losses, 1.0)
+        if coef > 0:
+            metrics.add({"actor/sft_anchor_coef": coef}, 1.0)
 
-    def _sft_loss(
-        self, rows: AnswerRows, mask: torch.Tensor, totals: dict[str, Any]
-    ) -> tuple[torch.Tensor, dict, dict]:
+    def _totals(self, update: UpdateRows) -> dict[str, dict[str, float]]:
+        """What `agg_loss` has to know of the mini-batch over all ranks, of the students' answers and the teachers'."""
+        students = update.student >= 0
+        counts = []
+        for side in (students, ~students):
+            counts += [float(update.rows.response_mask[side].sum()), float(side.sum())]
+        tokens, sequences, teacher_tokens, teacher_sequences = sum_over_ranks(counts)
+        size = data_parallel_size()
+        return {
+            "student": {"dp_size": size, "batch_num_tokens": tokens, "global_batch_size": sequences},
+            "teacher": {"dp_size": size, "batch_num_tokens": teacher_tokens, "global_batch_size": teacher_sequences},
+        }
+
+    def _sft_loss(self, rows: AnswerRows, totals: dict[str, Any]) -> tuple[torch.Tensor, dict, dict]:
+        mask = copy_to(rows.response_mask, self.actor_module.device)
         log_prob, entropy = self.actor_module(rows, entropy="value")
         loss = compute_sft_loss(log_prob, mask, self.config.loss_agg_mode, **totals)
         shares = {"actor/sft_loss": loss.detach(), "actor/teacher_pg_loss": loss.detach()}
-        return loss, shares, {"actor/entropy": masked_mean(entropy, mask)}
+        return loss, shares, {"teacher": {"actor/entropy": masked_mean(entropy, mask)}}
 
     def _policy_loss(
-        self, rows: AnswerRows, mask: torch.Tensor, extra: dict[str, torch.Tensor], totals: dict[str, Any]
+        self, rows: AnswerRows, is_student: torch.Tensor, extra: dict[str, torch.Tensor], totals: dict, coef: float
+    ) -> tuple[torch.Tensor, dict, dict]:
+        """The students' answers by the policy loss at the sampling temperature and, where there are teachers' among the
+        rows, `coef` times their SFT loss at temperature 1, in one forward."""
+        config, device = self.config, self.actor_module.device
+        first_look = "old_log_probs" not in extra
+        wanted = "grad" if config.entropy_coeff else "value" if first_look else "none"
+        mask = copy_to(rows.response_mask, device)
+        if is_student.all():
+            log_prob, entropy = self.actor_module(rows, self.temperature, wanted)
+            return self._students_loss(log_prob, entropy, mask, extra, totals["student"])
+        temperature = copy_to(torch.where(is_student, self.temperature, 1.0), device)
+        log_prob, entropy = self.actor_module(rows, temperature, wanted)
+        teachers, students = (copy_to(side.nonzero().flatten(), device) for side in (~is_student, is_student))
+        anchor = compute_sft_loss(log_prob[teachers], mask[teachers], config.loss_agg_mode, **totals["teacher"])
+        loss, shares, means = coef * anchor, {}, {}
+        if is_student.any():
+            of_students = (log_prob[students], None if entropy is None else entropy[students], mask[students])
+            students_loss, shares, means = self._students_loss(*of_students, extra, totals["student"])
+            loss = loss + students_loss
+        return loss, {**shares, "actor/sft_anchor_loss": anchor.detach()}, means
+
+    def _students_loss(
+        self,
+        log_prob: torch.Tensor,
+        entropy: torch.Tensor | None,
+        mask: torch.Tensor,
+        extra: dict[str, torch.Tensor],
+        totals: dict[str, Any],
     ) -> tuple[torch.Tensor, dict, dict]:
         config = self.config
         first_look = "old_log_probs" not in extra
-        wanted = "grad" if config.entropy_coeff else "value" if first_look else "none"
-        log_prob, entropy = self.actor_module(rows, self.temperature, wanted)
         old_log_prob = log_prob.detach() if first_look else extra["old_log_probs"]
         policy_loss = get_policy_loss_fn(config.policy_loss.loss_mode)
         loss, means = policy_loss(
@@ -160,4 +201,4 @@ class DataParallelPPOActor:
             shares["actor/kl_loss"] = kl_loss.detach()
             divergence = masked_mean((log_prob - extra["ref_log_prob"]).detach(), mask)
             means = {**means, "actor/kl_divergence": divergence, "actor/kl_coef": config.kl_loss_coef}
-        return loss, shares, means
+        return loss, shares, {"student": means}

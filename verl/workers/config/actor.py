@@ -37,6 +37,8 @@ class ActorConfig:
     use_kl_loss: bool
     kl_loss_coef: NonNegative
     kl_loss_type: str
+    sft_anchor_coef: NonNegative
+    sft_anchor_end_coef: NonNegative | None
     optim: OptimizerConfig
     fsdp_config: FSDPConfig
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from verl.workers.config.base import BelowOne, Count, NonNegative, Positive, PositiveFloat, settings
+from verl.workers.config.base import BelowOne, Count, Fraction, NonNegative, Positive, PositiveFloat, settings
 from verl.workers.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
 
 
@@ -36,6 +36,7 @@ class RankingConfig:
     temperature: PositiveFloat
     clamp: PositiveFloat
     reg_coef: NonNegative
+    reg_on: Literal["raw", "pooled", "centre"]
     diff_limit: float
     diff_coef: NonNegative
 
@@ -79,6 +80,26 @@ class ReplayConfig:
 
 
 @settings
+class BalanceConfig:
+    """The band of accuracy in which the discriminator is kept (`DiscriminatorBalance`)."""
+
+    enable: bool
+    lowest: Fraction
+    highest: Fraction
+    smoothing: BelowOne
+
+
+@settings
+class HeadStartConfig:
+    """When a head start of `trainer.critic_warmup=auto` is over (`HeadStart`)."""
+
+    accuracy: Fraction
+    checks: Positive
+    check_every: Positive
+    max_steps: Positive
+
+
+@settings
 class CriticModelConfig(ModelConfig):
     """The critic keeps its sharding under its model, as verl does."""
 
@@ -102,4 +123,6 @@ class CriticConfig:
     grad_clip: PositiveFloat
     discriminator: DiscriminatorConfig
     replay: ReplayConfig
+    balance: BalanceConfig
+    head_start: HeadStartConfig
     held_out_prompts: Count

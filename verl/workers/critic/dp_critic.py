@@ -85,16 +85,20 @@ class DataParallelPPOCritic:
         return table.tensors()
 
     def update_critic(self, data: DataProto) -> dict[str, float]:
-        """Train on this rank's groups: `ppo_epochs` times over the `meta_info["mini_batches"]` mini-batches in it.
+        """Train on this rank's groups: `epochs` times over the `meta_info["mini_batches"]` mini-batches in it.
 
         Returns:
             `critic/d_loss`, its parts and `critic/grad_norm`, over all mini-batches and ranks.
         """
         metrics = MetricSums()
-        for _ in range(self.config.ppo_epochs):
+        for _ in range(self.epochs(data)):
             for mini_batch in data.split(len(data) // data.meta_info["mini_batches"]):
                 self._step(mini_batch, metrics)
         return metrics.means()
+
+    def epochs(self, data: DataProto) -> int:
+        """`meta_info["epochs"]` of a batch, or the usual `ppo_epochs`."""
+        return data.meta_info.get("epochs", self.config.ppo_epochs)
 
     def score_and_update(self, data: DataProto) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """`compute_scores` and then one optimizer step on the whole batch, in a single forward.
@@ -104,6 +108,18 @@ class DataParallelPPOCritic:
         """
         metrics, table = MetricSums(), ScoreTable(*data.batch["responses"].shape[:2])
         self._step(data, metrics, table)
+        return table.tensors(), metrics.means()
+
+    @torch.no_grad()
+    def score_and_evaluate(self, data: DataProto) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """`score_and_update` without the update: the scores, and the loss and its parts."""
+        metrics, table = MetricSums(), ScoreTable(*data.batch["responses"].shape[:2])
+        constants = self._constants(data, metrics)
+        for index, scores, tokens in self._score_groups(data):
+            loss, parts = self.loss.fn(scores, **constants)
+            metrics.add({"critic/d_loss": loss, **parts}, float(len(index)))
+            table.put(index, scores, tokens)
+        reshard(self.critic_module)
         return table.tensors(), metrics.means()
 
     def _step(self, mini_batch: DataProto, metrics: MetricSums, table: ScoreTable | None = None) -> None:

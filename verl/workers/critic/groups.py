@@ -16,7 +16,7 @@ import torch
 
 from verl.models.packing import AnswerRows, copy_to
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import PairScores, pool_scores, score_mask
+from verl.trainer.ppo.core_algos import PairScores, ends_with_eos, pool_scores, score_mask
 from verl.workers.batch import student_rows, teacher_rows
 
 SCORE_NAMES = ("scores", "raw_scores", "score_tokens")
@@ -35,14 +35,20 @@ class GroupRows:
 
     @classmethod
     def of(cls, data: DataProto, eos_token_id: int, exclude_eos: bool) -> GroupRows:
-        """From a batch with one row per group."""
+        """From a batch with one row per group.
+
+        Where the teacher's answer was cut, how the students' answers end says nothing about how the teacher would have
+        ended: the group is compared without any EOS, whatever `exclude_eos` says.
+        """
         groups, answers = data.batch["responses"].shape[:2]
         students, teachers = student_rows(data), teacher_rows(data)
         # Member (g, n) of all rows, students first, as (G, N + 1).
         order = torch.arange(groups * answers).view(groups, answers)
         order = torch.cat([order, groups * answers + torch.arange(groups).unsqueeze(-1)], dim=-1).flatten()
         rows = AnswerRows.join([students, teachers]).select(order)
-        mask = score_mask(rows.responses, rows.response_mask, eos_token_id, exclude_eos)
+        cut_teacher = ~ends_with_eos(teachers.responses, teachers.response_mask, eos_token_id)
+        without_eos = (cut_teacher | exclude_eos).repeat_interleave(answers + 1)
+        mask = score_mask(rows.responses, rows.response_mask, eos_token_id, without_eos)
         texts = rows.responses.masked_fill(mask == 0, -1).numpy()
 
         seen: dict[tuple[int, bytes], int] = {}

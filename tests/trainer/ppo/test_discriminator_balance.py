@@ -1,0 +1,101 @@
+"""The band that the discriminator's accuracy is kept in, and its head start."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from verl.trainer.config import compose_config
+from verl.trainer.ppo.discriminator_balance import DiscriminatorBalance
+from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
+from verl.trainer.ppo.held_out import HeldOutAccuracy
+from verl.workers.config import BalanceConfig
+
+BAND = BalanceConfig(enable=True, lowest=0.55, highest=0.85, smoothing=0.5)
+
+
+def test_the_band():
+    balance = DiscriminatorBalance(BAND, epochs=1)
+    seen = []
+    for accuracy in (0.5, 0.7, 0.9, 1.0, 0.8, 0.6):
+        seen.append(balance.epochs())
+        balance.observe(accuracy)
+    # Smoothed: .5, .6, .75, .875, .8375 (and .71875 at the end); what is known at a step is from the steps before.
+    assert seen == [1, 2, 1, 1, 0, 1]
+    assert balance.accuracy == pytest.approx(0.71875)
+
+
+def test_epochs_count_from_the_configured_ones():
+    balance = DiscriminatorBalance(BAND, epochs=3)
+    balance.observe(0.2)
+    assert balance.epochs() == 4
+    balance.accuracy = 0.99
+    assert balance.epochs() == 0
+
+
+def test_switched_off_it_only_looks():
+    balance = DiscriminatorBalance(BalanceConfig(enable=False, lowest=0.55, highest=0.85, smoothing=0.5), epochs=1)
+    balance.observe(1.0)
+    assert balance.epochs() == 1 and balance.accuracy == 1.0
+
+
+def config(*overrides: str):
+    required = ["data.train_files=x", "data.val_files=x", "actor_rollout_ref.model.path=x", "trainer.experiment_name=x"]
+    return compose_config(["stage=warmup", *required, *overrides])
+
+
+def auto(accuracies: list[float], *overrides: str) -> HeadStart:
+    measured = iter(accuracies)
+    settings = ("trainer.critic_warmup=auto", "critic.head_start.check_every=2", *overrides)
+    return HeadStart(config(*settings), lambda: HeldOutAccuracy(next(measured), 0.05, 32))
+
+
+def test_a_number_of_steps():
+    start = HeadStart(config("trainer.critic_warmup=3"), None)
+    assert [start.actor_trains(step) for step in range(5)] == [False, False, False, True, True]
+    assert [start.check(step) for step in range(5)] == [{}] * 5
+
+
+def test_auto_waits_until_the_accuracy_holds():
+    """Checked before steps 2, 4, 6, 8: passed, failed, passed, passed."""
+    start = auto([0.7, 0.4, 0.6, 0.65])
+    trained, held = [], []
+    for step in range(10):
+        metrics = start.check(step)
+        held.append(metrics.get("critic/head_start/checks_held"))
+        trained.append(start.actor_trains(step))
+    assert trained == [False] * 8 + [True] * 2
+    assert held == [None, None, 1, None, 0, None, 1, None, 2, None]
+    assert start.first_actor_step == 8
+
+
+def test_auto_ends_with_a_sentence_where_nothing_is_learned():
+    start = auto([0.5, 0.55, 0.52], "critic.head_start.max_steps=6")
+    for step in range(6):
+        start.check(step)
+    with pytest.raises(DiscriminatorCouldNotLearn) as error:
+        start.check(6)
+    for part in ("after 6 steps", "tells 0.52 of the pairs of 32", "accuracy=0.6", "critic.optim.lr=5e-06"):
+        assert part in str(error.value)
+
+
+def test_it_is_not_checked_any_more_once_it_is_over():
+    start = auto([0.9, 0.9])
+    for step in range(20):
+        start.check(step)
+    assert start.first_actor_step == 4
+
+
+@pytest.mark.parametrize(("accuracy", "warns"), [(0.59, True), (0.62, False)])
+def test_a_critic_that_guesses_is_spoken_of(caplog, accuracy, warns):
+    """Two standard errors of .05 are .1."""
+    start = HeadStart(config("trainer.critic_warmup=0"), lambda: HeldOutAccuracy(accuracy, 0.05, 32))
+    with caplog.at_level(logging.WARNING):
+        start.warn_of_a_blind_critic()
+    assert ("may be guessing" in caplog.text) == warns
+
+
+def test_a_head_start_is_not_spoken_of(caplog):
+    HeadStart(config("trainer.critic_warmup=5"), lambda: HeldOutAccuracy(0.3, 0.05, 32)).warn_of_a_blind_critic()
+    assert caplog.text == ""

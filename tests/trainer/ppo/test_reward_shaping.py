@@ -1,0 +1,147 @@
+"""Rewards on their way to advantages, with numbers worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from verl.protocol import DataProto
+from verl.trainer.config import compose_config
+from verl.trainer.ppo.core_algos import FixedKLController
+from verl.trainer.ppo.reward import reward_answers
+from verl.trainer.ppo.reward_shaping import flat_groups, settle_cut_answers, without_length
+
+EOS = 9
+REWARDS = torch.tensor([[3.0, 1.0, 2.0], [0.5, -1.0, 4.0], [1.0, 2.0, 3.0]])
+CUT = torch.tensor([[True, False, False], [False, True, True], [True, True, True]])
+
+
+@pytest.mark.parametrize(
+    ("mode", "rewards", "left_out"),
+    [
+        ("keep", [[3, 1, 2], [0.5, -1, 4], [1, 2, 3]], [[0, 0, 0], [0, 0, 0], [0, 0, 0]]),
+        ("leave_out", [[3, 1, 2], [0.5, -1, 4], [1, 2, 3]], [[1, 0, 0], [0, 1, 1], [1, 1, 1]]),
+        # The lowest complete answers are worth 1 and .5; a cut one below that stays where it is. The third group has no
+        # complete answer.
+        ("lowest", [[1, 1, 2], [0.5, -1, 0.5], [1, 2, 3]], [[0, 0, 0], [0, 0, 0], [1, 1, 1]]),
+    ],
+)
+def test_cut_answers(mode, rewards, left_out):
+    settled, out = settle_cut_answers(REWARDS, CUT, mode)
+    assert settled.tolist() == rewards
+    assert out.long().tolist() == left_out
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="unknown cut_answers 'drop': use one of keep, lowest, leave_out"):
+        settle_cut_answers(REWARDS, CUT, "drop")
+
+
+def test_what_goes_with_length_is_taken_out_within_groups():
+    """Two groups of lengths (1, 2, 3) and (10, 20, 30) with rewards (1, 3, 2) and (5, 4, 0).
+
+    Centred: lengths (-1, 0, 1), (-10, 0, 10); rewards (-1, 1, 0), (2, 1, -3). Slope (1 + 0 + 0 - 20 + 0 - 30) / (2 +
+    200) = -49 / 202.
+    """
+    rewards, lengths = torch.tensor([[1.0, 3, 2], [5, 4, 0]]), torch.tensor([[1, 2, 3], [10, 20, 30]])
+    corrected, slope = without_length(rewards, lengths, torch.ones(2, 3, dtype=torch.bool))
+    k = 49 / 202
+    assert slope.item() == pytest.approx(-k)
+    assert corrected.tolist() == [pytest.approx([1 - k, 3, 2 + k]), pytest.approx([5 - 10 * k, 4, 10 * k])]
+
+
+def test_only_counted_answers_make_the_slope():
+    """Of lengths (1, 3, 100) the last is not counted: slope (-1 * -1 + 1 * 1) / 2 = 1, from the mean length 2."""
+    rewards, lengths = torch.tensor([[2.0, 4.0, 50.0]]), torch.tensor([[1, 3, 100]])
+    corrected, slope = without_length(rewards, lengths, torch.tensor([[True, True, False]]))
+    assert slope.item() == 1.0
+    assert corrected.tolist() == [[3.0, 3.0, 50.0 - 98.0]]
+
+
+def test_equal_lengths_correct_nothing():
+    rewards = torch.tensor([[1.0, 5.0]])
+    corrected, slope = without_length(rewards, torch.tensor([[7, 7]]), torch.ones(1, 2, dtype=torch.bool))
+    assert slope.item() == 0.0 and torch.equal(corrected, rewards)
+
+
+def test_flat_groups():
+    """Standard deviations 1, .1 and, of the two answers that are not left out, sqrt(2) / 2; one answer has none."""
+    rewards = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.1, 1.2], [0.0, 1.0, 9.0], [1.0, 2.0, 3.0]])
+    left_out = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 1], [1, 1, 0]]).bool()
+    assert flat_groups(rewards, left_out, 0.5).flatten().tolist() == [False, True, False, True]
+    assert flat_groups(rewards, left_out, 0.8).flatten().tolist() == [False, True, True, True]
+    assert flat_groups(rewards, left_out, 0.0).flatten().tolist() == [False, False, False, True]
+
+
+def batch() -> DataProto:
+    """Two prompts with three answers of up to four tokens; the second answer to the first prompt was cut."""
+    first, second = [[5, EOS, 0, 0], [5, 5, 5, 5], [5, 5, EOS, 0]], [[EOS, 0, 0, 0], [5, EOS, 0, 0], [5, 5, 5, 5]]
+    responses = torch.tensor([first, second])
+    mask = torch.tensor([[[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]], [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]])
+    scores = torch.tensor([[1.0, 7.0, 3.0], [0.1, 0.2, 0.15]])
+    return DataProto.from_dict({"responses": responses, "response_mask": mask, "student_scores": scores})
+
+
+def algorithm(**changes):
+    config = compose_config(["data.train_files=x", "actor_rollout_ref.model.path=x", "trainer.experiment_name=x"])
+    return replace(config.algorithm, norm_adv_by_std_in_grpo=False, **changes)
+
+
+def advantages(data: DataProto) -> list[list[float]]:
+    return data.batch["advantages"][..., 0].tolist()
+
+
+def test_cut_answers_as_they_stand_can_win():
+    data = batch()
+    metrics = reward_answers(data, algorithm(cut_answers="keep"), FixedKLController(0.0), None, EOS)
+    # Group means 11 / 3 and .15.
+    assert advantages(data) == [
+        pytest.approx([-8 / 3, 10 / 3, -2 / 3], abs=1e-6),
+        pytest.approx([-0.05, 0.05, 0], abs=1e-6),
+    ]
+    assert metrics["response_length/cut_ratio"] == pytest.approx(2 / 6)
+    assert metrics["critic/advantages/cut_mean"] == pytest.approx(5 / 3)
+    assert metrics["critic/left_out_frac"] == 0.0
+
+
+def test_a_cut_answer_is_never_above_its_groups_complete_ones_by_default():
+    data = batch()
+    metrics = reward_answers(data, algorithm(), FixedKLController(0.0), None, EOS)
+    # Rewards (1, 1, 3) with the mean 5 / 3, and (.1, .2, .1) with the mean .4 / 3.
+    assert advantages(data) == [
+        pytest.approx([-2 / 3, -2 / 3, 4 / 3], abs=1e-6),
+        pytest.approx([-0.1 / 3, 0.2 / 3, -0.1 / 3], abs=1e-6),
+    ]
+    assert metrics["critic/advantages/cut_mean"] == pytest.approx((-2 / 3 - 0.1 / 3) / 2)
+
+
+def test_answers_left_out_have_no_advantage_and_do_not_move_the_others():
+    data = batch()
+    changes = {"cut_answers": "leave_out", "min_group_std": 0.2}
+    metrics = reward_answers(data, algorithm(**changes), FixedKLController(0.0), None, EOS)
+    # The second group's complete answers spread by .07 only.
+    assert advantages(data) == [[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    assert metrics["critic/left_out_frac"] == pytest.approx(4 / 6)
+    assert metrics["critic/flat_group_frac"] == 0.5
+
+
+def test_length_correction_uses_complete_answers_and_comes_before_cut_ones_are_settled():
+    data = batch()
+    metrics = reward_answers(data, algorithm(length_correction=True), FixedKLController(0.0), None, EOS)
+    # Complete answers have lengths (2, 3) and (1, 2), rewards (1, 3) and (.1, .2): slope (.5 * 2 + .5 * .1) / 1 = 1.05.
+    assert metrics["critic/length_slope"] == pytest.approx(1.05)
+    rewards = data.batch["token_level_scores"].sum(-1).tolist()
+    # 1 + .525, 3 - .525, .1 + .525, .2 - .525; the cut ones, 7 - 1.5 * 1.05 and .15 - 2.5 * 1.05, at most the lowest.
+    assert rewards == [pytest.approx([1.525, 1.525, 2.475]), pytest.approx([0.625, -0.325, 0.15 - 2.625])]
+    assert "critic/length_reward_corr_used" in metrics
+
+
+def test_the_task_reward_is_part_of_what_is_compared():
+    data = batch()
+    task = torch.tensor([[4.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    weighted = algorithm(task_reward_weight=0.5, cut_answers="keep")
+    metrics = reward_answers(data, weighted, FixedKLController(0.0), task, EOS)
+    assert data.batch["token_level_scores"].sum(-1)[0].tolist() == [3.0, 7.0, 3.0]
+    assert metrics["critic/task_reward/max"] == 4.0

@@ -1,0 +1,87 @@
+"""The discriminator's head start: the steps in which it learns and the actor does not.
+
+`trainer.critic_warmup=N` is N steps. `trainer.critic_warmup=auto` lasts until the discriminator tells held-out pairs
+apart (`critic.head_start`), or ends the run with a sentence: a student that is trained on the scores of a discriminator
+that knows nothing is trained on noise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from verl.trainer.config.schema import Config
+from verl.trainer.ppo.held_out import HeldOutAccuracy
+
+logger = logging.getLogger(__name__)
+
+
+class DiscriminatorCouldNotLearn(RuntimeError):
+    """The head start is over, and held-out pairs are still not told apart."""
+
+
+class HeadStart:
+    """When the actor begins to learn.
+
+    Args:
+        config: the run's.
+        accuracy: measures the discriminator on stored held-out pairs; None without a held-out set.
+
+    `first_actor_step` (None while an automatic head start goes on) and `held`, the checks in a row that passed, are
+    its state.
+    """
+
+    def __init__(self, config: Config, accuracy: Callable[[], HeldOutAccuracy] | None):
+        self.config = config.critic.head_start
+        self.auto = config.trainer.critic_warmup == "auto"
+        self.learning_rate = config.critic.optim.lr
+        self.accuracy = accuracy
+        self.first_actor_step = None if self.auto else config.frozen_actor_steps
+        self.held = 0
+
+    def actor_trains(self, step: int) -> bool:
+        """Whether the actor is updated in a step."""
+        return self.first_actor_step is not None and self.first_actor_step <= step
+
+    def check(self, step: int) -> dict[str, float]:
+        """Before a step of an automatic head start: see whether it is over. Returns what was measured, if it was.
+
+        Raises:
+            DiscriminatorCouldNotLearn: `max_steps` have passed.
+        """
+        config = self.config
+        if self.first_actor_step is not None or step == 0 or step % config.check_every:
+            return {}
+        accuracy, _, prompts = self.accuracy()
+        self.held = self.held + 1 if accuracy >= config.accuracy else 0
+        if self.held >= config.checks:
+            self.first_actor_step = step
+            logger.info(
+                "step %d: the discriminator tells %.2f of the pairs of %d held-out prompts apart (%d checks in a row "
+                "at %.2f or more): the head start is over, the student learns from now on",
+                step, accuracy, prompts, self.held, config.accuracy,
+            )  # fmt: skip
+        elif step >= config.max_steps:
+            raise DiscriminatorCouldNotLearn(
+                f"after {step} steps of head start the discriminator tells {accuracy:.2f} of the pairs of {prompts} "
+                f"held-out prompts apart; critic.head_start.accuracy={config.accuracy} was to hold for "
+                f"{config.checks} checks. Either the student writes like the teacher already, and an adversary has "
+                "nothing to teach it: stop here. Or the discriminator learns too slowly or not at all: raise "
+                f"critic.optim.lr={self.learning_rate} (5 to 10 times) or critic.head_start.max_steps, or try another "
+                "critic.discriminator.loss"
+            )
+        return {"critic/head_start/d_acc": accuracy, "critic/head_start/checks_held": self.held}
+
+    def warn_of_a_blind_critic(self) -> None:
+        """Before the first step of a run that trains the actor at once: say so if the critic that it was given does not
+        tell held-out pairs apart by two standard errors."""
+        if self.accuracy is None or self.first_actor_step != 0:
+            return
+        accuracy, error, prompts = self.accuracy()
+        if accuracy - 2 * error < 0.5:
+            logger.warning(
+                "the discriminator tells %.2f (standard error %.2f) of the pairs of %d held-out prompts apart, which "
+                "may be guessing: its scores would train the student on noise. Let it learn first: "
+                "trainer.critic_warmup=auto, or a longer warmup stage with a higher critic.optim.lr",
+                accuracy, error, prompts,
+            )  # fmt: skip
