@@ -26,6 +26,7 @@ from verl.single_controller.base import WorkerGroup
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup, create_colocated_worker_cls
 from verl.trainer.config.schema import Config
 from verl.trainer.ppo.balancing import balance
+from verl.trainer.ppo.best import keep_best, open_best
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator_step import DiscriminatorStep
@@ -120,6 +121,7 @@ class RayPPOTrainer:
         self.collate_fn = collate_fn
         self.kl_ctrl = get_kl_controller(config.algorithm.kl_ctrl)
         self.task_reward = get_custom_reward_fn(config)
+        self.best = open_best(config)
         self.global_step = 0
         self.samples_seen = 0
         self.total_steps = self._count_steps()
@@ -198,19 +200,23 @@ class RayPPOTrainer:
                 if self._validation_is_due():
                     with marked_timer("testing", timing):
                         metrics |= self._validate(tracking)
+                    if keep_best(self, metrics, partial(marked_timer, timing=timing)):
+                        return tracking.log(metrics, self.global_step)
                 with marked_timer("step", timing):
                     step = self._adversarial_step if self.config.use_critic else self._sft_step
                     batch = step(batch, metrics, timing)
                 done = self.global_step + 1
                 if done == self.total_steps or (config.save_freq > 0 and done % config.save_freq == 0):
                     with marked_timer("save_checkpoint", timing):
-                        self._save(done)
+                        self.save(done)
                 metrics |= self._step_metrics(batch, timing)
                 tracking.log(metrics, self.global_step)
                 self._show(progress, metrics)
                 self.global_step = done
             if config.test_freq > 0 and self.val_dataset is not None:
-                tracking.log(self._validate(tracking), self.global_step)
+                metrics = self._validate(tracking)
+                keep_best(self, metrics)
+                tracking.log(metrics, self.global_step)
 
     def _sft_step(self, batch: DataProto, metrics: dict[str, float], timing: dict[str, float]) -> DataProto:
         """SeqKD: one update on the teacher's answers. The student's are sampled for monitoring only."""
@@ -416,13 +422,19 @@ class RayPPOTrainer:
         self.global_step, self.samples_seen = state.global_step, state.samples_seen
         if isinstance(self.kl_ctrl, AdaptiveKLController):
             self.kl_ctrl.value = state.kl_coef
+        if self.best is not None:
+            self.best.load(state.best)
+            self.checkpoints.restore_best(self.best.state)
         self._engine_is_current = False
         if self.global_step >= self.total_steps:
             logger.info("%d of %d steps are done already: nothing is left to train", self.global_step, self.total_steps)
 
-    def _save(self, step: int) -> None:
-        seen = self.samples_seen + self.config.data.train_batch_size
-        with self.checkpoints.save(RunState(global_step=step, samples_seen=seen, kl_coef=self.kl_ctrl.value)) as folder:
+    def save(self, step: int, only_as_best: bool = False) -> None:
+        """Write `global_step_N` of the present weights, which `step` updates made; between steps or at a step's end."""
+        seen = self.samples_seen + (step - self.global_step) * self.config.data.train_batch_size
+        best = None if self.best is None else self.best.state
+        state = RunState(global_step=step, samples_seen=seen, kl_coef=self.kl_ctrl.value, best=best)
+        with self.checkpoints.save(state, only_as_best) as folder:
             if self.discriminator is not None:
                 self.discriminator.replay.save(folder / REPLAY_FILE)
             if self.held_out is not None:
