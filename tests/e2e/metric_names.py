@@ -27,7 +27,7 @@ POLICY_METRICS = {
     *("actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/kl_loss", "actor/kl_divergence"),
     *("actor/entropy", "actor/grad_norm", "actor/lr"),
 }
-VALIDATION_METRICS = {"val/rouge-L/mean", "val/response_length/mean"}
+VALIDATION_METRICS = {"val/rouge-L/mean", "val/sft_loss", "val/response_length/mean"}
 COMMON_METRICS = {
     "perf/total_num_tokens",
     "perf/time_per_step",

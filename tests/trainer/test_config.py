@@ -124,6 +124,9 @@ SCRIPT_KEYS: list[tuple[str, str, Any]] = [
     ("reward_model.enable", "False", False),
     ("trainer.warmup_use_sft", "False", False),
     ("trainer.default_tensorboard_dir", "/tb", "/tb"),
+    ("trainer.best_metric", "val/sft_loss", "val/sft_loss"),
+    ("trainer.best_mode", "min", "min"),
+    ("trainer.early_stop_patience", "4", 4),
     ("trainer.log_val_generations", "11", 11),
     ("trainer.total_training_steps", "33", 33),
     ("trainer.resume_mode", "resume_path", "resume_path"),
@@ -477,6 +480,8 @@ def test_several_problems_are_listed_together():
         ("critic.discriminator.ranking.temperature=0", ["greater than 0"]),
         ("trainer.resume_mode=always", ["resume_path", "'always'"]),
         ("trainer.max_actor_ckpt_to_keep=0", ["greater than 0"]),
+        ("trainer.best_mode=least", ["max", "'least'"]),
+        ("trainer.early_stop_patience=0", ["greater than 0"]),
         ("trainer.total_training_steps=0", ["greater than 0"]),
         ("trainer.device=tpu", ["cuda", "'tpu'"]),
         ("algorithm=5", ["dictionary"]),
@@ -592,6 +597,20 @@ CONFLICTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "resume without a path": (["trainer.resume_mode=resume_path"], ["resume_path", "trainer.resume_from_path"]),
     "path without resume": (["trainer.resume_from_path=/x"], ["resume_from_path", "resume_mode=auto"]),
+    "best without data": (["trainer.best_metric=val/x"], ["best_metric=val/x", "data.val_files"]),
+    "best without validation": (
+        ["trainer.best_metric=val/x", "data.val_files=v", "trainer.test_freq=-1", "trainer.val_before_train=False"],
+        ["best_metric=val/x", "test_freq=-1", "val_before_train=False"],
+    ),
+    "the worst loss": (
+        ["trainer.best_metric=val/sft_loss", "data.val_files=v"],
+        ["val/sft_loss", "best_mode=max", "best_mode=min"],
+    ),
+    "patience for nothing": (["trainer.early_stop_patience=3"], ["early_stop_patience=3", "trainer.best_metric"]),
+    "patience without validation": (
+        ["trainer.early_stop_patience=3", "trainer.best_metric=val/x", "data.val_files=v", "trainer.test_freq=-1"],
+        ["early_stop_patience=3", "test_freq=-1"],
+    ),
     "hdfs": (["trainer.default_hdfs_dir=hdfs://x"], ["default_hdfs_dir=hdfs://x", "null"]),
     "gamma": (["algorithm.gamma=0.9"], ["algorithm.gamma=0.9", "1.0"]),
     "lam": (["algorithm.lam=0.95"], ["algorithm.lam=0.95", "1.0"]),
@@ -654,6 +673,8 @@ def test_conflicts_are_listed_together():
         ["trainer.val_only=True", "data.val_files=v.parquet"],
         ["trainer.logger=[console,file,jsonl,tensorboard,wandb]"],
         ["trainer.resume_mode=disable"],
+        ["trainer.best_metric=val/x", "data.val_files=v.parquet", "trainer.test_freq=-1"],
+        ["trainer.best_metric=val/sft_loss", "trainer.best_mode=min", "data.val_files=v.parquet"],
     ],
 )
 def test_no_conflict(overrides):

@@ -5,15 +5,19 @@ import zlib
 
 import pytest
 
+from verl.utils.checkpoint.best_link import BEST, behind_best, best_step, point_best
 from verl.utils.checkpoint.checkpoint_manager import (
     commit_checkpoint,
     find_latest_ckpt_path,
     get_checkpoint_tracker_filename,
+    mark_only_as_best,
     prune_checkpoints,
+    remove_former_bests,
     start_checkpoint,
     step_of,
     verify_checkpoint,
 )
+from verl.utils.model import find_model
 
 
 def write(folder, files):
@@ -243,3 +247,100 @@ def test_they_go_with_the_critic(tmp_path):
     assert not (folders[0] / "held_out.safetensors").exists()
     assert (folders[1] / "held_out.safetensors").exists()
     verify_checkpoint(folders[0])
+
+
+# ---- the best
+
+
+def save_as_best(root, step):
+    folder = start_checkpoint(root, step)
+    write(folder, FILES)
+    mark_only_as_best(folder)
+    return commit_checkpoint(folder)
+
+
+def test_best_names_a_checkpoint_and_moves_with_the_folder(tmp_path):
+    run = tmp_path / "run"
+    for step in (7, 12):
+        save(run, step)
+        point_best(run, step)
+    assert names(run) == ["best", "global_step_12", "global_step_7", "latest_checkpointed_iteration.txt"]
+    run.rename(tmp_path / "moved")
+    best = tmp_path / "moved" / "best"
+    assert (best_step(best.parent), step_of(best)) == (12, 12)
+    verify_checkpoint(best)
+    assert behind_best(best / "actor" / "model") == tmp_path / "moved" / "global_step_12" / "actor" / "model"
+    for other in (tmp_path / "best" / "actor", tmp_path / "moved" / "global_step_7", best.parent):
+        assert behind_best(other) == other
+
+
+def test_best_is_read_from_the_checkpoint_it_names_now(tmp_path, monkeypatch):
+    write(tmp_path, {"global_step_3/actor/huggingface/config.json": b"{}", "global_step_3/actor/model/a": b"x"})
+    point_best(tmp_path, 3)
+    assert find_model(tmp_path / "best" / "actor").shards == tmp_path / "global_step_3" / "actor" / "model"
+    monkeypatch.chdir(tmp_path)
+    assert str(find_model("best/actor").shards) == "global_step_3/actor/model"
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*global_step_3/actor"):
+        find_model("best")
+
+
+@pytest.mark.parametrize("make", ["file", "folder", "elsewhere", "nothing"])
+def test_what_is_not_such_a_link_names_no_step(tmp_path, make):
+    link = tmp_path / BEST
+    {"file": link.touch, "folder": link.mkdir, "elsewhere": lambda: link.symlink_to(".."), "nothing": str}[make]()
+    assert best_step(tmp_path) is None
+    assert behind_best(link / "actor") == link / "actor"
+
+
+def test_an_interrupted_link_is_made_again(tmp_path):
+    (tmp_path / "best.tmp").symlink_to("global_step_1")
+    point_best(tmp_path, 2)
+    assert best_step(tmp_path) == 2
+    assert names(tmp_path) == ["best"]
+
+
+def with_part(root, part):
+    return sorted(step_of(path) for path in root.glob("global_step_*") if (path / part).is_dir())
+
+
+def test_prune_spares_the_best(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    point_best(tmp_path, 2)
+    for part in ("actor", "critic"):
+        prune_checkpoints(tmp_path, part, 1, newest=4)
+        assert with_part(tmp_path, part) == [2, 4]
+    point_best(tmp_path, 4)
+    prune_checkpoints(tmp_path, "actor", 1, newest=4)
+    assert (with_part(tmp_path, "actor"), with_part(tmp_path, "critic")) == ([4], [2, 4])
+
+
+def test_prune_does_not_count_what_is_there_only_as_best(tmp_path):
+    """Two regular checkpoints are kept, however many bests come between them."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    save_as_best(tmp_path, 3)
+    point_best(tmp_path, 3)
+    prune_checkpoints(tmp_path, "actor", 2, newest=3)
+    assert with_part(tmp_path, "actor") == [1, 2, 3]
+    save(tmp_path, 4)
+    prune_checkpoints(tmp_path, "actor", 2, newest=4)
+    assert with_part(tmp_path, "actor") == [2, 3, 4]
+
+
+def test_former_bests_are_removed_whole(tmp_path):
+    for step in (2, 5, 8):
+        save_as_best(tmp_path, step)
+    save(tmp_path, 4)
+    write(tmp_path, {"global_step_3.tmp/only_as_best.txt": b"", "global_step_3.tmp/actor/half": b""})
+    point_best(tmp_path, 5)
+    remove_former_bests(tmp_path, newest=5)
+    assert names(tmp_path) == [
+        "best",
+        "global_step_3.tmp",
+        "global_step_4",
+        "global_step_5",
+        "global_step_8",  # an earlier run's
+        "latest_checkpointed_iteration.txt",
+    ]
+    verify_checkpoint(tmp_path / "best")

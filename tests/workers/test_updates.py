@@ -76,6 +76,25 @@ def test_sft_loss_and_gradient_equal_hugging_face_cross_entropy():
     assert_same_gradients(gradients(module), expected)
 
 
+@pytest.mark.parametrize("split", ["whole", "tokens", "rows", "padded"])
+def test_log_probs_of_the_teachers_answers_equal_hugging_face_cross_entropy(split):
+    """At temperature 1, though answers are sampled at 0.7; per row, so neither micro-batches nor ranks matter."""
+    data = batch()
+    rows, model = teacher_rows(data), causal_lm()
+    expected = torch.zeros(rows.responses.shape)
+    for row in range(PROMPTS):
+        prompt = rows.prompts[row][rows.prompt_mask[row].bool()]
+        answer = rows.responses[row][rows.response_mask[row].bool()]
+        logits = model(torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1]
+        expected[row, : len(answer)] = -F.cross_entropy(logits, answer, reduction="none")
+
+    group = settings("gspo", split).actor_rollout_ref
+    module = PolicyModel(causal_lm(), group.model.use_remove_padding)
+    log_probs = DataParallelPPOActor(group.actor, group.rollout, module).compute_teacher_log_prob(data)
+    assert not log_probs.requires_grad
+    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_discriminator_update_equals_the_flat_form():
     """The teacher repeated N times, every pair on its own, Bradley-Terry on the last token."""
     data = batch()

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
+from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def find_model(path: str | Path) -> ModelSource:
         FileNotFoundError: the folder is neither; says what was looked for, and what to pass instead where that can be
             seen (a whole `global_step_N` folder, for instance).
     """
-    folder = Path(path).expanduser()
+    folder = behind_best(Path(path).expanduser())
     if (folder / "huggingface" / "config.json").is_file() and (folder / MODEL_FOLDER).is_dir():
         return ModelSource(folder / "huggingface", folder / MODEL_FOLDER)
     if (folder / "config.json").is_file():

@@ -228,6 +228,12 @@ class ActorRolloutRefWorker(FSDPWorker):
         return DataProto.from_dict({"old_log_probs": log_probs, "entropys": entropies})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def compute_teacher_log_prob(self, data: DataProto) -> DataProto:
+        """`teacher_log_probs` (B, T) of the teacher's answers under the present policy, at temperature 1."""
+        with self.working("compute_log_prob"):
+            return DataProto.from_dict({"teacher_log_probs": self.actor.compute_teacher_log_prob(data)})
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` (B, N, T) of the answers under the frozen reference."""
         with explain_out_of_memory("compute_ref_log_prob", self.config), self.reference_offloader.on_device():

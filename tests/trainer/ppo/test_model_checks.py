@@ -10,6 +10,7 @@ from tests.tiny import byte_tokenizer, scorer, write_model
 from verl.trainer.config import compose_config
 from verl.trainer.ppo import model_checks
 from verl.trainer.ppo.model_checks import check_engine, check_models, with_absolute_paths
+from verl.utils.checkpoint.best_link import point_best
 from verl.utils.model import load_config, load_model, load_tokenizer
 
 
@@ -114,3 +115,12 @@ def test_an_engine_that_is_not_installed_is_said_before_anything_starts(folder, 
     with pytest.raises(ModuleNotFoundError, match=r"rollout\.name=vllm.*pip install -e '\.\[gpu\]'"):
         check_engine(config(folder, "critic", "actor_rollout_ref.rollout.name=vllm"))
     check_engine(config(folder, "critic", "actor_rollout_ref.rollout.name=hf"))
+
+
+def test_the_best_of_a_run_is_what_it_names_at_the_start(folder, tmp_path):
+    """Ranks read the model one after the other, and the run it comes from may find a better one meanwhile."""
+    point_best(tmp_path, 4)
+    checked = with_absolute_paths(config(folder, "critic", f"actor_rollout_ref.model.path={tmp_path}/best/actor"))
+    point_best(tmp_path, 8)
+    assert checked.actor_rollout_ref.model.path == f"{tmp_path}/global_step_4/actor"
+    assert checked.critic.model.path == f"{folder}/critic"

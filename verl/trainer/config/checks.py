@@ -39,6 +39,7 @@ def find_conflicts(config: Config) -> list[str]:
         _replay,
         _task_reward,
         _resume,
+        _best,
         _engine,
         _left_out,
     )
@@ -283,6 +284,27 @@ def _resume(config: Config) -> Iterator[str]:
         yield (
             f"trainer.resume_from_path is set but trainer.resume_mode={trainer.resume_mode} would not use it: "
             "set trainer.resume_mode=resume_path"
+        )
+
+
+def _best(config: Config) -> Iterator[str]:
+    trainer, data = config.trainer, config.data
+    metric, patience = trainer.best_metric, trainer.early_stop_patience
+    if metric is not None and data.val_files is None:
+        yield f"trainer.best_metric={metric} compares validations, and there are none without data.val_files"
+    elif metric is not None and trainer.test_freq <= 0 and not (trainer.val_before_train or trainer.val_only):
+        yield (
+            f"trainer.best_metric={metric} compares validations, and there are none with trainer.test_freq="
+            f"{trainer.test_freq} and trainer.val_before_train=False: set trainer.test_freq to steps between them"
+        )
+    if metric == "val/sft_loss" and trainer.best_mode == "max":
+        yield "trainer.best_metric=val/sft_loss with trainer.best_mode=max would keep the worst: set best_mode=min"
+    if patience is not None and metric is None:
+        yield f"trainer.early_stop_patience={patience} needs trainer.best_metric, the validation metric to wait for"
+    elif patience is not None and trainer.test_freq <= 0:
+        yield (
+            f"trainer.early_stop_patience={patience} counts validations during training, and there are none with "
+            f"trainer.test_freq={trainer.test_freq}: set it to steps between them"
         )
 
 

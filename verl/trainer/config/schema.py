@@ -88,6 +88,9 @@ class TrainerConfig:
     val_before_train: bool
     val_only: bool
     test_freq: int
+    best_metric: str | None
+    best_mode: Literal["max", "min"]
+    early_stop_patience: Positive | None
     log_val_generations: Count
     validation_data_dir: str | None
     rollout_data_dir: str | None

@@ -11,10 +11,14 @@ from pathlib import Path
 
 from verl.single_controller.base import WorkerGroup
 from verl.trainer.config.schema import TrainerConfig
+from verl.trainer.ppo.best import BestState
+from verl.utils.checkpoint.best_link import behind_best, point_best
 from verl.utils.checkpoint.checkpoint_manager import (
     commit_checkpoint,
     find_latest_ckpt_path,
+    mark_only_as_best,
     prune_checkpoints,
+    remove_former_bests,
     start_checkpoint,
     step_of,
     verify_checkpoint,
@@ -36,6 +40,14 @@ class RunState:
     d_acc: float | None = None
     first_actor_step: int | None = None
     head_start_held: int = 0
+    best: BestState | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> RunState:
+        """As it was saved; what an older trainer did not know of has its default."""
+        fields = json.loads(file.read_text())
+        best = fields.pop("best", None)
+        return cls(**fields, best=None if best is None else BestState(**best))
 
 
 class Checkpoints:
@@ -46,10 +58,15 @@ class Checkpoints:
         self.parts = {"actor": actor} if critic is None else {"actor": actor, "critic": critic}
         # Workers may run in another folder than the driver.
         self.root = Path(config.default_local_dir).expanduser().absolute()
+        # Of the newest checkpoint in `root` that this run wrote or began with.
+        self.saved_step: int | None = None
 
     @contextmanager
-    def save(self, state: RunState) -> Iterator[Path]:
+    def save(self, state: RunState, only_as_best: bool = False) -> Iterator[Path]:
         """Write `global_step_N`; it exists under that name only once it is complete.
+
+        Then `best` becomes what the state says, and only then what it was may go. `only_as_best`: the checkpoint is not
+        one of those that are due anyway.
 
         Yields the folder to write other files of the run into, before it is completed.
         """
@@ -57,11 +74,32 @@ class Checkpoints:
         for name, group in self.parts.items():
             group.save_checkpoint(str(folder / name))
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1))
+        if only_as_best:
+            mark_only_as_best(folder)
         yield folder
         final = commit_checkpoint(folder)
+        self.saved_step = state.global_step
+        if state.best is not None and state.best.step is not None:
+            self.point_best(state.best.step)
         prune_checkpoints(self.root, "actor", self.config.max_actor_ckpt_to_keep, state.global_step)
         prune_checkpoints(self.root, "critic", self.config.max_critic_ckpt_to_keep, state.global_step)
+        remove_former_bests(self.root, state.global_step)
         logger.info("saved %s", final)
+
+    def point_best(self, step: int) -> bool:
+        """Let `best` name the checkpoint of this step, if it is there; whether it is."""
+        there = (self.root / f"global_step_{step}").is_dir()
+        if there:
+            point_best(self.root, step)
+        return there
+
+    def restore_best(self, best: BestState) -> None:
+        """Let `best` name what it did when the checkpoint resumed from was written; say so if that is gone."""
+        if best.step is not None and not self.point_best(best.step):
+            logger.warning(
+                "the best so far, of step %d, is not in %s: best/ stays as it is until there is a better one",
+                best.step, self.root,
+            )  # fmt: skip
 
     def load(self, folder: Path) -> RunState:
         """Restore the models from a checkpoint; returns where the run was.
@@ -75,8 +113,10 @@ class Checkpoints:
             if not (folder / name).is_dir():
                 raise FileNotFoundError(f"cannot resume from {folder}: it has no {name}; was it another stage's?")
             group.load_checkpoint(str(folder / name))
-        state = RunState(**json.loads((folder / STATE_FILE).read_text()))
+        state = RunState.read(folder / STATE_FILE)
         logger.info("resumed from %s: %d steps are done", folder, state.global_step)
+        if folder.parent.resolve() == self.root.resolve():
+            self.saved_step = state.global_step
         return state
 
     def find(self) -> Path | None:
@@ -91,6 +131,6 @@ class Checkpoints:
             folder = Path(self.config.resume_from_path).expanduser().absolute()
             if not folder.is_dir():
                 raise FileNotFoundError(f"trainer.resume_from_path={folder} does not exist")
-            return folder
+            return behind_best(folder)
         latest = find_latest_ckpt_path(self.root)
         return None if latest is None else Path(latest)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.trainer.config.schema import Config
 from verl.trainer.ppo.core_algos import get_discriminator_loss_fn
+from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.model import is_discriminator, load_config, load_tokenizer
 from verl.utils.user_code import is_user_function, with_absolute_path
 from verl.workers.config import ModelConfig
@@ -26,8 +27,9 @@ def with_absolute_paths(config: Config) -> Config:
     another folder than the driver."""
 
     def absolute(model: AnyModelConfig) -> AnyModelConfig:
-        paths = {key: getattr(model, key) for key in ("path", "tokenizer_path")}
-        return replace(model, **{k: str(Path(p).expanduser().absolute()) for k, p in paths.items() if p is not None})
+        given = {key: getattr(model, key) for key in ("path", "tokenizer_path")}
+        paths = {key: Path(path).expanduser().absolute() for key, path in given.items() if path is not None}
+        return replace(model, **{key: str(behind_best(path)) for key, path in paths.items()})
 
     group, critic = config.actor_rollout_ref, config.critic
     discriminator = critic.discriminator

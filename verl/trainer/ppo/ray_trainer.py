@@ -26,6 +26,7 @@ from verl.single_controller.base import WorkerGroup
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup, create_colocated_worker_cls
 from verl.trainer.config.schema import Config
 from verl.trainer.ppo.balancing import balance
+from verl.trainer.ppo.best import keep_best, open_best
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator_step import DiscriminatorStep
@@ -120,6 +121,7 @@ class RayPPOTrainer:
         self.collate_fn = collate_fn
         self.kl_ctrl = get_kl_controller(config.algorithm.kl_ctrl)
         self.task_reward = get_custom_reward_fn(config)
+        self.best = open_best(config)
         self.global_step = 0
         self.samples_seen = 0
         self.total_steps = self._count_steps()
@@ -202,19 +204,23 @@ class RayPPOTrainer:
                 if self._validation_is_due():
                     with marked_timer("testing", timing):
                         metrics |= self._validate(tracking)
+                    if keep_best(self, metrics, partial(marked_timer, timing=timing)):
+                        return tracking.log(metrics, self.global_step)
                 with marked_timer("step", timing):
                     step = self._adversarial_step if self.config.use_critic else self._sft_step
                     batch = step(batch, metrics, timing)
                 done = self.global_step + 1
                 if done == self.total_steps or (config.save_freq > 0 and done % config.save_freq == 0):
                     with marked_timer("save_checkpoint", timing):
-                        self._save(done)
+                        self.save(done)
                 metrics |= self._step_metrics(batch, timing)
                 tracking.log(metrics, self.global_step)
                 self._show(progress, metrics)
                 self.global_step = done
             if config.test_freq > 0 and self.val_dataset is not None:
-                tracking.log(self._validate(tracking), self.global_step)
+                metrics = self._validate(tracking)
+                keep_best(self, metrics)
+                tracking.log(metrics, self.global_step)
 
     def _sft_step(self, batch: DataProto, metrics: dict[str, float], timing: dict[str, float]) -> DataProto:
         """SeqKD: one update on the teacher's answers. The student's are sampled for monitoring only."""
@@ -422,20 +428,25 @@ class RayPPOTrainer:
             self.head_start.first_actor_step, self.head_start.held = state.first_actor_step, state.head_start_held
         if isinstance(self.kl_ctrl, AdaptiveKLController):
             self.kl_ctrl.value = state.kl_coef
+        if self.best is not None:
+            self.best.load(state.best)
+            self.checkpoints.restore_best(self.best.state)
         self._engine_is_current = False
         if self.global_step >= self.total_steps:
             logger.info("%d of %d steps are done already: nothing is left to train", self.global_step, self.total_steps)
 
-    def _save(self, step: int) -> None:
+    def save(self, step: int, only_as_best: bool = False) -> None:
+        """Write `global_step_N` of the present weights, which `step` updates made; between steps or at a step's end."""
         state = RunState(
             global_step=step,
-            samples_seen=self.samples_seen + self.config.data.train_batch_size,
+            samples_seen=self.samples_seen + (step - self.global_step) * self.config.data.train_batch_size,
             kl_coef=self.kl_ctrl.value,
+            best=None if self.best is None else self.best.state,
             d_acc=None if self.discriminator is None else self.discriminator.balance.accuracy,
             first_actor_step=self.head_start.first_actor_step,
             head_start_held=self.head_start.held,
         )
-        with self.checkpoints.save(state) as folder:
+        with self.checkpoints.save(state, only_as_best) as folder:
             if self.discriminator is not None:
                 self.discriminator.replay.save(folder / REPLAY_FILE)
             if self.held_out is not None:

@@ -2,6 +2,8 @@
 
 A checkpoint is written to `global_step_N.tmp`, checksummed and renamed; the tracker file, which names the newest
 one, changes last. What a crash leaves behind is a `.tmp` folder that nothing reads.
+
+A checkpoint may be there only for being the best (`ONLY_AS_BEST` in it): it goes when it no longer is.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import shutil
 import zlib
 from pathlib import Path
 
+from verl.utils.checkpoint.best_link import behind_best, best_step
+
 CHECKSUMS = "checksums.json"
+ONLY_AS_BEST = "only_as_best.txt"
 # What a run with a discriminator keeps beside the models; of no use without it.
 REPLAY_FILE, HELD_OUT_FILE = "replay.safetensors", "held_out.safetensors"
 # The parts that can be pruned, each with the files that go with it.
@@ -44,8 +49,8 @@ def find_latest_ckpt_path(path: str | Path | None, directory_format: str = "glob
 
 
 def step_of(folder: str | Path) -> int:
-    """The step in a `global_step_N` path; ValueError for any other name."""
-    match = re.fullmatch(r"global_step_(\d+)", Path(folder).name)
+    """The step in a `global_step_N` path, or in that behind `best`; ValueError for any other name."""
+    match = re.fullmatch(r"global_step_(\d+)", behind_best(folder).name)
     if match is None:
         raise ValueError(f"{folder} is not a checkpoint: expected a folder named global_step_N")
     return int(match[1])
@@ -60,7 +65,7 @@ def _checksum(file: Path) -> int:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CHECKSUMS)
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (CHECKSUMS, ONLY_AS_BEST))
 
 
 def start_checkpoint(root: str | Path, step: int) -> Path:
@@ -110,17 +115,37 @@ def verify_checkpoint(folder: str | Path) -> None:
         )
 
 
+def mark_only_as_best(folder: str | Path) -> None:
+    """Say of a checkpoint being written that it is one only for being the best so far."""
+    (Path(folder) / ONLY_AS_BEST).write_text("Saved for being the best so far; removed after a better one is saved.\n")
+
+
+def _checkpoints(root: str | Path, newest: int) -> list[Path]:
+    """Those up to step `newest`, by step. Later ones stem from an earlier run in the same folder and are left alone."""
+    folders = [folder for folder in Path(root).glob("global_step_*") if re.fullmatch(r"global_step_\d+", folder.name)]
+    return sorted((folder for folder in folders if step_of(folder) <= newest), key=step_of)
+
+
 def prune_checkpoints(root: str | Path, part: str, keep: int | None, newest: int) -> None:
     """Remove `part` (`actor` or `critic`) from all but the last `keep` checkpoints up to step `newest`; None keeps all.
 
-    Checkpoints of later steps stem from an earlier run in the same folder and are left alone.
+    The one that `best` names stays; one that is there only for being the best is not counted among the last.
     """
     if keep is None:
         return
-    folders = [folder for folder in Path(root).glob("global_step_*") if re.fullmatch(r"global_step_\d+", folder.name)]
-    for folder in sorted((f for f in folders if step_of(f) <= newest), key=step_of)[:-keep]:
+    regular = [folder for folder in _checkpoints(root, newest) if not (folder / ONLY_AS_BEST).exists()]
+    for folder in regular[:-keep]:
+        if step_of(folder) == best_step(root):
+            continue
         shutil.rmtree(folder / part, ignore_errors=True)
         for name in PARTS[part]:
             (folder / name).unlink(missing_ok=True)
         if not any(child.is_dir() for child in folder.iterdir()):
+            shutil.rmtree(folder)
+
+
+def remove_former_bests(root: str | Path, newest: int) -> None:
+    """Remove the checkpoints up to step `newest` that were there only for being the best, unless `best` names them."""
+    for folder in _checkpoints(root, newest):
+        if (folder / ONLY_AS_BEST).exists() and step_of(folder) != best_step(root):
             shutil.rmtree(folder)

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
+from verl.models.head_log_probs import Entropy
 from verl.models.heads import PolicyModel
 from verl.models.packing import AnswerRows, copy_to
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import agg_loss, compute_sft_loss, get_policy_loss_fn, kl_penalty
 from verl.utils.fsdp_utils import reshard, synced
 from verl.utils.torch_functional import masked_mean
-from verl.workers.batch import ANCHOR_COEF, POLICY_KEYS, UpdateRows, student_rows, update_rows
+from verl.workers.batch import ANCHOR_COEF, POLICY_KEYS, UpdateRows, student_rows, teacher_rows, update_rows
 from verl.workers.config import ActorConfig, RolloutConfig
 from verl.workers.updates import (
     MetricSums,
@@ -47,13 +48,22 @@ class DataParallelPPOActor:
         """The policy is the distribution that answers are drawn from, so its log-probs are taken at its temperature."""
         return self.rollout.temperature if self.rollout.do_sample else 1.0
 
-    @torch.no_grad()
     def compute_log_prob(self, data: DataProto, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the student's answers, (B, N, T) each, at the sampling temperature.
 
         Without `entropy` the second is zeros.
         """
-        rows = student_rows(data)
+        log_probs, entropies = self._log_probs(student_rows(data), self.temperature, "value" if entropy else "none")
+        shape = data.batch["responses"].shape
+        return log_probs.view(shape), entropies.view(shape)
+
+    def compute_teacher_log_prob(self, data: DataProto) -> torch.Tensor:
+        """Log-probs of the teacher's answers, (B, T), at temperature 1, where SFT takes them."""
+        return self._log_probs(teacher_rows(data), 1.0, "none")[0]
+
+    @torch.no_grad()
+    def _log_probs(self, rows: AnswerRows, temperature: float, wanted: Entropy) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of R answers, (R, T) each, zero where there are none."""
         micro_batches = split_rows(
             rows,
             self.actor_module,
@@ -61,8 +71,7 @@ class DataParallelPPOActor:
             self.rollout.log_prob_max_token_len_per_gpu,
             self.rollout.log_prob_micro_batch_size_per_gpu,
         )
-        wanted = "value" if entropy else "none"
-        parts = [self.actor_module(rows.select(index), self.temperature, wanted) for index in micro_batches]
+        parts = [self.actor_module(rows.select(index), temperature, wanted) for index in micro_batches]
         reshard(self.actor_module)
         # Results are fetched from the device once all of its work is queued.
         log_probs, entropies = torch.zeros(rows.responses.shape), torch.zeros(rows.responses.shape)
@@ -70,8 +79,7 @@ class DataParallelPPOActor:
             log_probs[index] = log_prob.cpu()
             if values is not None:
                 entropies[index] = values.cpu()
-        shape = data.batch["responses"].shape
-        return log_probs.view(shape), entropies.view(shape)
+        return log_probs, entropies
 
     def update_policy(self, data: DataProto) -> dict[str, float]:
         """Train on this rank's rows: `ppo_epochs` times over mini-batches of `ppo_mini_batch_size` prompts.
