@@ -23,6 +23,8 @@ TEACHER_KEYS = ("teacher_response", "teacher_attention_mask")
 STUDENT_KEYS = ("responses", "response_mask")
 GROUP_KEYS = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
 POLICY_KEYS = ("old_log_probs", "ref_log_prob", "advantages")
+# Of the teacher's answer and of the student's, (B,) each: the reference's log-probs of a preference pair.
+PAIR_REFERENCE_KEYS = ("chosen_ref_log_prob", "rejected_ref_log_prob")
 
 
 def teacher_response_mask(data: DataProto) -> torch.Tensor:
@@ -50,3 +52,10 @@ def teacher_rows(data: DataProto) -> AnswerRows:
         responses=data.batch["teacher_response"],
         response_mask=teacher_response_mask(data),
     )
+
+
+def pair_rows(data: DataProto) -> AnswerRows:
+    """2B rows of a batch with one student answer per prompt: a prompt's teacher answer, and after it the student's."""
+    prompts = len(data)
+    order = torch.arange(2 * prompts).view(2, prompts).T.flatten()
+    return AnswerRows.join([teacher_rows(data), student_rows(data)]).select(order)
