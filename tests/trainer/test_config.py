@@ -714,5 +714,5 @@ def test_every_yaml_is_package_data(tmp_path):
     # setuptools gives the paths with the source folder in front of each.
     packed = {os.path.basename(line) + "@" + os.path.basename(os.path.dirname(line)) for line in done.stdout.split()}
     written = {f"{path.name}@{path.parent.name}" for path in CONFIG_DIR.rglob("*.yaml")}
-    assert len(written) == 11
+    assert len(written) == 12
     assert written <= packed

@@ -49,6 +49,7 @@ def run_of(*overrides: str) -> Run:
         config.use_reference,
         config.trainer.ranks,
         config.trainer.n_gpus_per_node,
+        pairs=config.soda.enable,
     )
 
 
@@ -236,6 +237,17 @@ def test_micro_batches_by_rows_and_whole_groups(actor, critic):
     assert "activations of 5120 tokens" in estimate.phases["update_critic"]
     budget = estimate_memory(run_of("critic.ppo_max_token_len_per_gpu=2048"), actor, critic, 80 * GIB)
     assert "activations of 5120 tokens" in budget.phases["update_critic"]
+
+
+def test_pairs_of_answers_are_whole_and_keep_a_reference_for_new_ones_only(actor):
+    rows = ["stage=soda", f"{ACTOR}.use_dynamic_bsz=False", f"{ACTOR}.ppo_micro_batch_size_per_gpu=4"]
+    parts = estimate_memory(run_of(*rows), actor, None, 80 * GIB).phases["update_actor"]
+    # Two pairs of a prompt and two answers, of 512 tokens each.
+    assert "activations of 3072 tokens" in parts and "reference's weights" not in parts
+    fewer = estimate_memory(run_of(*rows, f"{ACTOR}.ppo_micro_batch_size_per_gpu=1"), actor, None, 80 * GIB)
+    assert "activations of 1536 tokens" in fewer.phases["update_actor"]
+    anew = estimate_memory(run_of(*rows, "soda.resample=epoch"), actor, None, 80 * GIB).phases["update_actor"]
+    assert anew["reference's weights"] == 2 * PARAMETERS
 
 
 def test_without_resharding_all_layers_are_gathered(actor):

@@ -9,7 +9,8 @@ from verl.models.heads import PolicyModel, ScoreModel
 from verl.protocol import DataProto
 from verl.trainer.config import Config, compose_config
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.batch import ANCHOR_COEF
+from verl.workers.actor.pairs import PairPolicy
+from verl.workers.batch import ANCHOR_COEF, PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS, teacher_response_mask
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 
 PROMPTS, ANSWERS = 4, 3
@@ -55,6 +56,8 @@ LOSSES = {
         "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla",
         "actor_rollout_ref.actor.entropy_coeff=0.01",
     ],
+    "soda": ["stage=soda", "soda.sft_coef=0.3"],
+    "soda-per-token": ["stage=soda", "soda.length_normalized=True", "soda.beta=2"],
     "ranking": ["stage=gad", "critic.discriminator.loss=ranking"],
     "two_sided_hinge": ["stage=gad", "critic.discriminator.loss=two_sided_hinge"],
     "bradley_terry": ["stage=gad", "critic.discriminator.loss=bradley_terry"],
@@ -141,4 +144,20 @@ def update(loss: str, config: Config, data: DataProto, wrap=lambda module: modul
     group = config.actor_rollout_ref
     module = wrap(PolicyModel(causal_lm(), group.model.use_remove_padding))
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0)
-    return module, DataParallelPPOActor(group.actor, group.rollout, module, optimizer).update_policy(data)
+    actor = DataParallelPPOActor(group.actor, group.rollout, module, optimizer)
+    if config.soda.enable:
+        return module, PairPolicy(actor).update(pairs_of(data), config.soda)
+    return module, actor.update_policy(data)
+
+
+def pairs_of(data: DataProto) -> DataProto:
+    """One answer of each prompt's three, the last prompt's the teacher's own, with reference log-probs of either side
+    by the number of its tokens: their differences from the policy's are of different sizes."""
+    chosen = teacher_response_mask(data).sum(-1)
+    answers = {key: data.batch[key][:, :1] for key in STUDENT_KEYS}
+    references = {
+        "chosen_ref_log_prob": -4.0 * chosen,
+        "rejected_ref_log_prob": -3.5 * answers["response_mask"][:, 0].sum(-1),
+    }
+    keys = PROMPT_KEYS + TEACHER_KEYS
+    return DataProto.from_dict({**{key: data.batch[key] for key in keys}, **answers, **references})

@@ -105,6 +105,8 @@ class Run:
     use_reference: bool
     ranks: int
     ranks_per_machine: int
+    # Whether the actor is trained on pairs of a teacher's and a student's answer.
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,9 +259,10 @@ def _actor_update(run: Run, shape: ModelShape) -> Parts:
     group = run.actor_rollout_ref
     actor, rollout = group.actor, group.rollout
     prompts = max(1, actor.ppo_mini_batch_size // run.ranks)
-    answers = 1 if actor.use_sft_mode else rollout.n
+    answers = 2 if run.pairs else 1 if actor.use_sft_mode else rollout.n
     sharing = answers if group.model.use_remove_padding else 1
-    tokens, several = _micro_batch(actor, rollout, prompts * answers, sharing, together=1)
+    together = answers if run.pairs else 1
+    tokens, several = _micro_batch(actor, rollout, prompts * answers, sharing, together)
     parts = _update("actor", run, shape, actor.fsdp_config, group.model, tokens, several)
     # Only answers have logits. What is kept of them beyond a chunk is kept where there is room.
     answered = tokens * sharing * rollout.response_length / _tokens(rollout, sharing, sharing)

@@ -27,6 +27,8 @@ GROUP_KEYS = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
 # In a batch's meta_info: the weight of the teachers' answers beside the students' in a policy's update.
 ANCHOR_COEF = "sft_anchor_coef"
 POLICY_KEYS = ("old_log_probs", "ref_log_prob", "advantages")
+# Of the teacher's answer and of the student's, (B,) each: the reference's log-probs of a preference pair.
+PAIR_REFERENCE_KEYS = ("chosen_ref_log_prob", "rejected_ref_log_prob")
 
 
 def teacher_response_mask(data: DataProto) -> torch.Tensor:
@@ -81,3 +83,10 @@ def update_rows(data: DataProto, sft: bool, anchor: bool) -> UpdateRows:
     places = torch.cat([student.view(groups, -1), len(rows) + torch.arange(groups).unsqueeze(-1)], dim=-1).flatten()
     joined = AnswerRows.join([rows, teacher_rows(data)]).select(places)
     return UpdateRows(joined, torch.where(places < len(rows), places, -1))
+
+
+def pair_rows(data: DataProto) -> AnswerRows:
+    """2B rows of a batch with one student answer per prompt: a prompt's teacher answer, and after it the student's."""
+    prompts = len(data)
+    order = torch.arange(2 * prompts).view(2, prompts).T.flatten()
+    return AnswerRows.join([teacher_rows(data), student_rows(data)]).select(order)

@@ -28,7 +28,8 @@ from verl.utils.model import Kind, load_config, load_tokenizer, quiet_transforme
 from verl.utils.offload import Offloader, build_offloader
 from verl.utils.out_of_memory import explain_out_of_memory
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.batch import ANCHOR_COEF, student_rows, teacher_rows, update_rows
+from verl.workers.actor.pairs import PairPolicy
+from verl.workers.batch import ANCHOR_COEF, pair_rows, student_rows, teacher_rows, update_rows
 from verl.workers.config import (
     ActorRolloutRefConfig,
     CriticConfig,
@@ -247,6 +248,25 @@ class ActorRolloutRefWorker(FSDPWorker):
             metrics = self.actor.update_policy(data)
         rows = update_rows(data, self.config.actor.use_sft_mode, anchor=data.meta_info.get(ANCHOR_COEF, 0.0) > 0).rows
         epochs = self.config.actor.ppo_epochs
+        return {**metrics, **self.update_metrics("actor", rows.lengths() * epochs, rows.shared_prompts() * epochs)}
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def compute_pair_ref_log_prob(self, data: DataProto) -> DataProto:
+        """`chosen_ref_log_prob` and `rejected_ref_log_prob` (B,) under the frozen reference; where there is none, under
+        the policy, which is the reference as long as it has its first weights."""
+        if self.use_reference:
+            with explain_out_of_memory("compute_ref_log_prob", self.config), self.reference_offloader.on_device():
+                return DataProto.from_dict(PairPolicy(self.reference).compute_log_prob(data))
+        with self.working("compute_log_prob"):
+            return DataProto.from_dict(PairPolicy(self.actor).compute_log_prob(data))
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
+    def update_actor_on_pairs(self, data: DataProto) -> dict[str, float]:
+        """Train the policy on preference pairs as `meta_info["soda"]` (SodaConfig) says; the same metrics from every
+        rank."""
+        with self.updating("update_actor"):
+            metrics = PairPolicy(self.actor).update(data, data.meta_info["soda"])
+        rows, epochs = pair_rows(data), self.config.actor.ppo_epochs
         return {**metrics, **self.update_metrics("actor", rows.lengths() * epochs, rows.shared_prompts() * epochs)}
 
 

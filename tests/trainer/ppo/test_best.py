@@ -205,7 +205,7 @@ class Trainer(RayPPOTrainer):
         self.checkpoints = Checkpoints(self.config.trainer, self.weights, None)
         self.kl_ctrl = type("Fixed", (), {"value": 0.0})
         self.head_start = HeadStart(self.config, None)
-        self.discriminator = self.held_out = None
+        self.discriminator = self.held_out = self.rejected = None
         self.val_dataset = [0]
         self.global_step = self.samples_seen = 0
         self.total_steps = len(values) - 1

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from verl.trainer.config.schema import Config
+from verl.trainer.config.soda_checks import soda_conflicts
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
     POLICY_LOSS_REGISTRY,
@@ -33,6 +34,7 @@ def find_conflicts(config: Config) -> list[str]:
         _token_budgets,
         _names,
         _stage,
+        soda_conflicts,
         _sampling,
         _kl,
         _loss,
@@ -138,10 +140,11 @@ def _stage(config: Config) -> Iterator[str]:
             f"critic.enable={critic.enable} contradicts trainer.critic_warmup={trainer.critic_warmup}: "
             "-1 means no discriminator, anything else means one; leave critic.enable at null"
         )
-    if not config.use_critic and not config.use_sft:
+    if not config.use_critic and not config.use_sft and not config.soda.enable:
         yield (
             "there is no discriminator (trainer.critic_warmup=-1), so nothing scores the answers: set "
-            "actor_rollout_ref.actor.use_sft_mode=True for SeqKD, or trainer.critic_warmup to 0 or more"
+            "actor_rollout_ref.actor.use_sft_mode=True for SeqKD, soda.enable=True for SODA, or trainer.critic_warmup "
+            "to 0 or more"
         )
     if config.use_critic and config.use_sft and not trainer.warmup_use_sft:
         yield (
@@ -171,7 +174,7 @@ def _stage(config: Config) -> Iterator[str]:
 
 def _sampling(config: Config) -> Iterator[str]:
     rollout = config.actor_rollout_ref.rollout
-    if not config.use_sft:
+    if not config.use_sft and not config.soda.enable:
         if rollout.n < 2:
             yield f"GRPO compares answers to one prompt: actor_rollout_ref.rollout.n={rollout.n} must be 2 or more"
         if not rollout.do_sample:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from verl.workers.config import ActorRolloutRefConfig, CriticConfig
+from verl.workers.config import ActorRolloutRefConfig, CriticConfig, SodaConfig
 from verl.workers.config.base import AtLeastMinusOne, Count, NonNegative, Positive, PositiveFloat, settings
 
 
@@ -145,6 +145,7 @@ class Config:
     reward_model: RewardModelConfig
     custom_reward_function: CustomRewardConfig
     algorithm: AlgorithmConfig
+    soda: SodaConfig
     trainer: TrainerConfig
     ray_kwargs: RayConfig
 
@@ -163,7 +164,10 @@ class Config:
 
     @property
     def use_reference(self) -> bool:
-        """Whether a frozen reference is kept in memory: only where a KL term needs it."""
+        """Whether a frozen reference is kept in memory: only where a KL term needs it, or pairs made after the first
+        update (those made before it ask the policy, which is the reference then)."""
+        if self.soda.enable:
+            return self.soda.resample == "epoch"
         return not self.use_sft and (self.actor_rollout_ref.actor.use_kl_loss or self.algorithm.use_kl_in_reward)
 
     @property

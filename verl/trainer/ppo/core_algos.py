@@ -1,7 +1,8 @@
 """The algorithms as pure functions of tensors: advantages, policy, SFT and KL losses.
 
 Shapes: R rows (answers), T response tokens. Masks are 1 on real response tokens. The discriminator's
-losses are in `discriminator_algos` and re-exported here, where users look for them. No config object,
+losses are in `discriminator_algos`, those on preference pairs in `preference_algos`; both are re-exported here, where
+users look for them. No config object,
 no Ray, no FSDP: a registered policy loss reads its clip constants as attributes of whatever it is given.
 """
 
@@ -28,6 +29,7 @@ from verl.trainer.ppo.discriminator_algos import (
     register_discriminator_loss,
     score_mask,
 )
+from verl.trainer.ppo.preference_algos import compute_preference_loss
 from verl.utils.torch_functional import entropy_from_logits, masked_mean, masked_sum
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "compute_policy_loss",
     "compute_policy_loss_gspo",
     "compute_policy_loss_vanilla",
+    "compute_preference_loss",
     "compute_rewards",
     "compute_sft_loss",
     "discriminator_metrics",

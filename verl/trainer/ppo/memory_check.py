@@ -18,7 +18,12 @@ def check_run_memory(config: Config, sizes: tuple[int, int] | None) -> None:
         return
     critic = config.critic if config.use_critic else None
     run = Run(
-        config.actor_rollout_ref, critic, config.use_reference, config.trainer.ranks, config.trainer.n_gpus_per_node
+        config.actor_rollout_ref,
+        critic,
+        config.use_reference,
+        config.trainer.ranks,
+        config.trainer.n_gpus_per_node,
+        pairs=config.soda.enable,
     )
     critic_shape = None if critic is None else _shape(critic.model, "score")
     check_memory(run, _shape(config.actor_rollout_ref.model, "policy"), critic_shape, *sizes)

@@ -40,17 +40,26 @@ from verl.trainer.ppo.metric_utils import (
     compute_throughout_metrics,
     compute_timing_metrics,
 )
+from verl.trainer.ppo.rejected import RejectedAnswers
 from verl.trainer.ppo.resource_pools import ResourcePoolManager
 from verl.trainer.ppo.reward import apply_kl_penalty, compute_advantage, get_custom_reward_fn, reward_answers
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.validation import validate
-from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REPLAY_FILE
+from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
 from verl.utils.dataset.sampler import EpochBatches
 from verl.utils.dump import write_jsonl
 from verl.utils.rouge import mean_rouge_l
 from verl.utils.torch_functional import masked_mean
 from verl.utils.tracking import Tracking
-from verl.workers.batch import ANCHOR_COEF, POLICY_KEYS, PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS
+from verl.workers.batch import (
+    ANCHOR_COEF,
+    GROUP_KEYS,
+    PAIR_REFERENCE_KEYS,
+    POLICY_KEYS,
+    PROMPT_KEYS,
+    STUDENT_KEYS,
+    TEACHER_KEYS,
+)
 from verl.workers.config import SamplingConfig
 
 __all__ = [
@@ -65,11 +74,14 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Far from the seeds of training steps, so that validation never replays their draws.
+# Far from the seeds of training steps and from each other, so that none replays another's draws.
 VALIDATION_SEED = 1_000_003
+REJECTED_SEED = 2_000_003
 # What the progress bar shows, where a step has it.
 SHOWN = {
     "actor/sft_loss": "loss",
+    "actor/soda_loss": "loss",
+    "actor/soda_acc": "acc",
     "critic/d_acc": "d_acc",
     "critic/score_diff": "score_diff",
     "response_length/mean": "length",
@@ -91,7 +103,7 @@ def compute_response_mask(data: DataProto) -> torch.Tensor:
 
 
 class RayPPOTrainer:
-    """Runs one stage: SeqKD, warmup or GAD, as the configuration says.
+    """Runs one stage: SeqKD, warmup, GAD or SODA, as the configuration says.
 
     Args:
         config: the whole run's settings.
@@ -177,6 +189,9 @@ class RayPPOTrainer:
             if config.critic.held_out_prompts and self.val_dataset is not None and (auto or self._validates()):
                 self.held_out = HeldOutPairs(self, VALIDATION_SEED)
         self.head_start = HeadStart(config, None if self.held_out is None else self.held_out.accuracy)
+        self.rejected = None
+        if config.soda.enable:
+            self.rejected = RejectedAnswers(self, REJECTED_SEED, self._check_sync)
         self.checkpoints = Checkpoints(config.trainer, self.actor_rollout, self.critic)
         self._peak_memory()  # What building took is not the first step's.
 
@@ -207,8 +222,7 @@ class RayPPOTrainer:
                     if keep_best(self, metrics, partial(marked_timer, timing=timing)):
                         return tracking.log(metrics, self.global_step)
                 with marked_timer("step", timing):
-                    step = self._adversarial_step if self.config.use_critic else self._sft_step
-                    batch = step(batch, metrics, timing)
+                    batch = self._training_step(batch, metrics, timing)
                 done = self.global_step + 1
                 if done == self.total_steps or (config.save_freq > 0 and done % config.save_freq == 0):
                     with marked_timer("save_checkpoint", timing):
@@ -221,6 +235,13 @@ class RayPPOTrainer:
                 metrics = self._validate(tracking)
                 keep_best(self, metrics)
                 tracking.log(metrics, self.global_step)
+
+    def _training_step(self, batch: DataProto, metrics: dict[str, float], timing: dict[str, float]) -> DataProto:
+        """The stage's own; returns the batch with what was added to it, in the order that the workers got it in."""
+        if self.config.soda.enable:
+            return self._soda_step(batch, metrics, timing)
+        step = self._adversarial_step if self.config.use_critic else self._sft_step
+        return step(batch, metrics, timing)
 
     def _sft_step(self, batch: DataProto, metrics: dict[str, float], timing: dict[str, float]) -> DataProto:
         """SeqKD: one update on the teacher's answers. The student's are sampled for monitoring only."""
@@ -251,6 +272,19 @@ class RayPPOTrainer:
             self._policy_step(batch, metrics, timed)
         metrics |= compute_data_metrics(batch, use_critic=not self.config.use_sft)
         metrics |= compute_discriminator_metrics(batch)
+        return batch
+
+    def _soda_step(self, batch: DataProto, metrics: dict[str, float], timing: dict[str, float]) -> DataProto:
+        """SODA: one update on pairs of the teacher's answer and one that the student wrote before."""
+        with marked_timer("rejected", timing):
+            metrics |= self.rejected.add_to(batch)
+        batch = self._balance(batch, metrics)
+        pairs = self.take(batch, GROUP_KEYS + PAIR_REFERENCE_KEYS)
+        pairs.meta_info = {"soda": self.config.soda}
+        with marked_timer("update_actor", timing):
+            self._engine_is_current = False
+            metrics |= self.actor_rollout.update_actor_on_pairs(pairs)[0]
+        metrics |= compute_data_metrics(batch, use_critic=False)
         return batch
 
     def _imitation_step(self, batch: DataProto, metrics: dict[str, float], timed: Callable) -> None:
@@ -423,6 +457,8 @@ class RayPPOTrainer:
             self.discriminator.balance.accuracy = state.d_acc
         if self.held_out is not None:
             self.held_out.load(folder / HELD_OUT_FILE)
+        if self.rejected is not None:
+            self.rejected.load(folder / REJECTED_FILE)
         self.global_step, self.samples_seen = state.global_step, state.samples_seen
         if self.head_start.auto:
             self.head_start.first_actor_step, self.head_start.held = state.first_actor_step, state.head_start_held
@@ -451,6 +487,8 @@ class RayPPOTrainer:
                 self.discriminator.replay.save(folder / REPLAY_FILE)
             if self.held_out is not None:
                 self.held_out.save(folder / HELD_OUT_FILE)
+            if self.rejected is not None:
+                self.rejected.save(folder / REJECTED_FILE)
 
     def _open_tracking(self) -> Tracking:
         trainer = self.config.trainer
@@ -498,6 +536,7 @@ class RayPPOTrainer:
     def _progress(self) -> tqdm:
         warming_up = self.config.use_sft or self.config.frozen_actor_steps > 0
         stage = "SeqKD" if not self.config.use_critic else "warmup" if warming_up else "GAD"
+        stage = "SODA" if self.config.soda.enable else stage
         return tqdm(total=self.total_steps, initial=self.global_step, desc=stage, unit="step", dynamic_ncols=True)
 
     def _show(self, progress: tqdm, metrics: dict[str, float]) -> None:

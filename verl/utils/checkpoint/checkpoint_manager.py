@@ -21,8 +21,10 @@ CHECKSUMS = "checksums.json"
 ONLY_AS_BEST = "only_as_best.txt"
 # What a run with a discriminator keeps beside the models; of no use without it.
 REPLAY_FILE, HELD_OUT_FILE = "replay.safetensors", "held_out.safetensors"
+# What SODA keeps beside the actor.
+REJECTED_FILE = "rejected.safetensors"
 # The parts that can be pruned, each with the files that go with it.
-PARTS = {"actor": (), "critic": (REPLAY_FILE, HELD_OUT_FILE)}
+PARTS = {"actor": (REJECTED_FILE,), "critic": (REPLAY_FILE, HELD_OUT_FILE)}
 
 
 def get_checkpoint_tracker_filename(root_path: str | Path) -> str:

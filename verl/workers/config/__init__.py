@@ -15,6 +15,7 @@ from verl.workers.config.critic import (
 )
 from verl.workers.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
 from verl.workers.config.rollout import RolloutConfig, SamplingConfig
+from verl.workers.config.soda import SodaConfig
 
 __all__ = [
     "ActorConfig",
@@ -35,5 +36,6 @@ __all__ = [
     "ReplayConfig",
     "RolloutConfig",
     "SamplingConfig",
+    "SodaConfig",
     "TwoSidedHingeConfig",
 ]

@@ -1,0 +1,169 @@
+"""Which answers a batch gets, when they are drawn, and that they survive a restart; the workers are played."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from verl.protocol import DataProto
+from verl.trainer.ppo.rejected import RejectedAnswers, equal_pairs
+
+ROWS, WIDTH = 5, 4
+
+
+class Data(torch.utils.data.Dataset):
+    """Five rows, numbered 10, 12, ... in the file; the teacher's answer to row i is two tokens."""
+
+    def __len__(self):
+        return ROWS
+
+    def __getitem__(self, row):
+        return row
+
+
+def collate(rows):
+    teacher = torch.zeros(len(rows), WIDTH, dtype=torch.long)
+    teacher[:, :2] = 7
+    return {
+        "input_ids": torch.tensor(rows).unsqueeze(-1),
+        "attention_mask": torch.ones(len(rows), 1, dtype=torch.long),
+        "teacher_response": teacher,
+        "teacher_attention_mask": torch.cat([torch.ones(len(rows), 1, dtype=torch.long), (teacher > 0).long()], -1),
+        "index": np.array([10 + 2 * row for row in rows], dtype=object),
+    }
+
+
+class FakeTrainer:
+    """A student that answers prompt r with r % 4 + 1 tokens that name its prompt and the steps it has learned."""
+
+    def __init__(self, resample="once", max_num_seqs=2, drops_weights=False):
+        rollout = SimpleNamespace(
+            max_num_seqs=max_num_seqs, drops_weights=drops_weights, sync_check_prompts=0, seed=3,
+            response_length=WIDTH, sampling=None,
+        )  # fmt: skip
+        self.config = SimpleNamespace(
+            soda=SimpleNamespace(resample=resample),
+            data=SimpleNamespace(max_response_length=WIDTH, dataloader_num_workers=0),
+            trainer=SimpleNamespace(ranks=1),
+            actor_rollout_ref=SimpleNamespace(rollout=rollout),
+        )
+        self.train_dataset, self.collate_fn = Data(), collate
+        self.actor_rollout = self
+        self.global_step = self.samples_seen = 0
+        self.calls: list[tuple[int, int]] = []
+
+    def take(self, batch, keys):
+        return batch
+
+    def generate(self, batch, sampling, seed, report):
+        self.calls.append((seed, len(batch)))
+        rows = batch.batch["input_ids"][:, 0]
+        mask = (torch.arange(WIDTH) < (rows % 4 + 1).unsqueeze(-1)).long()
+        tokens = (100 * (self.global_step + 1) + rows.unsqueeze(-1)) * mask
+        return DataProto.from_dict({"responses": tokens.unsqueeze(1), "response_mask": mask.unsqueeze(1)})
+
+    def compute_pair_ref_log_prob(self, batch):
+        rows = batch.batch["input_ids"][:, 0].float()
+        return DataProto.from_dict({"chosen_ref_log_prob": -rows, "rejected_ref_log_prob": -10 * rows})
+
+
+def rejected_of(trainer):
+    return RejectedAnswers(trainer, 1000, lambda batch, metrics: None)
+
+
+def step(trainer, rejected, rows):
+    """One training step on the given rows: the steps that their answers' weights had made."""
+    batch = DataProto.from_single_dict(collate(rows))
+    rejected.add_to(batch)
+    tensors = batch.batch
+    lengths = [row % 4 + 1 for row in rows]
+    assert tensors["response_mask"][:, 0].sum(-1).tolist() == lengths
+    assert torch.equal(tensors["responses"] > 0, tensors["response_mask"].bool())
+    first = tensors["responses"][:, 0, 0]
+    assert (first % 100).tolist() == rows, "another prompt's answer"
+    assert tensors["chosen_ref_log_prob"].tolist() == [-row for row in rows]
+    assert tensors["rejected_ref_log_prob"].tolist() == [-10 * row for row in rows]
+    trainer.global_step += 1
+    trainer.samples_seen += len(rows)
+    return (first // 100 - 1).tolist()
+
+
+def test_once_means_from_the_first_weights_for_ever():
+    trainer = FakeTrainer("once")
+    rejected = rejected_of(trainer)
+    assert [step(trainer, rejected, rows) for rows in ([4, 0], [3, 1], [2, 2], [0, 4])] == [[0, 0]] * 4
+    # Five prompts, two at once, each call with a seed of its own: 3 + 1000, then on.
+    assert trainer.calls == [(1003, 2), (1004, 2), (1005, 1)]
+
+
+def test_every_epoch_has_its_own_and_a_batch_may_reach_into_the_next():
+    """Epochs of five rows in batches of two: the third step has the first epoch's last row and the second's first, and
+    the same row may be both; the second epoch's answers are written by the weights at hand then, two steps old."""
+    trainer = FakeTrainer("epoch")
+    rejected = rejected_of(trainer)
+    assert [step(trainer, rejected, rows) for rows in ([4, 0], [3, 1], [2, 2], [0, 4], [3, 1], [2, 0])] == [
+        *([0, 0], [0, 0], [0, 2], [2, 2], [2, 2]),
+        [5, 5],
+    ]
+    assert [seed for seed, _ in trainer.calls] == list(range(1003, 1012)), "no seed comes twice"
+
+
+def test_a_batch_larger_than_the_data_spans_several_epochs():
+    trainer = FakeTrainer("epoch")
+    assert step(trainer, rejected_of(trainer), [0, 1, 2, 3, 4, 4, 3, 2, 1, 0, 2]) == [0] * 11
+    assert len(trainer.calls) == 9
+
+
+def test_an_engine_that_needs_a_push_per_call_gets_more_prompts_in_each():
+    trainer = FakeTrainer(max_num_seqs=1, drops_weights=True)
+    step(trainer, rejected_of(trainer), [0])
+    assert [prompts for _, prompts in trainer.calls] == [4, 1]
+
+
+@pytest.mark.parametrize("resample", ["once", "epoch"])
+def test_a_restart_draws_nothing_again(resample, tmp_path):
+    steps = ([4, 0], [3, 1], [2, 2], [0, 4], [3, 1], [2, 0])
+    whole, trainer = FakeTrainer(resample), FakeTrainer(resample)
+    rejected = rejected_of(whole)
+    expected = [step(whole, rejected, rows) for rows in steps]
+    rejected, seen = rejected_of(trainer), []
+    for rows in steps:
+        seen.append(step(trainer, rejected, rows))
+        rejected.save(tmp_path / "rejected.safetensors")
+        rejected = rejected_of(trainer)
+        rejected.load(tmp_path / "rejected.safetensors")
+    assert seen == expected
+    assert trainer.calls == whole.calls
+
+
+def test_files_that_do_not_belong_to_the_run(tmp_path):
+    trainer = FakeTrainer()
+    rejected = rejected_of(trainer)
+    with pytest.raises(FileNotFoundError, match="another stage's"):
+        rejected.load(tmp_path / "rejected.safetensors")
+    step(trainer, rejected, [0])
+    rejected.save(tmp_path / "rejected.safetensors")
+    trainer.config.data.max_response_length = WIDTH - 1
+    with pytest.raises(ValueError, match=f"an answer of {WIDTH} tokens, more than data.max_response_length=3"):
+        rejected.load(tmp_path / "rejected.safetensors")
+    trainer.config.data.max_response_length = WIDTH
+    strangers = DataProto.from_single_dict(collate([0, 1]) | {"index": np.array([10, 11], dtype=object)})
+    with pytest.raises(ValueError, match=r"no rejected answers to data rows \[11\]"):
+        rejected.add_to(strangers)
+
+
+def test_equal_pairs_are_those_of_the_same_tokens():
+    """The teacher's answer is 7, 7. What stands in the padding does not count; a longer answer, or a shorter, does."""
+    batch = DataProto.from_single_dict(collate([0, 1, 2, 3]))
+    batch.union(
+        DataProto.from_dict(
+            {
+                "responses": torch.tensor([[7, 7, 9, 9], [7, 7, 7, 0], [7, 0, 0, 0], [7, 8, 0, 0]]).unsqueeze(1),
+                "response_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).unsqueeze(1),
+            }
+        )
+    )
+    assert equal_pairs(batch).tolist() == [True, False, False, False]

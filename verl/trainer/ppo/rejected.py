@@ -1,0 +1,172 @@
+"""The answers that SODA rejects: one of the student's own to every training prompt.
+
+With `soda.resample=once` they are all written by the stage's first weights, before its first step; with `epoch` all are
+written anew, by the weights at hand, when an epoch begins. A step then only looks its pairs up. Beside each answer are
+the frozen reference's log-probs of it and of the teacher's: nothing changes them, so they are computed once as well.
+
+The draws depend on the seed, the epoch, the data's order in its files, the number of ranks and how many prompts an
+engine gets at once (`rollout.max_num_seqs`), not on batches, shuffling or restarts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from verl.protocol import DataProto
+from verl.workers.batch import GROUP_KEYS, PAIR_REFERENCE_KEYS, teacher_response_mask
+
+if TYPE_CHECKING:
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+logger = logging.getLogger(__name__)
+
+# An engine that has to be given its weights for every call gets so many times the prompts.
+CALLS_PER_PUSH = 4
+
+
+class RejectedAnswers:
+    """One rejected answer per training row, kept end to end without padding.
+
+    Args:
+        trainer: whose student answers.
+        seed: added to the rollout's, so that no other draw is replayed.
+        check_sync: compares the engine's log-probs with the trainer's on an answered batch, and logs it.
+    """
+
+    def __init__(self, trainer: RayPPOTrainer, seed: int, check_sync: Callable[[DataProto, dict[str, float]], None]):
+        self.trainer = trainer
+        self.seed = seed
+        self.check_sync = check_sync
+        self.epoch = -1
+        # index (R,) int64, the data's row numbers; lengths (R,) and tokens (all answers') int32; PAIR_REFERENCE_KEYS.
+        self.answers: dict[str, torch.Tensor] = {}
+
+    def add_to(self, batch: DataProto) -> dict[str, float]:
+        """Give a batch, as it comes from the data, its rejected answers and the reference's log-probs of its pairs.
+
+        A batch may reach over the end of an epoch: rows of the new one get answers drawn now.
+
+        Returns:
+            the share of pairs of two equal answers, which have no gradient, and of a draw the sync check's metrics.
+        """
+        metrics: dict[str, float] = {}
+        epochs = np.zeros(len(batch), dtype=np.int64)
+        if self.trainer.config.soda.resample == "epoch":
+            epochs = (self.trainer.samples_seen + np.arange(len(batch))) // len(self.trainer.train_dataset)
+        index, parts = batch.non_tensor_batch["index"].astype(np.int64), []
+        for epoch in np.unique(epochs):
+            if epoch > self.epoch:
+                metrics |= self._draw(int(epoch))
+            parts.append(self._look_up(index[epochs == epoch]))
+        batch.union(DataProto.concat(parts))
+        return metrics | {"actor/soda_equal_frac": equal_pairs(batch).float().mean().item()}
+
+    def _look_up(self, index: np.ndarray) -> DataProto:
+        """Rows of the data by their numbers."""
+        answers, width = self.answers, self.trainer.config.data.max_response_length
+        order = answers["index"].argsort()
+        place = torch.searchsorted(answers["index"][order], torch.from_numpy(index)).clamp(max=len(order) - 1)
+        rows = order[place]
+        missing = index[(answers["index"][rows] != torch.from_numpy(index)).numpy()]
+        if len(missing):
+            raise ValueError(
+                f"the checkpoint has no rejected answers to data rows {missing[:10].tolist()}: resume with the "
+                "training data as it was, or start a new run from the checkpoint's actor folder"
+            )
+        lengths = answers["lengths"][rows].long()
+        mask = torch.arange(width) < lengths.unsqueeze(-1)
+        ends = answers["lengths"].long().cumsum(0)[rows]
+        responses = torch.zeros(mask.shape, dtype=torch.long)
+        responses[mask] = answers["tokens"][((ends - lengths).unsqueeze(-1) + torch.arange(width))[mask]].long()
+        found = {"responses": responses.unsqueeze(1), "response_mask": mask.long().unsqueeze(1)}
+        return DataProto.from_dict(found | {key: answers[key][rows] for key in PAIR_REFERENCE_KEYS})
+
+    def _draw(self, epoch: int) -> dict[str, float]:
+        """Let the student answer every training prompt, in the data's own order."""
+        trainer, rollout = self.trainer, self.trainer.config.actor_rollout_ref.rollout
+        size = rollout.max_num_seqs * trainer.config.trainer.ranks * (CALLS_PER_PUSH if rollout.drops_weights else 1)
+        loader = DataLoader(
+            trainer.train_dataset,
+            batch_size=size,
+            num_workers=trainer.config.data.dataloader_num_workers,
+            collate_fn=trainer.collate_fn,
+        )
+        bar = tqdm(total=len(trainer.train_dataset), desc="rejected answers", leave=False, dynamic_ncols=True)
+        metrics, parts = {}, []
+        with bar:
+            for number, rows in enumerate(loader):
+                seed = rollout.seed + self.seed + epoch * len(loader) + number
+                batch = self._answered(DataProto.from_single_dict(rows), seed, metrics)
+                parts.append(_compact(batch))
+                bar.update(len(batch))
+        self.epoch = epoch
+        self.answers = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        lengths, limit = self.answers["lengths"].float(), rollout.response_length
+        logger.info(
+            "%d answers to be rejected, written by the student of step %d: %.1f tokens on average, %.1f%% fill all %d",
+            len(lengths), trainer.global_step, lengths.mean(), 100 * (lengths == limit).float().mean(), limit,
+        )  # fmt: skip
+        return metrics
+
+    def _answered(self, batch: DataProto, seed: int, metrics: dict[str, float]) -> DataProto:
+        """With the student's answers and the reference's log-probs. The first batch of a draw, which comes with no
+        metrics yet, is compared with the engine's."""
+        trainer, rollout = self.trainer, self.trainer.config.actor_rollout_ref.rollout
+        batch.union(trainer.generate(batch, rollout.sampling, seed, 0 if metrics else rollout.sync_check_prompts))
+        if not metrics:
+            self.check_sync(batch, metrics)
+        return batch.union(trainer.actor_rollout.compute_pair_ref_log_prob(trainer.take(batch, GROUP_KEYS)))
+
+    def save(self, file: Path) -> None:
+        """Write the answers and their epoch."""
+        save_file(self.answers | {"epoch": torch.tensor(self.epoch)}, file)
+
+    def load(self, file: Path) -> None:
+        """Restore what `save` wrote.
+
+        Raises:
+            FileNotFoundError: the checkpoint is not one of a SODA run.
+            ValueError: an answer is longer than `data.max_response_length` allows.
+        """
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"cannot resume from {file.parent}: it has no {file.name}, so it is another stage's; give its actor "
+                "folder as actor_rollout_ref.model.path and SODA a folder of its own (trainer.experiment_name), or set "
+                "trainer.resume_mode=disable"
+            )
+        # Copies: a mapped file could not be pruned on every file system.
+        stored = {key: tensor.clone() for key, tensor in load_file(file).items()}
+        self.epoch, self.answers = int(stored.pop("epoch")), stored
+        longest, limit = int(stored["lengths"].max()), self.trainer.config.data.max_response_length
+        if longest > limit:
+            raise ValueError(
+                f"{file} has an answer of {longest} tokens, more than data.max_response_length={limit}: resume with "
+                "the value that it was written with"
+            )
+
+
+def _compact(batch: DataProto) -> dict[str, torch.Tensor]:
+    """A batch's answers end to end, with their rows, lengths and log-probs."""
+    mask = batch.batch["response_mask"][:, 0].bool()
+    return {
+        "index": torch.from_numpy(batch.non_tensor_batch["index"].astype(np.int64)),
+        "lengths": mask.sum(-1).int(),
+        "tokens": batch.batch["responses"][:, 0][mask].int(),
+        **{key: batch.batch[key].clone() for key in PAIR_REFERENCE_KEYS},
+    }
+
+
+def equal_pairs(batch: DataProto) -> torch.Tensor:
+    """(B,) bool: whether the student's answer is the teacher's, token by token."""
+    mask, teacher_mask = batch.batch["response_mask"][:, 0], teacher_response_mask(batch)
+    same = batch.batch["responses"][:, 0] * mask == batch.batch["teacher_response"] * teacher_mask
+    return (same & (mask == teacher_mask)).all(-1)

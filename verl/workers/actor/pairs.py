@@ -1,0 +1,110 @@
+"""The policy on pairs: a prompt's teacher answer, chosen, and the student's own, rejected (SODA, arXiv 2604.03873).
+
+A pair is two neighbouring rows, which share their prompt, and is never split: a micro-batch holds whole pairs.
+Log-probs are the model's own, at temperature 1, whatever temperature the answers were sampled at.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from verl.models.packing import AnswerRows, copy_to
+from verl.protocol import DataProto
+from verl.trainer.ppo.core_algos import compute_preference_loss
+from verl.utils.fsdp_utils import reshard, synced
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.batch import PAIR_REFERENCE_KEYS, pair_rows
+from verl.workers.config import SodaConfig
+from verl.workers.updates import MetricSums, data_parallel_size, optimizer_step, split_micro_batches, sum_over_ranks
+
+
+class PairPolicy:
+    """What a policy, or a frozen reference, computes on pairs: one student answer per prompt in every batch.
+
+    The loss is a mean over the pairs of the whole mini-batch over all ranks, so gradients do not depend on how pairs
+    are split into micro-batches and ranks.
+    """
+
+    def __init__(self, actor: DataParallelPPOActor):
+        self.actor = actor
+        self.module = actor.actor_module
+
+    @torch.no_grad()
+    def compute_log_prob(self, data: DataProto) -> dict[str, torch.Tensor]:
+        """`chosen_ref_log_prob` and `rejected_ref_log_prob` (B,): sums over each answer's tokens."""
+        rows, rollout = pair_rows(data), self.actor.rollout
+        micro_batches = self._split(
+            rows,
+            rollout.log_prob_use_dynamic_bsz,
+            rollout.log_prob_max_token_len_per_gpu,
+            rollout.log_prob_micro_batch_size_per_gpu,
+        )
+        parts = [self._log_probs(select_pairs(rows, index)) for index in micro_batches]
+        reshard(self.module)
+        # Results are fetched from the device once all of its work is queued.
+        sums = torch.zeros(len(data), 2)
+        for index, part in zip(micro_batches, parts, strict=True):
+            sums[index] = part.cpu()
+        return dict(zip(PAIR_REFERENCE_KEYS, sums.unbind(-1), strict=True))
+
+    def update(self, data: DataProto, soda: SodaConfig) -> dict[str, float]:
+        """Train on this rank's pairs: `ppo_epochs` times over mini-batches of `ppo_mini_batch_size` prompts.
+
+        Returns:
+            metrics over all mini-batches and ranks.
+        """
+        metrics, config = MetricSums(), self.actor.config
+        for _ in range(config.ppo_epochs):
+            for mini_batch in data.split(config.ppo_mini_batch_size // data_parallel_size()):
+                self._accumulate_gradients(mini_batch, soda, metrics)
+                norm = optimizer_step(self.module, self.actor.actor_optimizer, config.grad_clip)
+                metrics.add({"actor/grad_norm": norm}, 1.0)
+        return metrics.means()
+
+    def _accumulate_gradients(self, mini_batch: DataProto, soda: SodaConfig, metrics: MetricSums) -> None:
+        rows, config, device = pair_rows(mini_batch), self.actor.config, self.module.device
+        references = torch.stack([mini_batch.batch[key] for key in PAIR_REFERENCE_KEYS], dim=-1)
+        (all_pairs,) = sum_over_ranks([float(len(mini_batch))])
+        micro_batches = self._split(
+            rows, config.use_dynamic_bsz, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu
+        )
+        self.actor.actor_optimizer.zero_grad()
+        for index in synced(self.module, micro_batches, config.fsdp_config.sync_gradients_once):
+            micro = select_pairs(rows, index)
+            loss, means = self._loss(micro, copy_to(references[index], device), soda)
+            # The loss is a mean over this part's pairs.
+            (loss * (len(index) / all_pairs * data_parallel_size())).backward()
+            metrics.add(means, float(len(index)))
+
+    def _loss(
+        self, rows: AnswerRows, references: torch.Tensor, soda: SodaConfig
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Of R pairs, with the reference's sums (R, 2): the loss, and metrics as means over the pairs."""
+        log_probs = self._log_probs(rows)
+        lengths = copy_to(rows.response_mask.sum(-1).view(-1, 2), log_probs.device)
+        scale = 1 / lengths if soda.length_normalized else 1.0
+        loss, means = compute_preference_loss(
+            *(log_probs * scale).unbind(-1), *(references * scale).unbind(-1), soda.beta
+        )
+        if soda.sft_coef > 0:
+            sft_loss = -(log_probs[:, 0] / lengths[:, 0]).mean()
+            loss = loss + soda.sft_coef * sft_loss
+            means = {**means, "actor/sft_loss": sft_loss.detach()}
+        return loss, means
+
+    def _log_probs(self, rows: AnswerRows) -> torch.Tensor:
+        """(R, 2), of the chosen and the rejected answer of each pair."""
+        log_probs, _ = self.module(rows)
+        return log_probs.sum(-1).view(-1, 2)
+
+    def _split(self, rows: AnswerRows, dynamic: bool, max_tokens: int, size: int | None) -> list[list[int]]:
+        """Pairs of each micro-batch; a prompt that the module computes once counts once."""
+        tokens = torch.tensor(rows.lengths()).view(-1, 2).sum(-1)
+        if self.module.remove_padding:
+            tokens -= rows.prompt_mask.sum(-1)[::2]
+        return split_micro_batches(tokens.tolist(), dynamic, max_tokens, None if size is None else max(1, size // 2))
+
+
+def select_pairs(rows: AnswerRows, pairs: list[int]) -> AnswerRows:
+    """The rows of the given pairs."""
+    return rows.select([row for pair in pairs for row in (2 * pair, 2 * pair + 1)])
