@@ -45,7 +45,7 @@ def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 def repeated_share(text: str, n: int = LOOP_WORDS) -> float:
     """The share of the text's n-word sequences, overlapping ones included, that occur before in it; 0 without one."""
     sequences = _ngrams(tokenize(text), n)
-    return 1 - len(set(sequences)) / len(sequences) if sequences else 0.0
+    return (len(sequences) - len(set(sequences))) / len(sequences) if sequences else 0.0
 
 
 def in_loop(text: str) -> bool:
