@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from verl.tools.judge_numbers import distinct_ngrams, in_loop, numbers_of, repeated_share
-from verl.tools.judge_statistics import clustered_mean, paired_difference, t_quantile
+from verl.tools.judge_statistics import CROSS_VALIDATED, clustered_mean, paired_difference, t_quantile
 
 
 def test_repeated_sequences_by_hand():
@@ -80,6 +80,13 @@ def test_interval_is_that_of_the_prompts_means():
     low, high = stats.t.interval(0.95, 39, loc=means.mean(), scale=stats.sem(means))
     assert (estimate.value, estimate.count, estimate.clusters) == (pytest.approx(values.mean()), 120, 40)
     assert (estimate.low, estimate.high) == (pytest.approx(low, abs=1e-5), pytest.approx(high, abs=1e-5))
+
+
+def test_widening_is_of_the_standard_error():
+    values = np.random.default_rng(0).integers(0, 2, 60).astype(float)
+    plain, wide = (clustered_mean(values, np.arange(60), widening=widening) for widening in (1.0, CROSS_VALIDATED))
+    assert wide.value == plain.value
+    assert wide.high - wide.low == pytest.approx(math.sqrt(2) * (plain.high - plain.low))
 
 
 def test_copies_of_a_prompts_value_add_no_certainty():

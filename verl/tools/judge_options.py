@@ -16,10 +16,10 @@ from verl.tools.score import check_places
 
 EPILOG = """\
 --data is parquet or jsonl, one row per prompt with the teacher's answer, as for training; take prompts that no student
-was trained on, 300 or more: with n prompts the interval reaches about 1/sqrt(n) to both sides. A student is a model's
-folder (Hugging Face, or a checkpoint's actor folder), which is asked --samples times per prompt, or a file of answers:
-a column with a text or a list of texts, found by the prompts beside them, or by row where the file has none. A column
-`cut` (true or false) or `finish_reason` ("length") says which of them did not end.
+was trained on, 300 or more: with n prompts the interval reaches at most about 1.4/sqrt(n) to both sides. A
+student is a model's folder (Hugging Face, or a checkpoint's actor folder), which is asked --samples times per prompt,
+or a file of answers: a column with a text or a list of texts, found by the prompts beside them, or by row where the
+file has none. A column `cut` (true or false) or `finish_reason` ("length") says which of them did not end.
 
 Students are compared in the order given, each with the one before it: base first, then stage after stage.
 

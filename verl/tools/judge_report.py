@@ -13,10 +13,11 @@ from typing import Any
 
 from verl.tools.judge_numbers import Numbers
 from verl.tools.judge_pairwise import Pairwise
-from verl.tools.judge_statistics import CONFIDENCE, Estimate, paired_difference
+from verl.tools.judge_statistics import CONFIDENCE, CROSS_VALIDATED, Estimate, paired_difference
 from verl.tools.judge_two_sample import MATCHES, TwoSample
 
 INTERVAL = f"{CONFIDENCE:.0%} t-interval, clustered by prompt"
+WIDENED = f"widened {CROSS_VALIDATED:.3g} times for cross-validation"
 # A discriminator that does not even know its own training pairs says nothing about others.
 KNOWS = 0.6
 
@@ -68,7 +69,9 @@ def render(verdicts: Mapping[str, Verdict], teacher: Numbers, against: str, aske
 
 
 def _two_sample_table(judged: Mapping[str, TwoSample], against: str) -> str:
-    head = f"told from {against} by fresh discriminators (0.5: cannot be told; {INTERVAL}; ties count half)"
+    head = (
+        f"told from {against} by fresh discriminators (0.5: cannot be told; {INTERVAL} and {WIDENED}; ties count half)"
+    )
     rows = [["", "accuracy", "", *(part for gap in MATCHES for part in (f"lengths within {gap:.0%}", "", "pairs"))]]
     rows[0] += ["by seed", "on its training pairs"]
     for name, test in judged.items():
@@ -84,7 +87,8 @@ def changes(judged: Mapping[str, TwoSample], against: str) -> list[str]:
     """A sentence for each student after the first: whether it is closer than the one before it, prompt by prompt."""
     lines = []
     for (before, earlier), (name, later) in pairwise(judged.items()):
-        change = paired_difference((later.per_pair, later.prompts), (earlier.per_pair, earlier.prompts))
+        sides = (later.per_pair, later.prompts), (earlier.per_pair, earlier.prompts)
+        change = paired_difference(*sides, widening=CROSS_VALIDATED)
         if change.high < 0:
             says = f"{name} is closer to {against} than {before}"
         elif change.low > 0:
@@ -142,7 +146,8 @@ def to_json(verdicts: Mapping[str, Verdict], teacher: Numbers, settings: Mapping
             left_out = ("scores", "prompts")
             entry["pairwise"] = {key: value for key, value in asdict(result).items() if key not in left_out}
         students[name] = entry
-    whole = {"interval": INTERVAL, "settings": settings, "teacher": {"numbers": asdict(teacher)}, "students": students}
+    interval = f"{INTERVAL}; of two_sample {WIDENED}"
+    whole = {"interval": interval, "settings": settings, "teacher": {"numbers": asdict(teacher)}, "students": students}
     return _without_nan(whole)
 
 

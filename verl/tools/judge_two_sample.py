@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from verl.models.heads import ScoreModel
-from verl.tools.judge_statistics import Estimate, clustered_mean
+from verl.tools.judge_statistics import CROSS_VALIDATED, Estimate, clustered_mean
 from verl.tools.score_data import PromptAndAnswer
 from verl.tools.score_model import Scoring, can_pack, score_sequences, to_rows
 from verl.trainer.ppo.discriminator_algos import pool_scores
@@ -218,8 +218,9 @@ class TwoSample:
 
     @property
     def accuracy(self) -> Estimate:
-        """Over all pairs; 1/2 is a student that cannot be told from the reference."""
-        return clustered_mean(self.per_pair, self.prompts)
+        """Over all pairs; 1/2 is a student that cannot be told from the reference. The interval allows for what
+        cross-validation adds."""
+        return clustered_mean(self.per_pair, self.prompts, widening=CROSS_VALIDATED)
 
     @property
     def by_seed(self) -> list[float]:
@@ -229,7 +230,7 @@ class TwoSample:
     def matched(self, gap: float) -> Estimate:
         """Over the pairs whose lengths differ by at most `gap` of the longer one: length tells little in these."""
         near = self.gaps <= gap + 1e-9
-        return clustered_mean(self.per_pair[near], self.prompts[near])
+        return clustered_mean(self.per_pair[near], self.prompts[near], widening=CROSS_VALIDATED)
 
 
 def training_updates(pairs: Sequence[Pair], settings: JudgeSettings) -> int:
