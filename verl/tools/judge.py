@@ -64,14 +64,14 @@ def run(options: argparse.Namespace) -> str:
     tokenizer, prompt_tokens = _judges_tokens(options, prompts, sources)
 
     answers = {s.name: read_answers(s, prompts, options.prompt_key) for s in sources if not s.generates}
-    drawing = _drawing(options)
-    jobs = [prepare(s.name, s.path, prompts, drawing) for s in sources if s.generates]
-    answers |= _generated(options.out, jobs, drawing, prompts)
-    answers = {source.name: answers[source.name] for source in sources}
     answers[TEACHER] = [[Answer(prompt.teacher)] for prompt in prompts]
     ids = {name: answer_ids(texts, tokenizer, options.max_response_length) for name, texts in answers.items()}
-    _check_context(options, prompt_tokens, ids)
+    drawing = _drawing(options)
+    jobs = [prepare(s.name, s.path, prompts, drawing) for s in sources if s.generates]
+    _check_context(options, prompt_tokens, ids, jobs)
 
+    for name, texts in _generated(options.out, jobs, drawing, prompts).items():
+        answers[name], ids[name] = texts, answer_ids(texts, tokenizer, options.max_response_length)
     numbers = _numbers(answers, ids, prompts, tokenizer.eos_token_id)
     judged = [source.name for source in sources if source.name != options.against]
     tests = _two_samples(options, judged, prompt_tokens, ids, tokenizer) if options.judge_model else {}
@@ -152,17 +152,24 @@ def _drawing(options: argparse.Namespace) -> Drawing:
     )
 
 
-def _check_context(options: argparse.Namespace, prompts: Sequence[tuple[int, ...]], ids: dict[str, Ids]) -> None:
+def _check_context(
+    options: argparse.Namespace, prompts: Sequence[tuple[int, ...]], ids: dict[str, Ids], jobs: Sequence[Job]
+) -> None:
+    """Answers that are not there yet count with their limit."""
     if not options.judge_model:
         return
     config = load_config(options.judge_model, "score", trust_remote_code=options.trust_remote_code)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    for name, rows in ids.items():
-        longest = max(len(p) + len(answer) for p, row in zip(prompts, rows, strict=True) for answer in row)
-        if context is not None and longest > context:
+    longest = {
+        name: max(len(p) + len(answer) for p, row in zip(prompts, rows, strict=True) for answer in row)
+        for name, rows in ids.items()
+    }
+    longest |= {job.name: max(map(len, prompts)) + options.max_response_length for job in jobs}
+    for name, tokens in longest.items():
+        if context is not None and tokens > context:
             raise ValueError(
                 f"--judge_model: expected prompts and answers of at most max_position_embeddings={context} tokens "
-                f"together, got {longest} of {name}; lower --max_response_length, or cut prompts with "
+                f"together, got {tokens} of {name}; lower --max_response_length, or cut prompts with "
                 "--max_prompt_length and --truncation"
             )
 

@@ -163,6 +163,8 @@ def generate(folder: Path, jobs: Sequence[Job], drawing: Drawing, prompts: Seque
     for job in jobs:
         entries = load_config(job.path, "policy", trust_remote_code=drawing.trust_remote_code).to_dict()
         entries.pop("_name_or_path", None)
+        tokenizer = load_tokenizer(job.path, drawing.trust_remote_code)
+        entries["answers end with"] = (tokenizer.eos_token_id, tokenizer.pad_token_id)
         groups.setdefault(json.dumps(entries, sort_keys=True, default=str), []).append(job)
     for group in groups.values():
         if drawing.engine == "hf":

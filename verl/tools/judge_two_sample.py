@@ -94,8 +94,10 @@ class Judge:
         hf = load_model(path, "score", trust_remote_code=trust_remote_code)
         self.settings = settings
         self.base = [parameter.detach().clone() for parameter in hf.parameters()]
-        self.model = ScoreModel(hf.to(getattr(torch, dtype)), remove_padding=can_pack(hf.config)).to(device)
-        hf.score.float()
+        # Weights alone: what the model computes positions with stays in fp32.
+        for parameter in hf.base_model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+        self.model = ScoreModel(hf, remove_padding=can_pack(hf.config)).to(device)
         self.weights = list(hf.parameters())
         self.masters = [w if w.dtype == torch.float32 else w.detach().float().requires_grad_() for w in self.weights]
 
