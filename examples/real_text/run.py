@@ -169,7 +169,7 @@ def parse() -> argparse.Namespace:
     add("--gpus", nargs="*", default=[""], help="devices, as CUDA_VISIBLE_DEVICES names them (default: one, as it is)")
     add("--per_gpu", type=int, default=1, help="runs at a time on a GPU (default: 1)")
     add("--extra", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every run")
-    add("--judge", nargs="+", default=[], metavar="FLAG", help="flags of verl.tools.judge, written with = (--a=b)")
+    add("--judge", action="append", default=[], metavar="FLAG", help="a flag of verl.tools.judge: --judge=--folds=2")
     add("--stop_at", type=float, default=float("inf"), help="seconds since 1970 after which no step begins")
     add("--one", nargs=2, metavar=("SEED", "RUN"), help="this run alone, in this process")
     options = parser.parse_args()

@@ -223,7 +223,7 @@ def tokenize_groups(
             ) from error
         if not prompt or len(answers[0]) == 1:
             raise ValueError(f"{group.place}: the tokenizer makes no token of its {'teacher' if prompt else 'prompt'}")
-        cut_prompt = _cut_prompt(prompt, limits, group.place)
+        cut_prompt = fit_prompt(prompt, limits, group.place)
         result.cut_prompts += len(cut_prompt) < len(prompt)
         members = []
         cut_teacher = limits.response is not None and len(answers[0]) > limits.response
@@ -242,7 +242,8 @@ def _name(number: int) -> str:
     return f"answer {number - 1}" if number else "the teacher's answer"
 
 
-def _cut_prompt(prompt: list[int], limits: Limits, place: str) -> tuple[int, ...]:
+def fit_prompt(prompt: list[int], limits: Limits, place: str) -> tuple[int, ...]:
+    """The prompt within its limit; ValueError if it is too long and may not be cut."""
     if limits.prompt is None or len(prompt) <= limits.prompt:
         return tuple(prompt)
     if limits.truncation == "error":

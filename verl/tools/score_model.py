@@ -85,10 +85,10 @@ def scoring_of(config: PretrainedConfig, pooling: str | None, exclude_eos: bool 
 def load_critic(path: str, config: PretrainedConfig, dtype: str, device: str, trust_remote_code: bool) -> ScoreModel:
     """The model on its device; one with sliding windows runs padded, as it must have been trained."""
     hf = load_model(path, "score", trust_remote_code=trust_remote_code, dtype=getattr(torch, dtype), fresh_head=False)
-    return ScoreModel(hf, remove_padding=_full_attention(config)).to(device).eval()
+    return ScoreModel(hf, remove_padding=can_pack(config)).to(device).eval()
 
 
-def _full_attention(config: PretrainedConfig) -> bool:
+def can_pack(config: PretrainedConfig) -> bool:
     """Whether rows can be packed."""
     try:
         check_full_attention(config)
@@ -101,7 +101,7 @@ def _full_attention(config: PretrainedConfig) -> bool:
 # Scores
 
 
-def _rows(sequences: Sequence[PromptAndAnswer]) -> AnswerRows:
+def to_rows(sequences: Sequence[PromptAndAnswer]) -> AnswerRows:
     """Prompts left-padded, answers right-padded; masks from lengths."""
 
     def pad(lists: Sequence[Sequence[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,6 +132,7 @@ def score_sequences(
     scoring: Scoring,
     eos_token_id: int,
     max_tokens: int,
+    progress_bar: bool = True,
 ) -> dict[str, np.ndarray]:
     """`score`, `raw_score` (the sum over the same tokens) and `score_tokens` of each sequence, (S,) each.
 
@@ -145,10 +146,11 @@ def score_sequences(
     result["score_tokens"] = np.zeros(len(sequences), np.int64)
     lengths = [len(sequence.prompt) + len(sequence.answer) for sequence in sequences]
     without_eos = torch.tensor([scoring.exclude_eos or sequence.cut_group for sequence in sequences])
-    # disable=None: no bar where nobody watches.
-    with tqdm(total=len(sequences), desc="scoring", unit="answer", dynamic_ncols=True, disable=None) as progress:
+    # None: no bar where nobody watches.
+    hidden = None if progress_bar else True
+    with tqdm(total=len(sequences), desc="scoring", unit="answer", dynamic_ncols=True, disable=hidden) as progress:
         for numbers in _micro_batches(lengths, max_tokens):
-            rows = _rows([sequences[number] for number in numbers])
+            rows = to_rows([sequences[number] for number in numbers])
             values = model(rows).cpu()
             mask = score_mask(rows.responses, rows.response_mask, eos_token_id, without_eos[numbers])
             result["score"][numbers] = pool_scores(values, mask, scoring.pooling)

@@ -1,0 +1,268 @@
+"""The judge as a command: what it reads, what it refuses, and that it sees what is there and nothing else."""
+
+import json
+import threading
+
+import pandas as pd
+import pytest
+import torch
+
+from tests.tiny import byte_tokenizer, causal_lm, scorer, write_model
+from tests.tools.test_judge_pairwise import Server, part
+from verl.tools.judge import main
+from verl.tools.judge_answers import Answer, answer_ids, cut_flags, parse_source, read_answers, read_prompts
+from verl.tools.judge_generate import Drawing, choose_engine, kept_answers, prepare
+from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+from verl.utils.dump import write_jsonl
+
+EOS = 1
+PROMPTS = 40
+QUICK = ["--folds", "2", "--judge_seeds", "2", "--judge_lr", "3e-3", "--max_response_length", "12"]
+
+
+def rows(count: int = PROMPTS) -> list[dict]:
+    """English and Chinese prompts with the teacher's answers."""
+    return [
+        {
+            "content": [{"role": "user", "content": f"What is {n}?" if n % 2 else f"{n}是什么?"}],
+            "teacher_response": f"It is {n}." if n % 2 else f"是{n}。",
+        }
+        for n in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """data.jsonl, bad.jsonl (answers unlike the teacher's), and a language model, whose answers may end."""
+    folder = tmp_path_factory.mktemp("judge")
+    write_jsonl(folder / "data.jsonl", rows())
+    bad = [{"content": row["content"], "answers": ["???" + "!" * (n % 3)]} for n, row in enumerate(rows())]
+    write_jsonl(folder / "bad.jsonl", reversed(bad))
+    write_model(folder / "model")
+    return folder
+
+
+def judge(folder, out, *flags: str) -> dict:
+    main(["--data", str(folder / "data.jsonl"), "--out", str(out), "--device", "cpu", *flags])
+    return json.loads((out / "judge.json").read_text())
+
+
+def refusal(capsys, folder, *flags: str) -> str:
+    """The sentence that the command ends with, and nothing written."""
+    out = folder / "refused"
+    with pytest.raises(SystemExit) as stopped:
+        main(["--data", str(folder / "data.jsonl"), "--out", str(out), "--device", "cpu", *flags])
+    captured = capsys.readouterr()
+    assert captured.out == "" and not out.exists()
+    return captured.err if isinstance(stopped.value.code, int) else stopped.value.code
+
+
+# ---- end to end
+
+
+def test_sees_what_is_there_and_nothing_else(folder, tmp_path, capsys):
+    """Two students with one model are one distribution; a third writes something else."""
+    model = f"{folder / 'model'}"
+    students = ["--student", f"a={model}", "--student", f"b={model}", "--student", f"bad={folder / 'bad.jsonl'}"]
+    flags = [*students, "--against", "a", "--judge_model", model, *QUICK, "--plot"]
+    report = judge(folder, tmp_path, *flags)
+    text = capsys.readouterr().out
+    same, other = (report["students"][name]["two_sample"]["accuracy"] for name in ("b", "bad"))
+    assert same["low"] <= 0.5 <= same["high"] and same["high"] - same["low"] < 0.5
+    assert other["value"] > 0.9 and other["clusters"] == PROMPTS
+    assert "two_sample" not in report["students"]["a"]
+    assert "bad is further from a than b" in text and (tmp_path / "judge.png").stat().st_size > 10_000
+    assert report["students"]["bad"]["numbers"]["rouge_l"] == 0 and report["students"]["b"]["numbers"]["answers"] == 80
+
+    # Their draws differ, and are taken again by a run that wants the same, but not with another temperature.
+    a, b = (tmp_path / "answers" / f"{name}.jsonl" for name in "ab")
+    assert a.read_text() != b.read_text()
+    before = a.stat().st_mtime_ns
+    again = judge(folder, tmp_path, *flags)
+    assert again["students"] == report["students"] and a.stat().st_mtime_ns == before
+    judge(folder, tmp_path, *students, "--tokenizer", model, "--max_response_length", "12", "--temperature", "1.0")
+    assert a.stat().st_mtime_ns != before
+
+
+def test_the_teacher_itself_cannot_be_told(folder, tmp_path):
+    """Equal answers tie: exactly one half, with no doubt about it."""
+    student = f"copy={folder / 'data.jsonl'}:teacher_response"
+    report = judge(folder, tmp_path, "--student", student, "--judge_model", str(folder / "model"), *QUICK)
+    found = report["students"]["copy"]
+    assert [found["two_sample"]["accuracy"][key] for key in ("value", "low", "high")] == [0.5] * 3
+    assert found["numbers"] == report["teacher"]["numbers"] and found["numbers"]["rouge_l"] == 1
+    assert found["two_sample"]["lengths_within_0.1"]["count"] == PROMPTS
+
+
+def test_pairwise_beside_numbers(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    server = Server()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    server.verdict = lambda text: f"VERDICT: {'B' if '?' in part(text, 'answer A') else 'A'}"
+    students = [
+        "--student",
+        f"bad={folder / 'bad.jsonl'}",
+        "--student",
+        f"good={folder / 'data.jsonl'}:teacher_response",
+    ]
+    flags = ["--endpoint", server.url, "--endpoint_model", "m", "--tokenizer", str(folder / "model")]
+    found = judge(folder, tmp_path, *students, *flags, "--pairwise_prompts", "10", "--max_prompts", "20")["students"]
+    server.shutdown()
+    server.server_close()
+    assert (found["bad"]["pairwise"]["win_rate"]["value"], found["bad"]["pairwise"]["losses"]) == (0, 10)
+    assert (found["good"]["pairwise"]["win_rate"]["value"], found["good"]["pairwise"]["identical"]) == (0.5, 10)
+    assert found["good"]["numbers"]["answers"] == 20 and len(server.asked) == 20
+    assert "judged better than teacher's" in capsys.readouterr().out
+    assert all("sk-secret" not in file.read_text() for file in tmp_path.rglob("*.json*"))
+
+
+# ---- answers
+
+
+def test_an_answer_that_was_cut_has_no_eos():
+    tokenizer = byte_tokenizer()
+    ids = answer_ids(
+        [[Answer("ab"), Answer("ab", cut=True), Answer("abcd"), Answer(""), Answer("", True)]], tokenizer, 4
+    )
+    a, b, c, d = tokenizer("abcd")["input_ids"]
+    assert ids == [[(a, b, EOS), (a, b), (a, b, c, d), (EOS,), (EOS,)]]
+    assert cut_flags(ids, EOS) == [[False, True, True, False, False]]
+
+
+def test_answers_find_their_prompts(folder, tmp_path):
+    prompts, repeated = read_prompts([str(folder / "data.jsonl")] * 2, "content", "teacher_response")
+    assert (len(prompts), repeated) == (PROMPTS, PROMPTS)
+    shuffled = [
+        {
+            "content": [{"role": "system", "content": "Be brief."}, *row["content"]],
+            "mine": f"{n}",
+            "finish_reason": reason,
+        }
+        for n, row in enumerate(rows())
+        for reason in ("stop", "length")
+    ][::-1]
+    pd.DataFrame(shuffled).to_parquet(tmp_path / "s.parquet")
+    found = read_answers(parse_source(f"s={tmp_path / 's.parquet'}:mine"), prompts, "content")
+    assert found[7] == [Answer("7", True), Answer("7", False)]
+    write_jsonl(tmp_path / "plain.jsonl", [{"response": [f"{n}", "x"], "cut": [True, False]} for n in range(PROMPTS)])
+    found = read_answers(parse_source(f"s={tmp_path / 'plain.jsonl'}"), prompts, "content")
+    assert found[7] == [Answer("7", True), Answer("x", False)]
+
+
+def test_a_checkpoints_actor_folder_answers(folder, tmp_path, capsys):
+    model = causal_lm(seed=3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    manager = FSDPCheckpointManager(model, optimizer, schedule, byte_tokenizer(), compute_dtype=torch.float32)
+    manager.save_checkpoint(tmp_path / "actor")
+    write_model(tmp_path / "hf", seed=3)
+    flags = ["--temperature", "0", "--samples", "1", "--max_response_length", "6", "--max_prompts", "5"]
+    judge(folder, tmp_path, *flags, "--student", f"x={tmp_path / 'actor'}", "--student", f"y={tmp_path / 'hf'}")
+    x, y = ((tmp_path / "answers" / f"{name}.jsonl").read_text() for name in "xy")
+    assert x == y and len(x.splitlines()) == 5
+    assert "was not checked (--train_files)" in capsys.readouterr().out
+
+
+def test_kept_answers_are_of_the_same_model(folder, tmp_path):
+    prompts, _ = read_prompts([str(folder / "data.jsonl")], "content", "teacher_response")
+    drawing = Drawing(1.0, 1, 4, None, "error", {}, 0, "hf", "cpu", "float32", 8, 0.5, False)
+    write_model(tmp_path / "m")
+    judge(folder, tmp_path / "out", "--student", f"m={tmp_path / 'm'}", "--max_response_length", "4", "--samples", "1",
+          "--temperature", "1.0")  # fmt: skip
+    places = tmp_path / "out" / "answers"
+    kept, _ = kept_answers(places, prepare("m", tmp_path / "m", prompts, drawing), drawing)
+    assert len(kept) == PROMPTS
+    write_model(tmp_path / "m", seed=1)
+    kept, says = kept_answers(places, prepare("m", tmp_path / "m", prompts, drawing), drawing)
+    assert kept is None and "is of another model_files" in says
+
+
+# ---- errors
+
+
+def test_prompts_that_were_trained_on_are_refused(folder, tmp_path, capsys):
+    train = tmp_path / "train.jsonl"
+    trained = {**rows()[6], "content": [{"role": "system", "content": "x"}, {"role": "user", "content": " 6是什么? "}]}
+    write_jsonl(train, [{"content": "another", "teacher_response": "x"}, trained])
+    flags = ["--student", f"m={folder / 'model'}", "--train_files", str(train)]
+    message = refusal(capsys, folder, *flags)
+    assert "got 1 of 40 that are in --train_files" in message
+    assert f"data.jsonl, row 6 is {train}, row 1" in message and "Leave these rows out of --data" in message
+
+
+@pytest.mark.parametrize(
+    ("student", "expected"),
+    [
+        ("model", "expected NAME=FOLDER or NAME=FILE[:COLUMN]"),
+        ("teacher={folder}/model", "not 'teacher'"),
+        ("a={folder}/nowhere", "which is neither; correct the path"),
+        ("a={folder}/nowhere.jsonl", "no such data file"),
+        ("a={folder}/bad.jsonl:mine", "expected answers in column 'mine'"),
+        ("a={folder}", "holds no model"),
+        ("a={folder}/critic", "got a discriminator in"),
+        ("a={folder}/few.jsonl", "got none to 39, the first being {folder}/data.jsonl, row 0"),
+        ("a={folder}/odd.jsonl", "row 1: expected a text or texts in 'answers', got [3]"),
+        ("a={folder}/flags.jsonl", "expected 1 times true or false in 'cut' or a finish_reason, got ['no']"),
+    ],
+)
+def test_students_that_cannot_be(folder, capsys, student, expected):
+    scorer().save_pretrained(folder / "critic")
+    byte_tokenizer().save_pretrained(folder / "critic")
+    write_jsonl(folder / "few.jsonl", [{"content": rows()[3]["content"], "answers": ["x"]}])
+    write_jsonl(folder / "odd.jsonl", [{"answers": ["x"]}, {"answers": [3]}])
+    write_jsonl(folder / "flags.jsonl", [{"answers": ["x"], "cut": "no"}] * PROMPTS)
+    flags = ["--student", student.format(folder=folder), "--tokenizer", str(folder / "model")]
+    assert expected.format(folder=folder) in refusal(capsys, folder, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--against", "b"], "expected teacher or one of a, got b"),
+        (["--against", "a"], "expected another student beside a"),
+        (["--student", "a={folder}/bad.jsonl"], "got a several times"),
+        (["--temperature", "0"], "--samples: expected 1 with --temperature 0"),
+        (["--endpoint", "http://x/v1"], "expected both or neither"),
+        (["--ask", "closer"], "pass --against STUDENT"),
+        (["--endpoint", "http://127.0.0.1:9/v1", "--endpoint_model", "m"], "expected an OpenAI-compatible endpoint at"),
+        (["--judge_model", "{folder}/critic"], "got a discriminator in"),
+        (
+            ["--judge_model", "{folder}/model", "--folds", "21"],
+            "expected at least two prompts in each of 21 folds, got 40",
+        ),
+        (["--judge_model", "{folder}/short"], "got 34 of a; lower --max_response_length"),
+        (["--max_response_length", "250"], "250 more are beyond the model's max_position_embeddings=256"),
+        (["--max_prompt_length", "3"], "more than --max_prompt_length=3"),
+        (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N"),
+        (["--samples", "0"], "expected a whole number from 1, got '0'"),
+        (["--judge_lr", "-1"], "expected a number from"),
+        (["--endpoint_options", "[1]"], "expected a JSON object"),
+        (["--teacher_key", "mine"], "40 of 40 rows cannot be judged on"),
+        (["--train_files", "{folder}/odd.jsonl"], "name the column with --prompt_key"),
+    ],
+)
+def test_flags_that_cannot_be(folder, capsys, flags, expected):
+    short = causal_lm()
+    short.config.max_position_embeddings = 30
+    short.save_pretrained(folder / "short")
+    byte_tokenizer().save_pretrained(folder / "short")
+    scorer().save_pretrained(folder / "critic")
+    byte_tokenizer().save_pretrained(folder / "critic")
+    write_jsonl(folder / "odd.jsonl", [{"answers": ["x"]}])
+    flags = [flag.format(folder=folder) for flag in flags]
+    flags = ["--student", f"a={folder / 'model'}", "--max_response_length", "20", *flags]
+    assert expected in refusal(capsys, folder, *flags)
+
+
+def test_vllm_has_to_be_installed(monkeypatch):
+    monkeypatch.setattr("verl.tools.judge_generate.find_spec", lambda name: None)
+    assert choose_engine("auto", "cuda:0") == choose_engine("auto", "cpu") == "hf"
+    with pytest.raises(ValueError, match="--engine: expected vllm to be installed"):
+        choose_engine("vllm", "cuda")
+    monkeypatch.setattr("verl.tools.judge_generate.find_spec", lambda name: name)
+    assert (choose_engine("auto", "cuda:0"), choose_engine("auto", "cpu")) == ("vllm", "hf")
+
+
+def test_files_alone_need_a_tokenizer(folder, capsys):
+    message = refusal(capsys, folder, "--student", f"a={folder / 'bad.jsonl'}")
+    assert "pass --tokenizer FOLDER" in message

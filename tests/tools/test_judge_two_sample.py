@@ -1,0 +1,113 @@
+"""The two-sample test: folds, pairs and one discriminator, on a tiny model."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tqdm import tqdm
+
+from tests.tiny import write_model
+from verl.tools.judge_report import changes
+from verl.tools.judge_two_sample import (
+    Judge,
+    JudgeSettings,
+    Pair,
+    TwoSample,
+    fold_of_prompts,
+    make_pairs,
+    split_pairs,
+    training_updates,
+    two_sample,
+)
+from verl.tools.score_data import PromptAndAnswer
+
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(write_model(tmp_path_factory.mktemp("model")))
+
+
+def test_every_prompt_is_tested_once_and_never_trained_on():
+    prompts = [(9,)] * 11
+    pairs = make_pairs(prompts, [[(5, EOS)]] * 11, [[(6, EOS), (7, 8, EOS)]] * 11)
+
+    class Recorder:
+        settings = JudgeSettings(seeds=3, folds=4)
+        seen: tuple = ()
+
+        def train(self, pairs, seed, progress):
+            self.learned = {pair.prompt for pair in pairs}
+            return 1.0
+
+        def differences(self, pairs, eos):
+            tested = {pair.prompt for pair in pairs}
+            assert not tested & self.learned and tested | self.learned == set(range(11))
+            self.seen += tuple(pair.prompt for pair in pairs)
+            # The teacher is above a short answer, and ties with a long one, but to prompt 0 it loses.
+            return np.array([-1.0 if p.prompt == 0 else float(len(p.candidate[1]) == 2) for p in pairs])
+
+    recorder = Recorder()
+    result = two_sample(recorder, pairs, EOS, tqdm(disable=True))
+    assert sorted(recorder.seen) == sorted([pair.prompt for pair in pairs] * 3)
+    assert result.by_seed == pytest.approx([(10 * 1 + 10 * 0.5) / 22] * 3)
+    assert result.accuracy.clusters == 11 and result.accuracy.count == 22
+    # Only the short answers have the teacher's length.
+    assert (result.matched(0.2).value, result.matched(0.2).count) == (pytest.approx(10 / 11), 11)
+
+
+def test_folds_are_even_and_drawn():
+    folds = [fold_of_prompts(23, 5, seed) for seed in range(2)]
+    assert sorted(np.bincount(folds[0])) == [4, 4, 5, 5, 5]
+    assert (folds[0] != folds[1]).any()
+    # 23 prompts in folds of 4 and 5 leave 18 and 19 to train on: 5 updates of 4 pairs at most, thrice.
+    pairs = [Pair(n, PromptAndAnswer((2,), (3,)), PromptAndAnswer((2,), (4,))) for n in range(23)]
+    assert training_updates(pairs, JudgeSettings(seeds=2, folds=5, epochs=3, batch_size=4)) == 2 * 5 * 3 * 5
+
+
+def test_lengths_are_compared_with_the_longer_one():
+    pair = Pair(0, PromptAndAnswer((2,), (3,) * 9), PromptAndAnswer((2,), (3,) * 10))
+    assert pair.length_gap == pytest.approx(0.1) and pair.tokens == 21
+    test = TwoSample(np.ones((1, 1)), np.zeros(1), np.array([pair.length_gap]), 1.0)
+    assert test.matched(0.1).count == 1
+
+
+def test_splitting_a_batch():
+    pairs = [Pair(n, PromptAndAnswer((2,), (3,)), PromptAndAnswer((2,), (4,) * n)) for n in (1, 2, 9, 1)]
+    assert [[p.prompt for p in part] for part in split_pairs(pairs, 9)] == [[1, 2], [9], [1]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_forgets_the_last_student(model, dtype):
+    pairs = make_pairs([(9, n) for n in range(4, 20)], [[(5, 6, EOS)]] * 16, [[(7, 8, 9, EOS)]] * 16)
+    judge = Judge(model, JudgeSettings(lr=3e-3, batch_size=8, max_tokens=30), "cpu", dtype)
+    first = judge.train(pairs, 0, tqdm(disable=True))
+    d = judge.differences(pairs, EOS)
+    assert (d > 0).all()
+    mirrored = [dataclasses.replace(p, reference=p.candidate, candidate=p.reference) for p in pairs]
+    judge.train(mirrored, 1, tqdm(disable=True))
+    assert (judge.differences(pairs, EOS) < 0).all()
+    assert judge.train(pairs, 0, tqdm(disable=True)) == first
+    np.testing.assert_array_equal(judge.differences(pairs, EOS), d)
+
+
+def test_splits_of_a_batch_give_the_same_judge(model):
+    pairs = make_pairs([(9, n) for n in range(4, 20)], [[(5, 6, EOS)]] * 16, [[(5, 8, EOS)]] * 16)
+    scores = []
+    for max_tokens in (1, 25, 4096):
+        judge = Judge(model, JudgeSettings(lr=1e-3, batch_size=8, max_tokens=max_tokens), "cpu", "float32")
+        judge.train(pairs, 0, tqdm(disable=True))
+        scores.append(judge.differences(pairs, EOS))
+    np.testing.assert_allclose(scores[0], scores[2], atol=1e-3)
+    np.testing.assert_allclose(scores[1], scores[2], atol=1e-3)
+
+
+def test_changes_are_paired_by_prompt():
+    def test_of(values):
+        return TwoSample(np.array([values]), np.arange(len(values)), np.zeros(len(values)), 1.0)
+
+    far, near = [1.0] * 12, [1.0, 0.0] * 6
+    says = changes({"base": test_of(far), "seqkd": test_of(near), "again": test_of(near)}, "teacher")
+    assert says[0].startswith("seqkd is closer to teacher than base (accuracy -0.500 [")
+    assert says[1].startswith("again or seqkd: too close to call (accuracy +0.000")

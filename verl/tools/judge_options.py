@@ -1,0 +1,216 @@
+"""The judge's flags, and what can be said of them without looking at data or models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verl.tools.judge_pairwise import QUESTIONS
+from verl.tools.judge_report import check_plotting
+from verl.tools.score import check_places
+
+EPILOG = """\
+--data is parquet or jsonl, one row per prompt with the teacher's answer, as for training; take prompts that no student
+was trained on, 300 or more: with n prompts the interval reaches at most about 1.4/sqrt(n) to both sides. A
+student is a model's folder (Hugging Face, or a checkpoint's actor folder), which is asked --samples times per prompt,
+or a file of answers: a column with a text or a list of texts, found by the prompts beside them, or by row where the
+file has none. A column `cut` (true or false) or `finish_reason` ("length") says which of them did not end.
+
+Students are compared in the order given, each with the one before it: base first, then stage after stage.
+
+To see that the judge does not see what is not there, judge a student against a copy of itself, with other draws:
+    --student a=FOLDER --student b=FOLDER --against a
+The interval should hold 0.5. To see that it sees what is there, judge the base model too.
+
+--out gets judge.json, judge.png with --plot, answers/NAME.jsonl and verdicts.jsonl; a later run with the same settings
+generates no answer and asks for no verdict again. The endpoint's key is read from OPENAI_API_KEY and written nowhere.
+"""
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """The flags; names of columns and limits are those of the trainer's `data` settings where it has them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m verl.tools.judge",
+        description=description.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", required=True, nargs="+", metavar="FILE", help="prompts with the teacher's answers")
+    add(
+        "--student",
+        required=True,
+        action="append",
+        metavar="NAME=FOLDER|FILE[:COLUMN]",
+        help="a model's folder, or answers in a file; once for each student",
+    )
+    add("--out", required=True, metavar="DIR", help="report, answers and verdicts go there")
+    add("--plot", action="store_true", help="draw DIR/judge.png too (needs matplotlib)")
+    add("--train_files", nargs="+", default=[], metavar="FILE", help="refuse prompts that occur in these")
+    add("--against", default="teacher", metavar="NAME", help="whom to tell the others from (default: teacher)")
+    add("--max_prompts", type=_whole(1), metavar="N", help="only the first so many prompts (default: all)")
+    _add_text(parser.add_argument_group("columns and tokens"))
+    _add_generating(parser.add_argument_group("answers of model folders"))
+    _add_two_sample(parser.add_argument_group("fresh discriminators"))
+    _add_pairwise(parser.add_argument_group("pairwise verdicts of an OpenAI-compatible endpoint"))
+    computing = parser.add_argument_group("computing")
+    add = computing.add_argument
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="to compute in; weights are trained in float32 (default: bfloat16 on cuda, float32 on cpu)",
+    )
+    add("--trust_remote_code", action="store_true", help="run the model folders' own code")
+    return parser
+
+
+def _add_text(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--prompt_key", default="content", metavar="KEY", help="chat messages, or one user's text (default: content)")
+    add("--teacher_key", default="teacher_response", metavar="KEY", help="teacher's text (default: teacher_response)")
+    add("--tokenizer", metavar="DIR", help="counts lengths (default: the judge model's, or the first student's)")
+    add("--max_prompt_length", type=_whole(1), metavar="N", help="tokens of a prompt (default: no limit)")
+    add(
+        "--truncation",
+        choices=("error", "left", "right", "middle"),
+        default="error",
+        help="what becomes of longer prompts: refused, or cut on that side (default: error)",
+    )
+    add(
+        "--max_response_length",
+        type=_whole(1),
+        default=1024,
+        metavar="N",
+        help="tokens of an answer with EOS, to generate and to look at; longer ones of either side are cut (default: "
+        "1024)",
+    )
+    add("--apply_chat_template_kwargs", type=_json_object, default={}, metavar="JSON", help="as in data (default: {})")
+
+
+def _add_generating(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--temperature", type=_positive_float(0.0), default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
+    add("--samples", type=_whole(1), default=2, metavar="N", help="answers to each prompt (default: 2)")
+    add("--seed", type=_whole(0), default=0, metavar="N", help="of the draws (default: 0)")
+    add(
+        "--engine",
+        choices=("auto", "hf", "vllm"),
+        default="auto",
+        help="(default: vllm on cuda where it is installed, else hf)",
+    )
+    add("--max_num_seqs", type=_whole(1), default=256, metavar="N", help="answers generated at once (default: 256)")
+    add(
+        "--gpu_memory_utilization",
+        type=_share,
+        default=0.8,
+        metavar="X",
+        help="vLLM's share of the device while it generates (default: 0.8)",
+    )
+
+
+def _add_two_sample(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--judge_model", metavar="DIR", help="the model they start from; left out, they are not asked")
+    add("--judge_seeds", type=_whole(1), default=3, metavar="N", help="repetitions (default: 3)")
+    add("--folds", type=_whole(2), default=5, metavar="N", help="of the prompts; each is tested once (default: 5)")
+    add("--judge_epochs", type=_whole(1), default=2, metavar="N", help="(default: 2)")
+    add("--judge_lr", type=_positive_float(1e-12), default=2e-5, metavar="X", help="(default: 2e-5)")
+    add("--judge_batch_size", type=_whole(1), default=16, metavar="N", help="pairs per update (default: 16)")
+    add("--max_tokens", type=_whole(1), default=8192, metavar="N", help="tokens per forward (default: 8192)")
+
+
+def _add_pairwise(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--endpoint", metavar="URL", help="such as http://127.0.0.1:8000/v1; left out, it is not asked")
+    add("--endpoint_model", metavar="NAME", help="the model's name there")
+    add(
+        "--ask",
+        choices=QUESTIONS,
+        default="better",
+        help="which answer is better, or closer to the teacher's, for --against a student (default: better)",
+    )
+    add("--pairwise_prompts", type=_whole(1), metavar="N", help="only the first so many prompts (default: all)")
+    add("--concurrency", type=_whole(1), default=8, metavar="N", help="requests at once (default: 8)")
+    add("--timeout", type=_positive_float(1e-3), default=120.0, metavar="S", help="seconds per request (default: 120)")
+    add("--retries", type=_whole(0), default=6, metavar="N", help="after 429, 5xx, timeouts (default: 6)")
+    add(
+        "--endpoint_options",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help='into every request; null takes one out: {"temperature": null} (default: {})',
+    )
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Fill in what depends on the machine; ValueError for flags that cannot be, or not together."""
+    if options.device is None:
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_places(None, options.device)
+    options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
+    out = Path(options.out).expanduser()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {out}; name another")
+    if options.plot:
+        check_plotting()
+    if options.temperature == 0 and options.samples > 1:
+        raise ValueError(
+            f"--samples: expected 1 with --temperature 0, whose answers are all alike, got {options.samples}; pass "
+            "--samples 1, or a temperature"
+        )
+    if (options.endpoint is None) != (options.endpoint_model is None):
+        raise ValueError("--endpoint and --endpoint_model: expected both or neither, got one; pass the other too")
+    if options.ask == "closer" and options.against == "teacher":
+        raise ValueError(
+            "--ask closer: expected two students to compare, got --against teacher, whose answer is the measure; pass "
+            "--against STUDENT"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types
+
+
+def _whole(lowest: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {lowest}, got {text!r}")
+        return int(text)
+
+    return whole
+
+
+def _positive_float(lowest: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not lowest <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number from {lowest:g}, got {text!r}")
+        return value
+
+    return number
+
+
+def _share(text: str) -> float:
+    value = _positive_float(0.01)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0.01 to 1, got {text!r}")
+    return value
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"enable_thinking": false}}, got {text!r}')
+    return value
