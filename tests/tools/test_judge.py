@@ -11,7 +11,7 @@ from tests.tiny import byte_tokenizer, causal_lm, scorer, write_model
 from tests.tools.test_judge_pairwise import Server, part
 from verl.tools.judge import main
 from verl.tools.judge_answers import Answer, answer_ids, cut_flags, parse_source, read_answers, read_prompts
-from verl.tools.judge_generate import Drawing, choose_engine, kept_answers, prepare
+from verl.tools.judge_generate import Drawing, choose_engine, keep, kept_answers, prepare
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.dump import write_jsonl
 
@@ -175,6 +175,15 @@ def test_kept_answers_are_of_the_same_model(folder, tmp_path):
     write_model(tmp_path / "m", seed=1)
     kept, says = kept_answers(places, prepare("m", tmp_path / "m", prompts, drawing), drawing)
     assert kept is None and "is of another model_files" in says
+
+
+def test_any_answer_can_be_kept(folder, tmp_path):
+    prompts, _ = read_prompts([str(folder / "data.jsonl")], "content", "teacher_response")
+    drawing = Drawing(1.0, 2, 4, None, "error", {}, 0, "hf", "cpu", "float32", 8, 0.5, False)
+    job = prepare("m", folder / "model", prompts, drawing)
+    answers = [[Answer("one\u2028two\x85three\r\n四", True), Answer("")] for _ in prompts]
+    keep(tmp_path, job, drawing, prompts, answers)
+    assert kept_answers(tmp_path, job, drawing)[0] == answers
 
 
 # ---- errors

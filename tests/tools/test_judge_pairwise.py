@@ -178,6 +178,13 @@ def test_goes_on_where_a_killed_run_stopped(server, tmp_path):
     assert len(Verdicts(path).replies) == 6
 
 
+def test_any_reply_can_be_kept(tmp_path):
+    kept = Verdicts(tmp_path / "v.jsonl")
+    kept.put("x", "one\u2028two\x85three\r\n四")
+    kept.put("y", "z")
+    assert Verdicts(tmp_path / "v.jsonl").replies == kept.replies
+
+
 @pytest.mark.parametrize("mood", [429, 500, 503, "hang up", "sleep"])
 def test_tries_again(server, tmp_path, mood):
     server.moods = [mood, mood]

@@ -88,7 +88,7 @@ class Verdicts:
         self.path, self.lock = path, threading.Lock()
         self.replies: dict[str, str] = {}
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        for line in text.splitlines():
+        for line in text.split("\n"):
             try:
                 row = json.loads(line)
                 self.replies[row["request"]] = row["reply"]

@@ -192,7 +192,7 @@ def plot(path: Path, verdicts: Mapping[str, Verdict], teacher: Numbers, against:
         reach = [[e.value - e.low for e in estimates.values()], [e.high - e.value for e in estimates.values()]]
         axis.errorbar(values, list(estimates), xerr=reach, fmt="o", capsize=3)
         axis.axvline(0.5, color="gray", linestyle="--", linewidth=1)
-        axis.set(xlim=(0, 1), title=title, ylim=(len(estimates) - 0.5, -0.5))
+        axis.set(xlim=(-0.02, 1.02), title=title, ylim=(len(estimates) - 0.5, -0.5))
     lengths = {**{name: v.numbers.mean_tokens for name, v in verdicts.items()}, "teacher": teacher.mean_tokens}
     axes[-1].barh(list(lengths), list(lengths.values()), color=["C0"] * len(verdicts) + ["gray"])
     axes[-1].set(title="mean tokens", ylim=(len(lengths) - 0.5, -0.5))
