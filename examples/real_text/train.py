@@ -115,15 +115,14 @@ def settings(run: Run, data: Path, out: Path, model: Path, seed: int, extra: lis
         f"critic.model.path={model}",
         f"trainer.experiment_name={run.name}",
         f"trainer.default_local_dir={out}/{run.name}",
-        *extra,
     ]
-    batch = compose_config(overrides).data.train_batch_size
+    batch = compose_config([*overrides, *extra]).data.train_batch_size
     per_epoch = rows // batch
     if run.epochs is None:
         overrides.append(f"trainer.total_training_steps={max(1, run.steps)}")
-        return overrides, run.answer_every
+        return [*overrides, *extra], run.answer_every
     overrides += [f"trainer.total_training_steps={run.epochs * per_epoch}", f"trainer.test_freq={per_epoch}"]
-    return overrides, None if run.answer_every is None else run.answer_every * per_epoch
+    return [*overrides, *extra], None if run.answer_every is None else run.answer_every * per_epoch
 
 
 def train_and_answer(

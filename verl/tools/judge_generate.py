@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from verl.protocol import DataProto
 from verl.tools.judge_answers import Answer, Answers, Prompt, prompt_ids
-from verl.tools.score_data import Limits
+from verl.tools.score_data import Limits, PromptAndAnswer
 from verl.tools.score_model import to_rows
 from verl.utils.dataset.rl_dataset import check_tokenizer
 from verl.utils.dump import write_jsonl
@@ -222,7 +222,7 @@ def _answer(rollout, tokenizer, job: Job, drawing: Drawing) -> Answers:
     with tqdm(total=len(job.prompts), desc=f"{job.name} answers", unit="prompt", disable=None) as progress:
         for start in range(0, len(job.prompts), size):
             part = job.prompts[start : start + size]
-            rows = to_rows([(ids, (0,)) for ids in part])
+            rows = to_rows([PromptAndAnswer(ids, (0,)) for ids in part])
             batch = DataProto.from_dict({"input_ids": rows.prompts, "attention_mask": rows.prompt_mask})
             drawn = rollout.generate(batch, _sampling(drawing), job.seed + start).batch
             for ids, mask in zip(drawn["responses"], drawn["response_mask"].bool(), strict=True):
