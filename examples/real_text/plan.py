@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 BATCH = 64  # prompts per step
 N = 8
-SEQKD_EPOCHS = 6
 HEAD_START = 20  # steps of the discriminator alone
 GAD_STEPS = 200  # of both, after the head start
 
@@ -27,8 +26,9 @@ COMMON = (
 )
 SEQKD = (
     "stage=seqkd",
-    "actor_rollout_ref.actor.optim.lr=1e-4",
+    "actor_rollout_ref.actor.optim.lr=2e-4",
     "actor_rollout_ref.actor.optim.lr_warmup_steps=10",
+    "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
     "trainer.sft_monitor_freq=-1",
     "trainer.best_metric=val/sft_loss",
     "trainer.best_mode=min",
@@ -95,27 +95,29 @@ def _soda(name: str, *more: str, start: str = "SeqKD@best") -> Run:
 def runs() -> Iterator[Run]:
     """All of them."""
     yield Run("base", "base", ("stage=seqkd",), steps=0)
-    yield Run("SeqKD", "base", SEQKD, epochs=SEQKD_EPOCHS, answer_every=1)
-    decay = ("actor_rollout_ref.actor.optim.lr_scheduler_type=cosine", "actor_rollout_ref.actor.optim.lr=2e-4")
-    yield Run("SeqKD-cosine", "base", (*SEQKD, *decay), epochs=4, answer_every=1)
     yield Run("SeqKD-2-epochs", "base", SEQKD, epochs=2)
+    yield Run("SeqKD", "base", SEQKD, epochs=4)
+    yield Run("SeqKD-slow", "base", (*SEQKD, "actor_rollout_ref.actor.optim.lr=1e-4"), epochs=4)
+    yield Run("SeqKD-fast", "base", (*SEQKD, "actor_rollout_ref.actor.optim.lr=4e-4"), epochs=4)
+    constant = ("actor_rollout_ref.actor.optim.lr_scheduler_type=constant", "actor_rollout_ref.actor.optim.lr=1e-4")
+    yield Run("SeqKD-constant", "base", (*SEQKD, *constant), epochs=6, answer_every=1)
+    yield _gad("GAD-from-2-epochs", start="SeqKD-2-epochs")
     yield _soda("SODA")
     yield _soda("SODA-sft", "soda.sft_coef=1")
     yield _gad("GAD")
-    yield _gad("GAD-from-2-epochs", start="SeqKD-2-epochs")
     yield _gad("GAD-users-formula", *USERS_FORMULA)
     yield _gad("GAD-papers-loss", *PAPERS_LOSS)
     yield _gad("GAD-bradley_terry", *BRADLEY_TERRY)
     yield _gad("GAD-anchor", "actor_rollout_ref.actor.sft_anchor_coef=0.1")
     yield _gad("GAD-anchor-1", "actor_rollout_ref.actor.sft_anchor_coef=1")
     yield _gad("GAD-no-std", "algorithm.norm_adv_by_std_in_grpo=False")
+    yield _gad("GAD-slow-actor", "actor_rollout_ref.actor.optim.lr=2e-6")
+    yield _gad("GAD-fast-actor", "actor_rollout_ref.actor.optim.lr=1e-5")
     yield _gad("GAD-length-correction", "algorithm.length_correction=True")
     yield _gad("GAD-eos-not-scored", "critic.discriminator.exclude_eos=True")
     yield _gad("GAD-cut-kept", "algorithm.cut_answers=keep")
     yield _gad("GAD-cut-left-out", "algorithm.cut_answers=leave_out")
     yield _gad("GAD-no-balance", "critic.balance.enable=False")
-    yield _gad("GAD-slow-actor", "actor_rollout_ref.actor.optim.lr=2e-6")
-    yield _gad("GAD-fast-actor", "actor_rollout_ref.actor.optim.lr=1e-5")
 
 
 RUNS: tuple[Run, ...] = tuple(runs())

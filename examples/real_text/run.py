@@ -68,14 +68,16 @@ class Job:
     done: Callable[[], bool] = field(repr=False)
 
 
-def work_through(jobs: list[Job], gpus: list[str], per_gpu: int) -> list[str]:
+def work_through(jobs: list[Job], gpus: list[str], per_gpu: int, tries: int) -> list[str]:
     """Run the jobs that are not done, at most `per_gpu` on each GPU at a time, in their order as far as what they need
-    allows; returns the names of those that failed or could not run."""
+    allows; one that fails is tried again at the end of the line. Returns the names of those that failed for good or
+    could not run."""
     done = {job.name for job in jobs if job.done()}
     waiting = [job for job in jobs if job.name not in done]
     slots = [gpu for _ in range(per_gpu) for gpu in gpus]
     running: dict[str, tuple[Job, subprocess.Popen, str]] = {}
     failed: list[str] = []
+    left = dict.fromkeys((job.name for job in waiting), tries)
     started, total = time.monotonic(), len(waiting)
     while waiting or running:
         for job in [job for job in waiting if job.needs <= done]:
@@ -91,9 +93,12 @@ def work_through(jobs: list[Job], gpus: list[str], per_gpu: int) -> list[str]:
             slots.append(gpu)
             good = process.returncode == 0 and job.done()
             done |= {name} if good else set()
-            failed += [] if good else [name]
+            left[name] -= 1
+            again = not good and left[name] > 0
+            waiting += [job] if again else []
+            failed += [] if good or again else [name]
             finished = total - len(waiting) - len(running)
-            state = "done" if good else f"FAILED, see {job.log}"
+            state = "done" if good else f"FAILED ({'once more' if again else 'for good'}), see {job.log}"
             print(f"[{time.monotonic() - started:6.0f} s] {finished}/{total} {name}: {state}", flush=True)
         lost = [job.name for job in waiting if job.needs & set(failed)]
         failed += lost
@@ -107,7 +112,7 @@ def _start(job: Job, gpu: str) -> subprocess.Popen:
     if gpu:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("w") as log:
+    with job.log.open("a") as log:
         return subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
@@ -125,18 +130,24 @@ def training_jobs(options: argparse.Namespace, seed: int, runs: list[Run]) -> li
     return jobs
 
 
-def judging_jobs(options: argparse.Namespace, seed: int) -> list[Job]:
+def answers_of(home: Path, run: Run, which: str) -> list[Path]:
+    """The files of a run's answers, by step; the `last` one, or `all`."""
+    files = sorted((home / run.name).glob("answers-*.parquet"), key=lambda file: int(file.stem.split("-")[1]))
+    return files if which == "all" else files[-1:]
+
+
+def judging_jobs(options: argparse.Namespace, seed: int, runs: list[Run]) -> list[Job]:
     """A job for each set of answers of one seed."""
     home = options.out / f"seed{seed}"
     jobs = []
-    for answers in sorted(home.glob("*/answers-*.parquet")):
+    for answers in [file for run in runs for file in answers_of(home, run, options.judged)]:
         name = f"{answers.parent.name}@{answers.stem.removeprefix('answers-')}"
         verdict = home / "judge" / name
         command = [
             sys.executable, "-m", "verl.tools.judge",
             "--data", str(options.out / "data" / "judge.parquet"),
             "--train_files", str(options.out / "data" / "train.parquet"),
-            "--student", f"{name}={answers}:text",
+            "--student", f"{answers.parent.name}={answers}:text",
             "--out", str(verdict),
             "--judge_model", str(options.model),
             *options.judge,
@@ -168,8 +179,12 @@ def parse() -> argparse.Namespace:
     add("--judge_rows", type=int, default=1200, help="of the training rows, put aside for the judge (default: 1200)")
     add("--gpus", nargs="*", default=[""], help="devices, as CUDA_VISIBLE_DEVICES names them (default: one, as it is)")
     add("--per_gpu", type=int, default=1, help="runs at a time on a GPU (default: 1)")
+    add("--tries", type=int, default=2, help="of a run that fails, as those that share a GPU may (default: 2)")
     add("--extra", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every run")
     add("--judge", action="append", default=[], metavar="FLAG", help="a flag of verl.tools.judge: --judge=--folds=2")
+    add("--judged", choices=("all", "last"), default="all", help="which of a run's answers (default: all)")
+    parts = ("train", "judge")
+    add("--parts", nargs="+", choices=parts, default=parts, help="what to do before the report (default: both)")
     add("--stop_at", type=float, default=float("inf"), help="seconds since 1970 after which no step begins")
     add("--one", nargs=2, metavar=("SEED", "RUN"), help="this run alone, in this process")
     options = parser.parse_args()
@@ -191,11 +206,11 @@ def main() -> None:
         data = options.out / "data"
         return train_and_answer(name, data, home, options.model, int(seed), options.extra, options.stop_at)
     split(options.train, options.test, options.judge_rows, options.out / "data")
-    runs = needed(options.only)
-    jobs = [job for seed in options.seeds for job in training_jobs(options, seed, runs)]
-    failed = work_through(jobs, options.gpus, options.per_gpu)
-    jobs = [job for seed in options.seeds for job in judging_jobs(options, seed)]
-    failed += work_through(jobs, options.gpus, options.per_gpu)
+    runs, failed = needed(options.only), []
+    for part, jobs_of in (("train", training_jobs), ("judge", judging_jobs)):
+        if part in options.parts:
+            jobs = [job for seed in options.seeds for job in jobs_of(options, seed, runs)]
+            failed += work_through(jobs, options.gpus, options.per_gpu, options.tries)
     print(render(options.out))
     if failed:
         sys.exit(f"not done: {', '.join(failed)}")
