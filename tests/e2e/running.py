@@ -28,6 +28,8 @@ def train(folder: Path, name: str, *overrides: str, run_with: Callable[[Config],
                 f"trainer.default_local_dir={run}",
                 f"trainer.experiment_name={name}",
                 "trainer.logger=[file]",
+                # The tiny model knows no EOS: nearly all of its answers are cut.
+                "algorithm.cut_answers=keep",
                 *overrides,
             ]
         )

@@ -43,6 +43,8 @@ def warmup(folder):
         f"critic.model.path={folder}/base",
         "critic.optim.lr=1e-3",
         "trainer.critic_warmup=10",
+        # So few answers are known by heart at once.
+        "critic.balance.enable=False",
         "trainer.total_training_steps=12",
         "trainer.save_freq=1",
         "trainer.test_freq=12",
@@ -103,7 +105,7 @@ def test_merged_actor_gives_the_trainers_own_greedy_text(warmup, folder, tmp_pat
 
 
 def test_merged_critic_gives_the_trainers_own_scores(warmup, folder, tmp_path):
-    """Mean over the answer's tokens without EOS, computed with transformers alone on the merged folder."""
+    """Mean over the answer's tokens and EOS, computed with transformers alone on the merged folder."""
     checkpoint = warmup / "global_step_12" / "critic"
     merger(["merge", "--backend", "fsdp", "--local_dir", str(checkpoint), "--target_dir", str(tmp_path / "hf")])
     merger(["test", "--backend", "fsdp", "--local_dir", str(checkpoint), "--test_hf_dir", str(tmp_path / "hf")])
@@ -115,7 +117,8 @@ def test_merged_critic_gives_the_trainers_own_scores(warmup, folder, tmp_path):
         prompt = tokenizer.apply_chat_template(row["content"], add_generation_prompt=True, return_dict=True)[
             "input_ids"
         ]
-        answer = tokenizer(row["teacher_response"], add_special_tokens=False)["input_ids"][:10]
+        answer = tokenizer(row["teacher_response"], add_special_tokens=False)["input_ids"]
+        answer = [*answer, tokenizer.eos_token_id][:10]
         values = model(torch.tensor([prompt + answer])).logits[0, len(prompt) :, 0]
         assert entry["teacher_score"] == pytest.approx(values.mean().item(), abs=1e-5)
 

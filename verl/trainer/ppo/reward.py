@@ -133,6 +133,12 @@ def reward_answers(
         batch.batch["token_level_rewards"] = batch.batch["token_level_scores"]
     compute_advantage(batch, algorithm.adv_estimator, algorithm.norm_adv_by_std_in_grpo, left_out)
     compared = ~left_out
+    if not compared.any():
+        logger.warning(
+            "every answer of this step is left out of the comparison (%d of %d were cut, %d of %d groups are flat): "
+            "the student learns nothing from it; see algorithm.cut_answers, algorithm.min_group_std and "
+            "data.max_response_length", cut.sum(), cut.numel(), flat.sum(), flat.numel(),
+        )  # fmt: skip
     metrics |= {
         "response_length/cut_ratio": cut.float().mean().item(),
         "critic/left_out_frac": left_out.float().mean().item(),
