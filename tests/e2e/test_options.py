@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from functools import partial
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from tests.e2e.metric_names import DISCRIMINATOR_METRICS, POLICY_METRICS
 from tests.e2e.running import read_metrics
+from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn
 from verl.utils.checkpoint.sharded import read_full_tensors
 from verl.utils.model import load_model
 
@@ -139,3 +142,66 @@ def test_held_out_answers_survive_a_restart_only_with_their_prompts(run, folder,
     assert "no stored answers" not in caplog.text
     run("restart", *held_out, "critic.held_out_prompts=2", steps=4)
     assert "no stored answers to these 2 prompts" in caplog.text
+
+
+# ---- the discriminator's head start
+
+AUTO = (
+    "trainer.critic_warmup=auto",
+    "critic.head_start.check_every=2",
+    "critic.head_start.accuracy=0.7",
+    "trainer.save_freq=1",
+)
+
+
+def test_the_actor_waits_until_held_out_pairs_are_told_apart(run, folder):
+    auto = run("auto", *AUTO, steps=10)
+    metrics = read_metrics(auto)
+    checked = [step for step, data in metrics.items() if "critic/head_start/d_acc" in data]
+    trained = [step for step, data in metrics.items() if "actor/pg_loss" in data]
+    # Two checks in a row passed before the first step that trains the actor; none is made after.
+    assert trained and trained == list(range(trained[0], 10)) and checked[-1] == trained[0] >= 4
+    passed = [metrics[step]["critic/head_start/d_acc"] >= 0.7 for step in checked]
+    assert passed[-2:] == [True, True]
+    base = load_model(folder / "base", "policy").state_dict()
+    frozen = actor_of(auto, trained[0])
+    assert all(torch.equal(tensor, base[name]) for name, tensor in frozen.items())
+
+    # Resumed between the two checks, it is the same run.
+    middle = trained[0] - 1
+    resumed = folder / "runs" / "auto_resumed"
+    resumed.mkdir()
+    shutil.copytree(auto / f"global_step_{middle}", resumed / f"global_step_{middle}")
+    (resumed / "latest_checkpointed_iteration.txt").write_text(str(middle))
+    run("auto_resumed", *AUTO, steps=10)
+    for file in ("trainer_state.json", "actor/extra_state.json"):
+        assert (auto / "global_step_10" / file).read_text() == (resumed / "global_step_10" / file).read_text()
+    expected = actor_of(auto, 10)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in actor_of(resumed, 10).items())
+
+
+def test_a_head_start_without_learning_ends_the_run(run):
+    with pytest.raises(DiscriminatorCouldNotLearn, match=r"after 4 steps of head start .* critic\.optim\.lr=0\.0"):
+        run("blind", *AUTO, "critic.optim.lr=0", "critic.head_start.max_steps=4", steps=10)
+
+
+def test_a_critic_that_cannot_tell_is_named_before_the_first_step(run, folder, caplog):
+    """A critic of no step's learning is taken for a warmed-up one by its folder alone."""
+    critic = run("fresh", "critic.optim.lr=0", "trainer.save_freq=1", steps=1) / "global_step_1" / "critic"
+    validated = ("trainer.val_before_train=True", f"critic.model.path={critic}", "trainer.critic_warmup=0")
+    with caplog.at_level(logging.WARNING):
+        run("unwarned", *validated, "trainer.val_before_train=False", steps=1)
+        assert "may be guessing" not in caplog.text, "nothing is held out in a run that does not validate"
+        run("warned", *validated, steps=1)
+    assert "may be guessing" in caplog.text
+
+
+def test_the_teachers_answers_can_stand_beside_the_groups(run, plain):
+    anchored = ("actor_rollout_ref.actor.sft_anchor_coef=0.5", "actor_rollout_ref.actor.sft_anchor_end_coef=0.1")
+    metrics = read_metrics(run("anchor", *anchored))
+    # Steps 0 (frozen), 1, 2 of 3: the weight falls linearly from .5 to .1 over the run.
+    assert "actor/sft_anchor_loss" not in metrics[0]
+    assert [metrics[step]["actor/sft_anchor_coef"] for step in (1, 2)] == [pytest.approx(0.3), pytest.approx(0.1)]
+    assert metrics[1]["actor/sft_anchor_loss"] > 0
+    assert metrics[1]["actor/pg_loss"] == pytest.approx(plain[1]["actor/pg_loss"], abs=1e-6)
+    assert metrics[1]["actor/grad_norm"] != pytest.approx(plain[1]["actor/grad_norm"], rel=1e-3)

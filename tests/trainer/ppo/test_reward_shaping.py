@@ -15,6 +15,7 @@ from verl.trainer.ppo.reward_shaping import flat_groups, settle_cut_answers, wit
 
 EOS = 9
 REWARDS = torch.tensor([[3.0, 1.0, 2.0], [0.5, -1.0, 4.0], [1.0, 2.0, 3.0]])
+D = ((1 + 79 / 12 + 1) / 3) ** 0.5
 CUT = torch.tensor([[True, False, False], [False, True, True], [True, True, True]])
 
 
@@ -23,14 +24,17 @@ CUT = torch.tensor([[True, False, False], [False, True, True], [True, True, True
     [
         ("keep", [[3, 1, 2], [0.5, -1, 4], [1, 2, 3]], [[0, 0, 0], [0, 0, 0], [0, 0, 0]]),
         ("leave_out", [[3, 1, 2], [0.5, -1, 4], [1, 2, 3]], [[1, 0, 0], [0, 1, 1], [1, 1, 1]]),
-        # The lowest complete answers are worth 1 and .5; a cut one below that stays where it is. The third group has no
+        # The lowest complete answers are worth 1 and .5. Variances within groups are 1, 79 / 12 (deviations from 7 / 6:
+        # -4 / 6, -13 / 6, 17 / 6) and 1. A cut answer that is lower stays where it is; the third group has no
         # complete answer.
-        ("lowest", [[1, 1, 2], [0.5, -1, 0.5], [1, 2, 3]], [[0, 0, 0], [0, 0, 0], [1, 1, 1]]),
+        ("lowest", [[1 - D, 1, 2], [0.5, 0.5 - D, 0.5 - D], [1, 2, 3]], [[0, 0, 0], [0, 0, 0], [1, 1, 1]]),
     ],
 )
 def test_cut_answers(mode, rewards, left_out):
     settled, out = settle_cut_answers(REWARDS, CUT, mode)
-    assert settled.tolist() == rewards
+    torch.testing.assert_close(settled[:2], torch.tensor(rewards[:2]).float())
+    low = settle_cut_answers(REWARDS - 9.0 * CUT, CUT, "lowest")[0]
+    assert mode != "lowest" or low[0, 0] == 3 - 9
     assert out.long().tolist() == left_out
 
 
@@ -109,12 +113,14 @@ def test_cut_answers_as_they_stand_can_win():
 def test_a_cut_answer_is_never_above_its_groups_complete_ones_by_default():
     data = batch()
     metrics = reward_answers(data, algorithm(), FixedKLController(0.0), None, EOS)
-    # Rewards (1, 1, 3) with the mean 5 / 3, and (.1, .2, .1) with the mean .4 / 3.
+    # Variances within groups 28 / 3 and .0025. Rewards (1, 1 - d, 3) and (.1, .2, .1 - d), with these means.
+    d = ((28 / 3 + 0.0025) / 2) ** 0.5
+    first, second = (5 - d) / 3, (0.4 - d) / 3
     assert advantages(data) == [
-        pytest.approx([-2 / 3, -2 / 3, 4 / 3], abs=1e-6),
-        pytest.approx([-0.1 / 3, 0.2 / 3, -0.1 / 3], abs=1e-6),
+        pytest.approx([1 - first, 1 - d - first, 3 - first], abs=1e-5),
+        pytest.approx([0.1 - second, 0.2 - second, 0.1 - d - second], abs=1e-5),
     ]
-    assert metrics["critic/advantages/cut_mean"] == pytest.approx((-2 / 3 - 0.1 / 3) / 2)
+    assert metrics["critic/advantages/cut_mean"] == pytest.approx((1 - d - first + 0.1 - d - second) / 2)
 
 
 def test_answers_left_out_have_no_advantage_and_do_not_move_the_others():
@@ -133,8 +139,10 @@ def test_length_correction_uses_complete_answers_and_comes_before_cut_ones_are_s
     # Complete answers have lengths (2, 3) and (1, 2), rewards (1, 3) and (.1, .2): slope (.5 * 2 + .5 * .1) / 1 = 1.05.
     assert metrics["critic/length_slope"] == pytest.approx(1.05)
     rewards = data.batch["token_level_scores"].sum(-1).tolist()
-    # 1 + .525, 3 - .525, .1 + .525, .2 - .525; the cut ones, 7 - 1.5 * 1.05 and .15 - 2.5 * 1.05, at most the lowest.
-    assert rewards == [pytest.approx([1.525, 1.525, 2.475]), pytest.approx([0.625, -0.325, 0.15 - 2.625])]
+    # 1 + .525, 3 - .525, .1 + .525, .2 - .525; the cut ones, 7 - 1.5 * 1.05 and .15 - 2.5 * 1.05, are settled then.
+    corrected = torch.tensor([[1.525, 5.425, 2.475], [0.625, -0.325, 0.15 - 2.625]])
+    d = corrected.var(-1).mean().sqrt().item()
+    assert rewards == [pytest.approx([1.525, 1.525 - d, 2.475]), pytest.approx([0.625, -0.325, 0.15 - 2.625])]
     assert "critic/length_reward_corr_used" in metrics
 
 

@@ -18,9 +18,10 @@ def settle_cut_answers(rewards: torch.Tensor, cut: torch.Tensor, mode: str) -> t
     group for that alone; the student then learns never to stop.
 
         keep       cut answers are compared like others
-        lowest     a cut answer is worth no more than the lowest of its group's complete answers; where no answer of a
-                   group is complete, none is better than another, and all are left out
-        leave_out  cut answers are left out
+        lowest     a cut answer is worth less than the lowest of its group's complete answers, by the batch's standard
+                   deviation within groups at least; where no answer of a group is complete, none is better than
+                   another, and all are left out
+        leave_out  cut answers are left out; where length pays, answers still grow until they are cut
 
     Raises:
         ValueError: unknown mode.
@@ -33,7 +34,8 @@ def settle_cut_answers(rewards: torch.Tensor, cut: torch.Tensor, mode: str) -> t
     if mode != "lowest":
         raise ValueError(f"unknown cut_answers {mode!r}: use one of {', '.join(CUT_ANSWERS)}")
     lowest = rewards.masked_fill(cut, torch.inf).amin(-1, keepdim=True)
-    return torch.where(cut, torch.minimum(rewards, lowest), rewards), cut.all(-1, keepdim=True) | nothing
+    deviation = rewards.var(-1).mean().sqrt()
+    return torch.where(cut, torch.minimum(rewards, lowest - deviation), rewards), cut.all(-1, keepdim=True) | nothing
 
 
 def without_length(
