@@ -29,7 +29,7 @@ class ClassicPolicyModel(PolicyModel):
     """Full logits in the model's type, then log-probs and entropies of an fp32 copy of the answers' part."""
 
     def forward(
-        self, rows: AnswerRows, temperature: float = 1.0, entropy: str = "none"
+        self, rows: AnswerRows, temperature: float | torch.Tensor = 1.0, entropy: str = "none"
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What `PolicyModel.forward` returns."""
         device = next(self.parameters()).device
@@ -41,6 +41,8 @@ class ClassicPolicyModel(PolicyModel):
             use_cache=False,
         ).logits
         answers = rows.responses.shape[1]
+        if isinstance(temperature, torch.Tensor):
+            temperature = temperature[:, None, None]
         logits = logits[:, -answers - 1 : -1].float() / temperature
         real = mask[:, -answers:]
         log_probs = logprobs_from_logits(logits, rows.responses.to(device)) * real

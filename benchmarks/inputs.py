@@ -209,7 +209,7 @@ def rows_of(loss: str, batch: DataProto) -> AnswerRows:
     """The rows that the update must forward: the teacher's, the student's, or for the discriminator both, each once."""
     if loss == "sft":
         return teacher_rows(batch)
-    if loss == "gspo":
+    if loss.startswith("gspo"):
         return student_rows(batch)
     return AnswerRows.join([teacher_rows(batch), student_rows(batch)])
 
@@ -221,7 +221,7 @@ def repeated_prompts(rows: AnswerRows, batch: DataProto) -> list[int]:
 
 def batch_of_tokens(shape: Shape, loss: str, answers: int, lengths: Lengths, tokens: int) -> DataProto:
     """The largest random batch whose update is on sequences of at most `tokens` together, each with its prompt."""
-    rows_per_prompt = {"sft": 1, "gspo": answers}.get(loss, answers + 1)
+    rows_per_prompt = {"sft": 1, "gspo": answers, "gspo+anchor": answers}.get(loss, answers + 1)
     prompts = 2 * tokens // (rows_per_prompt * sum((*lengths.prompt, *lengths.answer)) // 2)
     batch = random_batch(shape, max(2, prompts), answers, lengths)
     for size in range(len(batch), 1, -1):
@@ -242,6 +242,9 @@ def base_overrides(folder: Path, device: str) -> list[str]:
         f"actor_rollout_ref.model.path={folder / 'policy'}",
         f"critic.model.path={folder / 'critic'}",
         f"actor_rollout_ref.actor.fsdp_config.dtype={'bfloat16' if device == 'cuda' else 'float32'}",
+        # Random models never end an answer, and what a step does must not depend on their scores.
+        "algorithm.cut_answers=keep",
+        "critic.balance.enable=False",
     ]
 
 

@@ -76,7 +76,7 @@ def arguments() -> argparse.ArgumentParser:
 class NoCheckpoints:
     """Checkpoints are not what is measured."""
 
-    def _save(self, step: int) -> None:
+    def save(self, step: int, only_as_best: bool = False) -> None:
         """Nothing."""
 
 

@@ -37,10 +37,13 @@ from verl.protocol import DataProto
 from verl.single_controller.base import ClassWithInitArgs
 from verl.single_controller.local import LocalWorkerGroup
 from verl.trainer.config import Config
+from verl.workers.batch import ANCHOR_COEF
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 from verl.workers.rollout import ROLLOUTS
 
-LOSSES = ("sft", "gspo", "ranking")
+# The anchored one is timed beside the plain one on the same batch; the teacher's answers, which it has in addition, are
+# not counted among its tokens.
+LOSSES = ("sft", "gspo", "gspo+anchor", "ranking")
 WAYS = ("ours", "classic")
 COLUMNS = (
     "loss", "way", "micro_tokens", "tokens", "seconds", "tokens_per_s", "mfu", "mfu_done", "peak_gib", "times_classic",
@@ -151,6 +154,7 @@ class UpdateBenchmark:
             worker.critic.config, update = config.critic, worker.update_critic
         else:
             data = first_look(batch) if way == "ours" else batch
+            data.meta_info[ANCHOR_COEF] = 0.1 if loss == "gspo+anchor" else 0.0
             worker.actor.config, update = config.actor_rollout_ref.actor, worker.update_actor
         # Nothing of the classic way is compiled.
         warmup = self.args.warmup if way == "ours" else min(1, self.args.warmup)

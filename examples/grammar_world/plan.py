@@ -39,6 +39,11 @@ COMMON = (
     "trainer.resume_mode=disable",
     "critic.held_out_prompts=32",
     "data.val_max_samples=32",
+    # As it was run: before these had other defaults.
+    "critic.discriminator.exclude_eos=True",
+    "critic.discriminator.ranking.reg_on=raw",
+    "critic.balance.enable=False",
+    "algorithm.cut_answers=keep",
 )
 SEQKD = ("stage=seqkd", "actor_rollout_ref.actor.optim.lr=1e-3", "trainer.sft_monitor_freq=-1", "trainer.test_freq=-1",
          "trainer.val_before_train=False")  # fmt: skip

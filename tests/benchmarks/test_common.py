@@ -193,7 +193,7 @@ def test_all_but_one_of_the_rows_of_a_prompt_repeat_it(loss, repeats):
     assert sorted(repeated) == sorted(prompts * repeats)
 
 
-@pytest.mark.parametrize("loss", ["sft", "gspo", "ranking"])
+@pytest.mark.parametrize("loss", ["sft", "gspo", "gspo+anchor", "ranking"])
 def test_batches_fill_their_tokens(loss):
     batch = batch_of_tokens(SHAPES["1.5b"], loss, answers=8, lengths=MIXED, tokens=65536)
     tokens = sum(rows_of(loss, batch).lengths())
@@ -242,7 +242,7 @@ def run(script: str, out: Path, *options: str) -> list[dict]:
 def test_update_runs(tmp_path):
     rows = run("update", tmp_path / "out.json", "--warmup", "1", "--steps", "1")
     assert [(row["loss"], row["way"]) for row in rows] == [
-        (loss, way) for way in ("ours", "classic") for loss in ("sft", "gspo", "ranking")
+        (loss, way) for way in ("ours", "classic") for loss in ("sft", "gspo", "gspo+anchor", "ranking")
     ]
     assert all(row["tokens_per_s"] > 0 and row["mfu"] is None for row in rows)
     assert all(row["times_classic"] > 0 for row in rows if row["way"] == "ours")
