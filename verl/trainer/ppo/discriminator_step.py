@@ -29,7 +29,7 @@ class DiscriminatorStep:
     def __init__(self, config: Config, critic: WorkerGroup):
         self.critic = critic
         self.mini_batch_size = config.critic.ppo_mini_batch_size
-        self.one_mini_batch = self.mini_batch_size == config.data.train_batch_size
+        self.scores_from_update = self.mini_batch_size == config.data.train_batch_size
         self.balance = DiscriminatorBalance(config.critic.balance, config.critic.ppo_epochs)
         self.ranks, self.by_tokens = config.trainer.ranks, config.trainer.balance_batch
         self.replay = ReplayBuffer(config.critic.replay.capacity, config.data.seed)
@@ -68,7 +68,7 @@ class DiscriminatorStep:
             with timed("values"):
                 scores = self.critic.score_and_evaluate_critic(rows)
             return scores, scores.meta_info.pop("metrics")[0]
-        if epochs == 1 and self.one_mini_batch:
+        if epochs == 1 and self.scores_from_update:
             with timed("update_critic"):
                 scores = self.critic.score_and_update_critic(rows)
             return scores, scores.meta_info.pop("metrics")[0]
