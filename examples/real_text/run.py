@@ -125,7 +125,9 @@ def training_jobs(options: argparse.Namespace, seed: int, runs: list[Run]) -> li
         command = [sys.executable, "-m", "examples.real_text.run", *repeated, "--one", str(seed), run.name]
         needs = set() if run.parent is None else {f"seed{seed}/{run.parent}"}
         done = (home / run.name / "done").exists
-        extra = ["--extra", *options.extra] if options.extra else []
+        # Engines that share a GPU must not sleep: vLLM takes its neighbours' memory for its own when it wakes.
+        shared = ["actor_rollout_ref.rollout.free_cache_engine=False"] if options.per_gpu > 1 else []
+        extra = ["--extra", *shared, *options.extra] if shared or options.extra else []
         jobs.append(Job(f"seed{seed}/{run.name}", needs, command + extra, home / f"{run.name}.log", done))
     return jobs
 

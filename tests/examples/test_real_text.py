@@ -1,0 +1,99 @@
+"""The real-text experiment's plan, split, queue and table; its training is the trainer's own."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from examples.real_text.plan import BY_NAME, COMMON, RUNS
+from examples.real_text.report import render
+from examples.real_text.run import VAL_ROWS, Job, needed, split, work_through
+from verl.trainer.config import compose_config
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_run_composes_and_comes_after_its_start(name):
+    run = BY_NAME[name]
+    required = ["data.train_files=x", "data.val_files=x", "actor_rollout_ref.model.path=x", "trainer.experiment_name=x"]
+    config = compose_config([*COMMON, *run.overrides, *required])
+    assert config.use_critic == name.startswith("GAD") and config.soda.enable == name.startswith("SODA")
+    assert (run.epochs is None) != (run.steps is None)
+    before = [other.name for other in RUNS[: RUNS.index(run)]]
+    assert run.parent is None or run.parent in before
+
+
+def test_a_run_brings_what_it_starts_from():
+    assert [run.name for run in needed(["SODA"])] == ["SeqKD", "SODA"]
+    assert [run.name for run in needed(["*-from-2-*"])] == ["SeqKD-2-epochs", "GAD-from-2-epochs"]
+
+
+def rows(start: int, stop: int) -> pd.DataFrame:
+    contents = [[{"role": "user", "content": f"prompt {number}"}] for number in range(start, stop)]
+    return pd.DataFrame({"content": contents, "teacher_response": [f"answer {n}" for n in range(start, stop)]})
+
+
+def test_no_prompt_is_on_two_sides_of_the_split(tmp_path):
+    train = pd.concat([rows(0, 400), rows(0, 3)])  # three prompts twice
+    train.to_parquet(tmp_path / "train.parquet")
+    rows(395, 420).to_parquet(tmp_path / "test.parquet")  # five of them are for training
+    split(tmp_path / "train.parquet", tmp_path / "test.parquet", 100, tmp_path / "data")
+    parts = {name: pd.read_parquet(tmp_path / "data" / f"{name}.parquet") for name in ("train", "val", "judge")}
+    prompts = {name: {row[0]["content"] for row in part["content"]} for name, part in parts.items()}
+    assert {name: len(part) for name, part in parts.items()} == {
+        "train": 400 - 100 - VAL_ROWS,
+        "val": VAL_ROWS,
+        "judge": 100 + 20,
+    }
+    assert sum(map(len, prompts.values())) == len(set.union(*prompts.values())) == 420
+    with pytest.raises(SystemExit, match="400 different prompts: too few to put 200 aside"):
+        split(tmp_path / "train.parquet", tmp_path / "test.parquet", 200, tmp_path / "other")
+
+
+def test_jobs_run_after_what_they_need_and_failures_are_tried_again(tmp_path, capsys):
+    def job(name: str, code: str, *needs: str) -> Job:
+        command = [sys.executable, "-c", code.format(out=tmp_path)]
+        return Job(name, set(needs), command, tmp_path / f"{name}.log", (tmp_path / f"{name}.done").exists)
+
+    after = "import os; assert os.path.exists('{out}/first.done'); open('{out}/second.done', 'w')"
+    once = (
+        "import os; t = '{out}/tried'; tried = os.path.exists(t); open(t, 'w')\n"
+        "assert tried, 'the first time'\nopen('{out}/flaky.done', 'w')"
+    )
+    jobs = [
+        job("second", after, "first"),
+        job("first", "open('{out}/first.done', 'w')"),
+        job("flaky", once),
+        job("broken", "raise SystemExit(3)"),
+        job("lost", "open('{out}/lost.done', 'w')", "broken"),
+    ]
+    assert work_through(jobs, ["", ""], 1, tries=2) == ["broken", "lost"]
+    assert not (tmp_path / "lost.done").exists() and (tmp_path / "second.done").exists()
+    assert "the first time" in (tmp_path / "flaky.log").read_text()
+    printed = capsys.readouterr().out
+    assert printed.count("broken: FAILED (once more)") == printed.count("broken: FAILED (for good)") == 1
+    # What is done is not done again.
+    assert work_through(jobs[:3], [""], 1, tries=1) == [] and "done" not in capsys.readouterr().out
+
+
+def test_the_table_averages_over_seeds(tmp_path):
+    for seed, accuracy in (("1", 0.6), ("2", 0.7)):
+        home = tmp_path / f"seed{seed}"
+        folder = home / "judge" / "GAD@8"
+        folder.mkdir(parents=True)
+        numbers = {"rouge_l": 0.4, "mean_tokens": 90.0, "length_ratio": 0.9, "cut": 0.01, "loops": 0.0}
+        test = {"accuracy": {"value": accuracy}, "lengths_within_0.2": {"value": 0.55}}
+        student = {"numbers": {**numbers, "distinct": [0.1, 0.5, 0.6, 0.7]}, "two_sample": test}
+        (folder / "judge.json").write_text(json.dumps({"students": {"GAD": student}}))
+        (home / "GAD").mkdir()
+        pd.DataFrame({"seconds": [30.0]}).to_parquet(home / "GAD" / "answers-8.parquet")
+        lines = [json.dumps({"step": step, "data": {"critic/d_acc": step / 10}}) for step in range(10)]
+        (home / "GAD" / "metrics.jsonl").write_text("\n".join(lines))
+    (row,) = [line for line in render(tmp_path).splitlines() if line.startswith("| GAD")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    # Standard deviation of .6 and .7: .1 / sqrt(2). Steps 6 and 7 are the last quarter of the eight.
+    assert cells[:6] == ["GAD", "8", "2", "30", f"0.650 ± {0.1 / np.sqrt(2):.3f}", "0.550"]
+    assert cells[12] == "0.650"
