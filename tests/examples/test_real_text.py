@@ -12,6 +12,7 @@ import pytest
 from examples.real_text.plan import BY_NAME, COMMON, RUNS
 from examples.real_text.report import render
 from examples.real_text.run import VAL_ROWS, Job, needed, split, work_through
+from examples.real_text.words import accuracy
 from verl.trainer.config import compose_config
 
 
@@ -97,3 +98,16 @@ def test_the_table_averages_over_seeds(tmp_path):
     # Standard deviation of .6 and .7: .1 / sqrt(2). Steps 6 and 7 are the last quarter of the eight.
     assert cells[:6] == ["GAD", "8", "2", "30", f"0.650 ± {0.1 / np.sqrt(2):.3f}", "0.550"]
     assert cells[12] == "0.650"
+
+
+def test_the_judge_of_words_sees_what_is_there_and_nothing_else():
+    draw = np.random.default_rng(0)
+
+    def texts(words: list[str]) -> list[str]:
+        return [" ".join(draw.choice(words, size=12)) for _ in range(200)]
+
+    common = ["the", "house", "红", "色", "is", "big", "today", "."]
+    # 200 pairs: a coin's accuracy has a standard error of .035 over prompts; cross-validation widens it.
+    assert accuracy(texts(common), texts(common)) == pytest.approx(0.5, abs=0.12)
+    assert accuracy(texts(common), texts([*common, "indeed"])) > 0.7
+    assert accuracy(["a b"] * 20, ["a b"] * 20) == 0.5
