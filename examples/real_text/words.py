@@ -2,9 +2,9 @@
 
     python -m examples.real_text.words outputs/real_text/seed1/*/answers-*.parquet
 
-As the two-sample judge it is trained to score the teacher's answer above the student's on some prompts and tested on the
-others (five folds, three seeds), and 0.5 is a perfect student. It sees choice of words and punctuation and nothing of
-their sense, and with a thousand pairs it is a sharper judge of these than a small language model trained on as many.
+As the two-sample judge it is trained to score the teacher's answer above the student's on some prompts and tested on
+the others (five folds, three seeds), and 0.5 is a perfect student. It sees choice of words and punctuation and nothing
+of their sense, and with a thousand pairs it is a sharper judge of these than a small language model trained on as many.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import sys
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -20,9 +21,8 @@ import torch
 import torch.nn.functional as F
 
 # Chinese, Japanese and Korean character by character, other words whole; punctuation and white space count too.
-WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]|\n| +"
-)
+ALONE = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+WORD = re.compile(rf"[{ALONE}]|[^\W{ALONE}]+|[^\w\s]|\n| +")
 FEATURES = 2**15
 FOLDS, SEEDS, UPDATES = 5, 3, 60
 LEARNING_RATE, WEIGHT_PENALTY = 0.02, 1e-3
@@ -33,7 +33,7 @@ def features(texts: Sequence[str]) -> torch.Tensor:
     counts = torch.zeros(len(texts), FEATURES)
     for row, text in enumerate(texts):
         words = WORD.findall(text)
-        units = words + [f"{left}\0{right}" for left, right in zip(words, words[1:], strict=False)]
+        units = words + [f"{left}\0{right}" for left, right in pairwise(words)]
         places = torch.tensor([zlib.crc32(unit.encode()) % FEATURES for unit in units], dtype=torch.long)
         counts[row] = torch.bincount(places, minlength=FEATURES) / max(1, len(words)) ** 0.5
     return counts

@@ -81,12 +81,12 @@ def test_jobs_run_after_what_they_need_and_failures_are_tried_again(tmp_path, ca
 
 
 def test_the_table_averages_over_seeds(tmp_path):
-    for seed, accuracy in (("1", 0.6), ("2", 0.7)):
+    for seed, told in (("1", 0.6), ("2", 0.7)):
         home = tmp_path / f"seed{seed}"
         folder = home / "judge" / "GAD@8"
         folder.mkdir(parents=True)
         numbers = {"rouge_l": 0.4, "mean_tokens": 90.0, "length_ratio": 0.9, "cut": 0.01, "loops": 0.0}
-        test = {"accuracy": {"value": accuracy}, "lengths_within_0.2": {"value": 0.55}}
+        test = {"accuracy": {"value": told}, "lengths_within_0.2": {"value": 0.55}}
         student = {"numbers": {**numbers, "distinct": [0.1, 0.5, 0.6, 0.7]}, "two_sample": test}
         (folder / "judge.json").write_text(json.dumps({"students": {"GAD": student}}))
         (home / "GAD").mkdir()
