@@ -180,9 +180,12 @@ def test_the_actor_waits_until_held_out_pairs_are_told_apart(run, folder):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in actor_of(resumed, 10).items())
 
 
-def test_a_head_start_without_learning_ends_the_run(run):
+def test_a_head_start_without_learning_ends_the_run_and_can_go_on(run, folder):
     with pytest.raises(DiscriminatorCouldNotLearn, match=r"after 4 steps of head start .* critic\.optim\.lr=0\.0"):
-        run("blind", *AUTO, "critic.optim.lr=0", "critic.head_start.max_steps=4", steps=10)
+        run("blind", *AUTO, "critic.optim.lr=0", "critic.head_start.max_steps=4", "trainer.save_freq=-1", steps=10)
+    assert (folder / "runs" / "blind" / "latest_checkpointed_iteration.txt").read_text() == "4"
+    metrics = read_metrics(run("blind", *AUTO, steps=10))
+    assert sorted(metrics) == list(range(10)) and "actor/pg_loss" in metrics[9]
 
 
 def test_a_critic_that_cannot_tell_is_named_before_the_first_step(run, folder, caplog):

@@ -68,7 +68,7 @@ class HeadStart:
                 f"{config.checks} checks. Either the student writes like the teacher already, and an adversary has "
                 "nothing to teach it: stop here. Or the discriminator learns too slowly or not at all: raise "
                 f"critic.optim.lr={self.learning_rate} (5 to 10 times) or critic.head_start.max_steps, or try another "
-                "critic.discriminator.loss"
+                "critic.discriminator.loss; the same command with such a change goes on from here"
             )
         return {"critic/head_start/d_acc": accuracy, "critic/head_start/checks_held": self.held}
 

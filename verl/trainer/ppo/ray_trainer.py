@@ -30,7 +30,7 @@ from verl.trainer.ppo.best import keep_best, open_best
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator_step import DiscriminatorStep
-from verl.trainer.ppo.head_start import HeadStart
+from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.memory_check import check_run_memory
 from verl.trainer.ppo.metric_utils import (
@@ -259,7 +259,7 @@ class RayPPOTrainer:
         """Warmup and GAD: the student answers, the discriminator scores and learns, then the student does."""
         timed = partial(marked_timer, timing=timing)
         with timed("testing"):
-            metrics |= self.head_start.check(self.global_step)
+            metrics |= self._check_head_start()
         with timed("push_weights"):
             self._push_weights()
         with timed("gen"):
@@ -286,6 +286,14 @@ class RayPPOTrainer:
             metrics |= self.actor_rollout.update_actor_on_pairs(pairs)[0]
         metrics |= compute_data_metrics(batch, use_critic=False)
         return batch
+
+    def _check_head_start(self) -> dict[str, float]:
+        """See whether the discriminator's head start is over; what it has learned is kept if it ends the run."""
+        try:
+            return self.head_start.check(self.global_step)
+        except DiscriminatorCouldNotLearn:
+            self.save(self.global_step)
+            raise
 
     def _imitation_step(self, batch: DataProto, metrics: dict[str, float], timed: Callable) -> None:
         """The actor's update on the teacher's answers."""
