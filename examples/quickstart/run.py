@@ -46,7 +46,7 @@ class Stage:
     frozen: float | None = None
 
 
-# The paper's loss: on so small a model it learns the facts several times faster than the default `ranking`. The actor
+# The paper's loss: on so small a model it learned the facts several times faster than `ranking` on raw sums. The actor
 # takes small steps and the discriminator large ones, so that the student never outruns its judge.
 ADVERSARIAL = (
     "critic.discriminator.loss=bradley_terry",
