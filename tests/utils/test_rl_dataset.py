@@ -123,11 +123,12 @@ def test_eos_and_pad_ids_inside_the_text_stay_unmasked(tmp_path):
     assert row["teacher_attention_mask"].tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0]
 
 
-@pytest.mark.parametrize("answer", ["one<eos>", "one <eos>\n", "one"])
+@pytest.mark.parametrize("answer", ["one<eos>", "one <eos>\n", "one<eos> <eos>", "one"])
 def test_an_answer_that_ends_in_the_eos_text_gets_no_second_one(tmp_path, answer):
     row = open_rows(tmp_path, [make_row(answer=answer)])[0]
     assert row["teacher_response"].tolist()[:2] == [ONE, EOS]
     assert row["teacher_attention_mask"][6:].tolist() == [1, 1, 0, 0, 0]
+    assert row["teacher_text"].strip() == "one", "what answers are compared with as text"
 
 
 def test_an_eos_inside_an_answer_stays_and_one_that_is_all_there_is_is_no_answer(tmp_path):

@@ -6,6 +6,7 @@ Both workers of a rank live in one process and share its process group.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -109,7 +110,10 @@ class FSDPWorker(Worker):
     def step_schedule(self, name: str) -> dict[str, float]:
         """This step's learning rate, after which the schedule goes on to the next."""
         metrics = {f"{name}/lr": self.lr_scheduler.get_last_lr()[0]}
-        self.lr_scheduler.step()
+        with warnings.catch_warnings():
+            # A resumed run may begin with a step that leaves the update out; its rate is passed over as any other's.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.lr_scheduler.step()
         return metrics
 
     def update_metrics(self, name: str, lengths: list[int], repeated: list[int]) -> dict[str, float]:

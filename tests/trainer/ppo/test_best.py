@@ -204,7 +204,7 @@ class Trainer(RayPPOTrainer):
         self.weights = Weights()
         self.checkpoints = Checkpoints(self.config.trainer, self.weights, None)
         self.kl_ctrl = type("Fixed", (), {"value": 0.0})
-        self.head_start = HeadStart(self.config, None)
+        self.head_start = HeadStart(self.config, None, len(values) - 1)
         self.discriminator = self.held_out = self.rejected = None
         self.val_dataset = [0]
         self.global_step = self.samples_seen = 0

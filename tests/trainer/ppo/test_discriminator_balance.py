@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from verl.trainer.config import compose_config
+from verl.trainer.config import ConfigError, compose_config
 from verl.trainer.ppo.discriminator_balance import DiscriminatorBalance
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutAccuracy
@@ -45,14 +45,15 @@ def config(*overrides: str):
     return compose_config(["stage=warmup", *required, *overrides])
 
 
-def auto(accuracies: list[float], *overrides: str) -> HeadStart:
+def auto(accuracies: list[float], *overrides: str, total_steps: int = 1000) -> HeadStart:
     measured = iter(accuracies)
     settings = ("trainer.critic_warmup=auto", "critic.head_start.check_every=2", *overrides)
-    return HeadStart(config(*settings), lambda: HeldOutAccuracy(next(measured), 0.05, 32))
+    return HeadStart(config(*settings), lambda: HeldOutAccuracy(next(measured), 0.05, 32), total_steps)
 
 
 def test_a_number_of_steps():
-    start = HeadStart(config("trainer.critic_warmup=3"), None)
+    start = HeadStart(config("trainer.critic_warmup=3"), None, 5)
+    assert start.state() == {}, "a run that is resumed with another number takes that"
     assert [start.actor_trains(step) for step in range(5)] == [False, False, False, True, True]
     assert [start.check(step) for step in range(5)] == [{}] * 5
 
@@ -90,12 +91,40 @@ def test_it_is_not_checked_any_more_once_it_is_over():
 @pytest.mark.parametrize(("accuracy", "warns"), [(0.59, True), (0.62, False)])
 def test_a_critic_that_guesses_is_spoken_of(caplog, accuracy, warns):
     """Two standard errors of .05 are .1."""
-    start = HeadStart(config("trainer.critic_warmup=0"), lambda: HeldOutAccuracy(accuracy, 0.05, 32))
+    start = HeadStart(config("trainer.critic_warmup=0"), lambda: HeldOutAccuracy(accuracy, 0.05, 32), 5)
     with caplog.at_level(logging.WARNING):
         start.warn_of_a_blind_critic()
     assert ("may be guessing" in caplog.text) == warns
 
 
 def test_a_head_start_is_not_spoken_of(caplog):
-    HeadStart(config("trainer.critic_warmup=5"), lambda: HeldOutAccuracy(0.3, 0.05, 32)).warn_of_a_blind_critic()
+    sft = ("trainer.warmup_use_sft=True", "trainer.critic_warmup=0")
+    for settings in (("trainer.critic_warmup=5",), sft, ("trainer.val_only=True", "trainer.critic_warmup=0")):
+        HeadStart(config(*settings), lambda: HeldOutAccuracy(0.3, 0.05, 32), 9).warn_of_a_blind_critic()
     assert caplog.text == ""
+
+
+def test_auto_that_fills_the_whole_run_has_failed_too():
+    """Of five steps, 0 to 4, the last is checked also where none is due."""
+    start = auto([0.5, 0.7], total_steps=4)
+    assert [bool(start.check(step)) for step in range(3)] == [False, False, True]
+    with pytest.raises(DiscriminatorCouldNotLearn, match="after 3 steps"):
+        start.check(3)
+    # The check that ended the run is made again when it goes on, and counts once.
+    assert start.state() == {"first_actor_step": None, "head_start_held": 0}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("critic.head_start.max_steps=3", "max_steps=3 ends before 2 checks every 5 steps are made: raise it to 10"),
+        ("critic.head_start.accuracy=0.9", "accuracy=0.9 is not below critic.balance.highest=0.85"),
+        ("critic.held_out_prompts=0", "looks at held-out pairs, and there are none"),
+        ("trainer.warmup_use_sft=True", "freezes the actor, and trainer.warmup_use_sft=True trains it"),
+        ("critic.balance.lowest=0.9", "lowest=0.9 must be below critic.balance.highest=0.85"),
+    ],
+)
+def test_settings_that_contradict_each_other(override, message):
+    with pytest.raises(ConfigError) as error:
+        config("trainer.critic_warmup=auto", override)
+    assert message in str(error.value)

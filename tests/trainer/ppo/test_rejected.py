@@ -167,3 +167,11 @@ def test_equal_pairs_are_those_of_the_same_tokens():
         )
     )
     assert equal_pairs(batch).tolist() == [True, False, False, False]
+
+
+def test_what_was_saved_before_the_first_draw_is_drawn_after_the_restart(tmp_path):
+    """The weights of step 0 may be kept as the best before any answer is drawn."""
+    RejectedAnswers(FakeTrainer(), 1, lambda *_: None).save(tmp_path / "rejected.safetensors")
+    rejected = RejectedAnswers(FakeTrainer(), 1, lambda *_: None)
+    rejected.load(tmp_path / "rejected.safetensors")
+    assert rejected.epoch == -1 and rejected.answers == {}

@@ -64,6 +64,12 @@ def test_only_counted_answers_make_the_slope():
     assert corrected.tolist() == [[3.0, 3.0, 50.0 - 98.0]]
 
 
+def test_a_group_of_which_nothing_counts_stays_as_it_is():
+    rewards, lengths = torch.tensor([[2.0, 4.0], [7.0, 8.0]]), torch.tensor([[1, 3], [9, 9]])
+    corrected, slope = without_length(rewards, lengths, torch.tensor([[True, True], [False, False]]))
+    assert slope.item() == 1.0 and corrected.tolist() == [[3.0, 3.0], [7.0, 8.0]]
+
+
 def test_equal_lengths_correct_nothing():
     rewards = torch.tensor([[1.0, 5.0]])
     corrected, slope = without_length(rewards, torch.tensor([[7, 7]]), torch.ones(1, 2, dtype=torch.bool))

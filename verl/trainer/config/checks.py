@@ -130,6 +130,17 @@ def _stage(config: Config) -> Iterator[str]:
         )
     if auto and trainer.warmup_use_sft:
         yield "trainer.critic_warmup=auto freezes the actor, and trainer.warmup_use_sft=True trains it: choose one"
+    start = critic.head_start
+    if auto and start.max_steps < start.checks * start.check_every:
+        yield (
+            f"critic.head_start.max_steps={start.max_steps} ends before {start.checks} checks every "
+            f"{start.check_every} steps are made: raise it to {start.checks * start.check_every} or more"
+        )
+    if auto and critic.balance.enable and start.accuracy >= critic.balance.highest:
+        yield (
+            f"critic.head_start.accuracy={start.accuracy} is not below critic.balance.highest="
+            f"{critic.balance.highest}, above which the discriminator is not trained: it might never get there"
+        )
     if critic.balance.lowest >= critic.balance.highest:
         yield (
             f"critic.balance.lowest={critic.balance.lowest} must be below critic.balance.highest="
@@ -163,6 +174,7 @@ def _stage(config: Config) -> Iterator[str]:
             "actor_rollout_ref.actor.entropy_coeff": actor.entropy_coeff,
             "algorithm.use_kl_in_reward": config.algorithm.use_kl_in_reward,
             "algorithm.task_reward_weight": config.algorithm.task_reward_weight,
+            "actor_rollout_ref.actor.sft_anchor_coef": actor.sft_anchor_coef,
         }
         for key in (key for key, value in unused.items() if value):
             yield f"{key}={unused[key]} has no effect with actor_rollout_ref.actor.use_sft_mode=True; leave it off"

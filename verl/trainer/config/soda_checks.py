@@ -37,7 +37,10 @@ def soda_conflicts(config: Config) -> Iterator[str]:
         "actor_rollout_ref.actor.loss_agg_mode": (actor.loss_agg_mode, "token-mean"),
         "algorithm.use_kl_in_reward": (algorithm.use_kl_in_reward, False),
         "algorithm.task_reward_weight": (algorithm.task_reward_weight, 0),
+        "actor_rollout_ref.actor.sft_anchor_coef": (actor.sft_anchor_coef, 0),
         "algorithm.norm_adv_by_std_in_grpo": (algorithm.norm_adv_by_std_in_grpo, True),
+        "algorithm.min_group_std": (algorithm.min_group_std, 0),
+        "algorithm.length_correction": (algorithm.length_correction, False),
         "trainer.sft_monitor_freq": (config.trainer.sft_monitor_freq, None),
     }
     for key, (value, default) in unused.items():

@@ -26,13 +26,17 @@ class HeadStart:
     Args:
         config: the run's.
         accuracy: measures the discriminator on stored held-out pairs; None without a held-out set.
+        total_steps: of the run; a head start that fills it is one that failed.
 
     `first_actor_step` (None while an automatic head start goes on) and `held`, the checks in a row that passed, are
     its state.
     """
 
-    def __init__(self, config: Config, accuracy: Callable[[], HeldOutAccuracy] | None):
+    def __init__(self, config: Config, accuracy: Callable[[], HeldOutAccuracy] | None, total_steps: int):
         self.config = config.critic.head_start
+        self.last_check = min(self.config.max_steps, total_steps - 1)
+        # A warmup by SFT trains the actor on no score, and a validation trains nothing.
+        self.scores_train = not (config.use_sft or config.trainer.val_only)
         self.auto = config.trainer.critic_warmup == "auto"
         self.learning_rate = config.critic.optim.lr
         self.accuracy = accuracy
@@ -47,35 +51,44 @@ class HeadStart:
         """Before a step of an automatic head start: see whether it is over. Returns what was measured, if it was.
 
         Raises:
-            DiscriminatorCouldNotLearn: `max_steps` have passed.
+            DiscriminatorCouldNotLearn: `max_steps`, or all steps of the run but one, have passed.
         """
         config = self.config
-        if self.first_actor_step is not None or step == 0 or step % config.check_every:
+        due = step > 0 and (step % config.check_every == 0 or step >= self.last_check)
+        if self.first_actor_step is not None or not due:
             return {}
         accuracy, _, prompts = self.accuracy()
-        self.held = self.held + 1 if accuracy >= config.accuracy else 0
-        if self.held >= config.checks:
+        held = self.held + 1 if accuracy >= config.accuracy else 0
+        if held < config.checks and step >= self.last_check:
+            raise DiscriminatorCouldNotLearn(
+                f"after {step} steps of head start the discriminator tells {accuracy:.2f} of the pairs of {prompts} "
+                f"held-out prompts apart; critic.head_start.accuracy={config.accuracy} was to hold for "
+                f"{config.checks} checks. Either the student writes like the teacher already, and an adversary has "
+                "nothing to teach it: stop here. Or the discriminator learns too slowly or not at all: raise "
+                f"critic.head_start.max_steps={config.max_steps} (or trainer.total_training_steps) and "
+                f"critic.optim.lr={self.learning_rate} (5 to 10 times), or try another critic.discriminator.loss as "
+                "well; the same command with such changes goes on from here"
+            )
+        self.held = held
+        if held >= config.checks:
             self.first_actor_step = step
             logger.info(
                 "step %d: the discriminator tells %.2f of the pairs of %d held-out prompts apart (%d checks in a row "
                 "at %.2f or more): the head start is over, the student learns from now on",
                 step, accuracy, prompts, self.held, config.accuracy,
             )  # fmt: skip
-        elif step >= config.max_steps:
-            raise DiscriminatorCouldNotLearn(
-                f"after {step} steps of head start the discriminator tells {accuracy:.2f} of the pairs of {prompts} "
-                f"held-out prompts apart; critic.head_start.accuracy={config.accuracy} was to hold for "
-                f"{config.checks} checks. Either the student writes like the teacher already, and an adversary has "
-                "nothing to teach it: stop here. Or the discriminator learns too slowly or not at all: raise "
-                f"critic.optim.lr={self.learning_rate} (5 to 10 times) or critic.head_start.max_steps, or try another "
-                "critic.discriminator.loss; the same command with such a change goes on from here"
-            )
         return {"critic/head_start/d_acc": accuracy, "critic/head_start/checks_held": self.held}
+
+    def state(self) -> dict[str, int | None]:
+        """What a resumed run has to know, by its names in the run's state; nothing of a head start of fixed length."""
+        if not self.auto:
+            return {}
+        return {"first_actor_step": self.first_actor_step, "head_start_held": self.held}
 
     def warn_of_a_blind_critic(self) -> None:
         """Before the first step of a run that trains the actor at once: say so if the critic that it was given does not
         tell held-out pairs apart by two standard errors."""
-        if self.accuracy is None or self.first_actor_step != 0:
+        if self.accuracy is None or self.first_actor_step != 0 or not self.scores_train:
             return
         accuracy, error, prompts = self.accuracy()
         if accuracy - 2 * error < 0.5:

@@ -188,7 +188,7 @@ class RayPPOTrainer:
             auto = config.trainer.critic_warmup == "auto"
             if config.critic.held_out_prompts and self.val_dataset is not None and (auto or self._validates()):
                 self.held_out = HeldOutPairs(self, VALIDATION_SEED)
-        self.head_start = HeadStart(config, None if self.held_out is None else self.held_out.accuracy)
+        self.head_start = HeadStart(config, None if self.held_out is None else self.held_out.accuracy, self.total_steps)
         self.rejected = None
         if config.soda.enable:
             self.rejected = RejectedAnswers(self, REJECTED_SEED, self._check_sync)
@@ -487,8 +487,7 @@ class RayPPOTrainer:
             kl_coef=self.kl_ctrl.value,
             best=None if self.best is None else self.best.state,
             d_acc=None if self.discriminator is None else self.discriminator.balance.accuracy,
-            first_actor_step=self.head_start.first_actor_step,
-            head_start_held=self.head_start.held,
+            **self.head_start.state(),
         )
         with self.checkpoints.save(state, only_as_best) as folder:
             if self.discriminator is not None:

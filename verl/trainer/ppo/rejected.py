@@ -146,6 +146,8 @@ class RejectedAnswers:
         # Copies: a mapped file could not be pruned on every file system.
         stored = {key: tensor.clone() for key, tensor in load_file(file).items()}
         self.epoch, self.answers = int(stored.pop("epoch")), stored
+        if not stored:
+            return  # Saved before the first draw, as the best so far.
         longest, limit = int(stored["lengths"].max()), self.trainer.config.data.max_response_length
         if longest > limit:
             raise ValueError(

@@ -51,6 +51,7 @@ def without_length(
     rewards, lengths, weight = rewards.double(), lengths.double(), counted.double()
     count = weight.sum(-1, keepdim=True).clamp(min=1)
     length = lengths - (lengths * weight).sum(-1, keepdim=True) / count
+    length = length * weight.any(-1, keepdim=True)  # A group of which nothing counts stays as it is.
     reward = rewards - (rewards * weight).sum(-1, keepdim=True) / count
     spread = (weight * length.square()).sum()
     slope = torch.where(spread > 0, (weight * length * reward).sum() / spread.clamp(min=1e-12), 0.0)

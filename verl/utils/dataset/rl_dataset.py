@@ -197,11 +197,15 @@ def tokenize_prompts(
     )
 
 
+def without_eos_text(text: str, eos_token: str) -> str:
+    """An answer without the EOS text, or several, at its end, and the white space around them."""
+    end = text.rstrip()
+    return without_eos_text(end.removesuffix(eos_token), eos_token) if end.endswith(eos_token) else text
+
+
 def tokenize_answers(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each answer with one EOS at its end, also where the text ends in the EOS text itself."""
-    eos = tokenizer.eos_token
-    ends = [text.rstrip() for text in texts]
-    texts = [end.removesuffix(eos) if end.endswith(eos) else text for text, end in zip(texts, ends, strict=True)]
+    texts = [without_eos_text(text, tokenizer.eos_token) for text in texts]
     return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
@@ -280,7 +284,7 @@ class RLHFDataset(Dataset):
         teacher_response: (R,), the answer and EOS, right-padded; cut to R tokens, without EOS, when that does not fit
         teacher_input_ids, teacher_attention_mask, teacher_position_ids: (P + R,), the prompt and then the answer
         raw_prompt_ids: list[int], the prompt without padding
-        teacher_text: the answer as it stands in the file
+        teacher_text: the answer as it stands in the file, without an EOS text at its end
         index, uid: the row's number over all files, as int and as str, whatever was dropped
         extra_info: the column of that name, or {}
         raw_prompt: the chat messages, with config.return_raw_chat only
@@ -340,7 +344,7 @@ class RLHFDataset(Dataset):
             "teacher_attention_mask": teacher_mask,
             "teacher_position_ids": _position_ids(teacher_mask),
             "raw_prompt_ids": prompt_ids[prompt_mask.bool()].tolist(),
-            "teacher_text": row.record[self.config.response_key],
+            "teacher_text": without_eos_text(row.record[self.config.response_key], self.tokenizer.eos_token),
             "index": row.index,
             "uid": str(row.index),
             "extra_info": row.record.get("extra_info") or {},
