@@ -14,6 +14,8 @@ BATCH = 64  # prompts per step
 N = 8
 HEAD_START = 30  # steps of the discriminator alone
 GAD_STEPS = 200  # of both, after the head start
+ANSWERS = 4  # to each of the judge's prompts, from every student
+TEMPERATURES = (0.8, 1.0)  # they are drawn at
 
 COMMON = (
     f"data.train_batch_size={BATCH}",
@@ -63,6 +65,10 @@ PAPERS_LOSS = (
 )
 
 
+# The student as it is, not sharpened: at .8 it uses fewer different words than its teacher.
+WARM = ("actor_rollout_ref.rollout.temperature=1.0",)
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run.
@@ -102,16 +108,27 @@ def runs() -> Iterator[Run]:
     yield Run("SeqKD-slow", "base", (*SEQKD, "actor_rollout_ref.actor.optim.lr=1e-4"), epochs=4)
     yield Run("SeqKD-fast", "base", (*SEQKD, "actor_rollout_ref.actor.optim.lr=4e-4"), epochs=4)
     constant = ("actor_rollout_ref.actor.optim.lr_scheduler_type=constant", "actor_rollout_ref.actor.optim.lr=1e-4")
+    yield Run("SeqKD-8-epochs", "base", SEQKD, epochs=8)
+    yield Run("SeqKD-16-epochs", "base", SEQKD, epochs=16)
     yield Run("SeqKD-constant", "base", (*SEQKD, *constant), epochs=6, answer_every=1)
     yield _gad("GAD-from-2-epochs", start="SeqKD-2-epochs")
     yield _soda("SODA")
     yield _soda("SODA-sft", "soda.sft_coef=1")
+    yield _soda("SODA-slow", "actor_rollout_ref.actor.optim.lr=1e-6")
     yield _gad("GAD")
     yield _gad("GAD-users-formula", *USERS_FORMULA)
     yield _gad("GAD-papers-loss", *PAPERS_LOSS)
     yield _gad("GAD-bradley_terry", *BRADLEY_TERRY)
     yield _gad("GAD-last-token", *LAST_TOKEN)
     yield _gad("GAD-last-token-anchor", *LAST_TOKEN, "actor_rollout_ref.actor.sft_anchor_coef=0.3")
+    yield _gad("GAD-last-token-fast", *LAST_TOKEN, "actor_rollout_ref.actor.optim.lr=1e-5")
+    yield _gad("GAD-last-token-16-answers", *LAST_TOKEN, "actor_rollout_ref.rollout.n=16")
+    yield _gad("GAD-last-token-no-std", *LAST_TOKEN, "algorithm.norm_adv_by_std_in_grpo=False")
+    yield _gad("GAD-last-token-length-correction", *LAST_TOKEN, "algorithm.length_correction=True")
+    yield _gad("GAD-last-token-ranking", "critic.discriminator.pooling=last_token")
+    yield _gad("GAD-last-token-warm", *LAST_TOKEN, *WARM)
+    yield _gad("GAD-last-token-warm-fast", *LAST_TOKEN, *WARM, "actor_rollout_ref.actor.optim.lr=1e-5")
+    yield _gad("GAD-last-token-warm-anchor", *LAST_TOKEN, *WARM, "actor_rollout_ref.actor.sft_anchor_coef=0.3")
     yield _gad("GAD-anchor", "actor_rollout_ref.actor.sft_anchor_coef=0.1")
     yield _gad("GAD-anchor-1", "actor_rollout_ref.actor.sft_anchor_coef=1")
     yield _gad("GAD-no-std", "algorithm.norm_adv_by_std_in_grpo=False")

@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,9 +134,12 @@ def training_jobs(options: argparse.Namespace, seed: int, runs: list[Run]) -> li
 
 
 def answers_of(home: Path, run: Run, which: str) -> list[Path]:
-    """The files of a run's answers, by step; the `last` one, or `all`."""
-    files = sorted((home / run.name).glob("answers-*.parquet"), key=lambda file: int(file.stem.split("-")[1]))
-    return files if which == "all" else files[-1:]
+    """The files of a run's answers, by step; those of the `last` step, or `all`."""
+    by_step = defaultdict(list)
+    for file in sorted((home / run.name).glob("answers-*-at-*.parquet")):
+        by_step[int(file.stem.split("-")[1])].append(file)
+    steps = sorted(by_step)
+    return [file for step in (steps if which == "all" else steps[-1:]) for file in by_step[step]]
 
 
 def judging_jobs(options: argparse.Namespace, seed: int, runs: list[Run]) -> list[Job]:
@@ -143,7 +147,8 @@ def judging_jobs(options: argparse.Namespace, seed: int, runs: list[Run]) -> lis
     home = options.out / f"seed{seed}"
     jobs = []
     for answers in [file for run in runs for file in answers_of(home, run, options.judged)]:
-        name = f"{answers.parent.name}@{answers.stem.removeprefix('answers-')}"
+        step, temperature = answers.stem.removeprefix("answers-").split("-at-")
+        name = f"{answers.parent.name}@{step}@{temperature}"
         verdict = home / "judge" / name
         command = [
             sys.executable, "-m", "verl.tools.judge",

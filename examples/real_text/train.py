@@ -1,9 +1,10 @@
 """One run of the experiment: training without Ray on one GPU (or slowly on CPU), and answers to the judge's prompts.
 
 The answers come from the run's own engine, so that nothing has to be built twice: after some of the steps, and at the
-end. `answers-STEP.parquet` has a row per answer: content (the prompt), teacher, text, tokens (EOS among them),
-finish_reason ("length" if it was cut), split ("judge" or "test": two halves of the prompts, for judges that do not
-cross-validate), and `seconds`, the training time so far.
+end. `answers-STEP-at-TEMPERATURE.parquet` has a row per answer, those to one prompt in a row: content (the prompt),
+teacher, text, tokens (EOS among them), finish_reason ("length" if it was cut), split ("judge" or "test": two halves of
+the prompts, for judges that do not cross-validate), `seconds`, the training time so far, and where the run has a
+discriminator its `score` and `teacher_score`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch.utils.data import DataLoader
 
-from examples.real_text.plan import BY_NAME, COMMON, Run
+from examples.real_text.plan import ANSWERS, BY_NAME, COMMON, TEMPERATURES, Run
 from verl.protocol import DataProto
 from verl.trainer.config import compose_config
 from verl.trainer.in_process import InProcessRunner, InProcessTrainer
 from verl.trainer.ppo.core_algos import ends_with_eos
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+from verl.workers.batch import GROUP_KEYS
 
 # Far from the seeds of training and validation.
 ANSWER_SEED = 3_000_017
@@ -63,30 +66,37 @@ class AnsweringTrainer(InProcessTrainer):
         return batch
 
     def _answer(self) -> None:
-        """One answer to each of the judge's prompts from the present weights."""
-        rollout = self.config.actor_rollout_ref.rollout
-        sampling = replace(rollout.sampling, n=1)
-        tables = []
-        for number, rows in enumerate(DataLoader(self.judge_rows, batch_size=512, collate_fn=collate_fn)):
-            batch = DataProto.from_single_dict(rows)
-            batch.union(self.generate(batch, sampling, ANSWER_SEED + number))
-            tables.append(self._table(batch))
-        table = pd.concat(tables, ignore_index=True)
-        table["split"] = ["judge" if row % 2 else "test" for row in range(len(table))]
-        table["seconds"] = self.training_seconds
-        table.to_parquet(Path(self.config.trainer.default_local_dir) / f"answers-{self.global_step}.parquet")
+        """Answers to the judge's prompts from the present weights, at every temperature that is judged."""
+        for temperature in TEMPERATURES:
+            sampling = replace(self.config.actor_rollout_ref.rollout.sampling, n=ANSWERS, temperature=temperature)
+            tables = []
+            for number, rows in enumerate(DataLoader(self.judge_rows, batch_size=1024, collate_fn=collate_fn)):
+                batch = DataProto.from_single_dict(rows)
+                batch.union(self.generate(batch, sampling, ANSWER_SEED + number))
+                if self.critic is not None:
+                    batch.union(self.critic.compute_scores(self.take(batch, GROUP_KEYS)))
+                tables.append(self._table(batch))
+            table = pd.concat(tables, ignore_index=True)
+            table["split"] = ["judge" if row // ANSWERS % 2 else "test" for row in range(len(table))]
+            table["seconds"] = self.training_seconds
+            folder = Path(self.config.trainer.default_local_dir)
+            table.to_parquet(folder / f"answers-{self.global_step}-at-{temperature}.parquet")
 
     def _table(self, batch: DataProto) -> pd.DataFrame:
         responses, mask = batch.batch["responses"], batch.batch["response_mask"]
-        ended = ends_with_eos(responses, mask, self.tokenizer.eos_token_id)[:, 0]
+        ended = ends_with_eos(responses, mask, self.tokenizer.eos_token_id).flatten()
+        repeated = np.repeat(np.arange(len(responses)), ANSWERS)
         columns: dict[str, Any] = {
-            "content": [messages[-1]["content"] for messages in batch.non_tensor_batch["raw_prompt"]],
-            "teacher": batch.non_tensor_batch["teacher_text"],
+            "content": [batch.non_tensor_batch["raw_prompt"][row][-1]["content"] for row in repeated],
+            "teacher": batch.non_tensor_batch["teacher_text"][repeated],
             "text": self.decode(responses, mask),
-            "tokens": mask.sum(-1)[:, 0].tolist(),
+            "tokens": mask.sum(-1).flatten().tolist(),
             "finish_reason": ["stop" if end else "length" for end in ended],
         }
         columns["finish"] = columns["finish_reason"]
+        if self.critic is not None:
+            columns["score"] = batch.batch["student_scores"].flatten().tolist()
+            columns["teacher_score"] = batch.batch["teacher_scores"][repeated, 0].tolist()
         return pd.DataFrame(columns)
 
 

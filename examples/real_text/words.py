@@ -39,18 +39,25 @@ def features(texts: Sequence[str]) -> torch.Tensor:
     return counts
 
 
-def accuracy(teachers: Sequence[str], students: Sequence[str]) -> float:
-    """How often the teacher's answer is scored above the student's to the same prompt, on prompts not trained on; ties
-    count half."""
+def told_apart(prompts: Sequence[str], teachers: Sequence[str], students: Sequence[str]) -> np.ndarray:
+    """(P,): how often the teacher's answer is scored above the student's, for each different prompt in their order, by
+    models trained on other prompts; ties count half."""
+    _, numbers = np.unique(np.asarray(prompts, dtype=object), return_inverse=True)
     difference = features(teachers) - features(students)
-    outcomes = []
+    outcomes = torch.zeros(len(difference))
     for seed in range(SEEDS):
-        fold = np.random.default_rng(seed).permutation(len(difference)) % FOLDS
+        fold = (np.random.default_rng(seed).permutation(numbers.max() + 1) % FOLDS)[numbers]
         for number in range(FOLDS):
             tested = torch.from_numpy(fold == number)
             scores = difference[tested] @ _trained(difference[~tested])
-            outcomes.append((scores.sign() + 1) / 2)
-    return torch.cat(outcomes).mean().item()
+            outcomes[tested] += (scores.sign() + 1) / 2 / SEEDS
+    return np.bincount(numbers, outcomes.numpy()) / np.bincount(numbers)
+
+
+def accuracy(prompts: Sequence[str], teachers: Sequence[str], students: Sequence[str]) -> tuple[float, float]:
+    """The mean of `told_apart`, and its standard error over prompts."""
+    shares = told_apart(prompts, teachers, students)
+    return float(shares.mean()), float(shares.std(ddof=1) / len(shares) ** 0.5)
 
 
 def _trained(difference: torch.Tensor) -> torch.Tensor:
@@ -65,12 +72,13 @@ def _trained(difference: torch.Tensor) -> torch.Tensor:
 
 
 def main(files: Sequence[str]) -> None:
-    """A line per file."""
+    """A line per file: the share, and its standard error over prompts."""
     if not files:
         sys.exit(__doc__)
     for file in files:
         answers = pd.read_parquet(file)
-        print(f"{accuracy(answers['teacher'].tolist(), answers['text'].tolist()):.3f}  {file}", flush=True)
+        share, error = accuracy(*(answers[column].tolist() for column in ("content", "teacher", "text")))
+        print(f"{share:.3f} ± {error:.3f}  {file}", flush=True)
 
 
 if __name__ == "__main__":

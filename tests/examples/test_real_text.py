@@ -11,7 +11,7 @@ import pytest
 
 from examples.real_text.plan import BY_NAME, COMMON, RUNS
 from examples.real_text.report import render
-from examples.real_text.run import VAL_ROWS, Job, needed, split, work_through
+from examples.real_text.run import VAL_ROWS, Job, answers_of, needed, split, work_through
 from examples.real_text.words import accuracy
 from verl.trainer.config import compose_config
 
@@ -83,31 +83,52 @@ def test_jobs_run_after_what_they_need_and_failures_are_tried_again(tmp_path, ca
 def test_the_table_averages_over_seeds(tmp_path):
     for seed, told in (("1", 0.6), ("2", 0.7)):
         home = tmp_path / f"seed{seed}"
-        folder = home / "judge" / "GAD@8"
+        folder = home / "judge" / "GAD@8@0.8"
         folder.mkdir(parents=True)
         numbers = {"rouge_l": 0.4, "mean_tokens": 90.0, "length_ratio": 0.9, "cut": 0.01, "loops": 0.0}
         test = {"accuracy": {"value": told}, "lengths_within_0.2": {"value": 0.55}}
         student = {"numbers": {**numbers, "distinct": [0.1, 0.5, 0.6, 0.7]}, "two_sample": test}
         (folder / "judge.json").write_text(json.dumps({"students": {"GAD": student}}))
         (home / "GAD").mkdir()
-        pd.DataFrame({"seconds": [30.0]}).to_parquet(home / "GAD" / "answers-8.parquet")
+        pd.DataFrame({"seconds": [30.0]}).to_parquet(home / "GAD" / "answers-8-at-0.8.parquet")
         lines = [json.dumps({"step": step, "data": {"critic/d_acc": step / 10}}) for step in range(10)]
         (home / "GAD" / "metrics.jsonl").write_text("\n".join(lines))
     (row,) = [line for line in render(tmp_path).splitlines() if line.startswith("| GAD")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     # Standard deviation of .6 and .7: .1 / sqrt(2). Steps 6 and 7 are the last quarter of the eight.
-    assert cells[:6] == ["GAD", "8", "2", "30", f"0.650 ± {0.1 / np.sqrt(2):.3f}", "0.550"]
-    assert cells[12] == "0.650"
+    assert cells[:7] == ["GAD", "8", "0.8", "2", "30", f"0.650 ± {0.1 / np.sqrt(2):.3f}", "0.550"]
+    assert cells[13] == "0.650"
 
 
 def test_the_judge_of_words_sees_what_is_there_and_nothing_else():
     draw = np.random.default_rng(0)
+    prompts = [f"prompt {number // 2}" for number in range(400)]
 
     def texts(words: list[str]) -> list[str]:
-        return [" ".join(draw.choice(words, size=12)) for _ in range(200)]
+        return [" ".join(draw.choice(words, size=12)) for _ in prompts]
 
     common = ["the", "house", "红", "色", "is", "big", "today", "."]
-    # 200 pairs: a coin's accuracy has a standard error of .035 over prompts; cross-validation widens it.
-    assert accuracy(texts(common), texts(common)) == pytest.approx(0.5, abs=0.12)
-    assert accuracy(texts(common), texts([*common, "indeed"])) > 0.7
-    assert accuracy(["a b"] * 20, ["a b"] * 20) == 0.5
+    # 200 prompts with two pairs each: a coin's share has a standard error of .025; cross-validation widens it.
+    share, error = accuracy(prompts, texts(common), texts(common))
+    assert share == pytest.approx(0.5, abs=0.1) and error == pytest.approx(0.025, abs=0.01)
+    assert accuracy(prompts, texts(common), texts([*common, "indeed"]))[0] > 0.7
+    assert accuracy(prompts[:20], ["a b"] * 20, ["a b"] * 20) == (0.5, 0)
+
+
+def test_an_answer_learned_by_heart_from_another_pair_of_its_prompt_tells_the_judge_of_words_nothing():
+    # Each prompt's teacher has words of its own, the same in both of its pairs; a judge that met one of the two while
+    # it was trained would know the other.
+    draw = np.random.default_rng(0)
+    prompts = [f"prompt {number // 2}" for number in range(200)]
+    teachers = [" ".join(f"{word}{number // 2}" for word in "abcdef") for number in range(200)]
+    students = [" ".join(f"w{draw.integers(10**6)}" for _ in range(6)) for _ in prompts]
+    assert accuracy(prompts, teachers, students)[0] == pytest.approx(0.5, abs=0.15)
+
+
+def test_the_answers_of_the_last_step_at_every_temperature(tmp_path):
+    (tmp_path / "GAD").mkdir()
+    for name in ("answers-9-at-0.8", "answers-10-at-1.0", "answers-10-at-0.8"):
+        (tmp_path / "GAD" / f"{name}.parquet").touch()
+    last = [file.stem for file in answers_of(tmp_path, BY_NAME["GAD"], "last")]
+    assert last == ["answers-10-at-0.8", "answers-10-at-1.0"]
+    assert len(answers_of(tmp_path, BY_NAME["GAD"], "all")) == 3
