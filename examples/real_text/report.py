@@ -2,9 +2,9 @@
 
     python -m examples.real_text.report OUT
 
-A row per student and temperature of its answers: training time of its own stage, the two-sample judge's accuracy (0.5: a perfect student) with its
-standard deviation over seeds, all pairs and those of like length, and the judge's plain numbers; then the means of a
-run's training metrics over its last quarter.
+A row per student and temperature of its answers: training time of its own stage, the two-sample judge's accuracy (0.5:
+a perfect student) with its standard deviation over seeds, all pairs and those of like length, and the judge's plain
+numbers; then the means of a run's training metrics over its last quarter.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def render(out: Path) -> str:
     students = defaultdict(list)
     for record in collect(out):
         students[record["run"], record["step"], record["at"]].append(record)
-    head = ("run", "steps", "at", "seeds", "seconds", "judge", "like length", "ROUGE-L", "tokens", "of teacher's", "cut",
-            "loops", "distinct-2", "d_acc", "score_diff", "length corr")  # fmt: skip
+    head = ("run", "steps", "at", "seeds", "seconds", "judge", "like length", "ROUGE-L", "tokens", "of teacher's",
+            "cut", "loops", "distinct-2", "d_acc", "score_diff", "length corr")  # fmt: skip
     lines = [head, ("---",) * len(head)]
     for (run, step, temperature), seeds in students.items():
         mean = {key: float(np.mean([r[key] for r in seeds if r.get(key) is not None])) for key in _numeric(seeds)}
@@ -75,9 +75,9 @@ def render(out: Path) -> str:
         judge = f"{mean['judge']:.3f}" + (f" ± {spread:.3f}" if len(seeds) > 1 else "")
         lines.append(
             (
-                run, str(step), temperature, str(len(seeds)), f"{mean['seconds']:.0f}", judge, _three(mean.get("matched")),
-                _three(mean["rouge"]), f"{mean['tokens']:.0f}", f"{mean['ratio']:.2f}", f"{mean['cut']:.1%}",
-                f"{mean['loops']:.1%}", _three(mean["distinct"]), _three(mean.get("d_acc")),
+                run, str(step), temperature, str(len(seeds)), f"{mean['seconds']:.0f}", judge,
+                _three(mean.get("matched")), _three(mean["rouge"]), f"{mean['tokens']:.0f}", f"{mean['ratio']:.2f}",
+                f"{mean['cut']:.1%}", f"{mean['loops']:.1%}", _three(mean["distinct"]), _three(mean.get("d_acc")),
                 _three(mean.get("score_diff")), _three(mean.get("length_reward_corr")),
             )
         )  # fmt: skip
