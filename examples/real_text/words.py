@@ -29,27 +29,31 @@ LEARNING_RATE, WEIGHT_PENALTY = 0.02, 1e-3
 
 
 def features(texts: Sequence[str]) -> torch.Tensor:
-    """(R, FEATURES): counts of words and of pairs of neighbours, hashed, over the root of the number of words."""
-    counts = torch.zeros(len(texts), FEATURES)
+    """(R, FEATURES), sparse: counts of words and of pairs of neighbours, hashed, over the root of the number of words."""
+    rows, places, values = [], [], []
     for row, text in enumerate(texts):
         words = WORD.findall(text)
         units = words + [f"{left}\0{right}" for left, right in pairwise(words)]
-        places = torch.tensor([zlib.crc32(unit.encode()) % FEATURES for unit in units], dtype=torch.long)
-        counts[row] = torch.bincount(places, minlength=FEATURES) / max(1, len(words)) ** 0.5
-    return counts
+        rows += [row] * len(units)
+        places += [zlib.crc32(unit.encode()) % FEATURES for unit in units]
+        values += [max(1, len(words)) ** -0.5] * len(units)
+    where = torch.tensor([rows, places], dtype=torch.long)
+    size = (len(texts), FEATURES)
+    return torch.sparse_coo_tensor(where, torch.tensor(values), size, check_invariants=False).coalesce()
 
 
 def told_apart(prompts: Sequence[str], teachers: Sequence[str], students: Sequence[str]) -> np.ndarray:
     """(P,): how often the teacher's answer is scored above the student's, for each different prompt in their order, by
     models trained on other prompts; ties count half."""
     _, numbers = np.unique(np.asarray(prompts, dtype=object), return_inverse=True)
-    difference = features(teachers) - features(students)
+    difference = (features(teachers) - features(students)).coalesce()
     outcomes = torch.zeros(len(difference))
     for seed in range(SEEDS):
         fold = (np.random.default_rng(seed).permutation(numbers.max() + 1) % FOLDS)[numbers]
         for number in range(FOLDS):
-            tested = torch.from_numpy(fold == number)
-            scores = difference[tested] @ _trained(difference[~tested])
+            tested, trained = (torch.from_numpy(np.flatnonzero(side)) for side in (fold == number, fold != number))
+            weights = _trained(difference.index_select(0, trained))
+            scores = difference.index_select(0, tested) @ weights
             outcomes[tested] += (scores.sign() + 1) / 2 / SEEDS
     return np.bincount(numbers, outcomes.numpy()) / np.bincount(numbers)
 
@@ -61,7 +65,7 @@ def accuracy(prompts: Sequence[str], teachers: Sequence[str], students: Sequence
 
 
 def _trained(difference: torch.Tensor) -> torch.Tensor:
-    """Weights (FEATURES,) by logistic regression on differences (R, FEATURES), which should score above 0."""
+    """Weights (FEATURES,) by logistic regression on differences (R, FEATURES), sparse, which should score above 0."""
     weights = torch.zeros(FEATURES, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=LEARNING_RATE)
     for _ in range(UPDATES):
