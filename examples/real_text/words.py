@@ -18,7 +18,6 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
 # Chinese, Japanese and Korean character by character, other words whole; punctuation and white space count too.
 ALONE = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
@@ -65,13 +64,19 @@ def accuracy(prompts: Sequence[str], teachers: Sequence[str], students: Sequence
 
 
 def _trained(difference: torch.Tensor) -> torch.Tensor:
-    """Weights (FEATURES,) by logistic regression on differences (R, FEATURES), sparse, which should score above 0."""
+    """Weights (FEATURES,) by logistic regression on differences (R, FEATURES), sparse, which should score above 0.
+
+    The gradient of the mean of softplus(-score) is -sigmoid(-score) / R for each row; written out, since sparse matrices
+    are slow under autograd.
+    """
     weights = torch.zeros(FEATURES, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=LEARNING_RATE)
-    for _ in range(UPDATES):
-        optimizer.zero_grad()
-        (F.softplus(-(difference @ weights)).mean() + WEIGHT_PENALTY * weights.square().sum()).backward()
-        optimizer.step()
+    by_row, by_column = difference.to_sparse_csr(), difference.t().to_sparse_csr()
+    with torch.no_grad():
+        for _ in range(UPDATES):
+            slope = -torch.sigmoid(-(by_row @ weights)) / len(difference)
+            weights.grad = by_column @ slope + 2 * WEIGHT_PENALTY * weights
+            optimizer.step()
     return weights.detach()
 
 

@@ -2,7 +2,7 @@
 #
 #   run_stage STAGE NEEDS_CRITIC "$@"     NEEDS_CRITIC: yes or no
 #
-# A script that defines before_training has it called once its flags are found right.
+# A script that defines before_training has it called with the settings, once its flags are found right.
 #
 # From the environment: PYTHON (python3 by default), DATA_DIR (data), N_GPUS_PER_NODE (this machine's GPUs, or 1).
 
@@ -39,12 +39,12 @@ run_stage() {
     for name in "${needed[@]}"; do [[ -n ${!name} ]] || missing+=("--$name"); done
     ((${#missing[@]} == 0)) || { echo "missing: ${missing[*]}" >&2; usage >&2; return 2; }
 
-    if declare -F before_training >/dev/null; then before_training; fi
+    if declare -F before_training >/dev/null; then before_training ${overrides[@]+"${overrides[@]}"}; fi
     local data=${DATA_DIR:-data} python=${PYTHON:-python3}
     local ranks=${N_GPUS_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     "$python" -m verl.trainer.main_ppo "stage=$stage" \
-        data.train_files="'$data/train.parquet'" data.val_files="'$data/test.parquet'" \
-        actor_rollout_ref.model.path="'$model'" ${reward_model:+critic.model.path="'$reward_model'"} \
-        trainer.experiment_name="'$exp_name'" trainer.nnodes="$nnodes" \
+        data.train_files="$data/train.parquet" data.val_files="$data/test.parquet" \
+        actor_rollout_ref.model.path="$model" ${reward_model:+critic.model.path="$reward_model"} \
+        trainer.experiment_name="$exp_name" trainer.nnodes="$nnodes" \
         trainer.n_gpus_per_node="$ranks" ${overrides[@]+"${overrides[@]}"}
 }

@@ -1,8 +1,20 @@
 # Shared by the stage scripts: TensorBoard in the background for as long as the script runs. Not run on its own.
 
+# Where the runs are: TENSORBOARD_LOGDIR, or what the settings say, the last of them, or the scripts' own folder.
+runs_folder() {
+    local setting folder=checkpoints
+    for setting in "$@"; do
+        [[ $setting =~ ^\+{0,2}trainer\.default_(local|tensorboard)_dir=(.*)$ ]] && folder=${BASH_REMATCH[2]}
+    done
+    [[ $folder =~ ^\'(.*)\'$ || $folder =~ ^\"(.*)\"$ ]] && folder=${BASH_REMATCH[1]}
+    [[ $folder == "~/"* ]] && folder=$HOME/${folder#"~/"}
+    printf '%s' "${TENSORBOARD_LOGDIR:-$folder}"
+}
+
 start_tensorboard() {
-    local host=${TENSORBOARD_HOST:-127.0.0.1} port=${TENSORBOARD_PORT:-6006} folder=${TENSORBOARD_LOGDIR:-checkpoints}
+    local host=${TENSORBOARD_HOST:-127.0.0.1} port=${TENSORBOARD_PORT:-6006} folder
     [[ ${TENSORBOARD:-on} != off ]] || return 0
+    folder=$(runs_folder "$@")
     mkdir -p "$folder"
     : >"$folder/tensorboard.log"
     "${PYTHON:-python3}" -m tensorboard.main --logdir "$folder" --host "$host" --port "$port" \

@@ -1,11 +1,9 @@
-"""From command line to `Config`: overrides are normalised, composed by Hydra, typed, and checked as a whole."""
+"""From command line to `Config`: overrides (`overrides.py`) are composed by Hydra, typed, and checked as a whole."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -15,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from verl.trainer.config.checks import find_conflicts
+from verl.trainer.config.errors import ConfigError
+from verl.trainer.config.overrides import CONFIG_DIR, normalize_overrides
 from verl.trainer.config.schema import Config
 
 # In the YAML: what a run has by default where there is a GPU, and what follows from `trainer.device`.
@@ -22,58 +22,6 @@ OmegaConf.register_new_resolver("default_device", lambda: "cuda" if torch.cuda.i
 OmegaConf.register_new_resolver(
     "by_device", lambda cuda, cpu, *, _root_: cuda if _root_.trainer.device == "cuda" else cpu, replace=True
 )
-
-CONFIG_DIR = Path(__file__).parent
-GROUPS = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()}
-
-# Names from older scripts and notes, and the key that has the effect.
-ALIASES = {
-    "optim.warmup_style": "optim.lr_scheduler_type",
-    "optim.lr_scheduler.type": "optim.lr_scheduler_type",
-    "optim.lr_scheduler.warmup_steps": "optim.lr_warmup_steps",
-    "optim.lr_scheduler.total_steps": "optim.total_training_steps",
-}
-
-
-class ConfigError(ValueError):
-    """Everything that is wrong with a configuration, in one message."""
-
-    def __init__(self, problems: list[str]):
-        self.problems = problems
-        lines = "\n".join(f"  - {problem}" for problem in problems)
-        super().__init__(f"{len(problems)} problem(s) in the configuration:\n{lines}")
-
-
-def _resolve_alias(key: str) -> str:
-    for old, new in ALIASES.items():
-        if key.endswith("." + old):
-            return key.removesuffix(old) + new
-    return key
-
-
-def normalize_overrides(arguments: list[str]) -> list[str]:
-    """Rewrite command-line arguments so that `KEY=VALUE`, `+KEY=VALUE` and `++KEY=VALUE` mean the same.
-
-    Unknown keys then reach `to_config`, which names the nearest known one; Hydra alone would only refuse them. Flags
-    (`--help`), the stage and Hydra's own settings pass unchanged.
-
-    Raises:
-        ConfigError: a key to be removed, or a whole group to be replaced.
-    """
-    result = []
-    for argument in arguments:
-        match = re.match(r"^\+{0,2}([^=+~@\s-][^=@\s]*)(=.*)$", argument, flags=re.DOTALL)
-        if argument.startswith("~"):
-            raise ConfigError([f"{argument}: keys cannot be removed, only set"])
-        if match is None or match[1].startswith("hydra"):
-            result.append(argument)
-        elif match[1] == "stage":
-            result.append(f"stage{match[2]}")
-        elif match[1] in GROUPS:
-            raise ConfigError([f"{argument}: {match[1]} is a group; set its keys one by one, {match[1]}.KEY=VALUE"])
-        else:
-            result.append(f"++{_resolve_alias(match[1])}{match[2]}")
-    return result
 
 
 def known_keys(settings: type = Config, prefix: str = "") -> list[str]:

@@ -1,0 +1,143 @@
+"""Command-line arguments as people type them, rewritten as Hydra reads them.
+
+Hydra has a language of its own for values, which knows neither Chinese nor most signs outside of quotation marks, and
+takes `a,b` for two runs. What that language does not take as one value is text here, and so is every value of a key
+that holds text: `trainer.experiment_name=1e5` is a name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+from functools import cache
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+from hydra.errors import HydraException
+
+from verl.trainer.config.errors import ConfigError
+from verl.trainer.config.schema import Config
+
+CONFIG_DIR = Path(__file__).parent
+GROUPS = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()}
+
+# Names from older scripts and notes, and the key that has the effect.
+ALIASES = {
+    "optim.warmup_style": "optim.lr_scheduler_type",
+    "optim.lr_scheduler.type": "optim.lr_scheduler_type",
+    "optim.lr_scheduler.warmup_steps": "optim.lr_warmup_steps",
+    "optim.lr_scheduler.total_steps": "optim.total_training_steps",
+}
+ARGUMENT = re.compile(r"\+{0,2}(?P<key>[^=+~-][^=]*)=(?P<value>.*)", flags=re.DOTALL)
+KEY = re.compile(r"[\w./-]+", flags=re.ASCII)
+# What Hydra's language lacks outside of quotation marks travels through its parser as a stand-in.
+FOREIGN = re.compile(r"[^\x00-\x7f]|[=~#()&;!<>`^]")
+STAND_IN, STOOD_IN = "xCHARx{}x", re.compile(r"xCHARx(\d+)x")
+
+
+def normalize_overrides(arguments: list[str]) -> list[str]:
+    """Rewrite command-line arguments so that `KEY=VALUE`, `+KEY=VALUE` and `++KEY=VALUE` mean the same, and every value
+    arrives.
+
+    Unknown keys then reach `to_config`, which names the nearest known one; Hydra alone would only refuse them. Flags
+    (`--help`), the stage and Hydra's own settings pass unchanged.
+
+    Raises:
+        ConfigError: a key to be removed, or one that cannot be, or a whole group to be replaced.
+    """
+    return [_normalize(argument) for argument in arguments]
+
+
+def _normalize(argument: str) -> str:
+    match = ARGUMENT.fullmatch(argument)
+    if argument.startswith("~"):
+        raise ConfigError([f"{argument}: keys cannot be removed, only set"])
+    if match is None or match["key"].startswith("hydra"):
+        return argument
+    key, value = _resolve_alias(match["key"]), match["value"]
+    if key == "stage":
+        return f"stage={value}"
+    if key in GROUPS:
+        raise ConfigError([f"{argument}: {key} is a group; set its keys one by one, {key}.KEY=VALUE"])
+    return f"++{_checked(key)}={as_hydra_reads_it(value, key in _text_keys())}"
+
+
+def _resolve_alias(key: str) -> str:
+    for old, new in ALIASES.items():
+        if key.endswith("." + old):
+            return key.removesuffix(old) + new
+    return key
+
+
+def as_hydra_reads_it(value: str, is_text: bool = False) -> str:
+    """A value that Hydra's language knows unchanged, any other as quoted text; lists and dictionaries entry by entry.
+
+    is_text: numbers, true and false are text too; null is not.
+    """
+    parsed, known = _parse(value)
+    if known:
+        is_plain = parsed is None or isinstance(parsed, str | list | dict | QuotedString)
+        return value if is_plain or not is_text else quoted(value)
+    if value.startswith(("[", "{")):
+        parsed, known = _parse(FOREIGN.sub(lambda letter: STAND_IN.format(ord(letter[0])), value))
+        if known:
+            return _write(parsed)
+    return quoted(value)
+
+
+def quoted(text: str) -> str:
+    """Text in Hydra's single quotation marks, which take anything: a mark inside and backslashes before one doubled."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+
+
+def _parse(value: str) -> tuple[Any, bool]:
+    """What Hydra's language makes of a value, and whether it is one value of that language, and of no other meaning."""
+    try:
+        override = OverridesParser.create().parse_override(f"++key={value}")
+    except HydraException:
+        return None, False
+    return override._value, not override.is_sweep_override()
+
+
+def _write(parsed: Any) -> str:
+    """A parsed value in Hydra's language, its stand-ins turned back."""
+    if isinstance(parsed, list):
+        return "[" + ",".join(map(_write, parsed)) + "]"
+    if isinstance(parsed, dict):
+        return "{" + ",".join(f"{_checked(_turn_back(key))}:{_write(value)}" for key, value in parsed.items()) + "}"
+    if isinstance(parsed, QuotedString | str):
+        return quoted(_turn_back(parsed.text if isinstance(parsed, QuotedString) else parsed))
+    return "null" if parsed is None else str(parsed)
+
+
+def _turn_back(text: str) -> str:
+    return STOOD_IN.sub(lambda number: chr(int(number[1])), text)
+
+
+def _checked(key: str) -> str:
+    if not KEY.fullmatch(key):
+        raise ConfigError([f"unknown key {key}: keys are of Latin letters, digits, '_', '-' and '.'"])
+    return key
+
+
+@cache
+def _text_keys() -> frozenset[str]:
+    return frozenset(_find_text_keys(Config, ""))
+
+
+def _find_text_keys(settings: type, prefix: str) -> list[str]:
+    """The dotted keys that hold text, or nothing."""
+    keys = []
+    for name, kind in get_type_hints(settings).items():
+        if dataclasses.is_dataclass(kind):
+            keys += _find_text_keys(kind, f"{prefix}{name}.")
+        elif str in _kinds(kind) and not _kinds(kind) & {int, float, bool}:
+            keys.append(prefix + name)
+    return keys
+
+
+def _kinds(kind: Any) -> set[Any]:
+    return set(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else {kind}
