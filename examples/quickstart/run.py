@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.quickstart.world import World
 from verl.model_merger import merge
+from verl.utils.console import printable
 from verl.utils.model import quiet_transformers
 from verl.utils.rouge import mean_rouge_l
 
@@ -206,7 +207,7 @@ def main() -> None:
         seconds[stage.name] = time.monotonic() - started
     text = report(results, seconds, out)
     (out / "report.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n\nModels, checkpoints and TensorBoard files: {out}")
+    print(printable(f"\n{text}\n\nModels, checkpoints and TensorBoard files: {out}"))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from examples.real_text.plan import RUNS
+from verl.utils.console import printable
 
 WATCHED = ("critic/d_acc", "critic/score_diff", "critic/length_reward_corr", "response_length/cut_ratio")
 
@@ -94,4 +95,4 @@ def _three(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    print(render(Path(sys.argv[1])))
+    print(printable(render(Path(sys.argv[1]))))

@@ -33,6 +33,7 @@ import pandas as pd
 from examples.real_text.plan import BY_NAME, RUNS, Run
 from examples.real_text.report import render
 from examples.real_text.train import train_and_answer
+from verl.utils.console import printable
 
 VAL_ROWS = 128
 
@@ -218,7 +219,7 @@ def main() -> None:
         if part in options.parts:
             jobs = [job for seed in options.seeds for job in jobs_of(options, seed, runs)]
             failed += work_through(jobs, options.gpus, options.per_gpu, options.tries)
-    print(render(options.out))
+    print(printable(render(options.out)))
     if failed:
         sys.exit(f"not done: {', '.join(failed)}")
 

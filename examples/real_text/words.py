@@ -19,6 +19,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from verl.utils.console import printable
+
 # Chinese, Japanese and Korean character by character, other words whole; punctuation and white space count too.
 ALONE = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 WORD = re.compile(rf"[{ALONE}]|[^\W{ALONE}]+|[^\w\s]|\n| +")
@@ -28,7 +30,7 @@ LEARNING_RATE, WEIGHT_PENALTY = 0.02, 1e-3
 
 
 def features(texts: Sequence[str]) -> torch.Tensor:
-    """(R, FEATURES), sparse: counts of words and of pairs of neighbours, hashed, over the root of the number of words."""
+    """(R, FEATURES), sparse: counts of words and of pairs of neighbours, hashed, over the root of the words' number."""
     rows, places, values = [], [], []
     for row, text in enumerate(texts):
         words = WORD.findall(text)
@@ -66,8 +68,8 @@ def accuracy(prompts: Sequence[str], teachers: Sequence[str], students: Sequence
 def _trained(difference: torch.Tensor) -> torch.Tensor:
     """Weights (FEATURES,) by logistic regression on differences (R, FEATURES), sparse, which should score above 0.
 
-    The gradient of the mean of softplus(-score) is -sigmoid(-score) / R for each row; written out, since sparse matrices
-    are slow under autograd.
+    The gradient of the mean of softplus(-score) is -sigmoid(-score) / R for each row; written out, since sparse
+    matrices are slow under autograd.
     """
     weights = torch.zeros(FEATURES, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=LEARNING_RATE)
@@ -87,7 +89,7 @@ def main(files: Sequence[str]) -> None:
     for file in files:
         answers = pd.read_parquet(file)
         share, error = accuracy(*(answers[column].tolist() for column in ("content", "teacher", "text")))
-        print(f"{share:.3f} ± {error:.3f}  {file}", flush=True)
+        print(printable(f"{share:.3f} ± {error:.3f}  {file}"), flush=True)
 
 
 if __name__ == "__main__":

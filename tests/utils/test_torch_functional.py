@@ -181,14 +181,14 @@ def rates(make_schedule, steps: int) -> list[float]:
 
 
 def test_constant_schedule():
-    assert rates(lambda o: tf.get_constant_schedule_with_warmup(o, 4), 6) == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates(lambda o: tf.get_constant_schedule_with_warmup(o, 4), 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert rates(lambda o: tf.get_constant_schedule_with_warmup(o, 0), 2) == [1.0, 1.0]
 
 
 def test_cosine_schedule():
     # 2 warmup steps, then 4 of decay: (1 + cos(pi/4)) / 2 = 0.853553, (1 + cos(3 pi/4)) / 2 = 0.146447
     used = rates(lambda o: tf.get_cosine_schedule_with_warmup(o, 2, 6), 9)
-    assert used == pytest.approx([0.0, 0.5, 1.0, 0.853553, 0.5, 0.146447, 0.0, 0.0, 0.0], abs=1e-6)
+    assert used == pytest.approx([0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447, 0.0, 0.0, 0.0], abs=1e-6)
 
 
 def test_cosine_schedule_stops_at_its_minimum():
@@ -203,7 +203,7 @@ def test_wsd_schedule():
     # 2 warmup, then 8 steps: half of them stable (2..6), 4 of cosine decay to 0.5
     used = rates(lambda o: tf.get_wsd_schedule_with_warmup(o, 2, 10, min_lr_ratio=0.5, stable_ratio=0.5), 12)
     decay = [0.926777, 0.75, 0.573223, 0.5, 0.5]
-    assert used == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, *decay], abs=1e-6)
+    assert used == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, *decay], abs=1e-6)
 
 
 def test_schedule_resumes_where_it_stopped():

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from verl.model_merger.merger import compare, merge
+from verl.utils.console import printable
 from verl.utils.model import quiet_transformers
 
 
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.command == "merge":
             target = merge(options.local_dir, options.target_dir, options.is_value_model, options.trust_remote_code)
-            print(f"wrote {target}")
+            print(printable(f"wrote {target}"))
         else:
             count = compare(options.local_dir, options.test_hf_dir, options.is_value_model, options.trust_remote_code)
             print(f"{count} tensors are equal")

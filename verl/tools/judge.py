@@ -43,6 +43,7 @@ from verl.tools.judge_pairwise import Match, Pairwise, Verdicts, compare
 from verl.tools.judge_report import Verdict, plot, render, to_json, write_json
 from verl.tools.judge_two_sample import Ids, Judge, JudgeSettings, TwoSample, make_pairs, training_updates, two_sample
 from verl.tools.score_data import Limits
+from verl.utils.console import printable
 from verl.utils.dataset.rl_dataset import check_tokenizer
 from verl.utils.model import is_discriminator, load_config, load_tokenizer, quiet_transformers
 
@@ -283,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser(__doc__).parse_args(arguments)
     quiet_transformers()
     try:
-        print(run(options))
+        print(printable(run(options)))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

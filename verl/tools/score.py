@@ -23,6 +23,7 @@ from verl.tools.score_data import ANSWER_KEYS, Group, Limits, TokenizedGroups, r
 from verl.tools.score_model import Scoring, check_critic, load_critic, score_sequences, scoring_of
 from verl.tools.score_report import render
 from verl.trainer.ppo.discriminator_algos import POOLINGS
+from verl.utils.console import printable
 from verl.utils.dump import write_jsonl
 from verl.utils.model import load_config, load_tokenizer, quiet_transformers
 
@@ -210,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     quiet_transformers()
     try:
-        print(run(options))
+        print(printable(run(options)))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -16,6 +16,7 @@ import ray
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
+from verl.single_controller.ray.starting import join_or_start
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
 from verl.trainer.ppo.model_checks import check_engine, check_models, with_absolute_paths
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
@@ -78,11 +79,7 @@ def start_ray(config: Config) -> None:
     if ray.is_initialized():
         return
     settings = config.ray_kwargs.ray_init
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address)
-    else:
-        ray.init(address="local", num_cpus=settings.num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1")
+    join_or_start(settings.address, settings.num_cpus)
     if config.trainer.device == "cpu" and ray.cluster_resources().get("GPU"):
         logger.warning(
             "the cluster has %d GPUs and trainer.device=cpu leaves them idle (it is cuda by itself only where the "
@@ -91,11 +88,13 @@ def start_ray(config: Config) -> None:
 
 
 def run_ppo(config: Config, task_runner_class: type[TaskRunner] | None = None) -> None:
-    """Train; stop Ray, however it ends."""
+    """Train; stop Ray, however it ends, unless the caller had started it."""
+    callers = ray.is_initialized()
     try:
         (task_runner_class or TaskRunner)().run(config)
     finally:
-        ray.shutdown()
+        if not callers:
+            ray.shutdown()
 
 
 @hydra.main(config_path="config", config_name="ppo_trainer", version_base="1.3")

@@ -186,14 +186,15 @@ def postprocess_data(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Learning-rate schedules. `step` counts the scheduler's steps from 0, so with a warmup the first update has rate 0.
+# Learning-rate schedules. `step` counts the scheduler's steps from 0. A warmup begins at 1 / steps of the rate: an
+# update at rate 0 would be a batch for nothing.
 
 
 def _with_linear_warmup(num_warmup_steps: int, after: Callable[[int], float]) -> Callable[[int], float]:
-    """Factor step / num_warmup_steps below `num_warmup_steps`, then `after(steps since the warmup)`."""
+    """Factor (step + 1) / num_warmup_steps below `num_warmup_steps`, then `after(steps since the warmup)`."""
 
     def factor(step: int) -> float:
-        return step / num_warmup_steps if step < num_warmup_steps else after(step - num_warmup_steps)
+        return (step + 1) / num_warmup_steps if step < num_warmup_steps else after(step - num_warmup_steps)
 
     return factor
 
@@ -205,7 +206,7 @@ def _cosine_factor(progress: float, min_lr_ratio: float, num_cycles: float) -> f
 
 
 def get_constant_schedule_with_warmup(optimizer: Optimizer, num_warmup_steps: int, last_epoch: int = -1) -> LambdaLR:
-    """Linear from 0 to the optimizer's rate in `num_warmup_steps`, constant from then on."""
+    """Linear up to the optimizer's rate in `num_warmup_steps`, constant from then on."""
     return LambdaLR(optimizer, _with_linear_warmup(num_warmup_steps, lambda _: 1.0), last_epoch)
 
 

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from verl.utils.console import printable
+
 
 class Sample(NamedTuple):
     """One validation answer next to the teacher's; plain tuples in this order do as well."""
@@ -81,7 +83,7 @@ class ConsoleBackend:
         return line if len(line) <= self.shown_characters else line[: self.shown_characters] + "..."
 
     def _write(self, text: str) -> None:
-        tqdm.write(text)  # print would run into a progress bar's line
+        tqdm.write(printable(text))  # print would run into a progress bar's line
         sys.stdout.flush()
 
 

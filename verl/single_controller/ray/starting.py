@@ -1,0 +1,81 @@
+"""Joining a Ray cluster or starting one on this machine, and saying in time what stands in the way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+# A socket's path may have 107 bytes on Linux. Below its folder Ray takes 64 for a session and its longest socket:
+# /session_2026-01-31_23-59-59_999999_9999999/sockets/plasma_store
+LONGEST_FOLDER = 107 - 64
+SHORT_FOLDER = "/tmp/ray"
+HEALTH_CHECK_SECONDS = 20
+
+
+def join_or_start(address: str | None, num_cpus: int | None) -> None:
+    """Join the cluster at `address`, or at RAY_ADDRESS; without either start one on this machine alone.
+
+    Raises:
+        ConnectionError: no Ray of this version answers there; names where the address came from.
+    """
+    origin = "ray_kwargs.ray_init.address" if address else "RAY_ADDRESS"
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        ray.init(
+            address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1",
+            _temp_dir=session_folder(),
+        )  # fmt: skip
+        return
+    if address not in ("auto", "local") and "://" not in address:
+        check_answers(address, origin)
+    ray.init(address=address)
+
+
+def session_folder() -> str | None:
+    """Where Ray keeps its sockets; None leaves it to Ray, whose choice is `ray` under RAY_TMPDIR, TMPDIR or /tmp.
+
+    Raises:
+        ValueError: both that and `SHORT_FOLDER` cannot be used.
+    """
+    name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    own = os.path.join(os.environ.get(name) or "/tmp", "ray")
+    length = len(os.fsencode(own))
+    if length <= LONGEST_FOLDER:
+        return None
+    what = f"{name}: expected a folder that Ray's sockets fit under, of at most {LONGEST_FOLDER} bytes with /ray, got "
+    what += f"{own}, which has {length}"
+    if not _writable(SHORT_FOLDER):
+        raise ValueError(f"{what}, and {SHORT_FOLDER} cannot be written either; set RAY_TMPDIR to a short folder")
+    logger.warning("%s: Ray's session goes to %s", what, SHORT_FOLDER)
+    return SHORT_FOLDER
+
+
+def _writable(folder: str) -> bool:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def check_answers(address: str, origin: str) -> None:
+    """ConnectionError unless a Ray of this version answers at the address; `ray.init` would try for minutes."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HEALTH_CHECK_SECONDS)
+    except subprocess.TimeoutExpired:
+        said = f"nothing within {HEALTH_CHECK_SECONDS} s"
+    else:
+        if done.returncode == 0:
+            return
+        said = (done.stderr.strip() or done.stdout.strip() or "no answer").splitlines()[-1]
+    raise ConnectionError(
+        f"{origin}: expected a Ray cluster of version {ray.__version__} at {address}, got {said}. Start it, correct "
+        "the address, or leave it out (unset RAY_ADDRESS) to start Ray on this machine alone"
+    )
