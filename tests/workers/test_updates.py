@@ -248,8 +248,8 @@ def test_schedules_follow_the_settings():
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    # Two warmup steps, 0 and 1/2, then half a cosine over eight: 1 at its start, 1/2 in its middle.
-    assert rates[:3] == pytest.approx([0.0, 0.5, 1.0])
+    # Two warmup steps, 1/2 and 1, then half a cosine over eight: 1 at its start, 1/2 in its middle.
+    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert rates[6] == pytest.approx(0.5)
 
 

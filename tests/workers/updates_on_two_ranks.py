@@ -13,6 +13,7 @@ from tests.workers.updates_setup import LOSSES, PROMPTS, batch, settings, update
 from verl.models.heads import PolicyModel
 from verl.utils.fsdp_utils import full_parameters, shard
 from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.updates import MetricSums
 
 ACTOR_SYNC = "actor_rollout_ref.actor.fsdp_config.sync_gradients_once"
 
@@ -43,8 +44,20 @@ def run(rank: int, world_size: int, folder: Path, device: str = "cpu") -> None:
         if rank == 0:
             result = {"gradients": gradients, "metrics": metrics, "reductions": len(reductions)}
             torch.save(result, folder / f"{name}.pt")
+    _check_metrics_that_some_ranks_have()
     _check_weights_after_a_forward(mine, device)
     leave()
+
+
+def _check_metrics_that_some_ranks_have() -> None:
+    """Every metric is averaged over the ranks and parts that have it, by name."""
+    sums, rank = MetricSums(), dist.get_rank()
+    sums.add({"a": 1.0 + rank, "z": 2.0} if rank else {"a": 1.0, "b": 4.0}, 3.0 - rank)
+    sums.add({"a": 7.0}, 1.0)
+    ranks = dist.get_world_size()
+    # On rank 0: a is 1 (of weight 3) and 7 (1), b is 4. On rank r: a is 1 + r (of weight 3 - r) and 7 (1), z is 2.
+    weighed = sum((1.0 + r) * (3.0 - r) + 7.0 for r in range(ranks))
+    assert sums.means() == {"a": weighed / sum(3.0 - r + 1.0 for r in range(ranks)), "b": 4.0, "z": 2.0}
 
 
 def _sharded(module, config, device):

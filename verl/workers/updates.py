@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -128,6 +129,14 @@ def sum_over_ranks(values: Iterable[float]) -> list[float]:
     return tensor.tolist()
 
 
+def _names_on_any_rank(own: Iterable[str]) -> list[str]:
+    if not dist.is_initialized():
+        return sorted(own)
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, list(own))
+    return sorted(set().union(*everyones))
+
+
 class MetricSums:
     """Means of metrics over parts of different weight, over all ranks: the exact mean, however it was split.
 
@@ -146,11 +155,13 @@ class MetricSums:
             self._weights[name].append(weight)
 
     def means(self) -> dict[str, float]:
-        """The means over everything added on all ranks; collective, with the same metrics on every rank."""
-        names = sorted(self._values)
+        """The means over everything added on all ranks; collective. A metric that some ranks or parts do not have is
+        the mean over those that do."""
+        names = _names_on_any_rank(self._values)
         sums = []
         for name in names:
             weights = torch.tensor(self._weights[name], dtype=torch.float64)
-            sums.append((torch.stack(self._values[name]).double().cpu() @ weights).item())
+            values = torch.stack(self._values[name]).double().cpu() if len(weights) else torch.zeros(0).double()
+            sums.append((values @ weights).item())
         totals = sum_over_ranks([*sums, *(sum(self._weights[name]) for name in names)])
         return {name: totals[i] / totals[len(names) + i] for i, name in enumerate(names)}
