@@ -239,7 +239,8 @@ def test_metric_sums_weigh_parts_by_what_they_count():
 
 def test_schedules_follow_the_settings():
     config = settings("sft").actor_rollout_ref.actor.optim
-    for name, value in (("lr", 1.0), ("lr_scheduler_type", "cosine"), ("lr_warmup_steps_ratio", 0.2)):
+    changes = {"lr": 1.0, "lr_scheduler_type": "cosine", "lr_warmup_steps_ratio": 0.2, "total_training_steps": -1}
+    for name, value in changes.items():
         object.__setattr__(config, name, value)
     layer = torch.nn.Linear(1, 1)
     optimizer, schedule = build_optimizer(layer, config, total_steps=10)

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from verl.model_merger.merger import compare, merge
+from verl.model_merger.upload import prepare_upload, upload
 from verl.utils.console import printable
 from verl.utils.model import quiet_transformers
 
@@ -23,7 +24,10 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--is-value-model", action="store_true", help="insist that it is a critic")
         command.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
         command.add_argument("--tie-word-embedding", action="store_true", help="not needed: the config says so")
+        command.add_argument("--use_cpu_initialization", action="store_true", help="not needed: merging needs no GPU")
     merge_command.add_argument("--target_dir", default="tmp", help="folder to write (default: tmp)")
+    merge_command.add_argument("--hf_upload_path", metavar="USER/NAME", help="repository on the hub to send it to")
+    merge_command.add_argument("--private", action="store_true", help="make that repository private if it is new")
     test_command.add_argument("--test_hf_dir", required=True, help="Hugging Face folder to compare")
     return parser
 
@@ -36,10 +40,14 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_transformers()
     try:
         if options.command == "merge":
+            if options.hf_upload_path:
+                prepare_upload(options.hf_upload_path, options.private)
             target = merge(options.local_dir, options.target_dir, options.is_value_model, options.trust_remote_code)
             print(printable(f"wrote {target}"))
+            if options.hf_upload_path:
+                print(printable(f"uploaded to {upload(target, options.hf_upload_path)}"))
         else:
             count = compare(options.local_dir, options.test_hf_dir, options.is_value_model, options.trust_remote_code)
             print(f"{count} tensors are equal")
-    except (FileNotFoundError, ValueError) as error:
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -38,7 +38,7 @@ def build_optimizer(
         fused=next(module.parameters()).is_cuda,
     )
     _make_states(optimizer)
-    total = config.total_training_steps or total_steps
+    total = total_steps if config.total_training_steps in (None, -1) else config.total_training_steps
     warmup = config.lr_warmup_steps
     if warmup < 0:
         warmup = int(config.lr_warmup_steps_ratio * total)

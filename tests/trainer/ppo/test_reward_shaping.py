@@ -9,8 +9,8 @@ import torch
 
 from verl.protocol import DataProto
 from verl.trainer.config import compose_config
-from verl.trainer.ppo.core_algos import FixedKLController
-from verl.trainer.ppo.reward import reward_answers
+from verl.trainer.ppo.core_algos import AdaptiveKLController, FixedKLController
+from verl.trainer.ppo.reward import compute_advantage, on_last_token, reward_answers
 from verl.trainer.ppo.reward_shaping import flat_groups, settle_cut_answers, without_length
 
 EOS = 9
@@ -159,3 +159,24 @@ def test_the_task_reward_is_part_of_what_is_compared():
     metrics = reward_answers(data, weighted, FixedKLController(0.0), task, EOS)
     assert data.batch["token_level_scores"].sum(-1)[0].tolist() == [3.0, 7.0, 3.0]
     assert metrics["critic/task_reward/max"] == 4.0
+
+
+def test_the_kl_coefficient_rests_while_the_actor_is_frozen():
+    data = batch()
+    data.batch["old_log_probs"] = data.batch["ref_log_prob"] = torch.zeros(data.batch["responses"].shape)
+    controller = AdaptiveKLController(0.5, target_kl=0.1, horizon=100)
+    settings = algorithm(use_kl_in_reward=True)
+    reward_answers(data, settings, controller, None, EOS, kl_adapts=False)
+    assert controller.value == 0.5
+    reward_answers(data, settings, controller, None, EOS)
+    # A KL of 0 is an error of -1, limited to -.2; six answers of a horizon of 100.
+    assert controller.value == pytest.approx(0.5 * (1 - 0.2 * 6 / 100))
+
+
+def test_advantages_are_asked_for_with_the_established_arguments():
+    data = batch()
+    data.batch["token_level_rewards"] = on_last_token(data.batch["student_scores"], data.batch["response_mask"])
+    compute_advantage(data, "grpo", gamma=1.0, lam=1.0, num_repeat=3, norm_adv_by_std_in_grpo=False, config=algorithm())
+    assert advantages(data)[0] == pytest.approx([-8 / 3, 10 / 3, -2 / 3], abs=1e-6)  # around 11 / 3
+    with pytest.raises(ValueError, match="num_repeat=2, but there are 3 answers"):
+        compute_advantage(data, "grpo", num_repeat=2)

@@ -317,7 +317,7 @@ class RayPPOTrainer:
             with timed("ref"):
                 batch.union(self.actor_rollout.compute_ref_log_prob(answers))
         with timed("adv"):
-            metrics |= self._compute_advantages(batch)
+            metrics |= self._compute_advantages(batch, kl_adapts=trains)
         if trains:
             with timed("update_actor"):
                 # Left out where they are the update's own, to the last bit.
@@ -391,9 +391,9 @@ class RayPPOTrainer:
         metrics |= unbalance
         return batch
 
-    def _compute_advantages(self, batch: DataProto) -> dict[str, float]:
+    def _compute_advantages(self, batch: DataProto, kl_adapts: bool) -> dict[str, float]:
         task = None if self.task_reward is None else self.score_task(batch)
-        return reward_answers(batch, self.config.algorithm, self.kl_ctrl, task, self.tokenizer.eos_token_id)
+        return reward_answers(batch, self.config.algorithm, self.kl_ctrl, task, self.tokenizer.eos_token_id, kl_adapts)
 
     def score_task(self, batch: DataProto) -> torch.Tensor:
         """The user's reward of every answer, (B, N)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from verl.trainer.ppo.core_algos import (
     FixedKLController,
     ends_with_eos,
     get_adv_estimator_fn,
-    kl_penalty,
 )
+from verl.trainer.ppo.core_algos import kl_penalty as estimate_kl
 from verl.trainer.ppo.metric_utils import correlation, mean_max_min
 from verl.trainer.ppo.reward_shaping import flat_groups, settle_cut_answers, without_length
 from verl.utils.user_code import load_user_function
@@ -82,18 +83,23 @@ def get_custom_reward_fn(config: Config) -> TaskReward | None:
 
 
 def apply_kl_penalty(
-    data: DataProto, kl_ctrl: FixedKLController | AdaptiveKLController, kl_penalty_type: str = "kl"
+    data: DataProto,
+    kl_ctrl: FixedKLController | AdaptiveKLController,
+    kl_penalty: str = "kl",
+    adapts: bool = True,
 ) -> tuple[DataProto, dict[str, float]]:
     """Make `token_level_rewards` from `token_level_scores` less the controller's share of the KL to the reference.
 
-    The controller then adapts to the mean KL per token of this batch's answers. All tensors (B, N, T).
+    With `adapts` the controller then adapts to the mean KL per token of this batch's answers: not while the actor is
+    frozen, whose KL of 0 says nothing about the coefficient. All tensors (B, N, T).
     """
     mask = data.batch["response_mask"]
-    kl = kl_penalty(data.batch["old_log_probs"], data.batch["ref_log_prob"], kl_penalty_type) * mask
+    kl = estimate_kl(data.batch["old_log_probs"], data.batch["ref_log_prob"], kl_penalty) * mask
     coefficient = kl_ctrl.value
     data.batch["token_level_rewards"] = data.batch["token_level_scores"] - coefficient * kl
     current = (kl.sum(-1) / mask.sum(-1).clamp(min=1)).mean().item()
-    kl_ctrl.update(current_kl=current, n_steps=mask[..., 0].numel())
+    if adapts:
+        kl_ctrl.update(current_kl=current, n_steps=mask[..., 0].numel())
     return data, {"actor/reward_kl_penalty": current, "actor/reward_kl_penalty_coeff": coefficient}
 
 
@@ -103,6 +109,7 @@ def reward_answers(
     kl_ctrl: FixedKLController | AdaptiveKLController,
     task: torch.Tensor | None,
     eos_token_id: int,
+    kl_adapts: bool = True,
 ) -> dict[str, float]:
     """From `student_scores` (B, N) to `advantages` (B, N, T), in place; everything between is added as well.
 
@@ -128,10 +135,11 @@ def reward_answers(
     left_out = left_out | flat
     batch.batch["token_level_scores"] = on_last_token(rewards, mask)
     if algorithm.use_kl_in_reward:
-        metrics |= apply_kl_penalty(batch, kl_ctrl, algorithm.kl_penalty)[1]
+        metrics |= apply_kl_penalty(batch, kl_ctrl, algorithm.kl_penalty, kl_adapts)[1]
     else:
         batch.batch["token_level_rewards"] = batch.batch["token_level_scores"]
-    compute_advantage(batch, algorithm.adv_estimator, algorithm.norm_adv_by_std_in_grpo, left_out)
+    std = algorithm.norm_adv_by_std_in_grpo
+    compute_advantage(batch, algorithm.adv_estimator, norm_adv_by_std_in_grpo=std, left_out=left_out)
     compared = ~left_out
     if not compared.any():
         logger.warning(
@@ -154,21 +162,37 @@ def reward_answers(
 def compute_advantage(
     data: DataProto,
     adv_estimator: str,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    num_repeat: int | None = None,
     norm_adv_by_std_in_grpo: bool = True,
+    config: AlgorithmConfig | None = None,
     left_out: torch.Tensor | None = None,
 ) -> DataProto:
     """Add `advantages` and `returns` (B, N, T); the answers in one row are one group, those `left_out` (B, N) apart:
-    each of these is a group of its own, which has no advantage."""
+    each of these is a group of its own, which has no advantage.
+
+    gamma, lam, config: for an estimator of the user's that takes them.
+
+    Raises:
+        ValueError: `num_repeat` is given and is not N.
+    """
     rewards, mask = data.batch["token_level_rewards"], data.batch["response_mask"]
+    if num_repeat not in (None, rewards.shape[1]):
+        raise ValueError(f"num_repeat={num_repeat}, but there are {rewards.shape[1]} answers to each prompt")
+    estimate = get_adv_estimator_fn(adv_estimator)
+    asked = {"gamma": gamma, "lam": lam, "config": config}
+    asked = {name: value for name, value in asked.items() if name in signature(estimate).parameters}
     groups = np.repeat(np.arange(len(data)), rewards.shape[1])
     if left_out is not None:
         alone = left_out.flatten().numpy()
         groups[alone] = len(data) + np.arange(alone.sum())
-    advantages, returns = get_adv_estimator_fn(adv_estimator)(
+    advantages, returns = estimate(
         token_level_rewards=rewards.flatten(0, 1),
         response_mask=mask.flatten(0, 1),
         index=groups,
         norm_adv_by_std_in_grpo=norm_adv_by_std_in_grpo,
+        **asked,
     )
     data.batch["advantages"], data.batch["returns"] = advantages.view_as(rewards), returns.view_as(rewards)
     return data

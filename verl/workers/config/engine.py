@@ -44,6 +44,6 @@ class OptimizerConfig:
     lr_scheduler_type: Literal["constant", "cosine", "wsd"]
     lr_warmup_steps: AtLeastMinusOne
     lr_warmup_steps_ratio: Fraction
-    total_training_steps: Positive | None
+    total_training_steps: Positive | Literal[-1] | None
     min_lr_ratio: Fraction
     num_cycles: PositiveFloat
