@@ -77,7 +77,7 @@ def test_every_file_of_the_folder_arrives(hub, tmp_path):
 
 def test_a_hub_that_refuses_is_found_before_the_work(hub, tmp_path):
     hub.refuses = True
-    with pytest.raises(SystemExit, match=r"--hf_upload_path: expected to write to me/student .* hf auth login"):
+    with pytest.raises(SystemExit, match=r"--hf_upload_path: expected to write to me/student .*hf auth login"):
         main(["merge", "--backend", "fsdp", "--local_dir", str(tmp_path / "none"), "--hf_upload_path", "me/student"])
 
 
