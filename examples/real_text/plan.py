@@ -44,6 +44,7 @@ GAD = (
     "critic.optim.lr=5e-5",
     "critic.optim.lr_warmup_steps=5",
 )
+GOING_ON = ("actor_rollout_ref.actor.optim.lr=5e-6", "actor_rollout_ref.actor.optim.lr_scheduler_type=constant")
 SODA = ("stage=soda", "actor_rollout_ref.actor.optim.lr=5e-6", "actor_rollout_ref.actor.optim.lr_warmup_steps=10")
 BRADLEY_TERRY = ("critic.discriminator.loss=bradley_terry", "critic.discriminator.pooling=mean")
 LAST_TOKEN = ("critic.discriminator.loss=bradley_terry", "critic.discriminator.pooling=last_token")
@@ -128,7 +129,14 @@ def runs() -> Iterator[Run]:
     yield _gad("GAD-last-token-ranking", "critic.discriminator.pooling=last_token")
     yield _gad("GAD-last-token-warm", *LAST_TOKEN, *WARM)
     yield _gad("GAD-last-token-warm-fast", *LAST_TOKEN, *WARM, "actor_rollout_ref.actor.optim.lr=1e-5")
-    yield _gad("GAD-last-token-warm-anchor", *LAST_TOKEN, *WARM, "actor_rollout_ref.actor.sft_anchor_coef=0.3")
+    for name, coefficient in (("", 0.3), ("-1", 1), ("-3", 3)):
+        anchor = f"actor_rollout_ref.actor.sft_anchor_coef={coefficient}"
+        yield _gad(f"GAD-last-token-warm-anchor{name}", *LAST_TOKEN, *WARM, anchor)
+    anchored = (*LAST_TOKEN, *WARM, "actor_rollout_ref.actor.sft_anchor_coef=1")
+    yield _gad("GAD-last-token-warm-anchor-1-auto", *anchored, "trainer.critic_warmup=auto")
+    yield _gad("GAD-last-token-warm-anchor-1-slow", *anchored, "actor_rollout_ref.actor.optim.lr=2e-6")
+    # What the anchor does alone.
+    yield Run("SeqKD-and-on", "SeqKD", (*SEQKD, *GOING_ON), steps=GAD_STEPS, answer_every=100)
     yield _gad("GAD-anchor", "actor_rollout_ref.actor.sft_anchor_coef=0.1")
     yield _gad("GAD-anchor-1", "actor_rollout_ref.actor.sft_anchor_coef=1")
     yield _gad("GAD-no-std", "algorithm.norm_adv_by_std_in_grpo=False")
