@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_sharded, write_sharded
+from verl.utils.checkpoint.sharded import MODEL_FOLDER, check_chunks, read_layout, read_sharded, write_sharded
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # Optimizer settings that come from the configuration, not from the checkpoint.
@@ -57,6 +57,7 @@ class FSDPCheckpointManager:
         write_sharded(tensors, folder / "optim")
         if not dist.is_initialized() or dist.get_rank() == 0:
             self._write_small_files(folder, scalars)
+            _check_all_are_seen(folder)
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Restore everything from `folder`; collective over all ranks."""
@@ -104,3 +105,15 @@ class FSDPCheckpointManager:
             # As it is: saving through transformers would refuse settings that loading accepts.
             self.model.generation_config.to_json_file(folder / "huggingface" / "generation_config.json")
         self.tokenizer.save_pretrained(folder / "huggingface")
+
+
+def _check_all_are_seen(folder: Path) -> None:
+    """ValueError if what all ranks have just written is not whole here: nodes that each have a folder of their own."""
+    for shards in (folder / MODEL_FOLDER, folder / "optim"):
+        try:
+            check_chunks(shards, read_layout(shards))
+        except ValueError as error:
+            raise ValueError(
+                "what all ranks have just written is not whole in the first one's sight, so no checkpoint is made: "
+                f"trainer.default_local_dir has to be one folder that all nodes share ({error})"
+            ) from error
