@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
 from verl.utils.checkpoint.best_link import behind_best
+from verl.utils.checkpoint.hf_files import HuggingFaceFiles, is_dropout
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
 from verl.utils.checkpoint.whole import check_huggingface, check_part
 
@@ -87,6 +88,14 @@ def check_files(path: str | Path, contents: bool = True) -> None:
         check_part(source.shards.parent, contents)
 
 
+def hf_files(
+    path: str | Path, tokenizer_path: str | Path | None = None, trust_remote_code: bool = False
+) -> HuggingFaceFiles:
+    """The Hugging Face files of a model folder, with the tokenizer's of another one if that is given."""
+    tokenizer = find_model(tokenizer_path or path).huggingface
+    return HuggingFaceFiles.read(find_model(path).huggingface, tokenizer, trust_remote_code)
+
+
 def is_discriminator(path: str | Path) -> bool:
     """Whether the folder's model has a score head already."""
     config = json.loads((find_model(path).huggingface / "config.json").read_text())
@@ -130,7 +139,7 @@ def load_config(
         setattr(config, key, value)
     for key, value in config.to_dict().items():
         # Old log-probs, scores and the update must see one and the same function.
-        if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+        if is_dropout(key) and isinstance(value, float):
             setattr(config, key, 0.0)
     if kind == "score":
         config.num_labels = 1
