@@ -47,7 +47,7 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.validation import validate
 from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
 from verl.utils.dataset.sampler import EpochBatches
-from verl.utils.dump import write_jsonl
+from verl.utils.dump import dump_jsonl
 from verl.utils.rouge import mean_rouge_l
 from verl.utils.torch_functional import masked_mean
 from verl.utils.tracking import Tracking
@@ -514,6 +514,8 @@ class RayPPOTrainer:
             config=asdict(self.config),
             log_dir=trainer.default_local_dir,
             resumed=self.global_step > 0,
+            # A look at an earlier checkpoint makes no step again.
+            first_step=None if trainer.val_only else self.global_step,
             tensorboard_dir=trainer.default_tensorboard_dir,
         )
 
@@ -546,7 +548,7 @@ class RayPPOTrainer:
                 entry["scores"] = batch.batch["student_scores"][row].tolist()
                 entry["teacher_score"] = batch.batch["teacher_scores"][row].item()
             rows.append(entry)
-        write_jsonl(path, rows)
+        dump_jsonl(path, rows)
 
     def _progress(self) -> tqdm:
         warming_up = self.config.use_sft or self.config.frozen_actor_steps > 0
