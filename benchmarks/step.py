@@ -79,6 +79,9 @@ class NoCheckpoints:
     def save(self, step: int, only_as_best: bool = False) -> None:
         """Nothing."""
 
+    def write_checkpoint(self, step: int, only_as_best: bool = False) -> None:
+        """Nothing."""
+
 
 class BenchmarkTrainer(NoCheckpoints, InProcessTrainer):
     """The trainer in process."""

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from verl.utils.model import Kind, find_model, is_discriminator, load_model, load_tokenizer
+from verl.utils.checkpoint.hf_files import write_hf_files
+from verl.utils.model import Kind, find_model, hf_files, is_discriminator, load_model, load_tokenizer
 
 
 def _checkpoint_kind(local_dir: Path, is_value_model: bool) -> Kind:
@@ -45,10 +46,15 @@ def merge(
     if generation_config is not None:
         # Written as it is: saving it through transformers would refuse settings that loading accepts.
         model.generation_config = GenerationConfig()
+    # Shards have the names that transformers uses in memory, where experts lie together and others were renamed. Not
+    # knowing of a conversion when it read them, it is to save under the names that such models are published with.
+    model._weight_conversions = None
     model.save_pretrained(target_dir)
     if generation_config is not None:
-        generation_config.to_json_file(Path(target_dir) / "generation_config.json")
-    load_tokenizer(local_dir, trust_remote_code).save_pretrained(target_dir)
+        model.generation_config = generation_config
+    tokenizer = load_tokenizer(local_dir, trust_remote_code)
+    base = hf_files(local_dir, trust_remote_code=trust_remote_code)
+    write_hf_files(target_dir, model, tokenizer, model.dtype, base)
     return Path(target_dir)
 
 

@@ -45,7 +45,7 @@ from verl.tools.judge_two_sample import Ids, Judge, JudgeSettings, TwoSample, ma
 from verl.tools.score_data import Limits
 from verl.utils.console import printable
 from verl.utils.dataset.rl_dataset import check_tokenizer
-from verl.utils.model import is_discriminator, load_config, load_tokenizer, quiet_transformers
+from verl.utils.model import check_files, is_discriminator, load_config, load_tokenizer, quiet_transformers
 
 
 def run(options: argparse.Namespace) -> str:
@@ -129,6 +129,8 @@ def _judges_tokens(
             f"--judge_model: expected a language model, to which a fresh score head is given, got a discriminator in "
             f"{folder}, which knows students already; pass a base model or a checkpoint's actor folder"
         )
+    if options.judge_model:
+        check_files(options.judge_model)
     tokenizer = load_tokenizer(folder, options.trust_remote_code)
     check_tokenizer(tokenizer)
     limits = Limits(options.max_prompt_length, None, options.truncation)

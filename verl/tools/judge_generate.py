@@ -28,7 +28,14 @@ from verl.tools.score_data import Limits, PromptAndAnswer
 from verl.tools.score_model import to_rows
 from verl.utils.dataset.rl_dataset import check_tokenizer
 from verl.utils.dump import write_jsonl
-from verl.utils.model import is_discriminator, load_config, load_model, load_tokenizer, quiet_transformers
+from verl.utils.model import (
+    check_files,
+    is_discriminator,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+)
 from verl.workers.config import RolloutConfig, SamplingConfig
 from verl.workers.rollout import get_rollout_class
 
@@ -83,10 +90,12 @@ def prepare(name: str, path: Path, prompts: Sequence[Prompt], drawing: Drawing) 
     """Everything that can be wrong with a student's folder, found before anything is generated.
 
     Raises:
-        FileNotFoundError, ValueError: the folder holds no language model, or prompt and answer exceed its context.
+        FileNotFoundError, ValueError: the folder holds no language model or is not whole, or prompt and answer exceed
+            its context.
     """
     if is_discriminator(path):
         raise ValueError(f"--student {name}: expected a language model, got a discriminator in {path}; pass .../actor")
+    check_files(path)
     tokenizer = load_tokenizer(path, drawing.trust_remote_code)
     check_tokenizer(tokenizer)
     limits = Limits(drawing.max_prompt_length, None, drawing.truncation)

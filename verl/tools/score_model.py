@@ -17,7 +17,7 @@ from verl.models.heads import ScoreModel
 from verl.models.packing import AnswerRows
 from verl.tools.score_data import PromptAndAnswer
 from verl.trainer.ppo.discriminator_algos import POOLINGS, pool_scores, score_mask
-from verl.utils.model import find_model, is_discriminator, load_model
+from verl.utils.model import check_files, find_model, is_discriminator, load_model
 from verl.utils.seqlen_balancing import rearrange_micro_batches
 
 # Micro-batches are cut from so many sequences of like length at a time: the cost of balancing grows with the square.
@@ -44,7 +44,12 @@ class Scoring:
 
 
 def check_critic(path: str) -> None:
-    """ValueError unless the folder holds a model with a score head of one label; says what to pass."""
+    """Look at the folder before it is read.
+
+    Raises:
+        FileNotFoundError, ValueError: it holds no model with a score head of one label, or is not whole; says what to
+            pass.
+    """
     inside = Path(path).expanduser() / "critic"
     if inside.is_dir():
         raise ValueError(f"--critic: expected a critic's folder, got the whole checkpoint {path}; pass {inside}")
@@ -59,6 +64,7 @@ def check_critic(path: str) -> None:
         raise ValueError(
             f"--critic: expected a score head with one label, got {labels} in {path}; pass a discriminator"
         )
+    check_files(path)
 
 
 def scoring_of(config: PretrainedConfig, pooling: str | None, exclude_eos: bool | None) -> Scoring:

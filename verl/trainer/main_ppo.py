@@ -23,6 +23,7 @@ from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
 from verl.trainer.ppo.utils import Role, need_critic
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.model import quiet_transformers
+from verl.utils.tracking import check_loggers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class TaskRunner:
         data, trainer = config.data, config.trainer
         if config.custom_reward_function.path is not None:
             data = replace(data, return_raw_chat=True)
+        check_loggers(trainer.logger)
         check_engine(config)
         tokenizer = check_models(config)
         train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples)

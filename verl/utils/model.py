@@ -24,7 +24,9 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
 from verl.utils.checkpoint.best_link import behind_best
+from verl.utils.checkpoint.hf_files import HuggingFaceFiles, is_dropout
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
+from verl.utils.checkpoint.whole import check_huggingface, check_part
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +70,45 @@ def find_model(path: str | Path) -> ModelSource:
     )
 
 
+def check_files(path: str | Path, contents: bool = True) -> None:
+    """See that a model folder is whole before it is used.
+
+    Of a checkpoint's folder, shards are counted and everything that a model is read from is compared with its
+    checksums, once per process; `contents=False` leaves the contents out. Of a Hugging Face folder, the weights that it
+    names have to be there, and whole by their own account.
+
+    Raises:
+        FileNotFoundError, ValueError: names the file that is missing, damaged, not this checkpoint's or a Git LFS
+            pointer.
+    """
+    source = find_model(path)
+    if source.shards is None:
+        check_huggingface(source.huggingface)
+    else:
+        check_part(source.shards.parent, contents)
+
+
+def hf_files(
+    path: str | Path, tokenizer_path: str | Path | None = None, trust_remote_code: bool = False
+) -> HuggingFaceFiles:
+    """The Hugging Face files of a model folder, with the tokenizer's of another one if that is given."""
+    tokenizer = find_model(tokenizer_path or path).huggingface
+    return HuggingFaceFiles.read(find_model(path).huggingface, tokenizer, trust_remote_code)
+
+
 def is_discriminator(path: str | Path) -> bool:
     """Whether the folder's model has a score head already."""
     config = json.loads((find_model(path).huggingface / "config.json").read_text())
     return any(name.endswith("ForTokenClassification") for name in config.get("architectures") or [])
+
+
+def refuse_discriminator(path: str | Path) -> None:
+    """ValueError for a discriminator where a language model belongs, which may miss none of its weights."""
+    if is_discriminator(path):
+        raise ValueError(
+            f"{path} holds a discriminator, and a language model is wanted here: pass a checkpoint's actor folder, or "
+            "a Hugging Face folder of a language model"
+        )
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -102,7 +139,7 @@ def load_config(
         setattr(config, key, value)
     for key, value in config.to_dict().items():
         # Old log-probs, scores and the update must see one and the same function.
-        if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+        if is_dropout(key) and isinstance(value, float):
             setattr(config, key, 0.0)
     if kind == "score":
         config.num_labels = 1
@@ -122,8 +159,12 @@ def load_model(
     false.
 
     Raises:
-        ValueError: weights are missing (other than those of a fresh score head).
+        FileNotFoundError, ValueError: the folder is not whole (`check_files`), weights are missing (other than those of
+            a fresh score head), or a discriminator is to be a language model.
     """
+    check_files(path)
+    if kind == "policy":
+        refuse_discriminator(path)
     source = find_model(path)
     config = load_config(path, kind, override_config, trust_remote_code)
     auto = AUTO_CLASSES[kind]

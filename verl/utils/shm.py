@@ -17,6 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from verl.utils.checkpoint.checksums import CHECKSUMS, write_checksums
+from verl.utils.checkpoint.whole import FSDP_CONFIG, part_checksums
 from verl.utils.model import find_model
 from verl.workers.config import ModelConfig
 
@@ -63,8 +65,12 @@ def copy_to_shm(path: str | Path, root: Path = SHARED_MEMORY) -> Path:
 def _files(source: Path) -> list[Path]:
     """What loading the model reads, relative to `source`."""
     model = find_model(source)
-    folders = [model.huggingface] if model.shards is None else [model.huggingface, model.shards]
-    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+    if model.shards is None:
+        files = [file for file in sorted(model.huggingface.iterdir()) if file.is_file()]
+    else:
+        folders = (model.huggingface, model.shards)
+        files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+        files += [file for file in (source / FSDP_CONFIG,) if file.is_file()]
     if any(file.suffix == ".safetensors" for file in files):
         files = [file for file in files if file.suffix not in OTHER_WEIGHTS]
     return [file.relative_to(source) for file in files]
@@ -100,7 +106,7 @@ def _copy(source: Path, files: list[Path], target: Path) -> None:
     start = time.monotonic()
     partial = target.with_name(f"{target.name}.partial")
     for folder in {file.parent for file in files}:
-        (partial / folder).mkdir(parents=True)
+        (partial / folder).mkdir(parents=True, exist_ok=True)
     try:
         with ThreadPoolExecutor(max_workers=8) as pool:
             list(pool.map(lambda file: shutil.copyfile(source / file, partial / file), files))
@@ -108,6 +114,10 @@ def _copy(source: Path, files: list[Path], target: Path) -> None:
         # What is left here is taken from the machine's memory.
         shutil.rmtree(partial)
         raise
+    sums = part_checksums(source)
+    if sums is not None:
+        # An older checkpoint has them one folder up, where the copy would not find them.
+        write_checksums(partial / CHECKSUMS, sums)
     partial.rename(target)
     logger.info("copied %s in %.1f s", source, time.monotonic() - start)
 

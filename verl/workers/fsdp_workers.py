@@ -25,7 +25,7 @@ from verl.utils.flops import LIMITS, training_flops
 from verl.utils.fsdp_utils import build_sharded_model, full_parameters
 from verl.utils.memory import ModelShape, host_memory
 from verl.utils.memory_knobs import Phase
-from verl.utils.model import Kind, load_config, load_tokenizer, quiet_transformers
+from verl.utils.model import Kind, hf_files, load_config, load_tokenizer, quiet_transformers
 from verl.utils.offload import Offloader, build_offloader
 from verl.utils.out_of_memory import explain_out_of_memory
 from verl.workers.actor.dp_actor import DataParallelPPOActor
@@ -85,7 +85,12 @@ class FSDPWorker(Worker):
         self.shape = ModelShape.of(module.hf.config, kind, model.trust_remote_code)
         self.tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
         self.checkpoint = FSDPCheckpointManager(
-            module.hf, self.optimizer, self.lr_scheduler, self.tokenizer, compute_dtype=getattr(torch, fsdp.dtype)
+            module.hf,
+            self.optimizer,
+            self.lr_scheduler,
+            self.tokenizer,
+            compute_dtype=getattr(torch, fsdp.dtype),
+            base=hf_files(model.path, model.tokenizer_path, model.trust_remote_code),
         )
         self.offloader = build_offloader(module, self.optimizer, fsdp, self.device)
         self.offloader.rest()

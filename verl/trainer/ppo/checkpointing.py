@@ -14,11 +14,12 @@ from verl.trainer.config.schema import TrainerConfig
 from verl.trainer.ppo.best import BestState
 from verl.utils.checkpoint.best_link import behind_best, point_best
 from verl.utils.checkpoint.checkpoint_manager import (
-    commit_checkpoint,
     find_latest_ckpt_path,
     mark_only_as_best,
     prune_checkpoints,
+    publish_checkpoint,
     remove_former_bests,
+    seal_checkpoint,
     start_checkpoint,
     step_of,
     verify_checkpoint,
@@ -62,13 +63,12 @@ class Checkpoints:
         self.saved_step: int | None = None
 
     @contextmanager
-    def save(self, state: RunState, only_as_best: bool = False) -> Iterator[Path]:
-        """Write `global_step_N`; it exists under that name only once it is complete.
+    def write(self, state: RunState, only_as_best: bool = False) -> Iterator[Path]:
+        """Write the folder of `global_step_N`, all but its name, which `publish` gives it.
 
-        Then `best` becomes what the state says, and only then what it was may go. `only_as_best`: the checkpoint is not
-        one of those that are due anyway.
+        `only_as_best`: the checkpoint is not one of those that are due anyway.
 
-        Yields the folder to write other files of the run into, before it is completed.
+        Yields the folder to write other files of the run into, before it is sealed.
         """
         folder = start_checkpoint(self.root, state.global_step)
         for name, group in self.parts.items():
@@ -77,7 +77,14 @@ class Checkpoints:
         if only_as_best:
             mark_only_as_best(folder)
         yield folder
-        final = commit_checkpoint(folder)
+        seal_checkpoint(folder, tuple(self.parts))
+
+    def publish(self, state: RunState) -> None:
+        """Let what was written for this state exist as `global_step_N`.
+
+        Then `best` becomes what the state says, and only then what it was may go.
+        """
+        final = publish_checkpoint(self.root / f"global_step_{state.global_step}.tmp")
         self.saved_step = state.global_step
         if state.best is not None and state.best.step is not None:
             self.point_best(state.best.step)

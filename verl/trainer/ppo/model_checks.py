@@ -13,7 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from verl.trainer.config.schema import Config
 from verl.trainer.ppo.core_algos import get_discriminator_loss_fn
 from verl.utils.checkpoint.best_link import behind_best
-from verl.utils.model import is_discriminator, load_config, load_tokenizer
+from verl.utils.checkpoint.whole import refuse_pointers
+from verl.utils.model import (
+    check_files,
+    find_model,
+    is_discriminator,
+    load_config,
+    load_tokenizer,
+    refuse_discriminator,
+)
 from verl.utils.user_code import is_user_function, with_absolute_path
 from verl.workers.config import ModelConfig
 
@@ -43,6 +51,12 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def _load(model: ModelConfig, kind: str) -> PreTrainedTokenizerBase:
+    # The rank that reads the weights compares the contents of a copy in memory itself.
+    check_files(model.path, contents=not model.use_shm)
+    if kind == "policy":
+        refuse_discriminator(model.path)
+    if model.tokenizer_path is not None:
+        refuse_pointers(find_model(model.tokenizer_path).huggingface)
     load_config(model.path, kind, model.override_config, model.trust_remote_code)
     return load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
 
@@ -61,7 +75,8 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: a folder holds no model.
-        ValueError: the discriminator reads other tokens than the student writes, or GAD starts without a warmed-up one.
+        ValueError: a folder is not whole, the student's holds a discriminator, the discriminator reads other tokens
+            than the student writes, or GAD starts without a warmed-up one.
     """
     tokenizer = _load(config.actor_rollout_ref.model, "policy")
     if not config.use_critic:
@@ -79,6 +94,8 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
             f"{path} is a language model, and an untrained discriminator would reward noise: pass a warmed-up critic "
             "(critic.model.path, --reward_model), or let it learn first with trainer.critic_warmup=N steps or auto"
         )
+    if not is_discriminator(path):
+        logger.info("%s is a language model: the discriminator starts from it with a fresh score head", path)
     _warn_of_other_scoring(config)
     return tokenizer
 

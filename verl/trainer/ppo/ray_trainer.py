@@ -47,7 +47,7 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.validation import validate
 from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
 from verl.utils.dataset.sampler import EpochBatches
-from verl.utils.dump import write_jsonl
+from verl.utils.dump import dump_jsonl
 from verl.utils.rouge import mean_rouge_l
 from verl.utils.torch_functional import masked_mean
 from verl.utils.tracking import Tracking
@@ -223,12 +223,15 @@ class RayPPOTrainer:
                         return tracking.log(metrics, self.global_step)
                 with marked_timer("step", timing):
                     batch = self._training_step(batch, metrics, timing)
-                done = self.global_step + 1
+                done, written = self.global_step + 1, None
                 if done == self.total_steps or (config.save_freq > 0 and done % config.save_freq == 0):
                     with marked_timer("save_checkpoint", timing):
-                        self.save(done)
+                        written = self.write_checkpoint(done)
                 metrics |= self._step_metrics(batch, timing)
+                # First, because a run that goes on from the checkpoint does not make this step again.
                 tracking.log(metrics, self.global_step)
+                if written is not None:
+                    self.checkpoints.publish(written)
                 self._show(progress, metrics)
                 self.global_step = done
             if config.test_freq > 0 and self.val_dataset is not None:
@@ -481,6 +484,10 @@ class RayPPOTrainer:
 
     def save(self, step: int, only_as_best: bool = False) -> None:
         """Write `global_step_N` of the present weights, which `step` updates made; between steps or at a step's end."""
+        self.checkpoints.publish(self.write_checkpoint(step, only_as_best))
+
+    def write_checkpoint(self, step: int, only_as_best: bool = False) -> RunState:
+        """The same, all but its name; returns what to publish."""
         state = RunState(
             global_step=step,
             samples_seen=self.samples_seen + (step - self.global_step) * self.config.data.train_batch_size,
@@ -489,13 +496,14 @@ class RayPPOTrainer:
             d_acc=None if self.discriminator is None else self.discriminator.balance.accuracy,
             **self.head_start.state(),
         )
-        with self.checkpoints.save(state, only_as_best) as folder:
+        with self.checkpoints.write(state, only_as_best) as folder:
             if self.discriminator is not None:
                 self.discriminator.replay.save(folder / REPLAY_FILE)
             if self.held_out is not None:
                 self.held_out.save(folder / HELD_OUT_FILE)
             if self.rejected is not None:
                 self.rejected.save(folder / REJECTED_FILE)
+        return state
 
     def _open_tracking(self) -> Tracking:
         trainer = self.config.trainer
@@ -506,6 +514,8 @@ class RayPPOTrainer:
             config=asdict(self.config),
             log_dir=trainer.default_local_dir,
             resumed=self.global_step > 0,
+            # A look at an earlier checkpoint makes no step again.
+            first_step=None if trainer.val_only else self.global_step,
             tensorboard_dir=trainer.default_tensorboard_dir,
         )
 
@@ -538,7 +548,7 @@ class RayPPOTrainer:
                 entry["scores"] = batch.batch["student_scores"][row].tolist()
                 entry["teacher_score"] = batch.batch["teacher_scores"][row].item()
             rows.append(entry)
-        write_jsonl(path, rows)
+        dump_jsonl(path, rows)
 
     def _progress(self) -> tqdm:
         warming_up = self.config.use_sft or self.config.frozen_actor_steps > 0

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import compute_sft_loss
 from verl.trainer.ppo.metric_utils import compute_length_metrics, mean_max_min
-from verl.utils.dump import write_jsonl
+from verl.utils.dump import dump_jsonl
 from verl.utils.rouge import rouge_l
 from verl.utils.tracking import Sample, Tracking, ValidationGenerationsLogger
 from verl.workers.batch import GROUP_KEYS, PROMPT_KEYS, TEACHER_KEYS, teacher_response_mask
@@ -43,7 +43,7 @@ def validate(trainer: RayPPOTrainer, tracking: Tracking, seed: int) -> dict[str,
     if config.validation_data_dir is not None:
         path = Path(config.validation_data_dir) / f"{trainer.global_step}.jsonl"
         scores = _scores(answered)
-        write_jsonl(path, [sample._asdict() | score for sample, score in zip(samples, scores, strict=True)])
+        dump_jsonl(path, [sample._asdict() | score for sample, score in zip(samples, scores, strict=True)])
     return metrics
 
 

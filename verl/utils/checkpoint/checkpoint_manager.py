@@ -8,16 +8,15 @@ A checkpoint may be there only for being the best (`ONLY_AS_BEST` in it): it goe
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from verl.utils.checkpoint.best_link import behind_best, best_step
+from verl.utils.checkpoint.checksums import CHECKSUMS, checksums_of, read_checksums, sync_to_disk, write_checksums
 
-CHECKSUMS = "checksums.json"
 ONLY_AS_BEST = "only_as_best.txt"
 # What a run with a discriminator keeps beside the models; of no use without it.
 REPLAY_FILE, HELD_OUT_FILE = "replay.safetensors", "held_out.safetensors"
@@ -58,14 +57,6 @@ def step_of(folder: str | Path) -> int:
     return int(match[1])
 
 
-def _checksum(file: Path) -> int:
-    value = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return value
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (CHECKSUMS, ONLY_AS_BEST))
 
@@ -78,22 +69,42 @@ def start_checkpoint(root: str | Path, step: int) -> Path:
     return folder
 
 
-def commit_checkpoint(temporary: Path) -> Path:
-    """Checksum what was written, give the folder its name, and make it the newest checkpoint."""
-    sums = {str(file.relative_to(temporary)): _checksum(file) for file in _files(temporary)}
-    (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+def seal_checkpoint(temporary: Path, parts: Sequence[str] = ()) -> None:
+    """Checksum what was written and have the disk take it. Each of `parts` (`actor`, `critic`) gets its own checksums
+    beside the whole folder's, so that it can be checked where it was copied alone."""
+    names = [str(file.relative_to(temporary)) for file in _files(temporary)]
+    sums = checksums_of(temporary, names, sync=True, shown=False)
+    for part in parts:
+        own = {name.removeprefix(f"{part}/"): value for name, value in sums.items() if name.startswith(f"{part}/")}
+        write_checksums(temporary / part / CHECKSUMS, own)
+    write_checksums(temporary / CHECKSUMS, sums)
+    for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+        sync_to_disk(folder)
+
+
+def publish_checkpoint(temporary: Path) -> Path:
+    """Give a sealed folder its name, and make it the newest checkpoint."""
     final = temporary.with_suffix("")
     replaced = temporary.with_suffix(".old")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
+    sync_to_disk(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     tracker = Path(get_checkpoint_tracker_filename(final.parent))
     replacement = tracker.with_suffix(".tmp")
     replacement.write_text(str(step_of(final)))
+    sync_to_disk(replacement)
     os.replace(replacement, tracker)
+    sync_to_disk(tracker.parent)
     return final
+
+
+def commit_checkpoint(temporary: Path) -> Path:
+    """Seal what was written and publish it."""
+    seal_checkpoint(temporary)
+    return publish_checkpoint(temporary)
 
 
 def verify_checkpoint(folder: str | Path) -> None:
@@ -103,18 +114,34 @@ def verify_checkpoint(folder: str | Path) -> None:
         ValueError: names the files that are missing or damaged.
     """
     folder = Path(folder)
-    expected = json.loads((folder / CHECKSUMS).read_text())
+    if not (folder / CHECKSUMS).is_file():
+        raise FileNotFoundError(
+            f"{folder / CHECKSUMS} is missing, and nothing else tells whether the checkpoint is whole: copy it again, "
+            "or resume from another one with trainer.resume_mode=resume_path trainer.resume_from_path=..."
+        )
+    expected = read_checksums(folder / CHECKSUMS)
     # A whole part may have been pruned; whoever needs it will say that it is missing.
     pruned = {name for part, files in PARTS.items() if not (folder / part).exists() for name in (part, *files)}
     present = {name: value for name, value in expected.items() if Path(name).parts[0] not in pruned}
-    damaged = [
-        name for name, value in present.items() if not (folder / name).is_file() or _checksum(folder / name) != value
-    ]
+    there = [name for name in present if (folder / name).is_file()]
+    found = checksums_of(folder, there)
+    damaged = [name for name, value in present.items() if found.get(name) != value]
     if damaged:
         raise ValueError(
             f"checkpoint {folder} is damaged: {', '.join(damaged)} missing or changed since it was written; "
             "resume from an older one with trainer.resume_mode=resume_path trainer.resume_from_path=..."
         )
+    foreign = [name for part in PARTS for name in _shards(folder, part) if name not in expected]
+    if foreign:
+        raise ValueError(
+            f"checkpoint {folder} holds shards that it was written without, and would read them: remove "
+            f"{', '.join(foreign)}"
+        )
+
+
+def _shards(folder: Path, part: str) -> list[str]:
+    """Every file that is read as a shard of a part, by its name in the checkpoint."""
+    return sorted(str(file.relative_to(folder)) for file in (folder / part).rglob("*.safetensors"))
 
 
 def mark_only_as_best(folder: str | Path) -> None:

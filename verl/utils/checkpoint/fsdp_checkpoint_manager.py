@@ -25,7 +25,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_sharded, write_sharded
+from verl.utils.checkpoint.hf_files import HuggingFaceFiles, write_hf_files
+from verl.utils.checkpoint.sharded import MODEL_FOLDER, check_chunks, read_layout, read_sharded, write_sharded
+from verl.utils.checkpoint.whole import FSDP_CONFIG, HUGGINGFACE
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # Optimizer settings that come from the configuration, not from the checkpoint.
@@ -33,7 +35,10 @@ CONFIGURED = ("initial_lr", "weight_decay", "betas", "eps")
 
 
 class FSDPCheckpointManager:
-    """Saves and loads one FSDP2-wrapped Hugging Face model with its optimizer."""
+    """Saves and loads one FSDP2-wrapped Hugging Face model with its optimizer.
+
+    `base` are the files of the folder that the model came from, read then: it may be gone when a checkpoint is written.
+    """
 
     def __init__(
         self,
@@ -42,12 +47,14 @@ class FSDPCheckpointManager:
         lr_scheduler: LRScheduler,
         tokenizer: PreTrainedTokenizerBase,
         compute_dtype: torch.dtype,
+        base: HuggingFaceFiles | None = None,
     ):
         self.model = model
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.tokenizer = tokenizer
         self.compute_dtype = compute_dtype
+        self.base = base
 
     def save_checkpoint(self, folder: str | Path) -> None:
         """Write everything into `folder`; collective over all ranks."""
@@ -57,6 +64,7 @@ class FSDPCheckpointManager:
         write_sharded(tensors, folder / "optim")
         if not dist.is_initialized() or dist.get_rank() == 0:
             self._write_small_files(folder, scalars)
+            _check_all_are_seen(folder)
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Restore everything from `folder`; collective over all ranks."""
@@ -96,11 +104,17 @@ class FSDPCheckpointManager:
         (folder / "extra_state.json").write_text(json.dumps(extra, indent=1))
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         how = {"FSDP_version": 2, "world_size": world_size, "dtype": str(self.compute_dtype).removeprefix("torch.")}
-        (folder / "fsdp_config.json").write_text(json.dumps(how, indent=1))
-        # A discriminator that began as a language model still carries that class's name.
-        self.model.config.architectures = [type(self.model).__name__]
-        self.model.config.save_pretrained(folder / "huggingface")
-        if getattr(self.model, "generation_config", None) is not None:
-            # As it is: saving through transformers would refuse settings that loading accepts.
-            self.model.generation_config.to_json_file(folder / "huggingface" / "generation_config.json")
-        self.tokenizer.save_pretrained(folder / "huggingface")
+        (folder / FSDP_CONFIG).write_text(json.dumps(how, indent=1))
+        write_hf_files(folder / HUGGINGFACE, self.model, self.tokenizer, self.compute_dtype, self.base)
+
+
+def _check_all_are_seen(folder: Path) -> None:
+    """ValueError if what all ranks have just written is not whole here: nodes that each have a folder of their own."""
+    for shards in (folder / MODEL_FOLDER, folder / "optim"):
+        try:
+            check_chunks(shards, read_layout(shards))
+        except ValueError as error:
+            raise ValueError(
+                "what all ranks have just written is not whole in the first one's sight, so no checkpoint is made: "
+                f"trainer.default_local_dir has to be one folder that all nodes share ({error})"
+            ) from error
