@@ -84,7 +84,7 @@ class AnsweringTrainer(InProcessTrainer):
 
     def _table(self, batch: DataProto) -> pd.DataFrame:
         responses, mask = batch.batch["responses"], batch.batch["response_mask"]
-        ended = ends_with_eos(responses, mask, self.tokenizer.eos_token_id).flatten()
+        ended = ends_with_eos(responses, mask, self.eos_token_ids).flatten()
         repeated = np.repeat(np.arange(len(responses)), ANSWERS)
         columns: dict[str, Any] = {
             "content": [batch.non_tensor_batch["raw_prompt"][row][-1]["content"] for row in repeated],

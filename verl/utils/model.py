@@ -87,6 +87,27 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     return tokenizer
 
 
+def all_eos_token_ids(tokenizer: PreTrainedTokenizerBase, model: str | Path | PretrainedConfig) -> tuple[int, ...]:
+    """Every token that ends an answer: the tokenizer's EOS first, which is the one that teachers' answers are closed
+    with, then the others of the model.
+
+    Whatever asks whether an answer ended (engines, scores, rewards, metrics, the judge) asks with these ids.
+
+    Args:
+        model: a folder, of which generation_config.json counts, or config.json where that names none, as in
+            transformers' own generation; or a config without a folder.
+    """
+    if isinstance(model, PretrainedConfig):
+        own = getattr(model.get_text_config(), "eos_token_id", None)
+    else:
+        folder = find_model(model).huggingface
+        files = [folder / "generation_config.json", folder / "config.json"]
+        named = [json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") for file in files if file.is_file()]
+        own = next((ids for ids in named if ids is not None), None)
+    others = [] if own is None else own if isinstance(own, list) else [own]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *others]))
+
+
 def load_config(
     path: str | Path, kind: Kind, override_config: Mapping[str, Any] | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
