@@ -46,7 +46,7 @@ class AnsweringTrainer(InProcessTrainer):
         """Train and answer."""
         self.training_seconds = 0.0
         data = replace(self.config.data, truncation="left", filter_overlong_prompts=False)
-        self.judge_rows = RLHFDataset(self.judge_file, self.tokenizer, data)
+        self.judge_rows = RLHFDataset(self.judge_file, self.tokenizer, data, eos_token_ids=self.eos_token_ids)
         if self.trains:
             super().fit()
         self._answer()

@@ -26,7 +26,7 @@ from verl.protocol import DataProto
 from verl.tools.judge_answers import Answer, Answers, Prompt, prompt_ids
 from verl.tools.score_data import Limits, PromptAndAnswer
 from verl.tools.score_model import to_rows
-from verl.utils.dataset.rl_dataset import check_tokenizer
+from verl.utils.dataset.tokenizer_checks import check_tokenizer
 from verl.utils.dump import write_jsonl
 from verl.utils.model import (
     all_eos_token_ids,

@@ -29,6 +29,7 @@ from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
 logger = logging.getLogger(__name__)
 
 Kind = Literal["policy", "score"]
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 AUTO_CLASSES: dict[Kind, type] = {"policy": AutoModelForCausalLM, "score": AutoModelForTokenClassification}
 
 
@@ -75,11 +76,15 @@ def is_discriminator(path: str | Path) -> bool:
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; ValueError if it has no EOS token, without which no answer ends.
+    """The tokenizer of a model folder, or of one that has a tokenizer alone; ValueError if it has no EOS token, without
+    which no answer ends.
 
     A missing pad token becomes the EOS token: masks never look at it.
     """
-    tokenizer = AutoTokenizer.from_pretrained(find_model(path).huggingface, trust_remote_code=trust_remote_code)
+    folder = behind_best(Path(path).expanduser())
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        folder = find_model(path).huggingface
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {path} has no eos_token: answers could not end; set one")
     if tokenizer.pad_token_id is None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from verl.trainer.config.schema import Config
 from verl.trainer.ppo.core_algos import get_discriminator_loss_fn
 from verl.utils.checkpoint.best_link import behind_best
+from verl.utils.dataset.tokenizer_checks import check_ids
 from verl.utils.model import is_discriminator, load_config, load_tokenizer
 from verl.utils.user_code import is_user_function, with_absolute_path
 from verl.workers.config import ModelConfig
@@ -44,7 +45,9 @@ def with_absolute_paths(config: Config) -> Config:
 
 def _load(model: ModelConfig, kind: str) -> PreTrainedTokenizerBase:
     load_config(model.path, kind, model.override_config, model.trust_remote_code)
-    return load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
+    tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
+    check_ids(tokenizer)
+    return tokenizer
 
 
 def check_engine(config: Config) -> None:
@@ -61,7 +64,8 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: a folder holds no model.
-        ValueError: the discriminator reads other tokens than the student writes, or GAD starts without a warmed-up one.
+        ValueError: a tokenizer makes other ids than its tokenizer.json, the discriminator reads other tokens than the
+            student writes, or GAD starts without a warmed-up one.
     """
     tokenizer = _load(config.actor_rollout_ref.model, "policy")
     if not config.use_critic:
