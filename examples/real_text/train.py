@@ -46,7 +46,7 @@ class AnsweringTrainer(InProcessTrainer):
         """Train and answer."""
         self.training_seconds = 0.0
         data = replace(self.config.data, truncation="left", filter_overlong_prompts=False)
-        self.judge_rows = RLHFDataset(self.judge_file, self.tokenizer, data)
+        self.judge_rows = RLHFDataset(self.judge_file, self.tokenizer, data, eos_token_ids=self.eos_token_ids)
         if self.trains:
             super().fit()
         self._answer()
@@ -84,7 +84,7 @@ class AnsweringTrainer(InProcessTrainer):
 
     def _table(self, batch: DataProto) -> pd.DataFrame:
         responses, mask = batch.batch["responses"], batch.batch["response_mask"]
-        ended = ends_with_eos(responses, mask, self.tokenizer.eos_token_id).flatten()
+        ended = ends_with_eos(responses, mask, self.eos_token_ids).flatten()
         repeated = np.repeat(np.arange(len(responses)), ANSWERS)
         columns: dict[str, Any] = {
             "content": [batch.non_tensor_batch["raw_prompt"][row][-1]["content"] for row in repeated],

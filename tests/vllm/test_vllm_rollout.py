@@ -79,6 +79,16 @@ def test_greedy_answers_equal_token_by_token_argmax(engine, model, pad_is_eos, m
     assert answered.batch["rollout_log_probs"].eq(0).all() and answered.batch["rollout_log_probs_mask"].eq(0).all()
 
 
+def test_an_answer_ends_at_any_eos(engine, model, monkeypatch):
+    data = prompts(LENGTHS)
+    whole = greedy_answers(model, data)
+    other = max(whole, key=len)[2]
+    monkeypatch.setattr(engine, "eos_token_ids", [EOS, other])
+    expected = [answer[: answer.index(other) + 1] if other in answer else answer for answer in whole]
+    assert expected != whole
+    assert real_tokens(engine.generate(data, GREEDY, seed=0)) == expected
+
+
 def test_answers_follow_the_weights_pushed_last(engine, tied):
     data, other = prompts(LENGTHS), tiny_model(seed=1, tied=tied)
     before = real_tokens(engine.generate(data, GREEDY, seed=0))

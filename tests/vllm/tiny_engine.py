@@ -16,13 +16,13 @@ from verl.workers.rollout import BaseRollout, get_rollout_class
 
 EOS, PROMPT, LIMIT, TEMPERATURE = 1, 200, 8, 0.7
 GREEDY = SamplingConfig(n=1, do_sample=False, temperature=0.0, top_p=1.0, top_k=-1)
-# vLLM's attention kernels want heads of at least 32 numbers. To the model's own config every token ends an answer.
+# vLLM's attention kernels want heads of at least 32 numbers.
 CONFIG = SIZES | {
     "hidden_size": 64,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "pad_token_id": 0,
-    "eos_token_id": list(range(EOS, VOCAB)),
+    "eos_token_id": EOS,
 }
 
 

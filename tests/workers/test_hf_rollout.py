@@ -29,13 +29,13 @@ def prompts(lengths=(3, 6, 1)) -> DataProto:
     return DataProto.from_dict({"input_ids": ids * mask, "attention_mask": mask})
 
 
-def engine(model=None, pad_is_eos: bool = False, **changes) -> HFRollout:
+def engine(model=None, pad_is_eos: bool = False, eos_token_ids=None, **changes) -> HFRollout:
     tokenizer = byte_tokenizer()
     if pad_is_eos:
         tokenizer.pad_token = tokenizer.eos_token
     model = model or causal_lm()
     config = dataclasses.replace(settings("gspo").actor_rollout_ref.rollout, **changes)
-    rollout = HFRollout(model.config, tokenizer, config, "cpu")
+    rollout = HFRollout(model.config, tokenizer, config, "cpu", eos_token_ids=eos_token_ids)
     rollout.push_weights(model.named_parameters())
     return rollout
 
@@ -70,6 +70,24 @@ def test_greedy_answers_equal_token_by_token_argmax(pad_is_eos):
         assert answered.batch["responses"][row, 0][mask.bool()].tolist() == expected
         lengths.add(len(expected))
     assert len(lengths) > 1, "rows must stop at different places for this to prove anything"
+
+
+@pytest.mark.parametrize("from_config", [True, False])
+def test_an_answer_ends_at_any_eos(from_config):
+    """An answer ends at the tokenizer's EOS and at another of the model's, whichever comes first."""
+    model, data = model_that_ends().eval(), prompts((3, 6, 1, 9, 2, 5))
+    plain = engine(model).generate(data, GREEDY, seed=0).batch
+    rows = zip(plain["responses"][:, 0], plain["response_mask"][:, 0].bool(), strict=True)
+    whole = [ids[mask].tolist() for ids, mask in rows]
+    other = max(whole, key=len)[2]
+    expected = [answer[: answer.index(other) + 1] if other in answer else answer for answer in whole]
+    assert {answer[-1] for answer in expected} >= {EOS, other} and expected != whole
+    model.config.eos_token_id = [other] if from_config else EOS
+    rollout = engine(model, eos_token_ids=None if from_config else (EOS, other))
+    answered = rollout.generate(data, GREEDY, seed=0).batch
+    for row, ids in enumerate(expected):
+        assert answered["response_mask"][row, 0].tolist() == [1] * len(ids) + [0] * (LIMIT - len(ids))
+        assert answered["responses"][row, 0].tolist() == ids + [0] * (LIMIT - len(ids))
 
 
 def test_reported_log_probs_are_the_policys_at_the_sampling_temperature():

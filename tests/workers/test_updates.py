@@ -309,6 +309,28 @@ def test_tokens_of_a_group_with_eos():
     assert GroupRows.of(batch(), EOS, exclude_eos=False).lengths(True) == [20, 22, 17, 18]
 
 
+def test_how_an_answer_is_closed_tells_the_discriminator_nothing():
+    """A student that wrote what the teacher did and closed it with another EOS has the teacher's score, to the last
+    bit; and all scores are those of a batch in which every answer is closed with the tokenizer's."""
+    other = 77
+    config = settings("ranking", overrides=["critic.discriminator.pooling=last_token"]).critic
+    critic = DataParallelPPOCritic(config, ScoreModel(scorer()), None, (EOS, other))
+    data, plain = batch(), batch()
+    for tensors in (data.batch, plain.batch):
+        # The teacher's second answer has all 8 tokens.
+        tensors["responses"][1, 0] = tensors["teacher_response"][1]
+        tensors["response_mask"][1, 0] = 1
+    data.batch["responses"][0, 0, -1] = data.batch["responses"][1, 0, -1] = other
+    scores = critic.compute_scores(data)
+    assert scores["student_scores"][1, 0] == scores["teacher_scores"][1, 0]
+    for name, expected in critic.compute_scores(plain).items():
+        assert torch.equal(scores[name], expected), name
+    assert torch.equal(critic.compute_values(data), critic.compute_values(plain))
+    # To one that knows of no other EOS it is a word.
+    blind = DataParallelPPOCritic(config, ScoreModel(scorer()), None, EOS).compute_scores(data)
+    assert not torch.allclose(blind["student_scores"][:2, 0], scores["student_scores"][:2, 0], atol=1e-3)
+
+
 @pytest.mark.parametrize("loss", ["gspo-anchor", "ppo-anchor-first-look"])
 def test_an_anchored_update_has_the_sum_of_two_gradients(loss):
     """The policy loss's, at the sampling temperature, and ANCHOR times that of the teacher's cross-entropy at 1."""

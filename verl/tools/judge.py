@@ -44,8 +44,16 @@ from verl.tools.judge_report import Verdict, plot, render, to_json, write_json
 from verl.tools.judge_two_sample import Ids, Judge, JudgeSettings, TwoSample, make_pairs, training_updates, two_sample
 from verl.tools.score_data import Limits
 from verl.utils.console import printable
-from verl.utils.dataset.rl_dataset import check_tokenizer
-from verl.utils.model import check_files, is_discriminator, load_config, load_tokenizer, quiet_transformers
+from verl.utils.dataset.texts import eos_texts
+from verl.utils.dataset.tokenizer_checks import check_tokenizer
+from verl.utils.model import (
+    all_eos_token_ids,
+    check_files,
+    is_discriminator,
+    load_config,
+    load_tokenizer,
+    quiet_transformers,
+)
 
 
 def run(options: argparse.Namespace) -> str:
@@ -62,17 +70,17 @@ def run(options: argparse.Namespace) -> str:
     prompts = prompts[: options.max_prompts]
     _check_folds(options, prompts)
     refuse_trained(prompts, options.train_files, options.prompt_key)
-    tokenizer, prompt_tokens = _judges_tokens(options, prompts, sources)
+    tokenizer, ends, prompt_tokens = _judges_tokens(options, prompts, sources)
 
     answers = {s.name: read_answers(s, prompts, options.prompt_key) for s in sources if not s.generates}
     answers[TEACHER] = [[Answer(prompt.teacher)] for prompt in prompts]
-    ids = {name: answer_ids(texts, tokenizer, options.max_response_length) for name, texts in answers.items()}
+    ids = {name: answer_ids(texts, tokenizer, options.max_response_length, ends) for name, texts in answers.items()}
     drawing = _drawing(options)
     jobs = [prepare(s.name, s.path, prompts, drawing) for s in sources if s.generates]
     _check_context(options, prompt_tokens, ids, jobs)
 
     for name, texts in _generated(options.out, jobs, drawing, prompts).items():
-        answers[name], ids[name] = texts, answer_ids(texts, tokenizer, options.max_response_length)
+        answers[name], ids[name] = texts, answer_ids(texts, tokenizer, options.max_response_length, ends)
     numbers = _numbers(answers, ids, prompts, tokenizer.eos_token_id)
     judged = [source.name for source in sources if source.name != options.against]
     tests = _two_samples(options, judged, prompt_tokens, ids, tokenizer) if options.judge_model else {}
@@ -115,8 +123,8 @@ def _check_folds(options: argparse.Namespace, prompts: Sequence[Prompt]) -> None
 
 def _judges_tokens(
     options: argparse.Namespace, prompts: Sequence[Prompt], sources: Sequence[Source]
-) -> tuple[PreTrainedTokenizerBase, list[tuple[int, ...]]]:
-    """What lengths are counted with, and the prompts in its tokens."""
+) -> tuple[PreTrainedTokenizerBase, tuple[str, ...], list[tuple[int, ...]]]:
+    """What lengths are counted with, what an answer ends in as text, and the prompts in its tokens."""
     folders = [options.judge_model, options.tokenizer, *(str(s.path) for s in sources if s.generates)]
     folder = next((folder for folder in folders if folder), None)
     if folder is None:
@@ -134,7 +142,8 @@ def _judges_tokens(
     tokenizer = load_tokenizer(folder, options.trust_remote_code)
     check_tokenizer(tokenizer)
     limits = Limits(options.max_prompt_length, None, options.truncation)
-    return tokenizer, prompt_ids(prompts, tokenizer, limits, options.apply_chat_template_kwargs)
+    ends = eos_texts(tokenizer, all_eos_token_ids(tokenizer, folder))
+    return tokenizer, ends, prompt_ids(prompts, tokenizer, limits, options.apply_chat_template_kwargs)
 
 
 def _drawing(options: argparse.Namespace) -> Drawing:

@@ -14,17 +14,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from verl.tools.score_data import ANSWER_KEYS, Limits, fit_prompt
-from verl.utils.dataset.rl_dataset import (
-    SHOWN_BAD_ROWS,
-    Messages,
-    Row,
-    fault_of_answer,
-    fault_of_messages,
-    find_files,
-    read_rows,
-    tokenize_answers,
-    tokenize_prompts,
-)
+from verl.utils.dataset.faults import TemplateCheck, fault_of_answer, fault_of_messages, fault_of_text
+from verl.utils.dataset.rl_dataset import find_files, read_rows
+from verl.utils.dataset.rows import SHOWN_BAD_ROWS, Row
+from verl.utils.dataset.texts import Messages, tokenize_answers, tokenize_prompts
 
 SUFFIXES = (".parquet", ".jsonl")
 TEACHER = "teacher"
@@ -212,6 +205,9 @@ def _row_answers(row: Row, column: str, flag: str) -> list[Answer]:
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{place}: expected a text or texts in {column!r}, got {texts!r:.60}")
+    fault = next(filter(None, (fault_of_text(text, f"an answer in {column!r}") for text in texts)), None)
+    if fault:
+        raise ValueError(f"{place}: {fault}")
     cut = row.record.get("cut")
     if cut is None:
         reasons = row.record.get("finish_reason")
@@ -231,18 +227,30 @@ def prompt_ids(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limits: Limits, template_kwargs: dict[str, Any]
 ) -> list[tuple[int, ...]]:
     """Token ids of each prompt up to where the answer begins, cut or refused as `limits` say."""
+    template = TemplateCheck(tokenizer, template_kwargs)
+    faults = [(prompt.place, template.fault(prompt.messages, prompt.teacher)) for prompt in prompts]
+    faults = [f"  {place}: {fault}" for place, fault in faults if fault]
+    _refuse(
+        faults,
+        f"{len(faults)} of {len(prompts)} prompts cannot be put to the model in {tokenizer.name_or_path} (rows of a "
+        "file are counted from 0):",
+        "Correct or leave out these rows",
+    )
     conversations = [prompt.messages for prompt in prompts]
     whole = tokenize_prompts(tokenizer, template_kwargs, conversations)
     return [fit_prompt(ids, limits, prompt.place) for ids, prompt in zip(whole, prompts, strict=True)]
 
 
-def answer_ids(answers: Answers, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[list[tuple[int, ...]]]:
-    """Token ids of each answer with EOS behind one that ended; beyond `limit` tokens they lose their end and EOS.
+def answer_ids(
+    answers: Answers, tokenizer: PreTrainedTokenizerBase, limit: int | None, ends: Sequence[str] | None = None
+) -> list[list[tuple[int, ...]]]:
+    """Token ids of each answer with EOS behind one that ended, once also where its text ends in one of `ends`
+    (`eos_texts`; None: the tokenizer's EOS); beyond `limit` tokens they lose their end and EOS.
 
     An empty answer is nothing but EOS.
     """
     texts: Iterable[str] = [answer.text for row in answers for answer in row]
-    tokens = iter(tokenize_answers(tokenizer, list(texts)))
+    tokens = iter(tokenize_answers(tokenizer, list(texts), ends))
 
     def ids_of(answer: Answer) -> tuple[int, ...]:
         ids = tuple(next(tokens))

@@ -26,9 +26,10 @@ from verl.protocol import DataProto
 from verl.tools.judge_answers import Answer, Answers, Prompt, prompt_ids
 from verl.tools.score_data import Limits, PromptAndAnswer
 from verl.tools.score_model import to_rows
-from verl.utils.dataset.rl_dataset import check_tokenizer
+from verl.utils.dataset.tokenizer_checks import check_tokenizer
 from verl.utils.dump import write_jsonl
 from verl.utils.model import (
+    all_eos_token_ids,
     check_files,
     is_discriminator,
     load_config,
@@ -174,7 +175,7 @@ def generate(folder: Path, jobs: Sequence[Job], drawing: Drawing, prompts: Seque
         entries = load_config(job.path, "policy", trust_remote_code=drawing.trust_remote_code).to_dict()
         entries.pop("_name_or_path", None)
         tokenizer = load_tokenizer(job.path, drawing.trust_remote_code)
-        entries["answers end with"] = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+        entries["answers end with"] = (all_eos_token_ids(tokenizer, job.path), tokenizer.pad_token_id)
         groups.setdefault(json.dumps(entries, sort_keys=True, default=str), []).append(job)
     for group in groups.values():
         if drawing.engine == "hf":
@@ -213,17 +214,18 @@ def _generate_group(folder: Path, jobs: Sequence[Job], drawing: Drawing, prompts
     config = load_config(first, "policy", trust_remote_code=drawing.trust_remote_code)
     tokenizer = load_tokenizer(first, drawing.trust_remote_code)
     longest = max(len(ids) for job in jobs for ids in job.prompts)
+    ends = all_eos_token_ids(tokenizer, first)
     rollout = get_rollout_class(drawing.engine)(
-        config, tokenizer, _rollout_config(drawing, longest), drawing.device, drawing.trust_remote_code
+        config, tokenizer, _rollout_config(drawing, longest), drawing.device, drawing.trust_remote_code, ends
     )
     for job in jobs:
         model = load_model(job.path, "policy", trust_remote_code=drawing.trust_remote_code)
         rollout.push_weights(model.requires_grad_(False).named_parameters())
         own = load_tokenizer(job.path, drawing.trust_remote_code)
-        keep(folder, job, drawing, prompts, _answer(rollout, own, job, drawing))
+        keep(folder, job, drawing, prompts, _answer(rollout, own, ends, job, drawing))
 
 
-def _answer(rollout, tokenizer, job: Job, drawing: Drawing) -> Answers:
+def _answer(rollout, tokenizer, ends: Sequence[int], job: Job, drawing: Drawing) -> Answers:
     """Chunk by chunk, so that progress shows; vLLM likes larger ones."""
     at_once = drawing.sequences if drawing.engine == "hf" else 8 * drawing.sequences
     size = max(1, at_once // drawing.samples)
@@ -236,8 +238,9 @@ def _answer(rollout, tokenizer, job: Job, drawing: Drawing) -> Answers:
             drawn = rollout.generate(batch, _sampling(drawing), job.seed + start).batch
             for ids, mask in zip(drawn["responses"], drawn["response_mask"].bool(), strict=True):
                 tokens = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+                cut = [row[-1] not in ends for row in tokens]
+                tokens = [row if is_cut else row[:-1] for row, is_cut in zip(tokens, cut, strict=True)]
                 texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-                cut = [tokenizer.eos_token_id not in row for row in tokens]
                 answers.append([Answer(*answer) for answer in zip(texts, cut, strict=True)])
             progress.update(len(part))
     return answers

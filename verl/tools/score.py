@@ -24,8 +24,9 @@ from verl.tools.score_model import Scoring, check_critic, load_critic, score_seq
 from verl.tools.score_report import render
 from verl.trainer.ppo.discriminator_algos import POOLINGS
 from verl.utils.console import printable
+from verl.utils.dataset.texts import eos_texts
 from verl.utils.dump import write_jsonl
-from verl.utils.model import load_config, load_tokenizer, quiet_transformers
+from verl.utils.model import all_eos_token_ids, load_config, load_tokenizer, quiet_transformers
 
 SUFFIXES = (".parquet", ".jsonl")
 EPILOG = """\
@@ -181,7 +182,8 @@ def run(options: argparse.Namespace) -> str:
     tokenizer = load_tokenizer(options.critic, options.trust_remote_code)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = Limits(options.max_prompt_length, options.max_response_length, options.truncation, context)
-    tokenized = tokenize_groups(groups, tokenizer, limits, options.apply_chat_template_kwargs)
+    ends = eos_texts(tokenizer, all_eos_token_ids(tokenizer, options.critic))
+    tokenized = tokenize_groups(groups, tokenizer, limits, options.apply_chat_template_kwargs, ends)
 
     model = load_critic(options.critic, config, options.dtype, options.device, options.trust_remote_code)
     scores = score_sequences(model, tokenized.sequences, scoring, tokenizer.eos_token_id, options.max_tokens)

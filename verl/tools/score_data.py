@@ -13,18 +13,11 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from verl.utils.dataset.rl_dataset import (
-    SHOWN_BAD_ROWS,
-    Messages,
-    Row,
-    check_tokenizer,
-    fault_of_answer,
-    fault_of_messages,
-    find_files,
-    read_rows,
-    tokenize_answers,
-    tokenize_prompts,
-)
+from verl.utils.dataset.faults import TemplateCheck, fault_of_answer, fault_of_messages
+from verl.utils.dataset.rl_dataset import find_files, read_rows
+from verl.utils.dataset.rows import SHOWN_BAD_ROWS, Row
+from verl.utils.dataset.texts import Messages, tokenize_answers, tokenize_prompts
+from verl.utils.dataset.tokenizer_checks import check_tokenizer
 from verl.utils.torch_functional import Truncation, postprocess_data
 
 ANSWER_KEYS = ("answers", "responses", "response", "answer", "student_response")
@@ -200,8 +193,10 @@ def tokenize_groups(
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     template_kwargs: Mapping[str, Any],
+    ends: Sequence[str] | None = None,
 ) -> TokenizedGroups:
-    """Ids as the trainer's: chat template up to where the answer begins; answer without special tokens, and EOS.
+    """Ids as the trainer's: chat template up to where the answer begins; answer without special tokens, and EOS, once
+    also where the text ends in one of `ends` (`eos_texts`; None: the tokenizer's EOS).
 
     Prompts beyond `limits.prompt` are cut by `limits.truncation` or refused; answers beyond `limits.response` lose
     their end and EOS, as in training. Cuts are counted.
@@ -210,13 +205,17 @@ def tokenize_groups(
         ValueError: a prompt is too long with truncation "error", a sequence exceeds the model's context, or the
             tokenizer or its template refuses a row.
     """
-    check_tokenizer(tokenizer)
+    check_tokenizer(tokenizer, template_kwargs)
+    template = TemplateCheck(tokenizer, template_kwargs)
     result = TokenizedGroups()
     seen: dict[PromptAndAnswer, int] = {}
     for group in groups:
+        fault = template.fault(group.messages, group.teacher)
+        if fault:
+            raise ValueError(f"{group.place}: {fault}")
         try:
             (prompt,) = tokenize_prompts(tokenizer, template_kwargs, [group.messages])
-            answers = tokenize_answers(tokenizer, [group.teacher, *group.answers])
+            answers = tokenize_answers(tokenizer, [group.teacher, *group.answers], ends)
         except (TemplateError, TypeError) as error:
             raise ValueError(
                 f"{group.place}: the tokenizer or its chat template refuses it ({error}); correct its text or roles"

@@ -22,7 +22,7 @@ from verl.trainer.ppo.model_checks import check_engine, check_models, with_absol
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
 from verl.trainer.ppo.utils import Role, need_critic
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
-from verl.utils.model import quiet_transformers
+from verl.utils.model import all_eos_token_ids, quiet_transformers
 from verl.utils.tracking import check_loggers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
@@ -30,10 +30,21 @@ logger = logging.getLogger(__name__)
 
 
 def create_rl_dataset(
-    data_paths: str | list[str], data_config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_samples: int = -1
+    data_paths: str | list[str],
+    data_config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_samples: int = -1,
+    eos_token_ids: tuple[int, ...] = (),
 ) -> RLHFDataset:
     """The rows of one or several files, checked; ValueError for bad rows (see `RLHFDataset`)."""
-    return RLHFDataset(data_paths, tokenizer, data_config, max_samples=max_samples)
+    return RLHFDataset(
+        data_paths,
+        tokenizer,
+        data_config,
+        max_samples=max_samples,
+        eos_token_ids=eos_token_ids,
+        special_token_text=data_config.special_token_text,
+    )
 
 
 class TaskRunner:
@@ -51,10 +62,11 @@ class TaskRunner:
         check_loggers(trainer.logger)
         check_engine(config)
         tokenizer = check_models(config)
-        train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples)
+        ends = all_eos_token_ids(tokenizer, config.actor_rollout_ref.model.path)
+        train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples, ends)
         val = None
         if data.val_files is not None:
-            val = create_rl_dataset(data.val_files, data, tokenizer, data.val_max_samples)
+            val = create_rl_dataset(data.val_files, data, tokenizer, data.val_max_samples, ends)
         roles = [Role.ActorRollout] + ([Role.Critic] if need_critic(config) else [])
         pools = ResourcePoolManager(
             {"global_pool": [trainer.n_gpus_per_node] * trainer.nnodes},

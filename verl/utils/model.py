@@ -31,6 +31,7 @@ from verl.utils.checkpoint.whole import check_huggingface, check_part
 logger = logging.getLogger(__name__)
 
 Kind = Literal["policy", "score"]
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 AUTO_CLASSES: dict[Kind, type] = {"policy": AutoModelForCausalLM, "score": AutoModelForTokenClassification}
 
 
@@ -112,16 +113,41 @@ def refuse_discriminator(path: str | Path) -> None:
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; ValueError if it has no EOS token, without which no answer ends.
+    """The tokenizer of a model folder, or of one that has a tokenizer alone; ValueError if it has no EOS token, without
+    which no answer ends.
 
     A missing pad token becomes the EOS token: masks never look at it.
     """
-    tokenizer = AutoTokenizer.from_pretrained(find_model(path).huggingface, trust_remote_code=trust_remote_code)
+    folder = behind_best(Path(path).expanduser())
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        folder = find_model(path).huggingface
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {path} has no eos_token: answers could not end; set one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def all_eos_token_ids(tokenizer: PreTrainedTokenizerBase, model: str | Path | PretrainedConfig) -> tuple[int, ...]:
+    """Every token that ends an answer: the tokenizer's EOS first, which is the one that teachers' answers are closed
+    with, then the others of the model.
+
+    Whatever asks whether an answer ended (engines, scores, rewards, metrics, the judge) asks with these ids.
+
+    Args:
+        model: a folder, of which generation_config.json counts, or config.json where that names none, as in
+            transformers' own generation; or a config without a folder.
+    """
+    if isinstance(model, PretrainedConfig):
+        own = getattr(model.get_text_config(), "eos_token_id", None)
+    else:
+        folder = find_model(model).huggingface
+        files = [folder / "generation_config.json", folder / "config.json"]
+        named = [json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") for file in files if file.is_file()]
+        own = next((ids for ids in named if ids is not None), None)
+    others = [] if own is None else own if isinstance(own, list) else [own]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *others]))
 
 
 def load_config(

@@ -25,7 +25,7 @@ from verl.utils.flops import LIMITS, training_flops
 from verl.utils.fsdp_utils import build_sharded_model, full_parameters
 from verl.utils.memory import ModelShape, host_memory
 from verl.utils.memory_knobs import Phase
-from verl.utils.model import Kind, hf_files, load_config, load_tokenizer, quiet_transformers
+from verl.utils.model import Kind, all_eos_token_ids, hf_files, load_config, load_tokenizer, quiet_transformers
 from verl.utils.offload import Offloader, build_offloader
 from verl.utils.out_of_memory import explain_out_of_memory
 from verl.workers.actor.dp_actor import DataParallelPPOActor
@@ -204,7 +204,12 @@ class ActorRolloutRefWorker(FSDPWorker):
         model_config = load_config(model.path, "policy", model.override_config, model.trust_remote_code)
         before = torch.cuda.memory_allocated()
         self.rollout = get_rollout_class(rollout.name)(
-            model_config, self.tokenizer, rollout, self.device, model.trust_remote_code
+            model_config,
+            self.tokenizer,
+            rollout,
+            self.device,
+            model.trust_remote_code,
+            all_eos_token_ids(self.tokenizer, model.path),
         )
         if rollout.drops_weights:
             FSDPWorker.engine_bytes = torch.cuda.memory_allocated() - before
@@ -280,12 +285,25 @@ class ActorRolloutRefWorker(FSDPWorker):
 
 
 class CriticWorker(FSDPWorker):
-    """The discriminator."""
+    """The discriminator.
 
-    def __init__(self, config: CriticConfig, device: str, seed: int, total_steps: int):
+    Args:
+        eos_token_ids: what may end a student's answer, of which the discriminator's own folder need not know, the
+            tokenizer's EOS first; None: that alone.
+    """
+
+    def __init__(
+        self,
+        config: CriticConfig,
+        device: str,
+        seed: int,
+        total_steps: int,
+        eos_token_ids: tuple[int, ...] | None = None,
+    ):
         super().__init__(device, seed)
         self.config = config
         self.total_steps = total_steps
+        self.eos_token_ids = eos_token_ids
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
@@ -294,7 +312,8 @@ class CriticWorker(FSDPWorker):
             module = self._build_trained(
                 self.config.model, "score", self.config.model.fsdp_config, self.config.optim, self.total_steps
             )
-        self.critic = DataParallelPPOCritic(self.config, module, self.optimizer, self.tokenizer.eos_token_id)
+        eos_token_ids = self.eos_token_ids or (self.tokenizer.eos_token_id,)
+        self.critic = DataParallelPPOCritic(self.config, module, self.optimizer, eos_token_ids)
         # Saved with the weights, so that whoever scores with them later pools as training did.
         module.hf.config.discriminator = self.critic.scoring()
 

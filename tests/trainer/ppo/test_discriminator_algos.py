@@ -9,6 +9,7 @@ from verl.trainer.ppo.discriminator_algos import (
     PairScores,
     adapted_temperature,
     bradley_terry_loss,
+    closing_eos,
     compute_discriminator_loss,
     discriminator_metrics,
     ends_with_eos,
@@ -19,6 +20,7 @@ from verl.trainer.ppo.discriminator_algos import (
     score_mask,
     score_regulariser,
     two_sided_hinge_loss,
+    with_one_eos,
 )
 
 EOS = 2
@@ -128,6 +130,23 @@ def test_an_answer_that_was_cut_has_no_eos_at_its_end():
     ids = torch.tensor([[5, EOS, EOS], [EOS, 0, 0], [5, 5, 5], [EOS, 5, 5], [EOS, EOS, EOS], [5, EOS, 0]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1], [0, 0, 0], [1, 0, 0]])
     assert ends_with_eos(ids, mask, EOS).tolist() == [True, True, False, False, False, False]
+
+
+def test_several_eos():
+    """2 is the tokenizer's EOS, 7 the model's other. Ends with each; has each inside only; is each alone; was cut."""
+    ids = torch.tensor([[5, 2, 0], [5, 7, 0], [7, 2, 5], [7, 0, 0], [2, 0, 0], [5, 5, 5], [5, 5, 7]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]])
+    assert ends_with_eos(ids, mask, (2, 7)).tolist() == [True, True, False, True, True, False, False]
+    assert closing_eos(ids, mask, [2, 7]).int().tolist() == [
+        [0, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0],
+    ]  # fmt: skip
+    assert score_mask(ids, mask, (2, 7), exclude_eos=True).tolist() == [
+        [1, 0, 0], [1, 0, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0],
+    ]  # fmt: skip
+    assert with_one_eos(ids, mask, (2, 7)).tolist() == [
+        [5, 2, 0], [5, 2, 0], [7, 2, 5], [2, 0, 0], [2, 0, 0], [5, 5, 5], [5, 5, 7],
+    ]  # fmt: skip
+    assert with_one_eos(ids, mask, 2).equal(ids)
 
 
 def test_score_mask_of_groups():

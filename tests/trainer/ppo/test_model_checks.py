@@ -11,7 +11,7 @@ from verl.trainer.config import compose_config
 from verl.trainer.ppo import model_checks
 from verl.trainer.ppo.model_checks import check_engine, check_models, with_absolute_paths
 from verl.utils.checkpoint.best_link import point_best
-from verl.utils.model import load_config, load_model, load_tokenizer
+from verl.utils.model import all_eos_token_ids, load_config, load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,25 @@ def test_generation_settings_come_along(folder, tmp_path):
     write_model(tmp_path / "m")
     GenerationConfig(eos_token_id=[1, 5], pad_token_id=0).save_pretrained(tmp_path / "m")
     assert load_model(tmp_path / "m", "policy").generation_config.eos_token_id == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [5, 1]}, {"eos_token_id": 9}, (1, 5)),
+        ({"eos_token_id": 7}, {}, (1, 7)),
+        ({}, {"eos_token_id": [8, 9]}, (1, 8, 9)),
+        (None, {"eos_token_id": 8}, (1, 8)),
+        (None, {}, (1,)),
+        ({"eos_token_id": None}, {"eos_token_id": None}, (1,)),
+    ],
+)
+def test_what_ends_an_answer(tmp_path, generation, config, expected):
+    """The tokenizer's EOS (1) first; then generation_config.json's, and config.json's where that names none."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"} | config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert all_eos_token_ids(byte_tokenizer(), tmp_path) == expected
 
 
 def test_an_engine_that_is_not_installed_is_said_before_anything_starts(folder, monkeypatch):

@@ -116,6 +116,16 @@ def test_cut_answers_as_they_stand_can_win():
     assert metrics["critic/left_out_frac"] == 0.0
 
 
+def test_an_answer_that_ends_in_another_eos_is_not_cut():
+    data, other = batch(), 97
+    data.batch["responses"] = data.batch["responses"].masked_fill(data.batch["responses"] == EOS, other)
+    assert reward_answers(data, algorithm(), FixedKLController(0.0), None, EOS)["response_length/cut_ratio"] == 1.0
+    expected = batch()
+    metrics = reward_answers(expected, algorithm(), FixedKLController(0.0), None, EOS)
+    assert reward_answers(data, algorithm(), FixedKLController(0.0), None, (EOS, other)) == metrics
+    assert advantages(data) == advantages(expected)
+
+
 def test_a_cut_answer_is_never_above_its_groups_complete_ones_by_default():
     data = batch()
     metrics = reward_answers(data, algorithm(), FixedKLController(0.0), None, EOS)

@@ -21,6 +21,7 @@ from verl.trainer.ppo.discriminator_algos import (
     POOLINGS,
     PairScores,
     adapted_temperature,
+    closing_eos,
     compute_discriminator_loss,
     discriminator_metrics,
     ends_with_eos,
@@ -28,6 +29,7 @@ from verl.trainer.ppo.discriminator_algos import (
     pool_scores,
     register_discriminator_loss,
     score_mask,
+    with_one_eos,
 )
 from verl.trainer.ppo.preference_algos import compute_preference_loss
 from verl.utils.torch_functional import entropy_from_logits, masked_mean, masked_sum
@@ -44,6 +46,7 @@ __all__ = [
     "PairScores",
     "adapted_temperature",
     "agg_loss",
+    "closing_eos",
     "compute_discriminator_loss",
     "compute_entropy_loss",
     "compute_grpo_outcome_advantage",
@@ -66,6 +69,7 @@ __all__ = [
     "register_discriminator_loss",
     "register_policy_loss",
     "score_mask",
+    "with_one_eos",
 ]
 
 # ---------------------------------------------------------------- aggregation

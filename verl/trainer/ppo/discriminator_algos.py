@@ -7,7 +7,7 @@ the same prompt; d = score(teacher) - score(student). Losses see pooled scores o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,27 +40,52 @@ def pool_scores(values: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch
 
 
 def score_mask(
-    responses: torch.Tensor, response_mask: torch.Tensor, eos_token_id: int, exclude_eos: bool | torch.Tensor
+    responses: torch.Tensor,
+    response_mask: torch.Tensor,
+    eos_token_id: int | Sequence[int],
+    exclude_eos: bool | torch.Tensor,
 ) -> torch.Tensor:
-    """The tokens a score is pooled over: `response_mask` (..., T), without the closing EOS where `exclude_eos`, one
-    bool for all answers or one for each (...,).
+    """The tokens a score is pooled over: `response_mask` (..., T), without the closing EOS (any of several) where
+    `exclude_eos`, one bool for all answers or one for each (...,).
 
     EOS is recognised only as the last real token, so that a pad id equal to it changes nothing. An answer that is
     nothing but EOS keeps it: it must have a score too.
     """
     if exclude_eos is False:
         return response_mask
-    lengths = response_mask.sum(-1)
-    drop = ends_with_eos(responses, response_mask, eos_token_id) & (lengths > 1) & exclude_eos
-    is_last = torch.arange(responses.shape[-1], device=responses.device) == (lengths - 1).unsqueeze(-1)
-    return response_mask * ~(is_last & drop.unsqueeze(-1))
-
-
-def ends_with_eos(responses: torch.Tensor, response_mask: torch.Tensor, eos_token_id: int) -> torch.Tensor:
-    """Whether each answer (..., T) came to its end: its last real token is EOS. An answer that did not was cut."""
     lengths = response_mask.sum(-1, keepdim=True)
-    last = responses.gather(-1, (lengths - 1).clamp(min=0).long())
-    return ((last == eos_token_id) & (lengths > 0)).squeeze(-1)
+    chosen = exclude_eos.unsqueeze(-1) if isinstance(exclude_eos, torch.Tensor) else exclude_eos
+    return response_mask * ~(closing_eos(responses, response_mask, eos_token_id) & (lengths > 1) & chosen)
+
+
+def closing_eos(
+    responses: torch.Tensor, response_mask: torch.Tensor, eos_token_id: int | Sequence[int]
+) -> torch.Tensor:
+    """(..., T), true where an answer (..., T) came to its end: on its last real token, if that is EOS (any of several).
+    EOS elsewhere is none, and nor is a pad id equal to it."""
+    is_last = torch.arange(responses.shape[-1], device=responses.device) == response_mask.sum(-1, keepdim=True) - 1
+    ids = torch.tensor(eos_token_id, dtype=responses.dtype, device=responses.device)
+    return torch.isin(responses, ids) & is_last
+
+
+def ends_with_eos(
+    responses: torch.Tensor, response_mask: torch.Tensor, eos_token_id: int | Sequence[int]
+) -> torch.Tensor:
+    """Whether each answer (..., T) came to its end: its last real token is EOS, any of several. An answer that did not
+    was cut."""
+    return closing_eos(responses, response_mask, eos_token_id).any(-1)
+
+
+def with_one_eos(
+    responses: torch.Tensor, response_mask: torch.Tensor, eos_token_id: int | Sequence[int]
+) -> torch.Tensor:
+    """Answers (..., T) in which the first of several EOS closes all that came to an end; nothing else changes.
+
+    This is how a discriminator reads them. Teachers' answers are closed with the tokenizer's EOS, the first; a student
+    may close its own with another, and that alone would give it away.
+    """
+    first = eos_token_id if isinstance(eos_token_id, int) else eos_token_id[0]
+    return responses.masked_fill(closing_eos(responses, response_mask, eos_token_id), first)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from verl.trainer.config.schema import Config
 from verl.trainer.ppo.core_algos import get_discriminator_loss_fn
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.whole import refuse_pointers
+from verl.utils.dataset.tokenizer_checks import check_ids
 from verl.utils.model import (
     check_files,
     find_model,
@@ -58,7 +59,9 @@ def _load(model: ModelConfig, kind: str) -> PreTrainedTokenizerBase:
     if model.tokenizer_path is not None:
         refuse_pointers(find_model(model.tokenizer_path).huggingface)
     load_config(model.path, kind, model.override_config, model.trust_remote_code)
-    return load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
+    tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
+    check_ids(tokenizer)
+    return tokenizer
 
 
 def check_engine(config: Config) -> None:
@@ -75,8 +78,9 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: a folder holds no model.
-        ValueError: a folder is not whole, the student's holds a discriminator, the discriminator reads other tokens
-            than the student writes, or GAD starts without a warmed-up one.
+        ValueError: a folder is not whole, the student's holds a discriminator, a tokenizer makes other ids than its
+            tokenizer.json, the discriminator reads other tokens than the student writes, or GAD starts without a
+            warmed-up one.
     """
     tokenizer = _load(config.actor_rollout_ref.model, "policy")
     if not config.use_critic:

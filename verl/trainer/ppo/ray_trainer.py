@@ -28,7 +28,7 @@ from verl.trainer.config.schema import Config
 from verl.trainer.ppo.balancing import balance
 from verl.trainer.ppo.best import keep_best, open_best
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState
-from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
+from verl.trainer.ppo.core_algos import AdaptiveKLController, closing_eos, get_kl_controller
 from verl.trainer.ppo.discriminator_step import DiscriminatorStep
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs
@@ -48,6 +48,7 @@ from verl.trainer.ppo.validation import validate
 from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
 from verl.utils.dataset.sampler import EpochBatches
 from verl.utils.dump import dump_jsonl
+from verl.utils.model import all_eos_token_ids
 from verl.utils.rouge import mean_rouge_l
 from verl.utils.torch_functional import masked_mean
 from verl.utils.tracking import Tracking
@@ -126,6 +127,7 @@ class RayPPOTrainer:
     ):
         self.config = config
         self.tokenizer = tokenizer
+        self.eos_token_ids = all_eos_token_ids(tokenizer, config.actor_rollout_ref.model.path)
         self.role_worker_mapping = role_worker_mapping
         self.resource_pool_manager = resource_pool_manager
         self.train_dataset = train_dataset
@@ -173,7 +175,11 @@ class RayPPOTrainer:
         }
         if config.use_critic:
             roles[str(Role.Critic)] = RayClassWithInitArgs(
-                self.role_worker_mapping[Role.Critic], config.critic, total_steps=self.total_steps, **common
+                self.role_worker_mapping[Role.Critic],
+                config.critic,
+                total_steps=self.total_steps,
+                eos_token_ids=self.eos_token_ids,
+                **common,
             )
         groups = self.spawn(roles)
         self.actor_rollout = groups[str(Role.ActorRollout)]
@@ -396,7 +402,7 @@ class RayPPOTrainer:
 
     def _compute_advantages(self, batch: DataProto, kl_adapts: bool) -> dict[str, float]:
         task = None if self.task_reward is None else self.score_task(batch)
-        return reward_answers(batch, self.config.algorithm, self.kl_ctrl, task, self.tokenizer.eos_token_id, kl_adapts)
+        return reward_answers(batch, self.config.algorithm, self.kl_ctrl, task, self.eos_token_ids, kl_adapts)
 
     def score_task(self, batch: DataProto) -> torch.Tensor:
         """The user's reward of every answer, (B, N)."""
@@ -448,8 +454,9 @@ class RayPPOTrainer:
         return mean_rouge_l(answers, teachers)
 
     def decode(self, responses: torch.Tensor, mask: torch.Tensor) -> list[str]:
-        """Texts of answers (B, N, T), row after row, without special tokens."""
-        rows = zip(responses.flatten(0, 1), mask.flatten(0, 1).bool(), strict=True)
+        """Texts of answers (B, N, T), row after row, without special tokens and the EOS that closes them."""
+        mask = mask.bool() & ~closing_eos(responses, mask, self.eos_token_ids)
+        rows = zip(responses.flatten(0, 1), mask.flatten(0, 1), strict=True)
         return self.tokenizer.batch_decode([ids[real].tolist() for ids, real in rows], skip_special_tokens=True)
 
     # ------------------------------------------------------------ around the loop

@@ -108,7 +108,7 @@ def reward_answers(
     algorithm: AlgorithmConfig,
     kl_ctrl: FixedKLController | AdaptiveKLController,
     task: torch.Tensor | None,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     kl_adapts: bool = True,
 ) -> dict[str, float]:
     """From `student_scores` (B, N) to `advantages` (B, N, T), in place; everything between is added as well.

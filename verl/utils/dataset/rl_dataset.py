@@ -1,39 +1,51 @@
 """Prompts and teacher answers from parquet and jsonl files, as rows of token ids.
 
-Files are read, and every row is checked, at construction, so that bad data ends a run before it begins. Tokenising
-waits until a row is asked for. Shuffling and batching are the sampler's and the loader's business.
+Files are read, and every row is checked, at construction, so that bad data ends a run before it begins: its fields and
+what the model's chat template makes of them (`faults.py`), lengths, the tokenizer (`tokenizer_checks.py`). Tokenising
+(`texts.py`) waits until a row is asked for. Shuffling and batching are the sampler's and the loader's business.
 
 Shapes: P = max_prompt_length, R = max_response_length. Masks come from lengths, never from comparing with the pad id:
 pad and EOS are often the same token.
 """
 
-import json
 import logging
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import pyarrow.parquet
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from verl.utils.dataset.faults import TemplateCheck, fault_of_answer, fault_of_depth, fault_of_messages
+from verl.utils.dataset.rows import Row, make_row, read_jsonl, read_parquet, without_faults
+from verl.utils.dataset.texts import (
+    Messages,
+    SpecialText,
+    eos_texts,
+    special_names,
+    tokenize_answers,
+    tokenize_prompts,
+    without_eos_text,
+)
+from verl.utils.dataset.tokenizer_checks import check_ids, check_tokenizer, dated_prompt
 from verl.utils.torch_functional import pad_2d_list_to_length, postprocess_data
 
 logger = logging.getLogger(__name__)
 
-Messages = list[dict[str, str]]
-
-SHOWN_BAD_ROWS = 10
 # A process first imports torch and transformers, and in that time one process tokenises about this many prompts.
 MIN_PROMPTS_PER_PROCESS = 5000
+# Texts are tokenised for their lengths in slices of so many characters, of which the ids take some hundred MB.
+SLICE_CHARACTERS = 1_000_000
+# Rows on which the tokenizer is compared with its files.
+COMPARED_ROWS = 200
 
 
 class DatasetConfig(Protocol):
@@ -49,16 +61,6 @@ class DatasetConfig(Protocol):
     on_bad_row: Literal["error", "skip"]
     return_raw_chat: bool
     apply_chat_template_kwargs: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row as it stands in its file."""
-
-    path: Path
-    number: int  # within the file, from 0
-    index: int  # over all files, from 0; the same whatever is dropped
-    record: dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,43 +79,27 @@ def find_files(data_files: str | Path | Sequence[str | Path]) -> list[Path]:
     return paths
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        # In batches, because pyarrow cannot convert a nested column of more than 2 GiB at once.
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+_READERS = {".parquet": read_parquet, ".jsonl": read_jsonl}
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for line_number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {line_number} (from 1) is not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"{path}, line {line_number} (from 1) is not a JSON object but {type(record).__name__}"
-                )
-            yield record
+def read_rows(paths: Sequence[Path], keep_unreadable: bool = False) -> list[Row]:
+    """The rows of all files, in order, numbered over all of them.
 
+    Args:
+        keep_unreadable: rows that cannot be read are among them, without a record.
 
-_READERS = {".parquet": _read_parquet, ".jsonl": _read_jsonl}
-
-
-def read_rows(paths: Sequence[Path]) -> list[Row]:
-    """The rows of all files, in order, numbered over all of them; ValueError for a file that cannot be read."""
+    Raises:
+        ValueError: a file cannot be read, or, unless they are kept, a row.
+    """
     rows: list[Row] = []
     for path in paths:
         if path.suffix not in _READERS:
             raise ValueError(f"{path} ends in none of {', '.join(_READERS)}")
         first = len(rows)
         for number, record in enumerate(_READERS[path.suffix](path)):
-            rows.append(Row(path, number, first + number, record))
+            rows.append(make_row(path, number, first + number, record))
+            if rows[-1].unreadable and not keep_unreadable:
+                raise ValueError(rows[-1].unreadable)
         if len(rows) == first:
             raise ValueError(f"{path} has no rows")
     return rows
@@ -123,100 +109,72 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
 # Checks
 
 
-def fault_of_messages(messages: Any, key: str) -> str | None:
-    """What keeps `messages` from being a conversation, or None."""
-    if not isinstance(messages, list):
-        return f"{key!r} is not a list of chat messages but {type(messages).__name__}"
-    if not messages:
-        return f"{key!r} has no chat messages"
-    for message in messages:
-        fields = [message.get("role"), message.get("content")] if isinstance(message, dict) else []
-        if not fields or not all(isinstance(field, str) for field in fields):
-            return f"a message of {key!r} is not {{role: text, content: text}}"
-    return None
-
-
-def fault_of_answer(answer: Any, key: str) -> str | None:
-    """What keeps `answer` from being a text to learn from, or None."""
-    if answer is None:
-        return f"the answer in {key!r} is null"
-    if not isinstance(answer, str):
-        return f"the answer in {key!r} is not text but {type(answer).__name__}"
-    return None if answer.strip() else f"the answer in {key!r} is empty"
-
-
-def _fault(record: Mapping[str, Any], prompt_key: str, response_key: str) -> str | None:
+def _fault(record: Mapping[str, Any], config: DatasetConfig, template: TemplateCheck) -> str | None:
     """Why a row cannot be used, or None."""
+    prompt_key, response_key = config.prompt_key, config.response_key
     for key in (prompt_key, response_key):
         if key not in record:
             return f"there is no column {key!r}, only {', '.join(map(repr, record))}"
-    return fault_of_messages(record[prompt_key], prompt_key) or fault_of_answer(record[response_key], response_key)
+    messages, answer = record[prompt_key], record[response_key]
+    return (
+        fault_of_messages(messages, prompt_key)
+        or fault_of_answer(answer, response_key)
+        or fault_of_depth(record.get("extra_info"), "'extra_info'")
+        or template.fault(messages, answer)
+    )
 
 
-def _usable_rows(rows: list[Row], config: DatasetConfig) -> list[Row]:
+def _usable_rows(rows: list[Row], config: DatasetConfig, template: TemplateCheck) -> list[Row]:
     """The rows without a fault; others are an error, or left out with a count, as `on_bad_row` says."""
-    faults = [_fault(row.record, config.prompt_key, config.response_key) for row in rows]
-    bad = [(row, fault) for row, fault in zip(rows, faults, strict=True) if fault]
-    if not bad:
-        return rows
-    if config.on_bad_row == "error":
-        shown = [f"  {row.path}, row {row.number}: {fault}" for row, fault in bad[:SHOWN_BAD_ROWS]]
-        unshown = [f"  ... and {len(bad) - SHOWN_BAD_ROWS} more"] if len(bad) > SHOWN_BAD_ROWS else []
-        head = f"{len(bad)} of {len(rows)} rows cannot be used (rows of a file are counted from 0):"
-        way_out = (
-            "Correct the files, data.prompt_key or data.response_key, or leave such rows out: data.on_bad_row=skip"
-        )
-        raise ValueError("\n".join([head, *shown, *unshown, way_out]))
-    counts = Counter(fault for _, fault in bad).most_common()
-    reasons = "; ".join(f"{count} x {fault}" for fault, count in counts)
-    logger.warning("data.on_bad_row=skip: left out %d of %d rows: %s", len(bad), len(rows), reasons)
-    return [row for row, fault in zip(rows, faults, strict=True) if not fault]
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError for a tokenizer without a chat template or an EOS token."""
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template: use the model's chat (instruct) version, "
-            "or put a chat_template into its tokenizer files"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, so no answer could end")
+    faults = [row.unreadable or _fault(row.record, config, template) for row in rows]
+    if template.open_thoughts:
+        logger.warning(
+            "the chat template opens a thought (<think> or the like) at the end of the prompt, and %d of %d answers "
+            "never close it: the student would learn to give its answer as a thought; use a template that does not, or "
+            "answers with the thoughts in them", template.open_thoughts, len(rows),
+        )  # fmt: skip
+    return without_faults(rows, faults, config.on_bad_row)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompt lengths
 
 
-def tokenize_prompts(
-    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], conversations: Sequence[Messages]
-) -> list[list[int]]:
-    """Token ids of each conversation up to where the answer begins."""
-    return tokenizer.apply_chat_template(
-        list(conversations), add_generation_prompt=True, tokenize=True, return_dict=False, **template_kwargs
-    )
+def _slices(items: Sequence[Any], characters: Callable[[Any], int]) -> Iterator[list[Any]]:
+    """The items in order, in slices of about SLICE_CHARACTERS; one item at least."""
+    part: list[Any] = []
+    size = 0
+    for item in items:
+        part.append(item)
+        size += characters(item)
+        if size >= SLICE_CHARACTERS:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
-def without_eos_text(text: str, eos_token: str) -> str:
-    """An answer without the EOS text, or several, at its end, and the white space around them."""
-    end = text.rstrip()
-    return without_eos_text(end.removesuffix(eos_token), eos_token) if end.endswith(eos_token) else text
+def _progress(what: str, total: int) -> tqdm:
+    """A bar for what takes a while."""
+    return tqdm(total=total, desc=what, unit="row", leave=False, dynamic_ncols=True, delay=2)
 
 
-def tokenize_answers(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each answer with one EOS at its end, also where the text ends in the EOS text itself."""
-    texts = [without_eos_text(text, tokenizer.eos_token) for text in texts]
-    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+def _prompt_characters(messages: Messages) -> int:
+    return sum(len(message["content"]) for message in messages)
 
 
-def _prompt_lengths(
-    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], conversations: Sequence[Messages]
-) -> list[int]:
-    return [len(ids) for ids in tokenize_prompts(tokenizer, template_kwargs, conversations)]
+# Of a process that measures prompts: its tokenizer, the template's arguments, what special tokens' names are.
+_measuring: list[Any] = []
 
 
-def _one_thread_per_process() -> None:
+def _start_measuring(*tools: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _measuring[:] = tools
+
+
+def _measure(conversations: Sequence[Messages]) -> list[int]:
+    tokenizer, template_kwargs, special_text = _measuring
+    return [len(ids) for ids in tokenize_prompts(tokenizer, template_kwargs, conversations, special_text)]
 
 
 def _prompt_lengths_in_processes(
@@ -224,18 +182,32 @@ def _prompt_lengths_in_processes(
     template_kwargs: Mapping[str, Any],
     conversations: Sequence[Messages],
     workers: int | None,
+    special_text: SpecialText = "text",
 ) -> list[int]:
-    """_prompt_lengths in up to `workers` processes, as far as there is enough work for each."""
+    """Tokens of each prompt, counted in up to `workers` processes, as far as there is enough work for each."""
     processes = min(workers or 1, len(conversations) // MIN_PROMPTS_PER_PROCESS)
-    measure = partial(_prompt_lengths, tokenizer, dict(template_kwargs))
-    if processes <= 1:
-        return measure(conversations)
-    bounds = [len(conversations) * i // processes for i in range(processes + 1)]
-    parts = [conversations[bounds[i] : bounds[i + 1]] for i in range(processes)]
-    # Not forked: this process has threads (torch, tokenizers), and a fork may inherit a held lock.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_one_thread_per_process) as pool:
-        return [length for part in pool.map(measure, parts) for length in part]
+    slices = _slices(conversations, _prompt_characters)
+    lengths: list[int] = []
+    with ExitStack() as stack:
+        bar = stack.enter_context(_progress("prompt lengths", len(conversations)))
+        if processes <= 1:
+            parts = (
+                [len(ids) for ids in tokenize_prompts(tokenizer, template_kwargs, part, special_text)]
+                for part in slices
+            )
+        else:
+            # Not forked: this process has threads (torch, tokenizers), and a fork may inherit a held lock.
+            pool = ProcessPoolExecutor(
+                processes,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_measuring,
+                initargs=(tokenizer, dict(template_kwargs), special_text),
+            )
+            parts = stack.enter_context(pool).map(_measure, slices)
+        for part in parts:
+            lengths += part
+            bar.update(len(part))
+    return lengths
 
 
 def _drop_overlong(rows: list[Row], lengths: Sequence[int], limit: int) -> list[Row]:
@@ -295,6 +267,9 @@ class RLHFDataset(Dataset):
         config: the `data` settings.
         processor: must be None; only text is supported.
         max_samples: only the first so many rows of the files; all when negative.
+        eos_token_ids: what ends an answer of the model (`all_eos_token_ids`), whose names at the end of an answer are
+            no part of it; the tokenizer's EOS always is one.
+        special_token_text: what the name of a special token within a text is, `data.special_token_text`.
 
     Raises:
         FileNotFoundError: a file does not exist.
@@ -309,22 +284,27 @@ class RLHFDataset(Dataset):
         config: DatasetConfig,
         processor: None = None,
         max_samples: int = -1,
+        eos_token_ids: Sequence[int] = (),
+        special_token_text: SpecialText = "text",
     ):
         if processor is not None:
             raise ValueError("only text is supported: processor must be None")
-        check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer, config.apply_chat_template_kwargs)
         self.tokenizer = tokenizer
         self.config = config
+        self._ends = eos_texts(tokenizer, eos_token_ids)
+        self.special_token_text = special_token_text
         # What fills the padding is never looked at, so a tokenizer without a pad token does too.
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        rows = read_rows(find_files(data_files))
-        rows = _usable_rows(rows[:max_samples] if max_samples >= 0 else rows, config)
-        self.rows = self._rows_with_fitting_prompts(rows)
+        rows = read_rows(find_files(data_files), keep_unreadable=True)
+        rows = rows[:max_samples] if max_samples >= 0 else rows
+        rows = _usable_rows(rows, config, TemplateCheck(tokenizer, config.apply_chat_template_kwargs))
+        self.rows = self._rows_with_tokens(self._rows_with_fitting_prompts(rows))
         if not self.rows:
             raise ValueError(
                 f"no row is left of {data_files} (max_samples={max_samples}): see the log for what was dropped"
             )
-        self._check_answer_lengths()
+        self._check_tokens()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -344,7 +324,7 @@ class RLHFDataset(Dataset):
             "teacher_attention_mask": teacher_mask,
             "teacher_position_ids": _position_ids(teacher_mask),
             "raw_prompt_ids": prompt_ids[prompt_mask.bool()].tolist(),
-            "teacher_text": without_eos_text(row.record[self.config.response_key], self.tokenizer.eos_token),
+            "teacher_text": without_eos_text(row.record[self.config.response_key], self._ends),
             "index": row.index,
             "uid": str(row.index),
             "extra_info": row.record.get("extra_info") or {},
@@ -353,7 +333,8 @@ class RLHFDataset(Dataset):
 
     def _prompt(self, messages: Messages) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, (P,) each."""
-        ids = torch.tensor(tokenize_prompts(self.tokenizer, self.config.apply_chat_template_kwargs, [messages]))
+        kwargs = self.config.apply_chat_template_kwargs
+        ids = torch.tensor(tokenize_prompts(self.tokenizer, kwargs, [messages], self.special_token_text))
         padded_ids, mask = postprocess_data(
             ids,
             torch.ones_like(ids),
@@ -367,7 +348,7 @@ class RLHFDataset(Dataset):
     def _answer(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, (R,) each."""
         limit = self.config.max_response_length
-        ids = tokenize_answers(self.tokenizer, [text])[0][:limit]
+        ids = self._answers([text])[0][:limit]
         mask = (torch.arange(limit) < len(ids)).long()
         return pad_2d_list_to_length([ids], self.pad_token_id, limit)[0], mask
 
@@ -377,36 +358,95 @@ class RLHFDataset(Dataset):
             return rows
         conversations = [row.record[config.prompt_key] for row in rows]
         lengths = _prompt_lengths_in_processes(
-            self.tokenizer, config.apply_chat_template_kwargs, conversations, config.filter_overlong_prompts_workers
+            self.tokenizer,
+            config.apply_chat_template_kwargs,
+            conversations,
+            config.filter_overlong_prompts_workers,
+            self.special_token_text,
         )
         if config.filter_overlong_prompts:
             return _drop_overlong(rows, lengths, config.max_prompt_length)
         _refuse_overlong(rows, lengths, config.max_prompt_length)
         return rows
 
-    def _check_answer_lengths(self) -> None:
-        limit = self.config.max_response_length
-        texts = [row.record[self.config.response_key] for row in self.rows]
-        lengths = np.array([len(ids) for ids in tokenize_answers(self.tokenizer, texts)])
-        if lengths.min() == 1:
-            row = self.rows[int(lengths.argmin())]
-            raise ValueError(
-                f"{row.path}, row {row.number}: the tokenizer makes no token of the answer {texts[lengths.argmin()]!r} "
-                f"({int((lengths == 1).sum())} such rows): does it belong to this model and language?"
-            )
-        cut = int((lengths > limit).sum())
-        percentile = int(np.percentile(lengths, 99, method="higher"))
-        suggestion = f": data.max_response_length={percentile} would keep 99% whole" if percentile > limit else ""
-        logger.log(
-            logging.WARNING if cut else logging.INFO,
-            "%d of %d teacher answers do not fit data.max_response_length=%d and are cut; their 99th percentile is %d "
-            "tokens with EOS%s",
-            cut,
-            len(lengths),
-            limit,
-            percentile,
-            suggestion,
-        )
+    def _answers(self, texts: Sequence[str]) -> list[list[int]]:
+        return tokenize_answers(self.tokenizer, texts, self._ends, self.special_token_text)
+
+    def _rows_with_tokens(self, rows: list[Row]) -> list[Row]:
+        """The rows whose answers have a token; what does not fit is reported."""
+        key = self.config.response_key
+        lengths = np.zeros(len(rows), dtype=np.int64)
+        done = 0
+        with _progress("answer lengths", len(rows)) as bar:
+            for part in _slices([row.record[key] for row in rows], len):
+                lengths[done : done + len(part)] = [len(ids) for ids in self._answers(part)]
+                done += len(part)
+                bar.update(len(part))
+        faults = [
+            f"the tokenizer makes no token of the answer {row.record[key][:40]!r}: does it belong to this model and "
+            "language?" if length == 1 else None
+            for row, length in zip(rows, lengths, strict=True)
+        ]  # fmt: skip
+        kept = without_faults(rows, faults, self.config.on_bad_row)
+        if kept:
+            _report_answer_lengths(lengths[lengths > 1], self.config.max_response_length)
+        return kept
+
+    def _check_tokens(self) -> None:
+        """Compare the tokenizer with its files on some of the data, and say what tokens do that texts do not show."""
+        config = self.config
+        some = self.rows[:: max(1, len(self.rows) // COMPARED_ROWS)]
+        texts = [(row.record[config.response_key], row.place) for row in some]
+        texts += [(message["content"], row.place) for row in some for message in row.record[config.prompt_key]]
+        check_ids(self.tokenizer, texts)
+        first = self.rows[0]
+        date = dated_prompt(self.tokenizer, config.apply_chat_template_kwargs, first.record[config.prompt_key])
+        if date is not None:
+            logger.warning(
+                "the chat template writes the date into prompts (strftime_now; %r in that of %s): they change from day "
+                "to day, so a run that is resumed later goes on with other prompts than it began with; fix the date "
+                "with the template's own variable, e.g. +data.apply_chat_template_kwargs.date_string='26 Jul 2024'",
+                date, first.place,
+            )  # fmt: skip
+        self._report_special_text()
+
+    def _report_special_text(self) -> None:
+        """Count the rows whose texts have the names of special tokens in them, and those whose names stay tokens."""
+        found, stubborn = [], 0
+        for row in self.rows:
+            answer = without_eos_text(row.record[self.config.response_key], self._ends)
+            texts = [*(message["content"] for message in row.record[self.config.prompt_key]), answer]
+            names = [special_names(self.tokenizer, text) for text in texts]
+            if any(names):
+                found.append(row)
+                ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                pairs = zip(names, ids, strict=True)
+                stubborn += any(not set(own.values()).isdisjoint(read) for own, read in pairs)
+        if not found:
+            return
+        says = f"are read as {'text' if self.special_token_text == 'text' else 'the tokens'}"
+        if stubborn and self.special_token_text == "text":
+            says = f"{says}, which this tokenizer cannot do in {stubborn} of them"
+        logger.warning(
+            "%d of %d rows have the names of special tokens in their texts, the first being %s; these %s "
+            "(data.special_token_text)", len(found), len(self.rows), found[0].place, says,
+        )  # fmt: skip
+
+
+def _report_answer_lengths(lengths: np.ndarray, limit: int) -> None:
+    cut = int((lengths > limit).sum())
+    percentile = int(np.percentile(lengths, 99, method="higher"))
+    suggestion = f": data.max_response_length={percentile} would keep 99% whole" if percentile > limit else ""
+    logger.log(
+        logging.WARNING if cut else logging.INFO,
+        "%d of %d teacher answers do not fit data.max_response_length=%d and are cut; their 99th percentile is %d "
+        "tokens with EOS%s",
+        cut,
+        len(lengths),
+        limit,
+        percentile,
+        suggestion,
+    )
 
 
 def _object_array(values: Sequence[Any]) -> np.ndarray:

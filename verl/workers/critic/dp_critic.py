@@ -6,14 +6,15 @@ whole ones, and the teacher's answer goes through the model once, however many s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from verl.models.heads import ScoreModel
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import PairScores, adapted_temperature, get_discriminator_loss_fn
+from verl.trainer.ppo.core_algos import PairScores, adapted_temperature, get_discriminator_loss_fn, with_one_eos
 from verl.utils.fsdp_utils import reshard, synced
 from verl.workers.batch import student_rows, teacher_rows
 from verl.workers.config import CriticConfig
@@ -36,7 +37,7 @@ class DataParallelPPOCritic:
         config: CriticConfig,
         critic_module: ScoreModel,
         critic_optimizer: torch.optim.Optimizer | None,
-        eos_token_id: int,
+        eos_token_id: int | Sequence[int],
     ):
         self.config = config
         self.critic_module = critic_module
@@ -60,6 +61,7 @@ class DataParallelPPOCritic:
         `meta_info["compute_teacher"]=True`."""
         teacher = data.meta_info.get("compute_teacher", False)
         rows = teacher_rows(data) if teacher else student_rows(data)
+        rows = replace(rows, responses=with_one_eos(rows.responses, rows.response_mask, self.eos_token_id))
         micro_batches = split_rows(
             rows,
             self.critic_module,

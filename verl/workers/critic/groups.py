@@ -10,13 +10,14 @@ G groups, U rows, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from verl.models.packing import AnswerRows, copy_to
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import PairScores, ends_with_eos, pool_scores, score_mask
+from verl.trainer.ppo.core_algos import PairScores, ends_with_eos, pool_scores, score_mask, with_one_eos
 from verl.workers.batch import student_rows, teacher_rows
 
 SCORE_NAMES = ("scores", "raw_scores", "score_tokens")
@@ -34,8 +35,9 @@ class GroupRows:
     members: torch.Tensor
 
     @classmethod
-    def of(cls, data: DataProto, eos_token_id: int, exclude_eos: bool) -> GroupRows:
-        """From a batch with one row per group.
+    def of(cls, data: DataProto, eos_token_id: int | Sequence[int], exclude_eos: bool) -> GroupRows:
+        """From a batch with one row per group. Of several EOS, the tokenizer's first, answers are read with the first
+        at their end (`with_one_eos`).
 
         Where the teacher's answer was cut, how the students' answers end says nothing about how the teacher would have
         ended: the group is compared without any EOS, whatever `exclude_eos` says.
@@ -46,6 +48,7 @@ class GroupRows:
         order = torch.arange(groups * answers).view(groups, answers)
         order = torch.cat([order, groups * answers + torch.arange(groups).unsqueeze(-1)], dim=-1).flatten()
         rows = AnswerRows.join([students, teachers]).select(order)
+        rows = replace(rows, responses=with_one_eos(rows.responses, rows.response_mask, eos_token_id))
         cut_teacher = ~ends_with_eos(teachers.responses, teachers.response_mask, eos_token_id)
         without_eos = (cut_teacher | exclude_eos).repeat_interleave(answers + 1)
         mask = score_mask(rows.responses, rows.response_mask, eos_token_id, without_eos)

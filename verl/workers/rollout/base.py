@@ -30,7 +30,8 @@ class BaseRollout(ABC):
             report_log_probs: for the first so many prompts, the engine's own log-probs at the sampling temperature.
 
         Returns:
-            B rows: `responses` and `response_mask` (B, N, T), the mask 1 up to and including EOS; `rollout_log_probs`
+            B rows: `responses` and `response_mask` (B, N, T), the mask 1 up to and including the first EOS of any
+            kind (`all_eos_token_ids`); `rollout_log_probs`
             (B, N, T), 0 where not reported or padded, and `rollout_log_probs_mask` (B,), 1 on the prompts reported.
 
         Raises:

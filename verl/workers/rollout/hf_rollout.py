@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import (
@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from verl.protocol import DataProto
-from verl.utils.model import empty_model
+from verl.utils.model import all_eos_token_ids, empty_model
 from verl.utils.torch_functional import get_response_mask
 from verl.workers.config import RolloutConfig, SamplingConfig
 from verl.workers.rollout.base import BaseRollout
@@ -50,7 +50,11 @@ class LogProbRecorder(LogitsProcessor, StoppingCriteria):
 
 
 class HFRollout(BaseRollout):
-    """`transformers`' own batched generation with a KV cache; a row stops at its EOS."""
+    """`transformers`' own batched generation with a KV cache; a row stops at an EOS.
+
+    Args:
+        eos_token_ids: the tokens that end an answer; None: the tokenizer's EOS and those of `model_config`.
+    """
 
     def __init__(
         self,
@@ -59,9 +63,11 @@ class HFRollout(BaseRollout):
         config: RolloutConfig,
         device: str,
         trust_remote_code: bool = False,
+        eos_token_ids: Sequence[int] | None = None,
     ):
         self.config = config
         self.tokenizer = tokenizer
+        self.eos_token_ids = list(eos_token_ids or all_eos_token_ids(tokenizer, model_config))
         self.device = device
         model = empty_model(model_config, "policy", trust_remote_code, getattr(torch, config.dtype)).to(device)
         model.set_attn_implementation("sdpa")
@@ -101,7 +107,7 @@ class HFRollout(BaseRollout):
 
         pad = self.tokenizer.pad_token_id
         response_mask = answers.new_zeros(count * sampling.n, limit)
-        response_mask[:, :generated] = get_response_mask(answers, self.tokenizer.eos_token_id)
+        response_mask[:, :generated] = get_response_mask(answers, self.eos_token_ids)
         responses = torch.full_like(response_mask, pad)
         responses[:, :generated] = answers
         responses = responses.masked_fill(response_mask == 0, pad)
@@ -125,7 +131,7 @@ class HFRollout(BaseRollout):
             draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": top_k}
         return GenerationConfig(
             max_new_tokens=self.config.response_length,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self.eos_token_ids,
             pad_token_id=self.tokenizer.pad_token_id,
             num_return_sequences=sampling.n,
             **draw,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from vllm import LLM, RequestOutput, SamplingParams
 
 from verl.protocol import DataProto
+from verl.utils.model import all_eos_token_ids
 from verl.workers.config import RolloutConfig, SamplingConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.vllm_rollout.weights import (
@@ -51,7 +52,11 @@ class Share(NamedTuple):
 
 
 class VLLMRollout(BaseRollout):
-    """One vLLM engine per `tensor_model_parallel_size` ranks. All ranks must build theirs at the same time."""
+    """One vLLM engine per `tensor_model_parallel_size` ranks. All ranks must build theirs at the same time.
+
+    Args:
+        eos_token_ids: the tokens that end an answer; None: the tokenizer's EOS and those of `model_config`.
+    """
 
     def __init__(
         self,
@@ -60,9 +65,11 @@ class VLLMRollout(BaseRollout):
         config: RolloutConfig,
         device: str,
         trust_remote_code: bool = False,
+        eos_token_ids: Sequence[int] | None = None,
     ):
         self.config = config
         self.tokenizer = tokenizer
+        self.eos_token_ids = list(eos_token_ids or all_eos_token_ids(tokenizer, model_config))
         self.on_gpu = torch.device(device).type == "cuda"
         self.max_model_len = config.max_model_len or config.prompt_length + config.response_length
         self._join_group()
@@ -164,8 +171,8 @@ class VLLMRollout(BaseRollout):
         return shares
 
     def _params(self, sampling: SamplingConfig, prompt_length: int, report: bool) -> SamplingParams:
-        # No seed per request: a sampler that knows one draws row by row. `ignore_eos` is about the EOS tokens of the
-        # model's own config; answers end at the tokenizer's, as in training.
+        # No seed per request: a sampler that knows one draws row by row. `ignore_eos` is about the EOS that vLLM takes
+        # from the folder it was given, which has no generation config; answers end at `eos_token_ids`.
         return SamplingParams(
             n=sampling.n,
             temperature=sampling.temperature if sampling.do_sample else 0.0,
@@ -173,7 +180,7 @@ class VLLMRollout(BaseRollout):
             top_k=sampling.top_k if sampling.do_sample else -1,
             max_tokens=min(self.config.response_length, self.max_model_len - prompt_length),
             ignore_eos=True,
-            stop_token_ids=[self.tokenizer.eos_token_id],
+            stop_token_ids=self.eos_token_ids,
             logprobs=0 if report else None,
             flat_logprobs=True,
             detokenize=False,

@@ -1,0 +1,164 @@
+"""What keeps a row from being used: of its fields, of its text, and of what the model's chat template makes of it.
+
+Every function gives a sentence, or None where nothing is wrong. Sentences name no place in the text, so that equal
+faults can be counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from verl.utils.dataset.texts import Messages, render_prompt
+
+# What data calls whoever answers.
+ANSWERING_ROLES = frozenset({"assistant", "model", "gpt", "bot", "chatbot", "ai"})
+# Deeper fields cannot be sent from one process to another.
+MAX_DEPTH = 100
+PROBE = "verl{}probe"
+# A tag such as <think>, [THINK] or ◁think▷ at the end of a prompt.
+_CLOSING_TAG = re.compile(r"(?P<open><|\[|◁)(?P<slash>/?)(?P<name>[^<>\[\]◁▷\s/]{1,40})(?P<close>>|\]|▷)$")
+_THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fields
+
+
+def fault_of_text(text: str, name: str) -> str | None:
+    """Half a surrogate pair, as broken emoji leave it, is no character: tokenizers and files refuse it."""
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"{name} has half of a surrogate pair, U+{ord(text[error.start]):04X}, which is not a character"
+    return None
+
+
+def fault_of_messages(messages: Any, key: str) -> str | None:
+    """What keeps `messages` from being a conversation that an answer can follow, or None."""
+    if not isinstance(messages, list):
+        return f"{key!r} is not a list of chat messages but {type(messages).__name__}"
+    if not messages:
+        return f"{key!r} has no chat messages"
+    for message in messages:
+        fields = [message.get("role"), message.get("content")] if isinstance(message, dict) else []
+        if not fields or not all(isinstance(field, str) for field in fields):
+            return f"a message of {key!r} is not {{role: text, content: text}}"
+        fault = fault_of_text(fields[0], f"a role of {key!r}") or fault_of_text(fields[1], f"a message of {key!r}")
+        if fault is None and len(message) > 2:
+            fault = fault_of_depth(message, f"a message of {key!r}")
+        if fault:
+            return fault
+    if messages[-1]["role"].lower() in ANSWERING_ROLES:
+        return (
+            f"{key!r} ends in a message of the {messages[-1]['role']!r} role, after which the student would have to "
+            "answer itself: a prompt ends before the answer"
+        )
+    return None
+
+
+def fault_of_answer(answer: Any, key: str) -> str | None:
+    """What keeps `answer` from being a text to learn from, or None."""
+    if answer is None:
+        return f"the answer in {key!r} is null"
+    if not isinstance(answer, str):
+        return f"the answer in {key!r} is not text but {type(answer).__name__}"
+    return fault_of_text(answer, f"the answer in {key!r}") if answer.strip() else f"the answer in {key!r} is empty"
+
+
+def fault_of_depth(value: Any, name: str) -> str | None:
+    """Fields within fields, more than MAX_DEPTH deep, or None."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner.extend(item.values())
+            elif isinstance(item, list | tuple):
+                inner.extend(item)
+        level = [item for item in inner if isinstance(item, dict | list | tuple)]
+        if not level:
+            return None
+    return f"{name} is nested more than {MAX_DEPTH} levels deep"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a chat template makes of them
+
+
+class TemplateCheck:
+    """A model's chat template, tried on rows.
+
+    Args:
+        tokenizer: whose template it is.
+        template_kwargs: what it is given besides the messages.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]):
+        self.tokenizer = tokenizer
+        self.template_kwargs = template_kwargs
+        self.open_thoughts = 0  # answers so far that are all within a thought that the template opens
+        self._dropped: dict[tuple, str | None] = {}
+
+    def fault(self, messages: Messages, answer: str | None = None) -> str | None:
+        """Why no prompt can be made of sound messages, or not one for this answer."""
+        try:
+            prompt = render_prompt(self.tokenizer, self.template_kwargs, messages)
+        # A template is a program that came with the model, and fails in any way that programs do.
+        except Exception as error:
+            return f"the chat template refuses it ({type(error).__name__}: {error}){_null_fields(messages)}"
+        if not prompt:
+            return "the chat template makes an empty prompt of it"
+        dropped = self._dropped_role(messages)
+        if dropped is not None:
+            return (
+                f"the chat template leaves out messages of the role {dropped!r} here, so the model would never see "
+                "them: use roles that it knows (usually system, user, assistant)"
+            )
+        return None if answer is None else self._fault_of_beginning(prompt, messages, answer)
+
+    def _dropped_role(self, messages: Messages) -> str | None:
+        """The role of the first message that does not reach the prompt; found once for each sequence of roles."""
+        shape = tuple((message["role"], *(key for key, value in message.items() if value)) for message in messages)
+        if shape not in self._dropped:
+            self._dropped[shape] = self._probe(messages)
+        return self._dropped[shape]
+
+    def _probe(self, messages: Messages) -> str | None:
+        probes = [PROBE.format(number) for number in range(len(messages))]
+        probing = [message | {"content": probe} for message, probe in zip(messages, probes, strict=True)]
+        try:
+            prompt = render_prompt(self.tokenizer, self.template_kwargs, probing)
+        except Exception:
+            # It asks for more of these texts than being texts; with the row's own it has worked.
+            return None
+        roles = (m["role"] for m, probe in zip(messages, probes, strict=True) if m["content"] and probe not in prompt)
+        return next(roles, None)
+
+    def _fault_of_beginning(self, prompt: str, messages: Messages, answer: str) -> str | None:
+        """An answer that begins with the tag that the template has put at the prompt's end already."""
+        end, last = prompt.rstrip(), messages[-1]["content"].strip()
+        tag = _CLOSING_TAG.search(end[-50:])
+        if tag is None or (last and end.endswith(last)):
+            return None
+        opening = "{open}{name}{close}".format(**tag.groupdict())
+        begins = answer.lstrip().startswith((tag[0], opening))
+        if begins and (not tag["slash"] or _THOUGHT.search(tag["name"])):
+            what = "closes" if tag["slash"] else "opens"
+            return (
+                f"the chat template {what} {opening} at the end of the prompt, and the answer begins with {opening} "
+                "too: take it off the answers, or choose another template"
+            )
+        if not tag["slash"] and _THOUGHT.search(tag["name"]):
+            self.open_thoughts += "{open}/{name}{close}".format(**tag.groupdict()) not in answer
+        return None
+
+
+def _null_fields(messages: Messages) -> str:
+    names = sorted({key for message in messages for key, value in message.items() if value is None})
+    return f"; its messages have fields that are null: {', '.join(names)}" if names else ""

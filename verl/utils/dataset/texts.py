@@ -1,0 +1,154 @@
+"""Chat messages and answers as token ids, the same for training, scoring and judging.
+
+Special tokens stand where the chat template puts them and where an answer ends, and nowhere else: a text in which the
+name of one occurs ("the token <|im_end|> ends a turn") is read as the letters that it is, unless it is asked for
+otherwise. A user's message could close its own turn, and a teacher's answer would teach to go on after its end.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+from transformers import AddedToken, PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+# What becomes of a special token's name in a text: the letters that it is, or the token.
+SpecialText = Literal["text", "token"]
+
+# Around the number of a special token: noncharacters, which no text has. One pair stands for the template's own tokens,
+# the other hides the texts' from the template.
+_TOKEN, _HIDDEN = "\ufdd0{}\ufdd1", "\ufdd2{}\ufdd3"
+
+
+class _Specials(NamedTuple):
+    """The special tokens of a tokenizer: their names and ids, and what finds them in a text."""
+
+    ids: dict[str, int]
+    first_letters: frozenset[str]
+    pattern: re.Pattern[str]
+
+
+@lru_cache(maxsize=8)
+def _specials(tokenizer: PreTrainedTokenizerBase) -> _Specials:
+    ids = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # The longest first, as a token may be the beginning of another. Without any, nothing matches.
+    names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+    return _Specials(ids, frozenset(name[0] for name in ids), re.compile(names or r"(?!)"))
+
+
+def special_names(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, int]:
+    """The special tokens whose names occur in a text, with their ids."""
+    specials = _specials(tokenizer)
+    # Most texts do not even have a first letter, which is quickly seen.
+    if not any(letter in text for letter in specials.first_letters):
+        return {}
+    return {name: specials.ids[name] for name in specials.pattern.findall(text)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], messages: Messages) -> str:
+    """The text of a conversation up to where the answer begins; raises whatever the template does."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
+
+
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any],
+    conversations: Sequence[Messages],
+    special_text: SpecialText = "text",
+) -> list[list[int]]:
+    """Token ids of each conversation up to where the answer begins."""
+    ids = tokenizer.apply_chat_template(
+        list(conversations), add_generation_prompt=True, tokenize=True, return_dict=False, **template_kwargs
+    )
+    if special_text == "text":
+        for number, messages in enumerate(conversations):
+            if any(special_names(tokenizer, message["content"]) for message in messages):
+                ids[number] = _without_special_text(tokenizer, template_kwargs, messages)
+    return ids
+
+
+class _Twin(NamedTuple):
+    """A copy of a tokenizer that knows each special token by another name too, and its ids in the tokenizer's."""
+
+    tokenizer: PreTrainedTokenizerBase
+    original: dict[int, int]
+
+
+@lru_cache(maxsize=2)
+def _twin(tokenizer: PreTrainedTokenizerBase) -> _Twin:
+    twin = copy.deepcopy(tokenizer)
+    known = tokenizer.added_tokens_decoder
+    names = {}
+    for number, index in enumerate(_specials(tokenizer).ids.values()):
+        # Not special, as special ones are what is to be read as text.
+        options = {"lstrip": known[index].lstrip, "rstrip": known[index].rstrip, "normalized": False, "special": False}
+        names[_TOKEN.format(number)] = index
+        twin.add_tokens([AddedToken(_TOKEN.format(number), **options)])
+    return _Twin(twin, {twin.convert_tokens_to_ids(name): index for name, index in names.items()})
+
+
+def _without_special_text(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], messages: Messages
+) -> list[int]:
+    """Ids of a conversation in which the template's special tokens are tokens, and those of its texts are text."""
+    specials, twin = _specials(tokenizer), _twin(tokenizer)
+    numbers = {name: number for number, name in enumerate(specials.ids)}
+    names = list(specials.ids)
+
+    def hide(value: Any) -> Any:
+        if isinstance(value, str):
+            return specials.pattern.sub(lambda match: _HIDDEN.format(numbers[match[0]]), value)
+        if isinstance(value, Mapping):
+            return {key: item if key == "role" else hide(item) for key, item in value.items()}
+        return [hide(item) for item in value] if isinstance(value, list) else value
+
+    prompt = render_prompt(tokenizer, template_kwargs, hide(messages))
+    prompt = specials.pattern.sub(lambda match: _TOKEN.format(numbers[match[0]]), prompt)
+    prompt = re.sub(_HIDDEN.format(r"(\d+)"), lambda match: names[int(match[1])], prompt)
+    ids = twin.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [twin.original.get(index, index) for index in ids]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def eos_texts(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int] = ()) -> tuple[str, ...]:
+    """What an answer may end in as text: the name of the tokenizer's EOS, and of the model's others.
+
+    A model may also count a word as an end; as text that is a word.
+    """
+    names = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+    others = [names[index] for index in eos_token_ids if index in names]
+    return tuple(dict.fromkeys([tokenizer.eos_token, *others]))
+
+
+def without_eos_text(text: str, eos_token: str | Sequence[str]) -> str:
+    """An answer without the text of an EOS, any of several, or several, at its end, and the white space around them."""
+    tokens = (eos_token,) if isinstance(eos_token, str) else tuple(eos_token)
+    end = text.rstrip()
+    while end.endswith(tokens):
+        text = end.removesuffix(next(token for token in tokens if end.endswith(token)))
+        end = text.rstrip()
+    return text
+
+
+def tokenize_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    ends: Sequence[str] | None = None,
+    special_text: SpecialText = "text",
+) -> list[list[int]]:
+    """Token ids of each answer with one EOS at its end, the tokenizer's, also where the text ends in the text of an EOS
+    itself: one of `ends` (`eos_texts`), or, without them, the tokenizer's."""
+    texts = [without_eos_text(text, ends or tokenizer.eos_token) for text in texts]
+    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=special_text == "text")["input_ids"]
+    return [[*row, tokenizer.eos_token_id] for row in ids]
