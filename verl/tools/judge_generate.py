@@ -28,6 +28,7 @@ from verl.tools.score_data import Limits, PromptAndAnswer
 from verl.tools.score_model import to_rows
 from verl.utils.dataset.rl_dataset import check_tokenizer
 from verl.utils.dump import write_jsonl
+from verl.utils.fsdp_utils import full_parameters
 from verl.utils.model import is_discriminator, load_config, load_model, load_tokenizer, quiet_transformers
 from verl.workers.config import RolloutConfig, SamplingConfig
 from verl.workers.rollout import get_rollout_class
@@ -209,7 +210,7 @@ def _generate_group(folder: Path, jobs: Sequence[Job], drawing: Drawing, prompts
     )
     for job in jobs:
         model = load_model(job.path, "policy", trust_remote_code=drawing.trust_remote_code)
-        rollout.push_weights(model.requires_grad_(False).named_parameters())
+        rollout.push_weights(full_parameters(model))
         own = load_tokenizer(job.path, drawing.trust_remote_code)
         keep(folder, job, drawing, prompts, _answer(rollout, own, job, drawing))
 

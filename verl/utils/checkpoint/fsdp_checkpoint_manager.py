@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_sharded, write_sharded
+from verl.utils.model import tied_names
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # Optimizer settings that come from the configuration, not from the checkpoint.
@@ -81,10 +82,8 @@ class FSDPCheckpointManager:
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """The model's tensors, sharing memory with it; a tied LM head is the embedding and is not written twice."""
-        tensors = dict(self.model.state_dict())
-        if self.model.config.get_text_config().tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
-        return tensors
+        again = tied_names(self.model)
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in again}
 
     def _optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         state = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT)
