@@ -22,7 +22,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.models.packing import AnswerRows
-from verl.models.twin import reach_entries, small_config, small_twin, special_tokens
+from verl.models.twin import positions_change_with_length, reach_entries, small_config, small_twin, special_tokens
 
 if TYPE_CHECKING:
     from verl.models.heads import AnswerModel
@@ -65,7 +65,11 @@ class Verdict:
 
 
 class NoVerdict(Exception):
-    """The plain forward itself did not work, so that there is nothing to compare with."""
+    """There is no twin, or the plain forward itself did not work, so that there is nothing to compare with."""
+
+    def __init__(self, problem: str, in_forward: bool = False):
+        super().__init__(problem)
+        self.in_forward = in_forward
 
 
 def proof_rows(config: PretrainedConfig, longest: int | None = None) -> AnswerRows:
@@ -144,10 +148,15 @@ def _verdict(head, model_class, wrapped: _Config, remove_padding: bool) -> Verdi
     try:
         fault = _twin_fault(head, model_class, config, remove_padding, wide)
     except NoVerdict as error:
+        if error.in_forward and (isinstance(error.__cause__, TypeError) or config.is_encoder_decoder):
+            # No matter of sizes: the model itself will do the same.
+            return Verdict(f"Hugging Face's own forward, given tokens alone, fails: {error}")
         logger.info(
             "%s has no small twin that works (%s): it is proved on its own weights", model_class.__name__, error
         )
         windows = {key: value for key, value in reach.items() if remove_padding and WINDOW.search(key)}
+        if positions_change_with_length(config):
+            windows |= {key: value for key, value in reach.items() if key.endswith("max_position_embeddings")}
         return _limited(windows, compared=False)
     if fault is not None:
         return Verdict(fault)
@@ -303,7 +312,7 @@ def _fault(
             allowed = tolerance(plain)
         except MISFITS as error:
             _check_device(error)
-            raise NoVerdict(_first_line(error)) from error
+            raise NoVerdict(_first_line(error), in_forward=True) from error
         if not _error(begun, plain, begun_rows.response_mask, pick) <= allowed:
             return "its values depend on tokens that come later, so it is no causal language model"
         try:

@@ -42,7 +42,7 @@ KEY_VALUE_HEADS = re.compile(r"(num_key_value_heads|num_kv_heads|kv_n_heads)$")
 ATTENTION_HEADS = re.compile(r"(num_attention_heads|num_heads|n_heads?|attention_heads)$")
 TOKEN = re.compile(r"_token_(id|index)$")
 # Entries that a row may be too long for.
-REACH = re.compile(r"window|chunk|max_position_embeddings")
+REACH = re.compile(r"^(?!.*layers).*(window|chunk|max_position_embeddings)")
 
 
 def small_config(config: PretrainedConfig, changes: Mapping[str, int] | None = None) -> PretrainedConfig:
@@ -85,6 +85,12 @@ def reach_entries(config: PretrainedConfig) -> dict[str, int]:
         if REACH.search(key) and type(value) is int and value > 0:
             found[key] = min(value, found.get(key, value))
     return found
+
+
+def positions_change_with_length(config: PretrainedConfig) -> bool:
+    """Whether rotary positions follow the longest row of a batch."""
+    kinds = [place[key] for place, key in _places(config.to_dict()) if key in ("rope_type", "type")]
+    return "longrope" in kinds or "dynamic" in kinds
 
 
 def special_tokens(config: PretrainedConfig) -> set[int]:
@@ -161,9 +167,11 @@ def _kept_layers(entries: Entries, depth: int) -> list[int]:
 
 def _shrink_rope(entries: Entries, heads: int) -> None:
     """Factors for each frequency, as many as the small head has."""
-    width = entries.get("head_dim") or (entries.get("hidden_size") or 0) // max(1, heads)
+    own, hidden, heads = entries.get("head_dim"), entries.get("hidden_size") or 0, max(1, heads)
+    width = own or hidden // heads
+    small = min(own, HEAD_DIM) if own else min(hidden, WIDTH) // min(heads, HEADS)
     for name in ("rope_parameters", "rope_scaling"):
         rope = entries.get(name)
         for key, value in (rope or {}).items() if isinstance(rope, dict) else ():
             if key in ("long_factor", "short_factor") and isinstance(value, list) and width:
-                rope[key] = value[: max(1, len(value) * HEAD_DIM // width)]
+                rope[key] = value[: max(1, len(value) * small // width)]

@@ -109,10 +109,16 @@ def load_config(
         if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
             setattr(config, key, 0.0)
     if kind == "score":
-        config.num_labels = 1
-        config.classifier_dropout = 0.0
-        register_score_class(type(config))
+        as_discriminator(config)
     return config
+
+
+def as_discriminator(config: PretrainedConfig) -> None:
+    """The config, changed in place to that of a score head with one label; the family has a class for it from then on
+    if it can have one."""
+    config.num_labels = 1
+    config.classifier_dropout = 0.0
+    register_score_class(type(config))
 
 
 def _overridden(config: PretrainedConfig, entries: dict[str, Any], changes: dict[str, Any]) -> PretrainedConfig:
