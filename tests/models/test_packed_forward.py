@@ -3,7 +3,14 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from tests.tiny import SIZES, answer_rows, causal_lm, scorer
 from verl.models.heads import PolicyModel, ScoreModel
@@ -195,25 +202,36 @@ def test_entropy_has_a_gradient_only_when_asked():
     assert module(rows, entropy="grad")[1].requires_grad
 
 
-def test_sliding_window_models_are_refused():
-    model = causal_lm()
-    model.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match="sliding_attention"):
-        PolicyModel(model)
+def windowed(window: int) -> MistralForCausalLM:
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window, pad_token_id=0, eos_token_id=1))
 
 
-def test_a_sliding_window_without_layer_types_is_refused():
-    sizes = {key: value for key, value in SIZES.items() if key != "initializer_range"}
-    model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8))
-    with pytest.raises(ValueError, match="sliding_attention"):
-        PolicyModel(model)
+def test_a_window_that_no_row_can_reach_is_nothing():
+    """In a window of 9 a row's last token, the ninth, still attends to its first."""
+    rows, model = answer_rows([5, 1, 3, 7], [4, 6, 1, 2]), windowed(9)
+    expected = reference_log_probs(windowed(9), rows, 1.0)
+    torch.testing.assert_close(PolicyModel(model)(rows)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_longer_than_a_window_is_refused():
+    rows = answer_rows([5, 1, 3, 7], [4, 6, 1, 2])
+    with pytest.raises(ValueError, match=r"beyond 8 tokens \(sliding_window=8\)"):
+        PolicyModel(windowed(8))(rows)
+    expected = reference_log_probs(windowed(8), rows, 1.0)
+    padded = PolicyModel(windowed(8), remove_padding=False)(rows)[0]
+    torch.testing.assert_close(padded, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_models_that_change_their_logits_are_refused():
-    model = causal_lm()
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
+    """Cohere multiplies them by a number of its config. An entry that a class does not read is nothing."""
+    model = CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.5, pad_token_id=0, eos_token_id=1))
+    with pytest.raises(ValueError, match="CohereForCausalLM cannot be used with packed rows: its values differ"):
         PolicyModel(model)
+    PolicyModel(CohereForCausalLM(CohereConfig(**SIZES, logit_scale=1.0, pad_token_id=0, eos_token_id=1)))
+    model = causal_lm()
+    model.config.logit_scale = 0.5
+    PolicyModel(model)
 
 
 @pytest.mark.parametrize(("share", "layers"), [(0.0, []), (0.34, [0, 2, 5]), (0.5, [0, 2, 4]), (1.0, [*range(6)])])

@@ -11,11 +11,22 @@ on each token once.
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, PreTrainedModel
+
+from verl.models.packing import Layout
 
 PACKED_ATTENTION = "verl_packed"
+# Arguments by which families pass on what changes nothing here: positions are in the keys already, and nothing is
+# cached, dropped out or returned besides.
+WITHOUT_EFFECT = frozenset(
+    {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+)
+LAYOUT = tuple(field.name for field in fields(Layout))
 # What the flash-attention kernels compute in, and the head sizes that they have code for.
 FLASH_TYPES = (torch.bfloat16, torch.float16)
 FLASH_LARGEST_HEAD, FLASH_HEAD_STEP = 256, 8
@@ -29,34 +40,45 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    starts: torch.Tensor,
-    longest: int,
-    prompt_tokens: int,
-    prompt_starts: torch.Tensor,
-    longest_prompt: int,
-    answer_tokens: int,
-    answer_starts: torch.Tensor,
-    longest_answers: int,
-    source: torch.Tensor,
-    place: torch.Tensor,
-    rows: int,
-    width: int,
-    **_: object,
+    **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each row: query (1, H, S, D), key and value (1, G, S, D) with H a multiple of G.
 
+    Args:
+        arguments: the fields of `packing.Layout`; and what else the model passes.
+
     Returns:
         (1, S, H, D) and None, as transformers expects of an attention function.
+
+    Raises:
+        ValueError: the model asks for attention of another kind: a mask, capped scores, sinks, a window that a row can
+            reach, or anything unknown. Or it does not pass on the layout.
     """
+    if any(name not in arguments for name in LAYOUT):
+        raise ValueError("its layers do not pass on to attention where rows begin and end")
+    layout = Layout(**{name: arguments.pop(name) for name in LAYOUT})
+    _refuse({"attention_mask": attention_mask, **arguments}, layout.width)
     states = [packed[0].transpose(0, 1) for packed in (query, key, value)]
-    if _has_kernel(query):
+    if _has_kernel(query) and value.shape[-1] == query.shape[-1]:
         output = _Flash.apply(
-            *states, starts, longest, prompt_tokens, prompt_starts, longest_prompt, answer_tokens, answer_starts,
-            longest_answers, scaling,
+            *states, layout.starts, layout.longest, layout.prompt_tokens, layout.prompt_starts, layout.longest_prompt,
+            layout.answer_tokens, layout.answer_starts, layout.longest_answers, scaling,
         )  # fmt: skip
     else:
-        output = _on_grid(*states, source, place, rows, width, scaling)
+        output = _on_grid(*states, layout.source, layout.place, layout.rows, layout.width, scaling)
     return output.unsqueeze(0), None
+
+
+def _refuse(arguments: dict[str, object], longest: int) -> None:
+    for name, value in arguments.items():
+        if value is None or name in WITHOUT_EFFECT:
+            continue
+        if name == "sliding_window" and (not isinstance(value, int) or value >= longest):
+            continue
+        if (name == "dropout" and value == 0) or (name == "is_causal" and value is True):
+            continue
+        shown = value if isinstance(value, (bool, int, float, str)) else type(value).__name__
+        raise ValueError(f"packed rows attend to all that is before them, which leaves out {name}={shown}")
 
 
 def _has_kernel(query: torch.Tensor) -> bool:
@@ -192,12 +214,11 @@ def _kernel_backward(
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
-def check_full_attention(config: PretrainedConfig) -> None:
-    """ValueError when a layer attends through a sliding window, which packed rows do not honour."""
-    windowed = getattr(config, "sliding_window", None) is not None
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"])
-    if kinds != {"full_attention"}:
+def set_attention(hf: PreTrainedModel, name: str) -> None:
+    """ValueError where the model cannot switch: transformers would warn, and go on with the attention that it has."""
+    hf.set_attn_implementation(name)
+    if hf.config._attn_implementation != name:
         raise ValueError(
-            f"packed training supports full attention, but {config.model_type} has layers of kind {sorted(kinds)}; "
-            "use a model without sliding-window layers, or use_remove_padding=False"
+            f"{type(hf).__name__} does not get its attention from transformers' AttentionInterface, so that it stays "
+            f"{hf.config._attn_implementation}"
         )

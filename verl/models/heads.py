@@ -2,43 +2,111 @@
 
 `PolicyModel` turns rows into log-probs of their answer tokens, `ScoreModel` into one value per answer token. Both
 call the backbone and apply the head themselves, on answer tokens only. Rows come from host memory; results are on the
-model's device.
+model's device. That this gives what the class itself computes is proved (`proof.py`), not assumed.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from verl.models.attention import PACKED_ATTENTION, check_full_attention
+from verl.models.attention import PACKED_ATTENTION, set_attention
 from verl.models.head_log_probs import Entropy, head_log_probs
+from verl.models.layers import decoder_layers, is_recomputed
 from verl.models.packing import AnswerRows, pack
+from verl.models.proof import Verdict, check_class, too_long
 
-# Config entries by which some families change their logits after the head.
-LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+# What families call the head of a token-classification model.
+SCORE_HEADS = ("score", "classifier")
 
 
-class AnswerModel(nn.Module):
-    """The backbone's hidden states around the answers, packed or padded."""
+class AnswerModel(nn.Module, ABC):
+    """The backbone's hidden states around the answers, packed or padded.
 
-    def __init__(self, hf: PreTrainedModel, remove_padding: bool = True):
+    Nothing in it is left to chance: the backbone is always in eval mode, see `train`.
+
+    Raises:
+        ValueError: the class's values are not those of its own plain forward (`proof.check_class`). With `proven` the
+            caller compares them.
+    """
+
+    def __init__(self, hf: PreTrainedModel, remove_padding: bool = True, proven: bool = False):
         super().__init__()
         self.hf = hf
         self.remove_padding = remove_padding
-        if remove_padding:
-            check_full_attention(hf.config)
-        hf.set_attn_implementation(PACKED_ATTENTION if remove_padding else "sdpa")
+        self.verdict = Verdict() if proven else check_class(type(self), type(hf), hf.config, remove_padding)
+        self._set_attention()
+        self.train()
+
+    def _set_attention(self) -> None:
+        if self.remove_padding:
+            set_attention(self.hf, PACKED_ATTENTION)
+        else:
+            set_attention(self.hf, plain_attention(self.hf))
+
+    @contextmanager
+    def padded(self) -> Iterator[None]:
+        """Rows are padded inside, whatever they are outside."""
+        packed, self.remove_padding = self.remove_padding, False
+        self._set_attention()
+        try:
+            yield
+        finally:
+            self.remove_padding = packed
+            self._set_attention()
+
+    def train(self, mode: bool = True) -> AnswerModel:
+        """As `nn.Module.train`, but of the modules inside only layers to be computed again in the backward pass ever
+        train, and nothing within them: router jitter, dropout and dropped layers are for training mode, and old
+        log-probs, scores and the update have to see one and the same function."""
+        self.training = mode
+        self.hf.eval()
+        for layer in decoder_layers(self.hf):
+            layer.training = mode and is_recomputed(layer)
+        return self
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.hf.parameters()).device
 
+    @abstractmethod
+    def values(self, rows: AnswerRows) -> torch.Tensor:
+        """One fp32 number for each answer token, (R, T)."""
+
+    def plain(self, rows: AnswerRows, copies: int = 1) -> torch.Tensor:
+        """The same as `values`, from the class's own forward of one whole row at a time without any padding.
+
+        Args:
+            copies: so many times the row in a batch; the results differ by rounding alone.
+        """
+        values = torch.zeros(rows.responses.shape, device=self.device)
+        attention = self.hf.config._attn_implementation
+        set_attention(self.hf, plain_attention(self.hf))
+        try:
+            for row, (prompt, answer) in enumerate(rows.unpadded()):
+                ids = torch.cat([prompt, answer]).to(self.device)
+                logits = self.hf(input_ids=ids.expand(copies, -1)).logits[0]
+                values[row, : len(answer)] = self.of_logits(logits.float(), ids, len(prompt))
+        finally:
+            set_attention(self.hf, attention)
+        return values
+
+    @abstractmethod
+    def of_logits(self, logits: torch.Tensor, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+        """The answer's values (T,), of a row's logits (P + T, V), its tokens (P + T,), and P."""
+
     def answers(self, rows: AnswerRows, before: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states (K, D) at the answer tokens, or at the token before each, in the order of the mask; the answer
         tokens (K,), and their places in the flattened (R * T) answers, (K,)."""
-        packed = pack(rows).to(self.device)
+        packed = pack(rows)
+        self._check_length(packed.layout.width)
+        packed = packed.to(self.device)
         if not self.remove_padding:
             return self._padded_hidden(rows, before), packed.answer_ids, packed.grid_index
         hidden = self.hf.base_model(
@@ -46,6 +114,10 @@ class AnswerModel(nn.Module):
         ).last_hidden_state
         index = packed.before_index if before else packed.answer_index
         return hidden[0].index_select(0, index), packed.answer_ids, packed.grid_index
+
+    def _check_length(self, tokens: int) -> None:
+        if self.verdict.longest is not None and tokens > self.verdict.longest:
+            raise ValueError(f"{type(self.hf).__name__}: {too_long(self.verdict, tokens)}")
 
     def _padded_hidden(self, rows: AnswerRows, before: bool) -> torch.Tensor:
         """The classic way: every row at full width, padding masked. The reference for the packed path."""
@@ -60,23 +132,41 @@ class AnswerModel(nn.Module):
         return hidden[:, start : start + rows.responses.shape[1]][rows.response_mask.bool().to(self.device)]
 
 
+def plain_attention(hf: PreTrainedModel) -> str:
+    """The attention of transformers' own that the class would choose."""
+    return "sdpa" if hf._supports_sdpa else "eager"
+
+
+def score_head(hf: PreTrainedModel) -> nn.Linear:
+    """The head of a token-classification model, whatever the family calls it; ValueError unless it has one label."""
+    for name in SCORE_HEADS:
+        head = getattr(hf, name, None)
+        if isinstance(head, nn.Linear):
+            if head.out_features != 1:
+                raise ValueError(
+                    f"expected a score head with one label, got {head.out_features} in {type(hf).__name__}"
+                )
+            return head
+    raise ValueError(
+        f"{type(hf).__name__} has no linear score head under {' or '.join(SCORE_HEADS)}: use another model as "
+        "discriminator"
+    )
+
+
 def to_answer_grid(values: torch.Tensor, grid_index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Values of the real answer tokens, (K,), as (R, T) with zeros elsewhere."""
     return values.new_zeros(shape).index_put((grid_index // shape[1], grid_index % shape[1]), values)
 
 
 class PolicyModel(AnswerModel):
-    """Log-probs of the answers under a causal language model whose logits are the LM head's output as it is.
+    """Log-probs of the answers under a causal language model whose logits are the LM head's output as it is."""
 
-    Raises:
-        ValueError: the model scales or caps its logits after the head.
-    """
+    def values(self, rows: AnswerRows) -> torch.Tensor:
+        return self(rows)[0]
 
-    def __init__(self, hf: PreTrainedModel, remove_padding: bool = True):
-        super().__init__(hf, remove_padding)
-        changed = [key for key in LOGIT_CHANGES if getattr(hf.config, key, None) not in (None, 1, 1.0)]
-        if changed:
-            raise ValueError(f"{hf.config.model_type} models change their logits by {changed}, which is not supported")
+    def of_logits(self, logits: torch.Tensor, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+        log_probs = logits[prompt - 1 : -1].log_softmax(-1)
+        return log_probs.gather(-1, ids[prompt:].unsqueeze(-1)).squeeze(-1)
 
     def forward(
         self, rows: AnswerRows, temperature: float | torch.Tensor = 1.0, entropy: Entropy = "none"
@@ -104,10 +194,24 @@ class ScoreModel(AnswerModel):
     those of its own forward.
     """
 
+    @property
+    def head(self) -> nn.Linear:
+        """The score head."""
+        return score_head(self.hf)
+
+    def values(self, rows: AnswerRows) -> torch.Tensor:
+        return self(rows)
+
+    def of_logits(self, logits: torch.Tensor, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+        return logits[prompt:, 0]
+
     def forward(self, rows: AnswerRows) -> torch.Tensor:
         """Values (R, T) in fp32, zero outside the mask."""
         hidden, _, grid_index = self.answers(rows, before=False)
-        head = self.hf.score
+        head = self.head
         bias = None if head.bias is None else head.bias.float()
         values = nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
         return to_answer_grid(values, grid_index, rows.responses.shape)
+
+
+HEADS: dict[str, type[AnswerModel]] = {"policy": PolicyModel, "score": ScoreModel}

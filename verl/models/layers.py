@@ -20,6 +20,11 @@ def decoder_layers(hf: PreTrainedModel) -> list[nn.Module]:
     return [child for child in hf.modules() if type(child).__name__ in classes]
 
 
+def is_recomputed(layer: nn.Module) -> bool:
+    """Whether `recompute_layers` chose the layer."""
+    return getattr(layer, "gradient_checkpointing", False)
+
+
 def compile_layers(hf: PreTrainedModel) -> None:
     """Fuse what lies between the matrix products of each layer. All layers share their graphs.
 

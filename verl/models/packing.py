@@ -12,6 +12,7 @@ for the device at every micro-batch. What the model needs is then copied over wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -39,6 +40,13 @@ class AnswerRows:
     def lengths(self) -> list[int]:
         """Real tokens of each row."""
         return (self.prompt_mask.sum(-1) + self.response_mask.sum(-1)).tolist()
+
+    def unpadded(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each row's prompt and answer without their padding."""
+        for prompt, prompt_mask, answer, mask in zip(
+            self.prompts, self.prompt_mask.bool(), self.responses, self.response_mask.bool(), strict=True
+        ):
+            yield prompt[prompt_mask], answer[mask]
 
     def begins_family(self) -> torch.Tensor:
         """(R,) bool: whether a row's prompt is another one than that of the row before it."""

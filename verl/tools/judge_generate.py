@@ -28,6 +28,7 @@ from verl.tools.score_data import Limits, PromptAndAnswer
 from verl.tools.score_model import to_rows
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
 from verl.utils.dump import write_jsonl
+from verl.utils.fsdp_utils import full_parameters
 from verl.utils.model import (
     all_eos_token_ids,
     check_files,
@@ -220,7 +221,7 @@ def _generate_group(folder: Path, jobs: Sequence[Job], drawing: Drawing, prompts
     )
     for job in jobs:
         model = load_model(job.path, "policy", trust_remote_code=drawing.trust_remote_code)
-        rollout.push_weights(model.requires_grad_(False).named_parameters())
+        rollout.push_weights(full_parameters(model))
         own = load_tokenizer(job.path, drawing.trust_remote_code)
         keep(folder, job, drawing, prompts, _answer(rollout, own, ends, job, drawing))
 

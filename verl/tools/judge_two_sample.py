@@ -97,13 +97,13 @@ class Judge:
         # Weights alone: what the model computes positions with stays in fp32.
         for parameter in hf.base_model.parameters():
             parameter.data = parameter.data.to(getattr(torch, dtype))
-        self.model = ScoreModel(hf, remove_padding=can_pack(hf.config)).to(device)
+        self.model = ScoreModel(hf, remove_padding=can_pack(hf)).to(device)
         self.weights = list(hf.parameters())
         self.masters = [w if w.dtype == torch.float32 else w.detach().float().requires_grad_() for w in self.weights]
 
     def reset(self, seed: int) -> None:
         """Back to the base model with a head that `seed` draws; what it was trained on is forgotten."""
-        head, config = self.model.hf.score, self.model.hf.config
+        head, config = self.model.head, self.model.hf.config
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for master, base in zip(self.masters, self.base, strict=True):

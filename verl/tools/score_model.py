@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from verl.models.attention import check_full_attention
 from verl.models.heads import ScoreModel
 from verl.models.packing import AnswerRows
+from verl.models.proof import class_verdict
 from verl.tools.score_data import PromptAndAnswer
 from verl.trainer.ppo.discriminator_algos import POOLINGS, pool_scores, score_mask
 from verl.utils.model import check_files, find_model, is_discriminator, load_model
@@ -89,18 +89,15 @@ def scoring_of(config: PretrainedConfig, pooling: str | None, exclude_eos: bool 
 
 
 def load_critic(path: str, config: PretrainedConfig, dtype: str, device: str, trust_remote_code: bool) -> ScoreModel:
-    """The model on its device; one with sliding windows runs padded, as it must have been trained."""
+    """The model on its device; one that cannot be packed runs padded, as it must have been trained."""
     hf = load_model(path, "score", trust_remote_code=trust_remote_code, dtype=getattr(torch, dtype), fresh_head=False)
-    return ScoreModel(hf, remove_padding=can_pack(config)).to(device).eval()
+    return ScoreModel(hf, remove_padding=can_pack(hf)).to(device).eval()
 
 
-def can_pack(config: PretrainedConfig) -> bool:
-    """Whether rows can be packed."""
-    try:
-        check_full_attention(config)
-    except ValueError:
-        return False
-    return True
+def can_pack(hf: PreTrainedModel) -> bool:
+    """Whether rows of any length can be packed."""
+    verdict = class_verdict(ScoreModel, type(hf), hf.config, remove_padding=True)
+    return verdict.fault is None and verdict.longest is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.single_controller.ray.starting import join_or_start
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
-from verl.trainer.ppo.model_checks import check_engine, check_models, with_absolute_paths
+from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens, with_absolute_paths
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
 from verl.trainer.ppo.utils import Role, need_critic
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
@@ -67,6 +67,7 @@ class TaskRunner:
         val = None
         if data.val_files is not None:
             val = create_rl_dataset(data.val_files, data, tokenizer, data.val_max_samples, ends)
+        check_tokens(config, tokenizer, [train] if val is None else [train, val])
         roles = [Role.ActorRollout] + ([Role.Critic] if need_critic(config) else [])
         pools = ResourcePoolManager(
             {"global_pool": [trainer.n_gpus_per_node] * trainer.nnodes},

@@ -10,16 +10,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
-from verl.models.heads import AnswerModel, PolicyModel, ScoreModel
+from verl.models.heads import HEADS, AnswerModel
 from verl.models.layers import compile_layers, decoder_layers, recompute_layers
-from verl.utils.model import Kind, empty_model, load_config, load_model
+from verl.models.proof import prove
+from verl.utils.model import Kind, empty_model, load_config, load_model, persistent_buffers
 from verl.utils.shm import model_folder
 from verl.workers.config import FSDPConfig, ModelConfig
 
-HEADS: dict[Kind, type[AnswerModel]] = {"policy": PolicyModel, "score": ScoreModel}
 Part = TypeVar("Part")
 
 
@@ -31,6 +36,9 @@ def build_sharded_model(
     A model to be trained has fp32 master weights; a frozen one has the type it computes in, which is what FSDP would
     make of fp32 weights before every use. Only rank 0 reads the weights; the others build the structure and receive
     their shards.
+
+    Raises:
+        ValueError: the model's values are not those of its own plain forward (see `prove`).
     """
     dtype = getattr(torch, fsdp.dtype) if frozen else torch.float32
     if dist.get_rank() == 0:
@@ -49,8 +57,9 @@ def build_sharded_model(
     shard(wrapper, fsdp, device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(hf, weights, options=options)
-    # Gradient checkpointing asks for training mode; without dropout nothing else differs in it.
-    return wrapper.train()
+    prove(wrapper.eval(), getattr(torch, fsdp.dtype))
+    reshard(wrapper)
+    return wrapper.train(not frozen)
 
 
 def shard(module: AnswerModel, fsdp: FSDPConfig, device: str) -> None:
@@ -61,6 +70,7 @@ def shard(module: AnswerModel, fsdp: FSDPConfig, device: str) -> None:
     for layer in decoder_layers(module.hf):
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=fsdp.reshard_after_forward)
     fully_shard(module, mesh=mesh, mp_policy=precision)
+    register_fsdp_forward_method(module, "plain")
 
 
 def synced(module: nn.Module, micro_batches: Sequence[Part], once: bool) -> Iterator[Part]:
@@ -84,11 +94,13 @@ def reshard(module: nn.Module) -> None:
 
 
 def full_parameters(module: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter whole, one at a time, under its Hugging Face name; collective, all ranks must exhaust it.
+    """Every parameter and every persistent buffer whole, one at a time, under its Hugging Face name; collective, all
+    ranks must exhaust it.
 
-    In `dtype`, in which the shards travel already, or as they are. What a forward pass left gathered, in the type it
-    computes in, has to be put away first (`reshard`).
+    Parameters in `dtype`, in which the shards travel already, or as they are; buffers as they are. What a forward pass
+    left gathered, in the type it computes in, has to be put away first (`reshard`).
     """
     for name, parameter in module.named_parameters():
         tensor = parameter.detach().to(dtype or parameter.dtype)
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    yield from persistent_buffers(module)

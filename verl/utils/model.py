@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -21,8 +24,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GenericForTokenClassification
 from transformers.utils import logging as hf_logging
 
+from verl.models.heads import SCORE_HEADS
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, is_dropout
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
@@ -158,19 +163,69 @@ def load_config(
     Raises:
         ValueError: an override that the config does not have.
     """
-    config = AutoConfig.from_pretrained(find_model(path).huggingface, trust_remote_code=trust_remote_code)
-    for key, value in (override_config or {}).items():
-        if not hasattr(config, key):
-            raise ValueError(f"override_config.{key}: {type(config).__name__} has no such entry")
-        setattr(config, key, value)
+    folder = find_model(path).huggingface
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if override_config:
+        config = _overridden(config, json.loads((folder / "config.json").read_text()), dict(override_config))
     for key, value in config.to_dict().items():
         # Old log-probs, scores and the update must see one and the same function.
         if is_dropout(key) and isinstance(value, float):
             setattr(config, key, 0.0)
     if kind == "score":
-        config.num_labels = 1
-        config.classifier_dropout = 0.0
+        as_discriminator(config)
     return config
+
+
+def as_discriminator(config: PretrainedConfig) -> None:
+    """The config, changed in place to that of a score head with one label; the family has a class for it from then on
+    if it can have one."""
+    config.num_labels = 1
+    config.classifier_dropout = 0.0
+    register_score_class(type(config))
+
+
+def _overridden(config: PretrainedConfig, entries: dict[str, Any], changes: dict[str, Any]) -> PretrainedConfig:
+    """The config that `entries`, those of its file, make with `changes`. Kinds of layers that only repeat what follows
+    from the other entries follow from the changed ones."""
+    for key in changes:
+        if not hasattr(config, key):
+            raise ValueError(f"override_config.{key}: {type(config).__name__} has no such entry")
+    if "layer_types" in entries and "layer_types" not in changes:
+        others = {key: value for key, value in entries.items() if key != "layer_types"}
+        if type(config).from_dict(others).layer_types == config.layer_types:
+            entries = others
+    changed = type(config).from_dict({**entries, **changes})
+    # Where the model was found: code that came with it is looked for there.
+    changed.name_or_path = config.name_or_path
+    return changed
+
+
+def register_score_class(config_class: type[PretrainedConfig]) -> None:
+    """A token-classification class for a family to which transformers gives none: its backbone and a linear `score`,
+    as its other such classes have. From then on the auto classes of this process know it."""
+    known = AutoModelForTokenClassification._model_mapping
+    if config_class in known or config_class not in AutoModel._model_mapping:
+        return
+    backbone = AutoModel._model_mapping[config_class]
+    if isinstance(backbone, tuple):
+        return
+    parent = next(
+        (base for base in backbone.__mro__[1:] if issubclass(base, PreTrainedModel) and base is not PreTrainedModel),
+        None,
+    )
+    if parent is None:
+        return
+    score_class = type(
+        f"{backbone.__name__.removesuffix('Model')}ForTokenClassification",
+        (GenericForTokenClassification, parent),
+        {
+            "__module__": backbone.__module__,
+            "base_model_prefix": parent.base_model_prefix,
+            "config_class": config_class,
+        },
+    )
+    # Without exist_ok nothing is registered for a config of transformers' own.
+    AutoModelForTokenClassification.register(config_class, score_class, exist_ok=True)
 
 
 def load_model(
@@ -185,13 +240,16 @@ def load_model(
     false.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is not whole (`check_files`), weights are missing (other than those of
-            a fresh score head), or a discriminator is to be a language model.
+        FileNotFoundError, ValueError: the folder is not whole (`check_files`), or a discriminator is to be a language
+            model; weights are missing (other than those of a fresh score head), the score head has several labels, or
+            the LM head is not the embedding though the config says so.
     """
     check_files(path)
     if kind == "policy":
         refuse_discriminator(path)
     source = find_model(path)
+    if kind == "score":
+        check_labels(path)
     config = load_config(path, kind, override_config, trust_remote_code)
     auto = AUTO_CLASSES[kind]
     options = {"config": config, "dtype": dtype, "output_loading_info": True, "trust_remote_code": trust_remote_code}
@@ -205,13 +263,109 @@ def load_model(
     generation_config = source.huggingface / "generation_config.json"
     if kind == "policy" and generation_config.is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.huggingface)
-    may_miss = "score." if kind == "score" and fresh_head else ()
+    may_miss = tuple(f"{name}." for name in SCORE_HEADS) if kind == "score" and fresh_head else ()
     missing = [key for key in info["missing_keys"] if not key.startswith(may_miss)]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, e.g. {sorted(missing)[:3]}")
     if info["missing_keys"]:
         logger.info("%s is a language model: the discriminator starts from it with a fresh score head", path)
+    if kind == "policy" and is_tied(config) and not shares_embedding(model):
+        raise ValueError(untied_head(path))
     return model
+
+
+def is_tied(config: PretrainedConfig) -> bool:
+    """Whether the config says that the LM head is the embedding."""
+    return bool(config.get_text_config().tie_word_embeddings)
+
+
+def shares_embedding(model: PreTrainedModel) -> bool:
+    """Whether the LM head, if there is one, is the embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is None or head.weight is embedding.weight
+
+
+def untied_head(path: str | Path) -> str:
+    """The sentence for a model that has an LM head of its own against its config."""
+    return (
+        f"the config.json of {path} says tie_word_embeddings, and its weights have an LM head that differs from the "
+        "embedding, which would be lost: set override_config.tie_word_embeddings=False to keep it (+actor_rollout_ref."
+        "model.override_config.tie_word_embeddings=False), or delete the head's tensor if it is a remnant"
+    )
+
+
+def check_head(path: str | Path, config: PretrainedConfig, trust_remote_code: bool = False) -> None:
+    """ValueError if the config says that the LM head is the embedding, and the folder's weights have another head under
+    its name. What lies under other names `load_model` finds."""
+    folder = find_model(path).huggingface
+    files = list(folder.glob("*.safetensors"))
+    if not is_tied(config) or not files:
+        return
+    with torch.device("meta"):
+        model = empty_model(config, "policy", trust_remote_code)
+    embedding = model.get_input_embeddings().weight
+    names = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight is embedding}
+    found = []
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            found += [tensors.get_tensor(name) for name in names & set(tensors.keys())]
+    if any(not torch.equal(tensor, found[0]) for tensor in found[1:]):
+        raise ValueError(untied_head(path))
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens of the longest row that the model was made for, as far as its config says; stretched rotary positions
+    count as stretched."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    factor = rope.get("factor") if isinstance(rope, dict) else None
+    if not isinstance(factor, (int, float)):
+        return positions
+    return max(positions, int(factor * (rope.get("original_max_position_embeddings") or positions)))
+
+
+def find_class(config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False) -> type[PreTrainedModel]:
+    """The class of the model that `config` describes; ValueError if there is none for `kind`, or it cannot be built."""
+    try:
+        with torch.device("meta"):
+            return type(empty_model(config, kind, trust_remote_code))
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
+        what = {"policy": "a language model", "score": "a discriminator"}[kind]
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ValueError(f"a model of type {config.model_type} cannot be built as {what}: {reason}") from error
+
+
+def check_labels(path: str | Path) -> None:
+    """ValueError for a token-classification model with another number of labels than one."""
+    entries = json.loads((find_model(path).huggingface / "config.json").read_text())
+    # A config that names no labels has two.
+    labels = len(entries.get("id2label") or (0, 1))
+    if is_discriminator(path) and labels != 1:
+        raise ValueError(
+            f"expected a score head with one label, got {labels} labels in {path}; pass a discriminator, or the "
+            "language model that it was made from, for a fresh head"
+        )
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a model computes with besides its parameters, and keeps in checkpoints: biases of expert routers, say."""
+    for prefix, child in module.named_modules():
+        for name, buffer in child.named_buffers(prefix, recurse=False):
+            if buffer is not None and name.rpartition(".")[2] not in child._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Names in the state dict under which a parameter stands once more: an LM head that is the embedding."""
+    names = dict(model.named_parameters(remove_duplicate=False))
+    sources = set(getattr(model, "all_tied_weights_keys", {}).values())
+    kept: dict[int, str] = {}
+    for name in sorted(names, key=lambda name: name not in sources):
+        kept.setdefault(id(names[name]), name)
+    return {name for name, parameter in names.items() if kept[id(parameter)] != name}
 
 
 def empty_model(

@@ -34,6 +34,8 @@ def config(folder, critic, *overrides):
             f"actor_rollout_ref.model.path={folder}/student",
             f"critic.model.path={folder}/{critic}",
             "trainer.experiment_name=x",
+            "data.max_prompt_length=64",
+            "data.max_response_length=64",
             *overrides,
         ]
     )

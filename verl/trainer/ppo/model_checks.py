@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from verl.models.heads import HEADS
+from verl.models.proof import check_class
 from verl.trainer.config.schema import Config
 from verl.trainer.ppo.core_algos import get_discriminator_loss_fn
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.dataset.tokenizer_checks import check_ids
 from verl.utils.model import (
+    Kind,
     check_files,
+    check_head,
+    check_labels,
+    context_length,
+    find_class,
     find_model,
     is_discriminator,
     load_config,
@@ -51,17 +60,73 @@ def with_absolute_paths(config: Config) -> Config:
     )
 
 
-def _load(model: ModelConfig, kind: str) -> PreTrainedTokenizerBase:
+def _look_at(model: ModelConfig, kind: Kind, key: str, longest: int) -> PreTrainedTokenizerBase:
+    """Everything that a model's folder shows of whether it can be used for rows of `longest` tokens; its tokenizer."""
     # The rank that reads the weights compares the contents of a copy in memory itself.
     check_files(model.path, contents=not model.use_shm)
     if kind == "policy":
         refuse_discriminator(model.path)
+    else:
+        check_labels(model.path)
     if model.tokenizer_path is not None:
         refuse_pointers(find_model(model.tokenizer_path).huggingface)
-    load_config(model.path, kind, model.override_config, model.trust_remote_code)
+    config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
     tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
     check_ids(tokenizer)
+    try:
+        _check_context(config, longest)
+        _check_vocabulary(config, tokenizer)
+        model_class = find_class(config, kind, model.trust_remote_code)
+        check_class(HEADS[kind], model_class, config, model.use_remove_padding, longest)
+        if kind == "policy":
+            check_head(model.path, config, model.trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"{key}.path={model.path}: {error}") from error
     return tokenizer
+
+
+def _check_context(config: PretrainedConfig, longest: int) -> None:
+    context = context_length(config)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"data.max_prompt_length + max_response_length = {longest} is above max_position_embeddings={context}, the "
+            "model's context: shorten them, or raise override_config.max_position_embeddings of a model with rotary "
+            "positions that is to work beyond it"
+        )
+
+
+def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tokens that every batch has must have an embedding; for others see `check_tokens`."""
+    size = config.get_text_config().vocab_size
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = getattr(tokenizer, f"{name}_id")
+        if token is not None and token >= size:
+            raise ValueError(_without_embedding(f"the tokenizer's {name} {getattr(tokenizer, name)!r}", token, size))
+
+
+def _without_embedding(what: str, token: int, size: int) -> str:
+    return (
+        f"{what} has number {token}, and the model's embedding (vocab_size) has {size} rows: resize it "
+        "(model.resize_token_embeddings) and save the model, or use the tokenizer that belongs to it"
+    )
+
+
+def check_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, datasets: Iterable[Dataset]) -> None:
+    """ValueError if a row has a token for which the student has no embedding; names the row. Rows are read only where
+    the tokenizer has such tokens at all."""
+    model = config.actor_rollout_ref.model
+    student = load_config(model.path, "policy", model.override_config, model.trust_remote_code)
+    size = student.get_text_config().vocab_size
+    if max(tokenizer.get_vocab().values()) < size:
+        return
+    for dataset in datasets:
+        for number in range(len(dataset)):
+            row = dataset[number]
+            for key in ("input_ids", "teacher_response"):
+                token = int(row[key].max())
+                if token >= size:
+                    text = tokenizer.convert_ids_to_tokens(token)
+                    raise ValueError(_without_embedding(f"token {text!r}, in row {number} of the data,", token, size))
 
 
 def check_engine(config: Config) -> None:
@@ -78,22 +143,25 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: a folder holds no model.
-        ValueError: a folder is not whole, the student's holds a discriminator, a tokenizer makes other ids than its
-            tokenizer.json, the discriminator reads other tokens than the student writes, or GAD starts without a
-            warmed-up one.
+        ValueError: a folder is not whole, or the student's holds a discriminator; a model's values would be wrong (see
+            `check_class`), its context is shorter than a row, or it has no embedding for a token; a tokenizer makes
+            other ids than its tokenizer.json, or the discriminator's other ones than the student's; or GAD starts
+            without a warmed-up discriminator.
     """
-    tokenizer = _load(config.actor_rollout_ref.model, "policy")
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    tokenizer = _look_at(config.actor_rollout_ref.model, "policy", "actor_rollout_ref.model", longest)
     if not config.use_critic:
         return tokenizer
     path = config.critic.model.path
-    other = _load(config.critic.model, "score")
+    other = _look_at(config.critic.model, "score", "critic.model", longest)
     if other.get_vocab() != tokenizer.get_vocab() or other.eos_token_id != tokenizer.eos_token_id:
         raise ValueError(
             f"the discriminator in {path} has another tokenizer than the student in "
             f"{config.actor_rollout_ref.model.path} ({len(other)} tokens, EOS {other.eos_token_id}, against "
             f"{len(tokenizer)}, EOS {tokenizer.eos_token_id}): it would misread the answers; use models of one family"
         )
-    if config.trainer.critic_warmup == 0 and not is_discriminator(path):
+    rewards = not config.trainer.warmup_use_sft
+    if rewards and config.trainer.critic_warmup == 0 and not is_discriminator(path):
         raise ValueError(
             f"{path} is a language model, and an untrained discriminator would reward noise: pass a warmed-up critic "
             "(critic.model.path, --reward_model), or let it learn first with trainer.critic_warmup=N steps or auto"

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, write_hf_files
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, check_chunks, read_layout, read_sharded, write_sharded
 from verl.utils.checkpoint.whole import FSDP_CONFIG, HUGGINGFACE
+from verl.utils.model import tied_names
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # Optimizer settings that come from the configuration, not from the checkpoint.
@@ -89,10 +90,8 @@ class FSDPCheckpointManager:
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """The model's tensors, sharing memory with it; a tied LM head is the embedding and is not written twice."""
-        tensors = dict(self.model.state_dict())
-        if self.model.config.get_text_config().tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
-        return tensors
+        again = tied_names(self.model)
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in again}
 
     def _optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         state = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT)

@@ -40,12 +40,13 @@ class BaseRollout(ABC):
 
     @abstractmethod
     def push_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Take over whole tensors under their Hugging Face names; every parameter, once each, tied ones once.
+        """Take over whole tensors under their Hugging Face names; every parameter and persistent buffer, once each,
+        tied ones once.
 
         An engine that sleeps wakes as far as it needs to. Nothing that was computed with earlier weights outlives this.
 
         Raises:
-            ValueError: other tensors than the model's parameters came, or one twice, or one is missing.
+            ValueError: other tensors than the model's came, or one twice, or one is missing.
         """
 
     @abstractmethod

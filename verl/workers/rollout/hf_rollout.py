@@ -15,8 +15,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from verl.models.attention import set_attention
+from verl.models.heads import plain_attention
 from verl.protocol import DataProto
-from verl.utils.model import all_eos_token_ids, empty_model
+from verl.utils.model import all_eos_token_ids, empty_model, persistent_buffers
 from verl.utils.torch_functional import get_response_mask
 from verl.workers.config import RolloutConfig, SamplingConfig
 from verl.workers.rollout.base import BaseRollout
@@ -70,7 +72,7 @@ class HFRollout(BaseRollout):
         self.eos_token_ids = list(eos_token_ids or all_eos_token_ids(tokenizer, model_config))
         self.device = device
         model = empty_model(model_config, "policy", trust_remote_code, getattr(torch, config.dtype)).to(device)
-        model.set_attn_implementation("sdpa")
+        set_attention(model, plain_attention(model))
         self.model = model.eval()
 
     def generate(self, prompts: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int = 0) -> DataProto:
@@ -138,11 +140,11 @@ class HFRollout(BaseRollout):
         )
 
     def push_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """ValueError unless exactly the model's parameters arrive."""
-        missing = dict(self.model.named_parameters())
+        """ValueError unless exactly the model's parameters and persistent buffers arrive."""
+        missing = dict(self.model.named_parameters()) | dict(persistent_buffers(self.model))
         for name, tensor in weights:
             if name not in missing:
-                raise ValueError(f"pushed weight {name!r} is not a parameter of the rollout model, or came twice")
+                raise ValueError(f"pushed weight {name!r} is no tensor of the rollout model, or came twice")
             missing.pop(name).data.copy_(tensor)
         if missing:
             raise ValueError(f"{len(missing)} weights were not pushed, e.g. {sorted(missing)[:3]}")

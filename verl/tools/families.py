@@ -1,0 +1,107 @@
+"""Which model families can be trained, as docs/models.md says: the proof of every class that transformers has.
+
+    python -m verl.tools.families > docs/models.md
+
+Families are found by walking the auto classes' mapping of causal language models, with each family's default config.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from verl.models.heads import HEADS
+from verl.models.proof import Verdict, class_verdict
+from verl.models.twin import small_config
+from verl.utils.model import Kind, as_discriminator, find_class, quiet_transformers
+
+UNKNOWN = Verdict(compared=False)
+KINDS: tuple[Kind, ...] = ("policy", "score")
+HEAD = """\
+# Models
+
+Which families can be trained, found with transformers {version} by comparing packed rows, padded rows
+(`use_remove_padding=False`) and each row alone with the class's own `forward().logits`, for a small model of each
+family's default config. Written by `python -m verl.tools.families`; your own model is compared in the same way before
+anything starts, and once more on its own weights.
+
+- **packed**: right as it is. "up to N": for rows of at most N tokens (prompt and answer), because of the entry named.
+- **padded**: right with `use_remove_padding=False` only, which is slower.
+- **own weights**: the default config makes no small model that works. Yours may; otherwise it is compared on its own
+  weights, when the worker has read them.
+- **not tried**: the default config makes no model at all.
+- **no**: refused before anything starts, for the reason given.
+
+| family | policy | discriminator | why not packed |
+|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type as policy or discriminator. `model_class` is None where none can be built, `problem` says why."""
+
+    model_type: str
+    kind: Kind
+    config: PretrainedConfig | None = None
+    model_class: type[PreTrainedModel] | None = None
+    packed: Verdict = UNKNOWN
+    padded: Verdict = UNKNOWN
+    problem: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """A word or two, as in the table."""
+        if self.model_class is None:
+            return "no" if "Unrecognized configuration class" in self.problem else "not tried"
+        if not (self.packed.compared or self.padded.compared):
+            return "own weights"
+        if self.packed.compared and self.packed.fault is None:
+            limit = self.packed
+            return "packed" if limit.longest is None else f"packed up to {limit.longest} ({limit.reason})"
+        return "padded" if self.padded.compared and self.padded.fault is None else "no"
+
+
+def look_at(model_type: str, kind: Kind) -> Family:
+    """What the proof says of a family's default config."""
+    try:
+        config = AutoConfig.for_model(model_type)
+        if kind == "score":
+            as_discriminator(config)
+        model_class = find_class(small_config(config), kind)
+    except Exception as error:
+        # Some default configs are not meant to be used, and fail in any way.
+        lines = str(error).strip().splitlines()
+        return Family(model_type, kind, problem=lines[0][:120] if lines else type(error).__name__)
+    packed, padded = (class_verdict(HEADS[kind], model_class, config, remove) for remove in (True, False))
+    return Family(model_type, kind, config, model_class, packed, padded)
+
+
+def model_types() -> list[str]:
+    """Every family of causal language models, by name."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def table(families: Iterator[tuple[Family, Family]]) -> str:
+    """docs/models.md, from each family as policy and as discriminator."""
+    lines = []
+    for policy, score in families:
+        fault = policy.packed.fault or score.packed.fault or policy.problem
+        cells = [policy.model_type, policy.outcome, score.outcome, (fault or "").replace("|", "/").replace("\n", " ")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return HEAD.format(version=transformers.__version__) + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Print the document."""
+    quiet_transformers()
+    sys.stdout.write(table((look_at(name, "policy"), look_at(name, "score")) for name in model_types()))
+
+
+if __name__ == "__main__":
+    main()
