@@ -44,8 +44,8 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
 # And in units of what rounding alone does here: the same rows in a batch of another size.
 ROUNDINGS = 10
 TWIN_PARAMETERS = 50_000_000
-# What limits packed rows where nothing could be compared.
-WINDOW = re.compile("window|attention_chunk")
+# Entries of `reach_entries` by what they are.
+WINDOW, POSITIONS = re.compile("window|chunk"), re.compile("max_position_embeddings")
 # What a forward that does not suit a class may raise. Others, a lack of memory among them, are no verdict on it.
 MISFITS = (
     TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError, AssertionError, ImportError,
@@ -144,6 +144,10 @@ class _Config:
 def _verdict(head, model_class, wrapped: _Config, remove_padding: bool) -> Verdict:
     config = wrapped.config
     reach = reach_entries(config)
+    # Windows are for packing to leave out; positions that follow the longest row are so for padded rows too.
+    relevant = {key for key in reach if WINDOW.search(key)} if remove_padding else set()
+    if positions_change_with_length(config):
+        relevant |= {key for key in reach if POSITIONS.search(key)}
     wide = {key: WIDE for key, value in reach.items() if value < WIDE}
     try:
         fault = _twin_fault(head, model_class, config, remove_padding, wide)
@@ -154,17 +158,15 @@ def _verdict(head, model_class, wrapped: _Config, remove_padding: bool) -> Verdi
         logger.info(
             "%s has no small twin that works (%s): it is proved on its own weights", model_class.__name__, error
         )
-        windows = {key: value for key, value in reach.items() if remove_padding and WINDOW.search(key)}
-        if positions_change_with_length(config):
-            windows |= {key: value for key, value in reach.items() if key.endswith("max_position_embeddings")}
-        return _limited(windows, compared=False)
+        certain = {key: reach[key] for key in relevant if "chunk" not in key or key == "attention_chunk_size"}
+        return _limited(certain, compared=False)
     if fault is not None:
         return Verdict(fault)
     matters = {}
-    for key, value in reach.items():
+    for key in relevant:
         try:
             if _twin_fault(head, model_class, config, remove_padding, {**wide, key: NARROW}) is not None:
-                matters[key] = value
+                matters[key] = reach[key]
         except NoVerdict:
             # A table of positions ends there, for Hugging Face as well.
             continue

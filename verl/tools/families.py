@@ -44,7 +44,8 @@ anything starts, and once more on its own weights.
 
 @dataclass(frozen=True)
 class Family:
-    """A model type as policy or discriminator. `model_class` is None where none can be built, `problem` says why."""
+    """A model type as policy or discriminator. `model_class` is None where none can be built, `problem` says why. What
+    is right packed is not looked at padded."""
 
     model_type: str
     kind: Kind
@@ -78,7 +79,9 @@ def look_at(model_type: str, kind: Kind) -> Family:
         # Some default configs are not meant to be used, and fail in any way.
         lines = str(error).strip().splitlines()
         return Family(model_type, kind, problem=lines[0][:120] if lines else type(error).__name__)
-    packed, padded = (class_verdict(HEADS[kind], model_class, config, remove) for remove in (True, False))
+    packed = class_verdict(HEADS[kind], model_class, config, remove_padding=True)
+    right = packed.compared and packed.fault is None and packed.longest is None
+    padded = UNKNOWN if right else class_verdict(HEADS[kind], model_class, config, remove_padding=False)
     return Family(model_type, kind, config, model_class, packed, padded)
 
 
