@@ -18,11 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.single_controller.ray.starting import join_or_start
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
+from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
 from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens, with_absolute_paths
+from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
 from verl.trainer.ppo.utils import Role, need_critic
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.model import all_eos_token_ids, quiet_transformers
+from verl.utils.run_lock import only_run_in
 from verl.utils.tracking import check_loggers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
@@ -47,6 +50,15 @@ def create_rl_dataset(
     )
 
 
+def look_back(config: Config, rows: int) -> Origin:
+    """What this run begins with; refuses to resume from one that began with something else (`check_same_run`)."""
+    now = Origin.of(config, rows)
+    folder = find_checkpoint(config.trainer)
+    if folder is not None:
+        check_same_run(folder, now, config)
+    return now
+
+
 class TaskRunner:
     """Builds what a run needs and runs it; a subclass may swap parts, for instance the worker classes."""
 
@@ -56,6 +68,10 @@ class TaskRunner:
     def run(self, config: Config) -> None:
         """Train. Data, configs and tokenizers of all models are looked at before Ray starts."""
         config = with_absolute_paths(config)
+        with only_run_in(run_folder(config.trainer)):
+            self._run(config)
+
+    def _run(self, config: Config) -> None:
         data, trainer = config.data, config.trainer
         if config.custom_reward_function.path is not None:
             data = replace(data, return_raw_chat=True)
@@ -75,6 +91,7 @@ class TaskRunner:
             use_gpu=trainer.device != "cpu",
         )
         runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate_fn)
+        runner.origin = look_back(config, len(train))
         self.start(config)
         group = config.actor_rollout_ref
         logger.info(

@@ -156,6 +156,15 @@ class Config:
         return self.trainer.critic_warmup == "auto" or self.trainer.critic_warmup >= 0
 
     @property
+    def stage(self) -> str:
+        """What the run does, for people."""
+        if self.soda.enable:
+            return "SODA"
+        if not self.use_critic:
+            return "SeqKD"
+        return "warmup" if self.use_sft or self.frozen_actor_steps > 0 else "GAD"
+
+    @property
     def frozen_actor_steps(self) -> int:
         """Steps that train the discriminator alone, at least; with `critic_warmup=auto` as many as its checks take. A
         warmup by SFT trains the actor from the first step on."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from verl.single_controller.base import WorkerGroup
 from verl.trainer.config.schema import TrainerConfig
 from verl.trainer.ppo.best import BestState
+from verl.trainer.ppo.origin import Origin
 from verl.utils.checkpoint.best_link import behind_best, point_best
 from verl.utils.checkpoint.checkpoint_manager import (
     find_latest_ckpt_path,
@@ -54,11 +55,13 @@ class RunState:
 class Checkpoints:
     """The checkpoints of one run, under `trainer.default_local_dir`."""
 
-    def __init__(self, config: TrainerConfig, actor: WorkerGroup, critic: WorkerGroup | None):
+    def __init__(
+        self, config: TrainerConfig, actor: WorkerGroup, critic: WorkerGroup | None, origin: Origin | None = None
+    ):
         self.config = config
+        self.origin = origin
         self.parts = {"actor": actor} if critic is None else {"actor": actor, "critic": critic}
-        # Workers may run in another folder than the driver.
-        self.root = Path(config.default_local_dir).expanduser().absolute()
+        self.root = run_folder(config)
         # Of the newest checkpoint in `root` that this run wrote or began with.
         self.saved_step: int | None = None
 
@@ -74,6 +77,8 @@ class Checkpoints:
         for name, group in self.parts.items():
             group.save_checkpoint(str(folder / name))
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1))
+        if self.origin is not None:
+            self.origin.write(folder)
         if only_as_best:
             mark_only_as_best(folder)
         yield folder
@@ -127,17 +132,27 @@ class Checkpoints:
         return state
 
     def find(self) -> Path | None:
-        """The checkpoint that `trainer.resume_mode` asks for; None if training starts afresh.
+        """See `find_checkpoint`."""
+        return find_checkpoint(self.config)
 
-        Raises:
-            FileNotFoundError: it is not there.
-        """
-        if self.config.resume_mode == "disable":
-            return None
-        if self.config.resume_mode == "resume_path":
-            folder = Path(self.config.resume_from_path).expanduser().absolute()
-            if not folder.is_dir():
-                raise FileNotFoundError(f"trainer.resume_from_path={folder} does not exist")
-            return behind_best(folder)
-        latest = find_latest_ckpt_path(self.root)
-        return None if latest is None else Path(latest)
+
+def run_folder(config: TrainerConfig) -> Path:
+    """Where checkpoints go, absolute: workers may run in another folder than the driver."""
+    return Path(config.default_local_dir).expanduser().absolute()
+
+
+def find_checkpoint(config: TrainerConfig) -> Path | None:
+    """The checkpoint that `trainer.resume_mode` asks for; None if training starts afresh.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    if config.resume_mode == "disable":
+        return None
+    if config.resume_mode == "resume_path":
+        folder = Path(config.resume_from_path).expanduser().absolute()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"trainer.resume_from_path={folder} does not exist")
+        return behind_best(folder)
+    latest = find_latest_ckpt_path(run_folder(config))
+    return None if latest is None else Path(latest)

@@ -40,6 +40,7 @@ from verl.trainer.ppo.metric_utils import (
     compute_throughout_metrics,
     compute_timing_metrics,
 )
+from verl.trainer.ppo.origin import Origin
 from verl.trainer.ppo.rejected import RejectedAnswers
 from verl.trainer.ppo.resource_pools import ResourcePoolManager
 from verl.trainer.ppo.reward import apply_kl_penalty, compute_advantage, get_custom_reward_fn, reward_answers
@@ -114,6 +115,9 @@ class RayPPOTrainer:
         train_dataset, val_dataset: rows as `RLHFDataset` gives them; no `val_dataset`, no validation.
         collate_fn: makes one dict of tensors and object arrays of a list of rows.
     """
+
+    # What the run began with, which its checkpoints keep; None: they keep nothing of it.
+    origin: Origin | None = None
 
     def __init__(
         self,
@@ -198,7 +202,7 @@ class RayPPOTrainer:
         self.rejected = None
         if config.soda.enable:
             self.rejected = RejectedAnswers(self, REJECTED_SEED, self._check_sync)
-        self.checkpoints = Checkpoints(config.trainer, self.actor_rollout, self.critic)
+        self.checkpoints = Checkpoints(config.trainer, self.actor_rollout, self.critic, self.origin)
         self._peak_memory()  # What building took is not the first step's.
 
     def spawn(self, roles: dict[str, RayClassWithInitArgs]) -> dict[str, WorkerGroup]:
@@ -558,10 +562,9 @@ class RayPPOTrainer:
         dump_jsonl(path, rows)
 
     def _progress(self) -> tqdm:
-        warming_up = self.config.use_sft or self.config.frozen_actor_steps > 0
-        stage = "SeqKD" if not self.config.use_critic else "warmup" if warming_up else "GAD"
-        stage = "SODA" if self.config.soda.enable else stage
-        return tqdm(total=self.total_steps, initial=self.global_step, desc=stage, unit="step", dynamic_ncols=True)
+        return tqdm(
+            total=self.total_steps, initial=self.global_step, desc=self.config.stage, unit="step", dynamic_ncols=True
+        )
 
     def _show(self, progress: tqdm, metrics: dict[str, float]) -> None:
         shown = {label: f"{metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics}

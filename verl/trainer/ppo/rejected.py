@@ -137,12 +137,7 @@ class RejectedAnswers:
             FileNotFoundError: the checkpoint is not one of a SODA run.
             ValueError: an answer is longer than `data.max_response_length` allows.
         """
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"cannot resume from {file.parent}: it has no {file.name}, so it is another stage's; give its actor "
-                "folder as actor_rollout_ref.model.path and SODA a folder of its own (trainer.experiment_name), or set "
-                "trainer.resume_mode=disable"
-            )
+        refuse_another_stage(file)
         # Copies: a mapped file could not be pruned on every file system.
         stored = {key: tensor.clone() for key, tensor in load_file(file).items()}
         self.epoch, self.answers = int(stored.pop("epoch")), stored
@@ -172,3 +167,13 @@ def equal_pairs(batch: DataProto) -> torch.Tensor:
     mask, teacher_mask = batch.batch["response_mask"][:, 0], teacher_response_mask(batch)
     same = batch.batch["responses"][:, 0] * mask == batch.batch["teacher_response"] * teacher_mask
     return (same & (mask == teacher_mask)).all(-1)
+
+
+def refuse_another_stage(file: Path) -> None:
+    """FileNotFoundError for a checkpoint without these answers, which is not one of SODA."""
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"cannot resume from {file.parent}: it has no {file.name}, so it is another stage's; give its actor folder "
+            "as actor_rollout_ref.model.path and SODA a folder of its own (trainer.experiment_name), or set "
+            "trainer.resume_mode=disable"
+        )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -166,7 +165,7 @@ def check_huggingface(folder: Path) -> None:
         FileNotFoundError, ValueError: names the file that is missing or damaged.
     """
     refuse_pointers(folder)
-    for file in _weights(folder):
+    for file in weight_files(folder):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: {folder} needs it for its weights; download or copy it again")
         _refuse_pointer(file)
@@ -174,18 +173,22 @@ def check_huggingface(folder: Path) -> None:
             _open(file)
 
 
-def _weights(folder: Path) -> Iterator[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that a Hugging Face folder names, whether they are there or not.
+
+    Raises:
+        FileNotFoundError, ValueError: it names none, or the list of them is damaged.
+    """
     first = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if first is None:
         raise FileNotFoundError(f"{folder} holds no weights: expected one of {', '.join(WEIGHTS)}")
     if not first.endswith(".index.json"):
-        yield folder / first
-        return
+        return [folder / first]
     try:
         names = set(json.loads((folder / first).read_text())["weight_map"].values())
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / first} is damaged: expected a weight_map, got {error!r}") from error
-    yield from (folder / name for name in sorted(names))
+    return [folder / name for name in sorted(names)]
 
 
 def _open(file: Path) -> None:

@@ -1,0 +1,142 @@
+"""What a run began with, kept in its checkpoints: one that resumes goes on with their weights and counters, whatever
+its settings say of another model, stage or data.
+
+Models and data are known by their content, so that a folder may be moved or renamed between two parts of a run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from verl.trainer.config.schema import Config
+from verl.trainer.ppo.rejected import refuse_another_stage
+from verl.utils.checkpoint.checkpoint_manager import REJECTED_FILE
+from verl.utils.checkpoint.checksums import checksums_of
+from verl.utils.checkpoint.whole import part_checksums, weight_files
+from verl.utils.dataset.rl_dataset import find_files
+from verl.utils.model import find_model
+
+logger = logging.getLogger(__name__)
+
+ORIGIN_FILE = "origin.json"
+# Of a file of weights, so many bytes in so many places: training moves all of them.
+PLACES, PIECE = 8, 1 << 16
+
+
+@dataclass(frozen=True)
+class Content:
+    """Where something lies, and what it is."""
+
+    where: str
+    digest: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A run's stage, models, and rows with their order."""
+
+    stage: str
+    actor: Content
+    critic: Content | None
+    data: Content
+    rows: int
+    order: str
+
+    @classmethod
+    def of(cls, config: Config, rows: int) -> Origin:
+        """What a run with these settings begins with; `rows` are those of its training set."""
+        files, data = find_files(config.data.train_files), config.data
+        sums = [checksums_of(file.absolute().parent, [file.name])[file.name] for file in files]
+        return cls(
+            stage=config.stage,
+            actor=_model(config.actor_rollout_ref.model.path),
+            critic=_model(config.critic.model.path) if config.use_critic else None,
+            data=Content(", ".join(map(str, files)), _digest(sums)),
+            rows=rows,
+            order=f"shuffled with seed {data.seed}" if data.shuffle else "as in the files",
+        )
+
+    def write(self, folder: Path) -> None:
+        """Keep it in a checkpoint."""
+        (folder / ORIGIN_FILE).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Origin | None:
+        """That of a checkpoint; None of one by an older trainer."""
+        if not (folder / ORIGIN_FILE).is_file():
+            return None
+        fields: dict[str, Any] = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
+        contents = {name: Content(**fields[name]) for name in ("actor", "critic", "data") if fields[name] is not None}
+        return cls(**fields | contents)
+
+    def differences(self, now: Origin) -> list[str]:
+        """What is another one `now`, each in words."""
+        found = [f"stage {self.stage}, now {now.stage}"] if self.stage != now.stage else []
+        pairs = {
+            "actor_rollout_ref.model.path": (self.actor, now.actor),
+            "critic.model.path": (self.critic, now.critic),
+            "data.train_files": (self.data, now.data),
+        }
+        for key, (before, after) in pairs.items():
+            if before is not None and after is not None and before.digest != after.digest:
+                moved = f", now {after.where}" if after.where != before.where else " has another content now"
+                found.append(f"{key}={before.where}{moved}")
+        if self.data.digest == now.data.digest and self.rows != now.rows:
+            found.append(f"{self.rows} rows of the training data, now {now.rows}")
+        if self.order != now.order:
+            found.append(f"rows {self.order}, now {now.order}")
+        return found
+
+
+def check_same_run(folder: Path, now: Origin, config: Config) -> None:
+    """Look at the checkpoint that a run is about to resume from.
+
+    Raises:
+        FileNotFoundError: it lacks what the stage needs.
+        ValueError: it was found, not named (`trainer.resume_mode=auto`), and is of a run that began with something
+            else.
+    """
+    if config.use_critic and not (folder / "critic").is_dir():
+        raise FileNotFoundError(f"cannot resume from {folder}: it has no critic; was it another stage's?")
+    if config.soda.enable:
+        refuse_another_stage(folder / REJECTED_FILE)
+    before = Origin.read(folder)
+    differences = [] if before is None else before.differences(now)
+    if not differences:
+        return
+    if config.trainer.resume_mode == "resume_path" or config.trainer.val_only:
+        logger.warning("%s is of a run that began otherwise: %s", folder, "; ".join(differences))
+        return
+    raise ValueError(
+        f"{folder} is of a run that began otherwise: {'; '.join(differences)}. Going on from it would keep its weights "
+        "and its place in the data. Give this run another trainer.experiment_name (--exp_name), or begin afresh here "
+        "with trainer.resume_mode=disable; if it is meant, trainer.resume_mode=resume_path "
+        f"trainer.resume_from_path={folder}"
+    )
+
+
+def _model(path: str) -> Content:
+    source = find_model(path)
+    sums = None if source.shards is None else part_checksums(source.shards.parent)
+    if sums is not None:
+        return Content(path, _digest([value for name, value in sorted(sums.items()) if name.startswith("model/")]))
+    files = sorted(source.shards.glob("*.safetensors")) if source.shards else weight_files(source.huggingface)
+    return Content(path, _digest([_sample(file) for file in files]))
+
+
+def _sample(file: Path) -> int:
+    size, value = file.stat().st_size, 0
+    with file.open("rb") as stream:
+        for place in range(PLACES + 1):
+            stream.seek(max(0, size - PIECE) * place // PLACES)
+            value = zlib.crc32(stream.read(PIECE), value)
+    return zlib.crc32(str(size).encode(), value)
+
+
+def _digest(values: list[int]) -> int:
+    return zlib.crc32(json.dumps(values).encode())
