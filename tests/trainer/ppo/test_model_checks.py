@@ -81,6 +81,39 @@ def test_a_tokenizer_without_eos_is_refused(folder, tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_may_lie_in_a_folder_of_its_own(folder, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "<bot>"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    model = f"actor_rollout_ref.model.tokenizer_path={tmp_path}/chat"
+    assert check_models(config(folder, "student", "stage=warmup", model)).eos_token_id == 3
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_makes_other_ids_than_its_file_is_refused(folder, tmp_path):
+    write_model(tmp_path / "m")
+    file = tmp_path / "m" / "tokenizer.json"
+    saved = json.loads(file.read_text())
+    saved["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(saved))
+    # transformers takes the class of the model's type, which builds its pieces itself.
+    paths = f"actor_rollout_ref.model.path={tmp_path}/m"
+    with pytest.raises(ValueError, match=r"Qwen2Tokenizer\) is not the one in its tokenizer\.json.*config\.json, into"):
+        check_models(config(folder, "critic", "stage=seqkd", paths))
+    # The way out that the message names.
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (alone / name).write_text((tmp_path / "m" / name).read_text())
+    settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (alone / "tokenizer_config.json").write_text(json.dumps(settings))
+    with_folder = (paths, f"actor_rollout_ref.model.tokenizer_path={alone}")
+    tokenizer = check_models(config(folder, "critic", "stage=seqkd", *with_folder))
+    assert tokenizer("AB")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
+
+
 def test_dropout_is_switched_off(folder, tmp_path):
     settings = load_config(folder / "student", "policy")
     settings.attention_dropout = 0.3

@@ -74,7 +74,7 @@ def fault_of_answer(answer: Any, key: str) -> str | None:
 def fault_of_depth(value: Any, name: str) -> str | None:
     """Fields within fields, more than MAX_DEPTH deep, or None."""
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         inner: list[Any] = []
         for item in level:
             if isinstance(item, dict):
