@@ -59,6 +59,11 @@ BAD_ROWS = {
     "half an emoji in an answer": (None, row(("user", "q"), answer="a \ud83d"), "half of a surrogate pair, U+D83D"),
     "the other half": (None, row(("user", "\ude00 q")), "a message of 'content' has half of a surrogate pair, U+DE00"),
     "in a role": (None, row(("us\udc80er", "q")), "a role of 'content' has half of a surrogate pair, U+DC80"),
+    "in a field that the template prints": (
+        "{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}<bot>",
+        {"content": [{"role": "user", "content": "q", "name": "\ud83d"}], "teacher_response": "yes"},
+        "what the chat template makes of it has half of a surrogate pair",
+    ),
     "deep extra_info": (None, GOOD | {"extra_info": {"a": deep(200)}}, "'extra_info' is nested more than 100 levels"),
     "a deep message": (
         None,

@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import byte_tokenizer
 from tests.utils.test_rl_dataset import make_config, make_row, make_tokenizer, write_jsonl
+from verl.trainer.config import compose_config
+from verl.trainer.main_ppo import create_rl_dataset
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.dataset.texts import eos_texts, tokenize_answers, tokenize_prompts, without_eos_text
 
@@ -128,3 +130,14 @@ def test_a_tokenizer_whose_words_are_its_special_tokens_says_so(tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         RLHFDataset(path, make_tokenizer(), make_config())
     assert any("which this tokenizer cannot do in 1 of them" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("mode", ["text", "token"])
+def test_a_runs_settings_reach_its_data(tmp_path, mode):
+    path = write_jsonl(tmp_path / "data.jsonl", [make_row("q", "a<eos>b<bot>")])
+    overrides = [f"data.train_files={path}", "actor_rollout_ref.model.path=/none", "trainer.experiment_name=x"]
+    config = compose_config([*overrides, f"data.special_token_text={mode}"])
+    dataset = create_rl_dataset(str(path), config.data, byte_tokenizer(), eos_token_ids=(EOS, BOT))
+    answer = bytes_of("a<eos>b") if mode == "text" else [*bytes_of("a"), EOS, *bytes_of("b")]
+    assert dataset[0]["teacher_response"].tolist()[: len(answer) + 1] == [*answer, EOS]
+    assert dataset[0]["teacher_text"] == "a<eos>b"

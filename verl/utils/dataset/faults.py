@@ -114,6 +114,9 @@ class TemplateCheck:
             return f"the chat template refuses it ({type(error).__name__}: {error}){_null_fields(messages)}"
         if not prompt:
             return "the chat template makes an empty prompt of it"
+        fault = fault_of_text(prompt, "what the chat template makes of it")
+        if fault:
+            return fault
         dropped = self._dropped_role(messages)
         if dropped is not None:
             return (
