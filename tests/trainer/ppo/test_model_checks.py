@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from transformers import GenerationConfig
+from transformers import GenerationConfig, Qwen2Config
 
 from tests.tiny import byte_tokenizer, scorer, write_model
 from verl.trainer.config import compose_config
@@ -150,6 +150,7 @@ def test_generation_settings_come_along(folder, tmp_path):
         ({"eos_token_id": 7}, {}, (1, 7)),
         ({}, {"eos_token_id": [8, 9]}, (1, 8, 9)),
         (None, {"eos_token_id": 8}, (1, 8)),
+        (None, {"text_config": {"eos_token_id": 6}}, (1, 6)),
         (None, {}, (1,)),
         ({"eos_token_id": None}, {"eos_token_id": None}, (1,)),
     ],
@@ -160,6 +161,12 @@ def test_what_ends_an_answer(tmp_path, generation, config, expected):
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert all_eos_token_ids(byte_tokenizer(), tmp_path) == expected
+    assert set(expected) <= set(all_eos_token_ids(byte_tokenizer(), load_config(tmp_path, "policy")))
+
+
+def test_what_ends_an_answer_of_a_config_without_a_folder(folder):
+    assert all_eos_token_ids(byte_tokenizer(), Qwen2Config(eos_token_id=[4, 1])) == (1, 4)
+    assert all_eos_token_ids(byte_tokenizer(), Qwen2Config(eos_token_id=None)) == (1,)
 
 
 def test_an_engine_that_is_not_installed_is_said_before_anything_starts(folder, monkeypatch):
