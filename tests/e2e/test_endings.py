@@ -10,10 +10,11 @@ import json
 import random
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.e2e.running import read_metrics, train
-from tests.tiny import write_model
+from tests.tiny import byte_tokenizer, causal_lm, write_model
 from verl.trainer.in_process import run_in_process
 
 pytestmark = pytest.mark.e2e
@@ -89,3 +90,40 @@ def test_cut_answers_cannot_win_unless_they_are_compared_like_others(folder, mod
 def test_by_default_adversarial_training_does_not_unlearn_the_end(folder):
     ratios = cut_ratios(folder, "default", "algorithm.cut_answers=lowest")
     assert mean(ratios[-20:]) < mean(ratios[:5]) + 0.1
+
+
+def test_an_answer_that_ends_in_another_eos_of_the_model_has_ended(folder):
+    """A student that writes "a" and then "#", which its generation config counts as an end and its tokenizer does not
+    know as one."""
+    tokenizer = byte_tokenizer()
+    a, other = tokenizer("a#")["input_ids"]
+    model = causal_lm(tied=False)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_(), layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.model.embed_tokens.weight[a] = -1.0
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[a], model.lm_head.weight[other] = 1.0, -1.0
+    model.generation_config.eos_token_id = [1, other]
+    model.save_pretrained(folder / "hashes")
+    tokenizer.save_pretrained(folder / "hashes")
+    run = train(
+        folder,
+        "other-eos",
+        "stage=warmup",
+        "trainer.critic_warmup=1",
+        "trainer.total_training_steps=1",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=1",
+        f"trainer.rollout_data_dir={folder}/hash-answers",
+        f"actor_rollout_ref.model.path={folder}/hashes",
+        f"critic.model.path={folder}/base",
+        *TOKENS,
+        run_with=run_in_process,
+    )
+    metrics = read_metrics(run)
+    assert metrics[0]["response_length/mean"] == 2 and metrics[0]["response_length/cut_ratio"] == 0
+    assert metrics[1]["val/response_length/mean"] == 2
+    rows = [json.loads(line) for line in (folder / "hash-answers" / "0.jsonl").read_text().splitlines()]
+    assert {answer for row in rows for answer in row["answers"]} == {"a"}, "the end is no part of the text"

@@ -10,8 +10,17 @@ import torch
 from tests.tiny import byte_tokenizer, causal_lm, scorer, write_model
 from tests.tools.test_judge_pairwise import Server, part
 from verl.tools.judge import main
-from verl.tools.judge_answers import Answer, answer_ids, cut_flags, parse_source, read_answers, read_prompts
+from verl.tools.judge_answers import (
+    Answer,
+    answer_ids,
+    cut_flags,
+    parse_source,
+    prompt_ids,
+    read_answers,
+    read_prompts,
+)
 from verl.tools.judge_generate import Drawing, choose_engine, keep, kept_answers, prepare
+from verl.tools.score_data import Limits
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.dump import write_jsonl
 
@@ -127,6 +136,46 @@ def test_an_answer_that_was_cut_has_no_eos():
     a, b, c, d = tokenizer("abcd")["input_ids"]
     assert ids == [[(a, b, EOS), (a, b), (a, b, c, d), (EOS,), (EOS,)]]
     assert cut_flags(ids, EOS) == [[False, True, True, False, False]]
+
+
+def test_a_student_may_end_its_answers_in_another_eos(folder, tmp_path):
+    """A model that writes "a" and then <bot> for ever, which its generation config counts as an end."""
+    (a,) = byte_tokenizer()("a")["input_ids"]
+    model, bot = causal_lm(tied=False), 3
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_(), layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.model.embed_tokens.weight[a] = -1.0
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[a], model.lm_head.weight[bot] = 1.0, -1.0
+    model.generation_config.eos_token_id = [EOS, bot]
+    model.save_pretrained(tmp_path / "student")
+    byte_tokenizer().save_pretrained(tmp_path / "student")
+    greedy = ("--temperature", "0", "--samples", "1", "--max_response_length", "9", "--max_prompts", "4")
+    report = judge(folder, tmp_path, "--student", f"s={tmp_path / 'student'}", *greedy)
+    rows = [json.loads(line) for line in (tmp_path / "answers" / "s.jsonl").read_text().splitlines()]
+    assert [(row["answers"], row["cut"]) for row in rows] == [(["a"], [False])] * 4
+    assert report["students"]["s"]["numbers"]["mean_tokens"] == 2 and report["students"]["s"]["numbers"]["cut"] == 0
+
+
+def test_answers_of_a_file_may_end_in_the_text_of_an_eos(folder):
+    tokenizer = byte_tokenizer()
+    (a,) = tokenizer("a")["input_ids"]
+    for text in ("a", "a<eos>", "a<bot>\n"):
+        assert answer_ids([[Answer(text)]], tokenizer, 9, ("<eos>", "<bot>")) == [[(a, EOS)]]
+
+
+def test_prompts_that_the_template_does_not_take_are_named(folder, tmp_path):
+    prompts = [{"content": [{"role": role, "content": "q"}], "teacher_response": "y"} for role in ("user", "human")]
+    write_jsonl(tmp_path / "data.jsonl", prompts)
+    read, _ = read_prompts([str(tmp_path / "data.jsonl")], "content", "teacher_response")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}<bot>"
+    )
+    with pytest.raises(ValueError, match=r"1 of 2 prompts cannot be put.*\n.*data\.jsonl, row 1: .*the role 'human'"):
+        prompt_ids(read, tokenizer, Limits(), {})
 
 
 def test_answers_find_their_prompts(folder, tmp_path):

@@ -128,12 +128,12 @@ def test_an_answer_that_ends_in_the_eos_text_gets_no_second_one(tmp_path, answer
     row = open_rows(tmp_path, [make_row(answer=answer)])[0]
     assert row["teacher_response"].tolist()[:2] == [ONE, EOS]
     assert row["teacher_attention_mask"][6:].tolist() == [1, 1, 0, 0, 0]
-    assert row["teacher_text"].strip() == "one", "what answers are compared with as text"
+    assert row["teacher_text"] == "one", "what answers are compared with as text"
 
 
-def test_an_eos_inside_an_answer_stays_and_one_that_is_all_there_is_is_no_answer(tmp_path):
+def test_an_eos_inside_an_answer_is_a_word_and_one_that_is_all_there_is_is_no_answer(tmp_path):
     row = open_rows(tmp_path, [make_row(answer="one<eos>two")])[0]
-    assert row["teacher_response"].tolist()[:4] == [ONE, EOS, TWO, EOS]
+    assert row["teacher_response"].tolist()[:2] == [UNK, EOS]
     with pytest.raises(ValueError, match="makes no token of the answer"):
         open_rows(tmp_path, [make_row(answer="<eos>")])
 
@@ -368,6 +368,26 @@ def test_percentile_suggestion_fits_99_percent(tmp_path, caplog):
     _, message = answer_report(tmp_path, caplog, answers, max_response_length=200)
     assert "2 of 201" in message
     assert "would keep" not in message
+
+
+def test_texts_are_tokenised_in_slices(tmp_path, monkeypatch, caplog):
+    """Slices of 20 characters at least, the last may have fewer; the lengths are those of all texts at once."""
+    answers = ["one two three", "two three one", "one", "你好 one two three two", "one two"]
+    rows = [make_row(prompt, answer) for prompt, answer in zip(["one"] * 4 + ["one two three"], answers, strict=True)]
+    tokenizer, seen = make_tokenizer(), []
+    monkeypatch.setattr(rl_dataset, "SLICE_CHARACTERS", 20)
+    tokenise = rl_dataset.tokenize_answers
+
+    def watch(tokenizer, texts, *rest):
+        seen.append(list(texts))
+        return tokenise(tokenizer, texts, *rest)
+
+    monkeypatch.setattr(rl_dataset, "tokenize_answers", watch)
+    with caplog.at_level(logging.INFO, logger=rl_dataset.__name__):
+        open_rows(tmp_path, rows, tokenizer)
+    assert seen == [answers[:2], answers[2:4], answers[4:]]
+    # 4, 4, 2, 7 and 3 tokens with EOS.
+    assert any("1 of 5 teacher answers do not fit" in r.message and "is 7 tokens" in r.message for r in caplog.records)
 
 
 def test_no_cut_answers_are_no_warning(tmp_path, caplog):

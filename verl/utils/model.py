@@ -142,15 +142,18 @@ def all_eos_token_ids(tokenizer: PreTrainedTokenizerBase, model: str | Path | Pr
 
     Args:
         model: a folder, of which generation_config.json counts, or config.json where that names none, as in
-            transformers' own generation; or a config without a folder.
+            transformers' own generation; or a config: of the folder it was loaded from, or without one its own entry.
     """
     if isinstance(model, PretrainedConfig):
         own = getattr(model.get_text_config(), "eos_token_id", None)
+        model = model.name_or_path
     else:
-        folder = find_model(model).huggingface
-        files = [folder / "generation_config.json", folder / "config.json"]
-        named = [json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") for file in files if file.is_file()]
-        own = next((ids for ids in named if ids is not None), None)
+        own, model = None, find_model(model).huggingface
+    for name in ("config.json", "generation_config.json"):
+        file = Path(model or "-") / name
+        entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        named = entries.get("eos_token_id", entries.get("text_config", {}).get("eos_token_id"))
+        own = own if named is None else named
     others = [] if own is None else own if isinstance(own, list) else [own]
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *others]))
 

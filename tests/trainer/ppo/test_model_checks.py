@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from transformers import GenerationConfig
+from transformers import GenerationConfig, Qwen2Config
 
 from tests.tiny import byte_tokenizer, scorer, write_model
 from verl.trainer.config import compose_config
@@ -83,6 +83,39 @@ def test_a_tokenizer_without_eos_is_refused(folder, tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_may_lie_in_a_folder_of_its_own(folder, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "<bot>"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    model = f"actor_rollout_ref.model.tokenizer_path={tmp_path}/chat"
+    assert check_models(config(folder, "student", "stage=warmup", model)).eos_token_id == 3
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_makes_other_ids_than_its_file_is_refused(folder, tmp_path):
+    write_model(tmp_path / "m")
+    file = tmp_path / "m" / "tokenizer.json"
+    saved = json.loads(file.read_text())
+    saved["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(saved))
+    # transformers takes the class of the model's type, which builds its pieces itself.
+    paths = f"actor_rollout_ref.model.path={tmp_path}/m"
+    with pytest.raises(ValueError, match=r"Qwen2Tokenizer\) is not the one in its tokenizer\.json.*config\.json, into"):
+        check_models(config(folder, "critic", "stage=seqkd", paths))
+    # The way out that the message names.
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (alone / name).write_text((tmp_path / "m" / name).read_text())
+    settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (alone / "tokenizer_config.json").write_text(json.dumps(settings))
+    with_folder = (paths, f"actor_rollout_ref.model.tokenizer_path={alone}")
+    tokenizer = check_models(config(folder, "critic", "stage=seqkd", *with_folder))
+    assert tokenizer("AB")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
+
+
 def test_dropout_is_switched_off(folder, tmp_path):
     settings = load_config(folder / "student", "policy")
     settings.attention_dropout = 0.3
@@ -119,6 +152,7 @@ def test_generation_settings_come_along(folder, tmp_path):
         ({"eos_token_id": 7}, {}, (1, 7)),
         ({}, {"eos_token_id": [8, 9]}, (1, 8, 9)),
         (None, {"eos_token_id": 8}, (1, 8)),
+        (None, {"text_config": {"eos_token_id": 6}}, (1, 6)),
         (None, {}, (1,)),
         ({"eos_token_id": None}, {"eos_token_id": None}, (1,)),
     ],
@@ -129,6 +163,12 @@ def test_what_ends_an_answer(tmp_path, generation, config, expected):
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert all_eos_token_ids(byte_tokenizer(), tmp_path) == expected
+    assert set(expected) <= set(all_eos_token_ids(byte_tokenizer(), load_config(tmp_path, "policy")))
+
+
+def test_what_ends_an_answer_of_a_config_without_a_folder(folder):
+    assert all_eos_token_ids(byte_tokenizer(), Qwen2Config(eos_token_id=[4, 1])) == (1, 4)
+    assert all_eos_token_ids(byte_tokenizer(), Qwen2Config(eos_token_id=None)) == (1,)
 
 
 def test_an_engine_that_is_not_installed_is_said_before_anything_starts(folder, monkeypatch):

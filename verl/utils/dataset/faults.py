@@ -74,7 +74,7 @@ def fault_of_answer(answer: Any, key: str) -> str | None:
 def fault_of_depth(value: Any, name: str) -> str | None:
     """Fields within fields, more than MAX_DEPTH deep, or None."""
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         inner: list[Any] = []
         for item in level:
             if isinstance(item, dict):
@@ -114,6 +114,9 @@ class TemplateCheck:
             return f"the chat template refuses it ({type(error).__name__}: {error}){_null_fields(messages)}"
         if not prompt:
             return "the chat template makes an empty prompt of it"
+        fault = fault_of_text(prompt, "what the chat template makes of it")
+        if fault:
+            return fault
         dropped = self._dropped_role(messages)
         if dropped is not None:
             return (

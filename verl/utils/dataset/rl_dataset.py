@@ -382,14 +382,15 @@ class RLHFDataset(Dataset):
                 lengths[done : done + len(part)] = [len(ids) for ids in self._answers(part)]
                 done += len(part)
                 bar.update(len(part))
+        empty = lengths == 1
         faults = [
             f"the tokenizer makes no token of the answer {row.record[key][:40]!r}: does it belong to this model and "
-            "language?" if length == 1 else None
-            for row, length in zip(rows, lengths, strict=True)
+            "language?" if none else None
+            for row, none in zip(rows, empty, strict=True)
         ]  # fmt: skip
         kept = without_faults(rows, faults, self.config.on_bad_row)
         if kept:
-            _report_answer_lengths(lengths[lengths > 1], self.config.max_response_length)
+            _report_answer_lengths(lengths[~empty], self.config.max_response_length)
         return kept
 
     def _check_tokens(self) -> None:

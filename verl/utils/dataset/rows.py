@@ -103,7 +103,7 @@ def _parse(line: str, number: int) -> dict[str, Any] | Unreadable:
         record = json.loads(line)
     except UnicodeEncodeError as error:
         byte = ord(line[error.start]) - 0xDC00
-        return Unreadable(number, f"is not UTF-8 (byte 0x{byte:02x}); save the file in this encoding")
+        return Unreadable(number, f"is not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8")
     except RecursionError:
         return Unreadable(number, "is nested too deeply to be read")
     except ValueError as error:

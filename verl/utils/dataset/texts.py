@@ -136,8 +136,7 @@ def without_eos_text(text: str, eos_token: str | Sequence[str]) -> str:
     tokens = (eos_token,) if isinstance(eos_token, str) else tuple(eos_token)
     end = text.rstrip()
     while end.endswith(tokens):
-        text = end.removesuffix(next(token for token in tokens if end.endswith(token)))
-        end = text.rstrip()
+        text = end = end.removesuffix(next(token for token in tokens if end.endswith(token))).rstrip()
     return text
 
 

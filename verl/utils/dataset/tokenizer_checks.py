@@ -87,8 +87,9 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[tuple[str, str
             raise ValueError(
                 f"the tokenizer that transformers loads from {file.parent} ({type(tokenizer).__name__}) is not the one "
                 f"in its {file.name}: of {place}, {_around(text, tokenizer, got, wanted)}. The model would read other "
-                'tokens than it was trained on: set "tokenizer_class": "PreTrainedTokenizerFast" in '
-                "tokenizer_config.json, which takes tokenizer.json as it stands, or use another version of transformers"
+                "tokens than it was trained on: copy the tokenizer's files, without the model's config.json, into a "
+                'folder of their own, say "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json, '
+                "and pass it as actor_rollout_ref.model.tokenizer_path; or use another version of transformers"
             )
 
 
