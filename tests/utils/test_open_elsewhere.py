@@ -311,6 +311,16 @@ def test_the_eos_of_another_tokenizer_ends_the_merged_model(tmp_path, kind):
         assert (merged / file).read_bytes() == (chat / file).read_bytes()
 
 
+def test_merging_again_into_a_folder_leaves_no_other_tokenizer_there(tmp_path):
+    base = write_base(tmp_path / "base", Qwen2Config(**TIED))
+    for name, text in {"chat_template.jinja": "stale", "vocab.json": "{}", "README.md": "mine"}.items():
+        (tmp_path / "merged").mkdir(exist_ok=True)
+        (tmp_path / "merged" / name).write_text(text)
+    merged = train(base, tmp_path)
+    assert not (merged / "chat_template.jinja").exists() and not (merged / "vocab.json").exists()
+    assert (merged / "README.md").read_text() == "mine"
+
+
 def test_a_model_without_a_generation_config_gets_one(tmp_path):
     base = write_base(tmp_path / "base", Qwen2Config(**TIED))
     (base / "generation_config.json").unlink()

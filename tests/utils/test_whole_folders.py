@@ -98,6 +98,15 @@ def test_without_checksums_the_shards_are_counted_and_it_is_said(checkpoint, cap
     assert "has no checksums.json" in caplog.text
 
 
+def test_a_checkpoint_that_was_never_completed_is_refused(checkpoint, tmp_path):
+    forget_checksums(checkpoint)
+    interrupted = shutil.copytree(checkpoint, tmp_path / "global_step_4.tmp")
+    (checkpoint / "trainer_state.json").touch()
+    for folder in (checkpoint, interrupted):
+        with pytest.raises(FileNotFoundError, match=r"checksums\.json is missing, so .* was never completed"):
+            check_files(folder / "actor")
+
+
 def test_contents_are_read_once_in_a_process(checkpoint, monkeypatch):
     read = []
     monkeypatch.setattr(whole, "checksums_of", lambda part, names: read.append(part) or whole.part_checksums(part))

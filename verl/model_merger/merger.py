@@ -39,9 +39,11 @@ def merge(
     The result opens with `AutoModelForCausalLM`, or `AutoModelForTokenClassification` for a critic.
 
     Raises:
-        FileNotFoundError, ValueError: `local_dir` is not a checkpoint's actor or critic folder.
+        FileNotFoundError, ValueError: `local_dir` is not a checkpoint's actor or critic folder, or not whole.
     """
     model = load_checkpoint_model(local_dir, is_value_model, trust_remote_code)
+    tokenizer = load_tokenizer(local_dir, trust_remote_code)
+    base = hf_files(local_dir, trust_remote_code=trust_remote_code)
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         # Written as it is: saving it through transformers would refuse settings that loading accepts.
@@ -52,8 +54,6 @@ def merge(
     model.save_pretrained(target_dir)
     if generation_config is not None:
         model.generation_config = generation_config
-    tokenizer = load_tokenizer(local_dir, trust_remote_code)
-    base = hf_files(local_dir, trust_remote_code=trust_remote_code)
     write_hf_files(target_dir, model, tokenizer, model.dtype, base)
     return Path(target_dir)
 

@@ -54,12 +54,15 @@ class HuggingFaceFiles:
 
 def _tokenizer_files(folder: Path) -> dict[str, bytes]:
     config = folder / "tokenizer_config.json"
-    patterns = list(TOKENIZER_FILES)
+    files = _matching(folder, TOKENIZER_FILES)
     if config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8")):
         # Its class is in the folder too.
-        patterns.append("*.py")
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+        files += _matching(folder, ("*.py",))
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def write_hf_files(
@@ -93,6 +96,9 @@ def write_hf_files(
     if base is None:
         tokenizer.save_pretrained(folder)
         return
+    for file in _matching(folder, TOKENIZER_FILES):
+        # Another tokenizer's, of an earlier model in the same folder, would be read beside these.
+        file.unlink()
     for name, content in base.tokenizer.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)

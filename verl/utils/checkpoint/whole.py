@@ -59,6 +59,7 @@ def check_part(part: Path, contents: bool = True) -> None:
     """
     sums = part_checksums(part)
     if sums is None:
+        _refuse_half_a_checkpoint(part)
         logger.warning(
             "%s has no %s, in it or beside it: that its shards fit together is seen, and damage within them is not",
             part, CHECKSUMS,
@@ -75,6 +76,17 @@ def check_part(part: Path, contents: bool = True) -> None:
 
 
 _READ = (MODEL_FOLDER, HUGGINGFACE)
+
+
+def _refuse_half_a_checkpoint(part: Path) -> None:
+    """Without checksums, a folder that was copied from an older checkpoint is taken as it is; what lies in a whole
+    checkpoint should have them beside it."""
+    above = part.resolve().parent
+    if above.suffix == ".tmp" or (above / "trainer_state.json").is_file():
+        raise FileNotFoundError(
+            f"{above / CHECKSUMS} is missing, so {above} was never completed or not copied whole; take another "
+            "checkpoint"
+        )
 
 
 def _top(name: str) -> str:
