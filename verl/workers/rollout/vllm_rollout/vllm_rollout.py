@@ -26,10 +26,13 @@ from verl.workers.config import RolloutConfig, SamplingConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.vllm_rollout.weights import (
     PushCheck,
+    checkpoint_tensors,
     copy_weights,
     keeps_checkpoint_layout,
-    parameter_shapes,
     reload_weights,
+    restore_calls,
+    structure,
+    tensor_shapes,
 )
 
 MEMORY_ADVICE = (
@@ -73,9 +76,10 @@ class VLLMRollout(BaseRollout):
         self.on_gpu = torch.device(device).type == "cuda"
         self.max_model_len = config.max_model_len or config.prompt_length + config.response_length
         self._join_group()
-        architecture, self._shapes = parameter_shapes(model_config, trust_remote_code)
-        with _model_folder(model_config, architecture) as folder, self._generators(config.seed):
+        self._structure = structure(model_config, trust_remote_code)
+        with _model_folder(model_config, type(self._structure).__name__) as folder, self._generators(config.seed):
             self.llm = self._start(folder, trust_remote_code)
+        restore_calls(self._structure)
         in_place = self.llm.collective_rpc(keeps_checkpoint_layout)[0]
         self._load = copy_weights if in_place else reload_weights
         self._has_weights = False
@@ -230,8 +234,9 @@ class VLLMRollout(BaseRollout):
         """As `BaseRollout.push_weights`: each tensor is copied into the engine's own memory before the next comes."""
         self._wake("weights")
         self._has_weights = False
-        check = PushCheck(self._shapes)
-        self.llm.collective_rpc(self._load, args=(check.through(weights),))
+        check = PushCheck(tensor_shapes(self._structure))
+        tensors = checkpoint_tensors(self._structure, check.through(weights))
+        self.llm.collective_rpc(self._load, args=(tensors,))
         check.verify()
         self._has_weights = True
 

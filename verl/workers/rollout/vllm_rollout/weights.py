@@ -2,24 +2,63 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
-from verl.utils.model import empty_model
+from verl.utils.model import empty_model, persistent_buffers
 
+# A name up to the number of its layer; whole, if there is none.
+LAYER = re.compile(r".*?\.\d+\.|.*")
 Weights = Iterator[tuple[str, torch.Tensor]]
 
 
-def parameter_shapes(config: PretrainedConfig, trust_remote_code: bool) -> tuple[str, dict[str, torch.Size]]:
-    """Class name of the language model that `config` describes, and its parameters; tied ones come once."""
+def structure(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """The language model that `config` describes, without memory for its weights."""
     with torch.device("meta"):
-        model = empty_model(config, "policy", trust_remote_code)
-    return type(model).__name__, {name: parameter.shape for name, parameter in model.named_parameters()}
+        return empty_model(config, "policy", trust_remote_code)
+
+
+def restore_calls(model: PreTrainedModel) -> None:
+    """Let the classes of `model` be called as before the engine started, by instances that are not the engine's.
+
+    Families that vLLM has no code for it runs by their transformers classes, whose `__call__` it replaces by one that
+    knows its own instances only; the trainer's model in this process may be another.
+    """
+    for module in model.modules():
+        owner = type(module)
+        if owner.__call__.__module__.startswith("vllm.") and not hasattr(owner, "do_not_compile"):
+            # What the engine's own instances have been told stands in them.
+            owner.do_not_compile = True
+
+
+def tensor_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Of its parameters and persistent buffers; tied ones come once."""
+    tensors = itertools.chain(model.named_parameters(), persistent_buffers(model))
+    return {name: tensor.shape for name, tensor in tensors}
+
+
+def checkpoint_tensors(model: PreTrainedModel, weights: Weights) -> Weights:
+    """The tensors as a checkpoint of the class has them, which is how vLLM knows them: transformers keeps experts in
+    one tensor, say, and calls some parts otherwise.
+
+    Args:
+        weights: under the names that they have in `model`; those of a layer follow each other. A layer's are held
+            together where there is anything to convert.
+    """
+    if not get_model_conversion_mapping(model, add_legacy=False):
+        yield from weights
+        return
+    for _, group in itertools.groupby(weights, key=lambda item: LAYER.match(item[0]).group()):
+        yield from revert_weight_conversion(model, dict(group)).items()
 
 
 class PushCheck:
@@ -38,7 +77,7 @@ class PushCheck:
         for name, tensor in weights:
             shape = self.missing.pop(name, None)
             if shape is None:
-                self.problems.append(f"{name!r} is not a parameter of the rollout model, or came twice")
+                self.problems.append(f"{name!r} is no tensor of the rollout model, or came twice")
             elif tensor.shape != shape:
                 self.problems.append(f"{name!r} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
             else:
@@ -81,6 +120,11 @@ def reload_weights(worker, weights: Weights) -> None:
     """Load layer by layer, repack each layer as its kernels want it, and copy the result to where it was."""
     worker.reload_weights(weights_iterator=weights, is_checkpoint_format=True)
     for module in worker.get_model().modules():
+        method = getattr(module, "quant_method", None)
         if isinstance(module, ParallelLMHead):
             # A tied head gets no tensor of its own, so nothing has repacked it.
-            module.quant_method.process_weights_after_loading(module)
+            method.process_weights_after_loading(module)
+        experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+        if worker.device.type == "cpu" and experts is not None:
+            # Experts are repacked with the first weights only, and the CPU's kernel would take others for repacked.
+            experts.process_weights_after_loading(module)
