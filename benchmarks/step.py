@@ -102,7 +102,7 @@ class ClassicTrainer(BenchmarkTrainer):
 class RuleCritic(Worker):
     """In the discriminator's place for GRPO: scores by a rule, and nothing to train."""
 
-    def __init__(self, config: CriticConfig, device: str, seed: int, total_steps: int):
+    def __init__(self, config: CriticConfig, device: str, seed: int, total_steps: int, eos_token_ids: tuple[int, ...]):
         super().__init__()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

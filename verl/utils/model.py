@@ -344,8 +344,8 @@ def find_class(config: PretrainedConfig, kind: Kind, trust_remote_code: bool = F
 def check_labels(path: str | Path) -> None:
     """ValueError for a token-classification model with another number of labels than one."""
     entries = json.loads((find_model(path).huggingface / "config.json").read_text())
-    # A config that names no labels has two.
-    labels = len(entries.get("id2label") or (0, 1))
+    # A config that neither names nor counts its labels has two.
+    labels = len(entries.get("id2label") or ()) or entries.get("num_labels", 2)
     if is_discriminator(path) and labels != 1:
         raise ValueError(
             f"expected a score head with one label, got {labels} labels in {path}; pass a discriminator, or the "
