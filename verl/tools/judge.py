@@ -43,8 +43,9 @@ from verl.tools.judge_pairwise import Match, Pairwise, Verdicts, compare
 from verl.tools.judge_report import Verdict, plot, render, to_json, write_json
 from verl.tools.judge_two_sample import Ids, Judge, JudgeSettings, TwoSample, make_pairs, training_updates, two_sample
 from verl.tools.score_data import Limits
+from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.dataset.rl_dataset import check_tokenizer
-from verl.utils.model import check_files, is_discriminator, load_config, load_tokenizer, quiet_transformers
+from verl.utils.model import check_files, find_model, is_discriminator, load_config, load_tokenizer, quiet_transformers
 
 
 def run(options: argparse.Namespace) -> str:
@@ -128,6 +129,7 @@ def _judges_tokens(
             f"--judge_model: expected a language model, to which a fresh score head is given, got a discriminator in "
             f"{folder}, which knows students already; pass a base model or a checkpoint's actor folder"
         )
+    refuse_pointers(find_model(folder).huggingface)
     if options.judge_model:
         check_files(options.judge_model)
     tokenizer = load_tokenizer(folder, options.trust_remote_code)
