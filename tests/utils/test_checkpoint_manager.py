@@ -1,7 +1,10 @@
 """Checkpoint folders on a real disk: complete or absent, checked, pruned."""
 
+import errno
 import json
+import os
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -176,6 +179,42 @@ def test_verify_reads_large_files_whole(tmp_path, place):
         stream.write(b"x")
     with pytest.raises(ValueError, match="big"):
         verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["actor/model/more.safetensors", "critic/optim/shard-2.safetensors"])
+def test_verify_names_shards_that_were_not_written(tmp_path, name):
+    folder = save(tmp_path, 1)
+    write(folder, {"actor/merged/model.safetensors": b"of the user", "notes.safetensors": b"", "actor/model/note": b""})
+    verify_checkpoint(folder)
+    write(folder, {name: b"of another checkpoint"})
+    with pytest.raises(ValueError, match=f"written without.*remove {name}"):
+        verify_checkpoint(folder)
+
+
+def test_the_disk_has_a_checkpoint_before_it_has_its_name(tmp_path, monkeypatch):
+    """Files and folders; a file system that knows no such thing is no obstacle, and a failing disk is."""
+    synced, names = [], {}
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: names.update({str(to): set(synced)}) or rename(path, to))
+    final = save(tmp_path, 1)
+    temporary = f"{tmp_path}/global_step_1.tmp"
+    expected = {f"{temporary}/{name}" for name in FILES} | {f"{temporary}/checksums.json", temporary}
+    assert names[str(final)] >= expected | {f"{temporary}/actor/model", f"{temporary}/critic"}
+    assert str(tmp_path) in synced
+
+    def refuse(number):
+        def fsync(descriptor):
+            raise OSError(number, os.strerror(number))
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
+    verify_checkpoint(save(tmp_path, 2))
+    monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        save(tmp_path, 3)
+    assert find_latest_ckpt_path(tmp_path) == str(tmp_path / "global_step_2")
 
 
 # ---- pruning

@@ -181,7 +181,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    with Tracking("p", "e", default_backend="wandb", config={"lr": 1e-6}) as tracking:
+    with Tracking("p", "e", default_backend="wandb", config={"lr": 1e-6}, log_dir=tmp_path) as tracking:
         tracking.log({"x": 1.5}, step=1)
         ValidationGenerationsLogger().log(tracking, SAMPLES, step=1)
         tracking.log({"y": 2.0}, step=2)  # wandb closes a step when the next one begins

@@ -345,6 +345,16 @@ def test_a_pointer_of_git_lfs_is_named_before_anything_is_read(tmp_path, name):
         check_models(run_config(None, folder, "stage=seqkd"))
 
 
+@pytest.mark.parametrize(("text", "says"), [(POINTER, "is a Git LFS pointer"), ("{", "is damaged: expected JSON")])
+def test_the_tools_name_a_config_that_is_none(tmp_path, text, says):
+    folder, data = write_model(tmp_path / "hf"), str(write_data(tmp_path / "data.jsonl", 6))
+    (folder / "config.json").write_text(text)
+    assert f"config.json {says}" in stopped(score, ["--data", data, "--critic", str(folder), "--device", "cpu"])
+    flags = ["--data", data, "--out", str(tmp_path / "out"), "--device", "cpu", "--folds", "2"]
+    said = stopped(judge, [*flags, "--student", f"x={folder}"])
+    assert "config.json" in said and (text == "{" or says in said)
+
+
 def test_a_tokenizer_of_its_own_may_be_a_pointer_too(tmp_path):
     folder, other = write_model(tmp_path / "hf"), write_model(tmp_path / "chat")
     (other / "tokenizer.json").write_text(POINTER)

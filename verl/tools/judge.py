@@ -43,12 +43,14 @@ from verl.tools.judge_pairwise import Match, Pairwise, Verdicts, compare
 from verl.tools.judge_report import Verdict, plot, render, to_json, write_json
 from verl.tools.judge_two_sample import Ids, Judge, JudgeSettings, TwoSample, make_pairs, training_updates, two_sample
 from verl.tools.score_data import Limits
+from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.console import printable
 from verl.utils.dataset.texts import eos_texts
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
 from verl.utils.model import (
     all_eos_token_ids,
     check_files,
+    find_model,
     is_discriminator,
     load_config,
     load_tokenizer,
@@ -137,6 +139,7 @@ def _judges_tokens(
             f"--judge_model: expected a language model, to which a fresh score head is given, got a discriminator in "
             f"{folder}, which knows students already; pass a base model or a checkpoint's actor folder"
         )
+    refuse_pointers(find_model(folder).huggingface)
     if options.judge_model:
         check_files(options.judge_model)
     tokenizer = load_tokenizer(folder, options.trust_remote_code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from verl.models.packing import AnswerRows
 from verl.models.proof import class_verdict
 from verl.tools.score_data import PromptAndAnswer
 from verl.trainer.ppo.discriminator_algos import POOLINGS, pool_scores, score_mask
-from verl.utils.model import check_files, find_model, is_discriminator, load_model
+from verl.utils.model import check_files, config_entries, is_discriminator, load_model
 from verl.utils.seqlen_balancing import rearrange_micro_batches
 
 # Micro-batches are cut from so many sequences of like length at a time: the cost of balancing grows with the square.
@@ -53,7 +52,7 @@ def check_critic(path: str) -> None:
     inside = Path(path).expanduser() / "critic"
     if inside.is_dir():
         raise ValueError(f"--critic: expected a critic's folder, got the whole checkpoint {path}; pass {inside}")
-    entries = json.loads((find_model(path).huggingface / "config.json").read_text())
+    entries = config_entries(path)
     if not is_discriminator(path):
         raise ValueError(
             f"--critic: expected a model with a trained score head (...ForTokenClassification), got {path} with "

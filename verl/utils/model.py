@@ -31,7 +31,7 @@ from verl.models.heads import SCORE_HEADS
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, is_dropout
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
-from verl.utils.checkpoint.whole import check_huggingface, check_part
+from verl.utils.checkpoint.whole import check_huggingface, check_part, refuse_pointer
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +102,19 @@ def hf_files(
     return HuggingFaceFiles.read(find_model(path).huggingface, tokenizer, trust_remote_code)
 
 
+def config_entries(path: str | Path) -> dict[str, Any]:
+    """What the folder's config.json says; ValueError names a damaged one."""
+    file = find_model(path).huggingface / "config.json"
+    refuse_pointer(file)
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: expected JSON, got {error}") from error
+
+
 def is_discriminator(path: str | Path) -> bool:
     """Whether the folder's model has a score head already."""
-    config = json.loads((find_model(path).huggingface / "config.json").read_text())
+    config = config_entries(path)
     return any(name.endswith("ForTokenClassification") for name in config.get("architectures") or [])
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from verl.utils.checkpoint.best_link import behind_best, best_step
 from verl.utils.checkpoint.checksums import CHECKSUMS, checksums_of, read_checksums, sync_to_disk, write_checksums
+from verl.utils.checkpoint.sharded import MODEL_FOLDER, OPTIM_FOLDER
 
 ONLY_AS_BEST = "only_as_best.txt"
 # What a run with a discriminator keeps beside the models; of no use without it.
@@ -141,7 +142,8 @@ def verify_checkpoint(folder: str | Path) -> None:
 
 def _shards(folder: Path, part: str) -> list[str]:
     """Every file that is read as a shard of a part, by its name in the checkpoint."""
-    return sorted(str(file.relative_to(folder)) for file in (folder / part).rglob("*.safetensors"))
+    files = (file for name in (MODEL_FOLDER, OPTIM_FOLDER) for file in (folder / part / name).glob("*.safetensors"))
+    return sorted(str(file.relative_to(folder)) for file in files)
 
 
 def mark_only_as_best(folder: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -20,6 +21,8 @@ BLOCK = 1 << 24
 # What is said to the log as well, where no bar is seen.
 LONG = 4 * 2**30
 GIB = 2**30
+# What some network file systems answer, to folders above all; a failing disk answers otherwise.
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 
 
 def read_checksums(file: Path) -> dict[str, int]:
@@ -40,12 +43,20 @@ def write_checksums(file: Path, sums: dict[str, int]) -> None:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until the disk has a file's content, or a folder's list of names."""
+    """Wait until the disk has a file's content, or a folder's list of names, where the file system can say so."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
 
 
 def checksum(file: Path, count: Callable[[int], object] = lambda size: None, sync: bool = False) -> int:
@@ -53,7 +64,7 @@ def checksum(file: Path, count: Callable[[int], object] = lambda size: None, syn
     value = 0
     with file.open("rb") as stream:
         if sync:
-            os.fsync(stream.fileno())
+            _sync(stream.fileno())
         while block := stream.read(BLOCK):
             value = zlib.crc32(block, value)
             count(len(block))

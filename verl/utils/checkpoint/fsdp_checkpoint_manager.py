@@ -26,7 +26,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, write_hf_files
-from verl.utils.checkpoint.sharded import MODEL_FOLDER, check_chunks, read_layout, read_sharded, write_sharded
+from verl.utils.checkpoint.sharded import (
+    MODEL_FOLDER,
+    OPTIM_FOLDER,
+    check_chunks,
+    read_layout,
+    read_sharded,
+    write_sharded,
+)
 from verl.utils.checkpoint.whole import FSDP_CONFIG, HUGGINGFACE
 from verl.utils.model import tied_names
 
@@ -62,7 +69,7 @@ class FSDPCheckpointManager:
         folder = Path(folder)
         write_sharded(self._weights(), folder / MODEL_FOLDER)
         tensors, scalars = self._optimizer_state()
-        write_sharded(tensors, folder / "optim")
+        write_sharded(tensors, folder / OPTIM_FOLDER)
         if not dist.is_initialized() or dist.get_rank() == 0:
             self._write_small_files(folder, scalars)
             _check_all_are_seen(folder)
@@ -74,7 +81,7 @@ class FSDPCheckpointManager:
         extra = json.loads((folder / "extra_state.json").read_text())
         tensors, _ = self._optimizer_state()
         configured = [{key: group[key] for key in CONFIGURED} for group in self.optimizer.param_groups]
-        read_sharded(tensors, folder / "optim")
+        read_sharded(tensors, folder / OPTIM_FOLDER)
         set_optimizer_state_dict(self.model, self.optimizer, {**tensors, **extra["optimizer"]}, options=FLAT)
         self.lr_scheduler.load_state_dict(extra["lr_scheduler"])
         self._reconfigure(configured)
@@ -109,7 +116,7 @@ class FSDPCheckpointManager:
 
 def _check_all_are_seen(folder: Path) -> None:
     """ValueError if what all ranks have just written is not whole here: nodes that each have a folder of their own."""
-    for shards in (folder / MODEL_FOLDER, folder / "optim"):
+    for shards in (folder / MODEL_FOLDER, folder / OPTIM_FOLDER):
         try:
             check_chunks(shards, read_layout(shards))
         except ValueError as error:

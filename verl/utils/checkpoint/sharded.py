@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-MODEL_FOLDER = "model"
+MODEL_FOLDER, OPTIM_FOLDER = "model", "optim"
 # One file of each rank, counted from 1.
 SHARD = re.compile(r"shard-(\d{5})-.*\.safetensors")
 

@@ -159,10 +159,11 @@ def refuse_pointers(folder: Path) -> None:
     """ValueError names a file that Git LFS left a pointer for, among those that a model or tokenizer is read from."""
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in READ_SUFFIXES:
-            _refuse_pointer(file)
+            refuse_pointer(file)
 
 
-def _refuse_pointer(file: Path) -> None:
+def refuse_pointer(file: Path) -> None:
+    """ValueError if Git LFS left a pointer in the file's place."""
     with file.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(
@@ -180,7 +181,7 @@ def check_huggingface(folder: Path) -> None:
     for file in weight_files(folder):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: {folder} needs it for its weights; download or copy it again")
-        _refuse_pointer(file)
+        refuse_pointer(file)
         if file.suffix == ".safetensors":
             _open(file)
 
