@@ -124,9 +124,18 @@ def _fault(record: Mapping[str, Any], config: DatasetConfig, template: TemplateC
     )
 
 
+def _progress(what: str, total: int) -> tqdm:
+    """A bar for what takes a while."""
+    return tqdm(total=total, desc=what, unit="row", leave=False, dynamic_ncols=True, delay=2)
+
+
 def _usable_rows(rows: list[Row], config: DatasetConfig, template: TemplateCheck) -> list[Row]:
     """The rows without a fault; others are an error, or left out with a count, as `on_bad_row` says."""
-    faults = [row.unreadable or _fault(row.record, config, template) for row in rows]
+    faults = []
+    with _progress("looking at rows", len(rows)) as bar:
+        for row in rows:
+            faults.append(row.unreadable or _fault(row.record, config, template))
+            bar.update()
     if template.open_thoughts:
         logger.warning(
             "the chat template opens a thought (<think> or the like) at the end of the prompt, and %d of %d answers "
@@ -152,11 +161,6 @@ def _slices(items: Sequence[Any], characters: Callable[[Any], int]) -> Iterator[
             part, size = [], 0
     if part:
         yield part
-
-
-def _progress(what: str, total: int) -> tqdm:
-    """A bar for what takes a while."""
-    return tqdm(total=total, desc=what, unit="row", leave=False, dynamic_ncols=True, delay=2)
 
 
 def _prompt_characters(messages: Messages) -> int:
