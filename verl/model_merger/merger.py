@@ -36,7 +36,8 @@ def merge(
 ) -> Path:
     """Write the checkpoint in `local_dir` to `target_dir` as safetensors with config and tokenizer.
 
-    The result opens with `AutoModelForCausalLM`, or `AutoModelForTokenClassification` for a critic.
+    The result opens with `AutoModelForCausalLM`, or `AutoModelForTokenClassification` for a critic; outside of this
+    package, for one whose family has such a class in transformers (see `register_score_class`).
 
     Raises:
         FileNotFoundError, ValueError: `local_dir` is not a checkpoint's actor or critic folder, or not whole.

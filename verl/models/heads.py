@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -79,20 +79,26 @@ class AnswerModel(nn.Module, ABC):
     def values(self, rows: AnswerRows) -> torch.Tensor:
         """One fp32 number for each answer token, (R, T)."""
 
-    def plain(self, rows: AnswerRows, copies: int = 1) -> torch.Tensor:
+    def plain(self, rows: AnswerRows, noise: float = 0.0) -> torch.Tensor:
         """The same as `values`, from the class's own forward of one whole row at a time without any padding.
 
         Args:
-            copies: so many times the row in a batch; the results differ by rounding alone.
+            noise: relative, and added to the embeddings: what becomes of it tells what rounding may come to.
         """
         values = torch.zeros(rows.responses.shape, device=self.device)
         attention = self.hf.config._attn_implementation
         set_attention(self.hf, plain_attention(self.hf))
+
+        def disturb(module: nn.Module, inputs: tuple, embedded: torch.Tensor) -> torch.Tensor:
+            sign = torch.arange(embedded.numel(), device=embedded.device).view_as(embedded) % 2 * 2 - 1
+            return embedded * (1 + noise * sign).to(embedded.dtype)
+
         try:
-            for row, (prompt, answer) in enumerate(rows.unpadded()):
-                ids = torch.cat([prompt, answer]).to(self.device)
-                logits = self.hf(input_ids=ids.expand(copies, -1)).logits[0]
-                values[row, : len(answer)] = self.of_logits(logits.float(), ids, len(prompt))
+            with self.hf.get_input_embeddings().register_forward_hook(disturb) if noise else nullcontext():
+                for row, (prompt, answer) in enumerate(rows.unpadded()):
+                    ids = torch.cat([prompt, answer]).to(self.device)
+                    logits = self.hf(input_ids=ids.unsqueeze(0)).logits[0]
+                    values[row, : len(answer)] = self.of_logits(logits.float(), ids, len(prompt))
         finally:
             set_attention(self.hf, attention)
         return values

@@ -37,6 +37,10 @@ anything starts, and once more on its own weights.
 - **not tried**: the default config makes no model at all.
 - **no**: refused before anything starts, for the reason given.
 
+Where transformers has no token-classification class for a family, the discriminator is the family's backbone and a
+linear `score` (`verl.utils.model.register_score_class`). Outside of this package such a critic opens once that function
+has been called with the class of its config.
+
 | family | policy | discriminator | why not packed |
 |---|---|---|---|
 """
