@@ -50,7 +50,7 @@ from verl.utils.dataset.tokenizer_checks import check_tokenizer
 from verl.utils.model import (
     all_eos_token_ids,
     check_files,
-    find_model,
+    find_tokenizer,
     is_discriminator,
     load_config,
     load_tokenizer,
@@ -139,7 +139,7 @@ def _judges_tokens(
             f"--judge_model: expected a language model, to which a fresh score head is given, got a discriminator in "
             f"{folder}, which knows students already; pass a base model or a checkpoint's actor folder"
         )
-    refuse_pointers(find_model(folder).huggingface)
+    refuse_pointers(find_tokenizer(folder))
     if options.judge_model:
         check_files(options.judge_model)
     tokenizer = load_tokenizer(folder, options.trust_remote_code)

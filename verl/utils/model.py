@@ -98,7 +98,7 @@ def hf_files(
     path: str | Path, tokenizer_path: str | Path | None = None, trust_remote_code: bool = False
 ) -> HuggingFaceFiles:
     """The Hugging Face files of a model folder, with the tokenizer's of another one if that is given."""
-    tokenizer = find_model(tokenizer_path or path).huggingface
+    tokenizer = find_tokenizer(tokenizer_path or path)
     return HuggingFaceFiles.read(find_model(path).huggingface, tokenizer, trust_remote_code)
 
 
@@ -127,16 +127,20 @@ def refuse_discriminator(path: str | Path) -> None:
         )
 
 
+def find_tokenizer(path: str | Path) -> Path:
+    """The folder that a tokenizer's files are in: this one, or that of the model in it (`find_model`)."""
+    folder = behind_best(Path(path).expanduser())
+    has_files = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return folder if has_files else find_model(path).huggingface
+
+
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, or of one that has a tokenizer alone; ValueError if it has no EOS token, without
     which no answer ends.
 
     A missing pad token becomes the EOS token: masks never look at it.
     """
-    folder = behind_best(Path(path).expanduser())
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        folder = find_model(path).huggingface
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(find_tokenizer(path), trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {path} has no eos_token: answers could not end; set one")
     if tokenizer.pad_token_id is None:

@@ -26,7 +26,7 @@ from verl.utils.model import (
     check_labels,
     context_length,
     find_class,
-    find_model,
+    find_tokenizer,
     is_discriminator,
     load_config,
     load_tokenizer,
@@ -62,17 +62,16 @@ def with_absolute_paths(config: Config) -> Config:
 
 def _look_at(model: ModelConfig, kind: Kind, key: str, longest: int) -> PreTrainedTokenizerBase:
     """Everything that a model's folder shows of whether it can be used for rows of `longest` tokens; its tokenizer."""
+    refuse_pointers(find_tokenizer(model.tokenizer_path or model.path))
+    tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
+    check_ids(tokenizer)
     # The rank that reads the weights compares the contents of a copy in memory itself.
     check_files(model.path, contents=not model.use_shm)
     if kind == "policy":
         refuse_discriminator(model.path)
     else:
         check_labels(model.path)
-    if model.tokenizer_path is not None:
-        refuse_pointers(find_model(model.tokenizer_path).huggingface)
     config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
-    tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
-    check_ids(tokenizer)
     try:
         _check_context(config, longest)
         _check_vocabulary(config, tokenizer)
