@@ -198,12 +198,13 @@ def test_tokens_without_an_embedding_are_refused(tmp_path, special):
         )
 
 
-def test_a_head_with_several_labels_is_refused(tmp_path):
-    config = Qwen2Config(**SIZES, **ENDS, num_labels=3)
+@pytest.mark.parametrize("labels", [2, 3])
+def test_a_head_with_several_labels_is_refused(tmp_path, labels):
+    config = Qwen2Config(**SIZES, **ENDS, num_labels=labels)
     write(tmp_path / "critic", lambda: Qwen2ForTokenClassification(config))
-    with pytest.raises(ValueError, match="one label, got 3 labels"):
+    with pytest.raises(ValueError, match=f"one label, got {labels} labels"):
         check_labels(tmp_path / "critic")
-    with pytest.raises(ValueError, match="one label, got 3 labels"):
+    with pytest.raises(ValueError, match=f"one label, got {labels} labels"):
         load_model(tmp_path / "critic", "score")
 
 

@@ -12,6 +12,7 @@ import torch
 
 from tests.e2e.metric_names import DISCRIMINATOR_METRICS, POLICY_METRICS
 from tests.e2e.running import read_metrics
+from verl.model_merger import merge
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn
 from verl.utils.checkpoint.sharded import read_full_tensors
 from verl.utils.model import load_model
@@ -208,3 +209,13 @@ def test_the_teachers_answers_can_stand_beside_the_groups(run, plain):
     assert metrics[1]["actor/sft_anchor_loss"] > 0
     assert metrics[1]["actor/pg_loss"] == pytest.approx(plain[1]["actor/pg_loss"], abs=1e-6)
     assert metrics[1]["actor/grad_norm"] != pytest.approx(plain[1]["actor/grad_norm"], rel=1e-3)
+
+
+def test_a_tokenizer_may_lie_in_a_folder_of_its_own(run, folder, tmp_path):
+    """Through checks, training, checkpoint and merging; its files come out as they went in."""
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for name in names:
+        (tmp_path / name).write_bytes((folder / "base" / name).read_bytes())
+    done = run("alone", f"actor_rollout_ref.model.tokenizer_path={tmp_path}", "trainer.save_freq=1", steps=1)
+    merged = merge(done / "global_step_1" / "actor", tmp_path / "merged")
+    assert all((merged / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)

@@ -357,10 +357,16 @@ def find_class(config: PretrainedConfig, kind: Kind, trust_remote_code: bool = F
 
 def check_labels(path: str | Path) -> None:
     """ValueError for a token-classification model with another number of labels than one."""
-    entries = json.loads((find_model(path).huggingface / "config.json").read_text())
-    # A config that neither names nor counts its labels has two.
-    labels = len(entries.get("id2label") or ()) or entries.get("num_labels", 2)
-    if is_discriminator(path) and labels != 1:
+    if not is_discriminator(path):
+        return
+    folder = find_model(path).huggingface
+    # The head says it where there is one; a config is silent about its labels if they are two.
+    labels = len(json.loads((folder / "config.json").read_text()).get("id2label") or [None])
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in {f"{head}.weight" for head in SCORE_HEADS} & set(tensors.keys()):
+                labels = tensors.get_slice(name).get_shape()[0]
+    if labels != 1:
         raise ValueError(
             f"expected a score head with one label, got {labels} labels in {path}; pass a discriminator, or the "
             "language model that it was made from, for a fresh head"

@@ -144,7 +144,7 @@ class HFRollout(BaseRollout):
         missing = dict(self.model.named_parameters()) | dict(persistent_buffers(self.model))
         for name, tensor in weights:
             if name not in missing:
-                raise ValueError(f"pushed weight {name!r} is no tensor of the rollout model, or came twice")
+                raise ValueError(f"pushed weight {name!r} is not a parameter of the rollout model, or came twice")
             missing.pop(name).data.copy_(tensor)
         if missing:
             raise ValueError(f"{len(missing)} weights were not pushed, e.g. {sorted(missing)[:3]}")

@@ -77,7 +77,7 @@ class PushCheck:
         for name, tensor in weights:
             shape = self.missing.pop(name, None)
             if shape is None:
-                self.problems.append(f"{name!r} is no tensor of the rollout model, or came twice")
+                self.problems.append(f"{name!r} is not a parameter of the rollout model, or came twice")
             elif tensor.shape != shape:
                 self.problems.append(f"{name!r} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
             else:
