@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import trange
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from examples.quickstart.world import Row, World, write_parquet
 
@@ -33,14 +33,15 @@ IGNORE = -100  # label of tokens without loss
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 1500) -> PreTrainedTokenizerFast:
     """Byte-level BPE with a ChatML template, trained on `texts`.
 
-    Words are split as in GPT-2, and each Chinese character is a word of its own, so that a token never spans the end of
-    a Chinese name. Any text survives encoding and decoding, since every byte is in the vocabulary.
+    Words are split as in Qwen2, whose class transformers loads it with; while it is trained each Chinese character is a
+    word of its own as well, so that a token never spans the end of a Chinese name. Any text survives encoding and
+    decoding, since every byte is in the vocabulary.
     """
+    family = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
+    bpe.normalizer, bpe.decoder = family.normalizer, decoders.ByteLevel()
+    characters = pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([characters, family.pre_tokenizer])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, BOS_OF_TURN, EOS],
@@ -49,6 +50,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 1500) -> PreTrainedT
     )
     roles = ["system\n", "user\n", "assistant\n"]
     bpe.train_from_iterator([*texts, *roles, *roles], trainer)
+    bpe.pre_tokenizer = family.pre_tokenizer
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=PAD,

@@ -98,7 +98,8 @@ def test_a_loss_of_the_users_own_trains_the_discriminator(run, folder):
 
 
 def test_kl_in_the_reward_with_both_controllers(run):
-    """Fixed keeps its coefficient; adaptive moves it by 1 + clip(kl / target - 1, +-0.2) * answers / horizon."""
+    """Fixed keeps its coefficient; adaptive moves it by 1 + clip(kl / target - 1, +-0.2) * answers / horizon, from the
+    first step on in which the actor trains."""
     kl = ("algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.kl_coef=0.5", "actor_rollout_ref.actor.optim.lr=1e-2")
     fixed = read_metrics(run("kl_fixed", *kl))
     assert [fixed[step]["actor/reward_kl_penalty_coeff"] for step in range(3)] == [0.5] * 3
@@ -109,8 +110,9 @@ def test_kl_in_the_reward_with_both_controllers(run):
     assert abs(difference) > 1e-5, "the penalty must be in the reward"
 
     adaptive = read_metrics(run("kl_adaptive", *kl, "algorithm.kl_ctrl.type=adaptive", "algorithm.kl_ctrl.horizon=60"))
-    # Step 0 has KL 0, so the error is clipped to -0.2; 12 answers of 60.
-    assert adaptive[1]["actor/reward_kl_penalty_coeff"] == pytest.approx(0.5 * (1 - 0.2 * 12 / 60))
+    # The actor is frozen in step 0. Step 1 has KL 0 still, so the error is clipped to -0.2; 12 answers of 60.
+    assert adaptive[1]["actor/reward_kl_penalty_coeff"] == 0.5
+    assert adaptive[2]["actor/reward_kl_penalty_coeff"] == pytest.approx(0.5 * (1 - 0.2 * 12 / 60))
 
 
 def test_advantages_without_the_standard_deviation(run, folder):
