@@ -180,7 +180,8 @@ def test_dumped_answers_are_worth_no_run(tmp_path, caplog):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it looks at its settings once in a process
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
 
@@ -188,7 +189,8 @@ def offline(tmp_path, monkeypatch):
         # offline-run-TIME-ID, numbered where two began in one second
         return [path.name.split("-")[3] for path in sorted((tmp_path / "wandb").glob("offline-run-*"))]
 
-    return ids
+    yield ids
+    wandb.teardown()
 
 
 def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, offline, monkeypatch):

@@ -239,9 +239,19 @@ def test_tensors_alone_are_not_filled_with_what_memory_holds(checkpoint, number)
 # ---- everyone who reads a checkpoint as a model
 
 
+# Within the tiny model's context.
+LENGTHS = ("data.max_prompt_length=28", "data.max_response_length=10")
+
+
 def run_config(checkpoint, base, *overrides):
     return compose_config(
-        ["data.train_files=x", f"actor_rollout_ref.model.path={base}", "trainer.experiment_name=x", *overrides]
+        [
+            "data.train_files=x",
+            f"actor_rollout_ref.model.path={base}",
+            "trainer.experiment_name=x",
+            *LENGTHS,
+            *overrides,
+        ]
     )
 
 
