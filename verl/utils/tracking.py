@@ -309,7 +309,8 @@ def check_loggers(names: str | Sequence[str]) -> None:
     if WandbBackend not in _backends(names):
         return
     wandb = _import_wandb()
-    if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
+    # With a key in the environment there is nothing to ask for, and `login` would look up whose it is over the network.
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled") or os.environ.get("WANDB_API_KEY"):
         return
     try:
         wandb.login(verify=False)
