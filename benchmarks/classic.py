@@ -12,14 +12,14 @@ from unittest.mock import patch
 
 import torch
 
-from verl.models.heads import PolicyModel
+from verl.config import SamplingConfig
+from verl.models import sharding
+from verl.models.answer_models import PolicyModel
 from verl.models.packing import AnswerRows
 from verl.protocol import DataProto
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.config import Config
-from verl.utils import fsdp_utils
 from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
-from verl.workers.config import SamplingConfig
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 from verl.workers.rollout import ROLLOUTS
 from verl.workers.rollout.hf_rollout import HFRollout
@@ -54,7 +54,7 @@ class ClassicPolicyModel(PolicyModel):
 @contextmanager
 def classic_models() -> Iterator[None]:
     """Policies that are built inside are classic ones."""
-    with patch.dict(fsdp_utils.HEADS, policy=ClassicPolicyModel):
+    with patch.dict(sharding.ANSWER_MODELS, policy=ClassicPolicyModel):
         yield
 
 

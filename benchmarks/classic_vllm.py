@@ -7,8 +7,8 @@ from unittest.mock import patch
 
 from vllm import LLM, RequestOutput, SamplingParams
 
+from verl.config import SamplingConfig
 from verl.protocol import DataProto
-from verl.workers.config import SamplingConfig
 from verl.workers.rollout.vllm_rollout import vllm_rollout
 from verl.workers.rollout.vllm_rollout.vllm_rollout import VLLMRollout
 

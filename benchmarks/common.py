@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.shapes import SHAPES
-from verl.utils.flops import LIMITS, Limits
+from verl.models.shape import LIMITS, Limits
 
 PACKAGES = ("torch", "transformers", "vllm", "trl")
 ROOT = Path(__file__).parents[1]

@@ -10,11 +10,11 @@ from safetensors import safe_open
 
 from benchmarks.inputs import FIRST_TEXT_ID, base_overrides, compose
 from benchmarks.shapes import Shape
+from verl.models.loading import load_config, load_tokenizer
 from verl.protocol import DataProto
 from verl.single_controller.base import ClassWithInitArgs
 from verl.single_controller.local import LocalWorkerGroup
 from verl.trainer.config import Config
-from verl.utils.model import load_config, load_tokenizer
 from verl.workers.fsdp_workers import FSDPWorker
 from verl.workers.rollout import BaseRollout, get_rollout_class
 

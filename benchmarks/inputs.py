@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from benchmarks.shapes import BF16_BYTES, Shape
+from verl.batch import student_rows, teacher_rows
 from verl.models.packing import AnswerRows
 from verl.protocol import DataProto
 from verl.trainer.config import Config, compose_config
-from verl.workers.batch import student_rows, teacher_rows
 
 PAD, EOS, FIRST_TEXT_ID = 0, 1, 4
 MEMORY_FOLDER = Path("/dev/shm")

@@ -28,7 +28,7 @@ from benchmarks import step, update
 from benchmarks.common import Report, free_memory, in_processes, parser, say, synchronize
 from benchmarks.inputs import MIXED, TINY, Lengths, batch_of_tokens, model_folder, rows_of
 from benchmarks.shapes import SHAPES
-from verl.utils.model import load_tokenizer
+from verl.models.loading import load_tokenizer
 
 RUNS = ("ours-sft", "trl-sft", "ours-grpo", "trl-grpo")
 TRL_SAMPLING = {"trl padded": "random", "trl grouped": "group_by_length"}

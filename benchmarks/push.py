@@ -23,11 +23,11 @@ from benchmarks.common import Report, device_limits, parser, say, timed
 from benchmarks.engines import engine_settings, random_prompts
 from benchmarks.inputs import model_folder
 from benchmarks.shapes import SHAPES, push_limit_seconds
+from verl.config import SamplingConfig
+from verl.models.sharding import full_parameters
 from verl.protocol import DataProto
 from verl.single_controller.base import ClassWithInitArgs
 from verl.single_controller.local import LocalWorkerGroup
-from verl.utils.fsdp_utils import full_parameters
-from verl.workers.config import SamplingConfig
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 
 COLUMNS = ("seconds", "wake", "push", "reset", "sleep", "gib", "limit", "of_limit", "changed", "restored")

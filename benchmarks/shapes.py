@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from verl.utils import flops
-from verl.utils.flops import Limits
+from verl.models import shape as flops
+from verl.models.shape import Limits
 
 BF16_BYTES = 2
 
@@ -62,12 +62,12 @@ SHAPES = {
 
 
 def attention_flops(shape: Shape, lengths: Iterable[int], repeated: Iterable[int] = ()) -> float:
-    """See `verl.utils.flops`."""
+    """See `verl.models.shape`."""
     return flops.attention_flops(shape.layers, shape.heads * shape.head_dim, lengths, repeated)
 
 
 def training_flops(shape: Shape, lengths: Iterable[int], repeated: Iterable[int] = ()) -> float:
-    """See `verl.utils.flops`."""
+    """See `verl.models.shape`."""
     return flops.training_flops(shape.parameters, shape.layers, shape.heads * shape.head_dim, lengths, repeated)
 
 

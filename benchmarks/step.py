@@ -29,6 +29,8 @@ from benchmarks.common import Report, free_memory, in_processes, parser, say
 from benchmarks.engines import engine_name
 from benchmarks.inputs import Lengths, base_overrides, classic_overrides, compose, fast_overrides, model_folder
 from benchmarks.shapes import SHAPES
+from verl.batch import teacher_response_mask
+from verl.config import CriticConfig
 from verl.protocol import DataProto
 from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
@@ -36,10 +38,8 @@ from verl.trainer.config import Config
 from verl.trainer.in_process import InProcessRunner, InProcessTrainer
 from verl.trainer.main_ppo import TaskRunner, run_ppo
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.roles import Role
 from verl.utils.dump import write_jsonl
-from verl.workers.batch import teacher_response_mask
-from verl.workers.config import CriticConfig
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
 WAYS = ("ours", "classic")

@@ -33,11 +33,11 @@ from benchmarks.inputs import (
 )
 from benchmarks.profiling import profile
 from benchmarks.shapes import SHAPES, Shape, training_flops, training_flops_done
+from verl.batch import ANCHOR_COEF
 from verl.protocol import DataProto
 from verl.single_controller.base import ClassWithInitArgs
 from verl.single_controller.local import LocalWorkerGroup
 from verl.trainer.config import Config
-from verl.workers.batch import ANCHOR_COEF
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 from verl.workers.rollout import ROLLOUTS
 

@@ -45,9 +45,9 @@ def train_and_measure(out: Path, seed: int, run: Run) -> None:
 
     from examples.grammar_world.measures import measure
     from examples.grammar_world.world import World
+    from verl.models.loading import load_model, load_tokenizer, quiet_transformers
     from verl.trainer.config import compose_config
     from verl.trainer.in_process import run_in_process
-    from verl.utils.model import load_model, load_tokenizer, quiet_transformers
 
     torch.set_num_threads(1)
     quiet_transformers()

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.quickstart.world import World
 from verl.model_merger import merge
+from verl.models.loading import quiet_transformers
 from verl.utils.console import printable
-from verl.utils.model import quiet_transformers
 from verl.utils.rouge import mean_rouge_l
 
 REPOSITORY = Path(__file__).parents[2]

@@ -19,12 +19,12 @@ import pandas as pd
 from torch.utils.data import DataLoader
 
 from examples.real_text.plan import ANSWERS, BY_NAME, COMMON, TEMPERATURES, Run
+from verl.batch import GROUP_KEYS
 from verl.protocol import DataProto
 from verl.trainer.config import compose_config
 from verl.trainer.in_process import InProcessRunner, InProcessTrainer
 from verl.trainer.ppo.core_algos import ends_with_eos
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
-from verl.workers.batch import GROUP_KEYS
 
 # Far from the seeds of training and validation.
 ANSWER_SEED = 3_000_017

@@ -36,9 +36,9 @@ from benchmarks.shapes import (
 )
 from benchmarks.step import even_share, random_texts, summarize
 from tests.tiny import answer_rows, causal_lm
-from verl.models.heads import PolicyModel
-from verl.utils.flops import Limits
-from verl.utils.model import is_discriminator, load_model, load_tokenizer
+from verl.models.answer_models import PolicyModel
+from verl.models.loading import is_discriminator, load_model, load_tokenizer
+from verl.models.shape import Limits
 
 ROOT = Path(__file__).parents[2]
 # Two heads of 2, one of them for keys and values. A layer has (4 + 1) * (4 + 2 + 2) + 4 * 4 parameters in attention,

@@ -27,11 +27,12 @@ from tests.tiny import SIZES, byte_tokenizer, causal_lm, write_data
 from tests.workers.updates_setup import settings
 from verl.model_merger import merge
 from verl.model_merger.merger import compare
+from verl.models.loading import check_labels, load_config, load_model
+from verl.models.sharding import full_parameters
 from verl.tools.score import main as score
 from verl.trainer.config import compose_config
 from verl.trainer.in_process import run_in_process
-from verl.utils.fsdp_utils import full_parameters
-from verl.utils.model import check_labels, load_config, load_model, tied_names
+from verl.utils.checkpoint.fsdp_checkpoint_manager import tied_names
 from verl.workers.rollout.hf_rollout import HFRollout
 
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}

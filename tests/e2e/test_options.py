@@ -13,9 +13,9 @@ import torch
 from tests.e2e.metric_names import DISCRIMINATOR_METRICS, POLICY_METRICS
 from tests.e2e.running import read_metrics
 from verl.model_merger import merge
+from verl.models.loading import load_model
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn
 from verl.utils.checkpoint.sharded import read_full_tensors
-from verl.utils.model import load_model
 
 pytestmark = pytest.mark.e2e
 

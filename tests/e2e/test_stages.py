@@ -18,8 +18,8 @@ from tests.e2e.metric_names import (
 )
 from tests.e2e.running import read_metrics, train
 from verl.model_merger.cli import main as merger
+from verl.models.loading import load_model
 from verl.utils.checkpoint.sharded import read_full_tensors
-from verl.utils.model import load_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 

@@ -10,12 +10,12 @@ import torch
 
 from tests.gpu.shapes import language_model
 from tests.tiny import byte_tokenizer
+from verl.config import SamplingConfig
 from verl.protocol import DataProto
 from verl.single_controller.base import ClassWithInitArgs
 from verl.single_controller.local import LocalWorkerGroup
 from verl.trainer.config import compose_config
 from verl.trainer.ppo.metric_utils import compute_sync_metrics
-from verl.workers.config import SamplingConfig
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 
 PROMPTS, ANSWERS, WIDTH = 16, 4, 64

@@ -7,7 +7,7 @@ import torch
 
 from tests.gpu.shapes import language_model, mixed_rows
 from verl.models import attention
-from verl.models.heads import PolicyModel
+from verl.models.answer_models import PolicyModel
 from verl.models.layers import compile_layers, recompute_layers
 
 FAMILIES = ("qwen2", "qwen3", "llama")

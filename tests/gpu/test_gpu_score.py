@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tests.tiny import scorer
-from verl.models.heads import ScoreModel
+from verl.models.answer_models import ScoreModel
 from verl.tools.score_data import PromptAndAnswer
 from verl.tools.score_model import Scoring, score_sequences
 

@@ -8,7 +8,7 @@ import torch
 from tests.gpu.shapes import VOCAB, language_model
 from tests.tiny import answer_rows
 from verl.models import attention
-from verl.models.heads import PolicyModel
+from verl.models.answer_models import PolicyModel
 from verl.models.layers import compile_layers
 from verl.models.packing import AnswerRows, pack
 

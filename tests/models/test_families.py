@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from tests.tiny import answer_rows
-from verl.models.heads import HEADS
+from verl.models.answer_models import ANSWER_MODELS
 from verl.models.proof import prove
 from verl.models.twin import small_config
 from verl.tools.families import KINDS, Family, look_at, model_types, table
@@ -67,7 +67,9 @@ def distance(family: Family, remove_padding: bool) -> float:
     rows = rows_of(model.config.get_text_config().vocab_size)
     with torch.no_grad():
         expected = reference(model, rows, family.kind)
-        return (HEADS[family.kind](model, remove_padding, proven=True).values(rows) - expected).abs().max().item()
+        return (
+            (ANSWER_MODELS[family.kind](model, remove_padding, proven=True).values(rows) - expected).abs().max().item()
+        )
 
 
 def test_what_is_accepted_is_right(families):
@@ -92,7 +94,7 @@ def test_what_could_not_be_compared_is_right_or_refused_on_its_own_weights(famil
     unclear = [f for f in families.values() if f.model_class is not None and not f.packed.compared]
     for family in unclear:
         try:
-            model = HEADS[family.kind](small_model(family), proven=True)
+            model = ANSWER_MODELS[family.kind](small_model(family), proven=True)
             prove(model, torch.float32)
         except Exception as error:
             # A model that cannot be built is refused as such (`find_class`) before it comes to a comparison.

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from tests.tiny import SIZES, answer_rows, causal_lm, scorer
-from verl.models.heads import PolicyModel, ScoreModel
+from verl.models.answer_models import PolicyModel, ScoreModel
 from verl.models.layers import compile_layers, decoder_layers, recompute_layers
 from verl.models.packing import AnswerRows, pack
 

@@ -35,8 +35,8 @@ from transformers import (
 )
 
 from tests.tiny import SIZES, answer_rows, causal_lm, scorer
+from verl.models.answer_models import PolicyModel, ScoreModel
 from verl.models.attention import set_attention
-from verl.models.heads import PolicyModel, ScoreModel
 from verl.models.layers import recompute_layers
 from verl.models.proof import check_class, class_verdict, proof_rows, prove
 

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from tests.tiny import answer_rows, causal_lm, scorer
 from verl.models import attention
-from verl.models.heads import PolicyModel, ScoreModel
+from verl.models.answer_models import PolicyModel, ScoreModel
 from verl.models.layers import compile_layers
 from verl.models.packing import AnswerRows, pack
 

@@ -15,7 +15,7 @@ import torch
 from tests.tiny import byte_tokenizer, scorer, write_model
 from tests.workers.updates_setup import settings
 from verl.model_merger import merge
-from verl.models.heads import ScoreModel
+from verl.models.answer_models import ScoreModel
 from verl.protocol import DataProto
 from verl.tools.score import main
 from verl.tools.score_report import accuracy, calibration, expected_calibration_error, pearson, shorten

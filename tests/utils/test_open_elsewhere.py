@@ -33,9 +33,9 @@ from transformers import (
 from tests.tiny import SIZES, byte_tokenizer, scorer
 from tests.utils.opened_by_version_4 import IDS, TEXT
 from verl.model_merger import merge
+from verl.models.loading import hf_files, load_config, load_model, load_tokenizer
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.checkpoint.hf_files import with_eos
-from verl.utils.model import hf_files, load_config, load_model, load_tokenizer
 
 VERSION_4 = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface-hub==0.36.2")
 

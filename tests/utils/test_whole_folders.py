@@ -11,6 +11,8 @@ import torch
 from tests.tiny import causal_lm, scorer, write_data, write_model
 from tests.utils import checkpoint_on_three_ranks
 from verl.model_merger.cli import main as merger
+from verl.models.loading import check_files, load_model
+from verl.models.shm import copy_to_shm
 from verl.tools.judge import main as judge
 from verl.tools.score import main as score
 from verl.trainer.config import compose_config
@@ -19,8 +21,6 @@ from verl.utils.checkpoint import whole
 from verl.utils.checkpoint.best_link import point_best
 from verl.utils.checkpoint.checkpoint_manager import publish_checkpoint, seal_checkpoint, verify_checkpoint
 from verl.utils.checkpoint.sharded import read_full_tensors
-from verl.utils.model import check_files, load_model
-from verl.utils.shm import copy_to_shm
 
 
 def shard(number: int) -> str:

@@ -29,9 +29,9 @@ from transformers import (
 from tests.tiny import byte_tokenizer
 from tests.vllm.tiny_engine import CONFIG, EOS, GREEDY, LIMIT, PROMPT, greedy_answers, prompts, real_tokens
 from tests.workers.updates_setup import settings
-from verl.models.heads import PolicyModel
-from verl.utils.fsdp_utils import full_parameters
-from verl.workers.batch import student_rows
+from verl.batch import student_rows
+from verl.models.answer_models import PolicyModel
+from verl.models.sharding import full_parameters
 from verl.workers.rollout import get_rollout_class
 
 LENGTHS = [3, 50, 1, 9, 100, 2]

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.main_ppo import TaskRunner
-from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.roles import Role
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
 

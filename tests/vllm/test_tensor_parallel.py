@@ -13,9 +13,9 @@ from tests.vllm.tiny_engine import (
     start_engine,
     tiny_model,
 )
-from verl.models.heads import PolicyModel
+from verl.batch import student_rows
+from verl.models.answer_models import PolicyModel
 from verl.protocol import DataProto
-from verl.workers.batch import student_rows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.distributed]
 

@@ -26,8 +26,8 @@ from tests.vllm.tiny_engine import (
     start_engine,
     tiny_model,
 )
-from verl.models.heads import PolicyModel
-from verl.workers.batch import student_rows
+from verl.batch import student_rows
+from verl.models.answer_models import PolicyModel
 from verl.workers.rollout import get_rollout_class
 
 pytestmark = pytest.mark.vllm

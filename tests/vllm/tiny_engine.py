@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Fo
 
 from tests.tiny import SIZES, VOCAB, byte_tokenizer
 from tests.workers.updates_setup import settings
+from verl.config import SamplingConfig
 from verl.protocol import DataProto
-from verl.workers.config import SamplingConfig
 from verl.workers.rollout import BaseRollout, get_rollout_class
 
 EOS, PROMPT, LIMIT, TEMPERATURE = 1, 200, 8, 0.7

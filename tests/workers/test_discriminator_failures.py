@@ -14,7 +14,7 @@ from transformers import Qwen2Config, Qwen2ForTokenClassification
 
 from tests.tiny import SIZES, answer_rows, scorer
 from tests.workers.updates_setup import EOS, batch
-from verl.models.heads import ScoreModel
+from verl.models.answer_models import ScoreModel
 from verl.protocol import DataProto
 from verl.trainer.config import compose_config
 from verl.trainer.ppo.core_algos import PairScores, get_discriminator_loss_fn

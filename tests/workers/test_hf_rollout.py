@@ -7,10 +7,10 @@ import torch
 
 from tests.tiny import byte_tokenizer, causal_lm
 from tests.workers.updates_setup import settings
-from verl.models.heads import PolicyModel
+from verl.batch import student_rows
+from verl.config import SamplingConfig
+from verl.models.answer_models import PolicyModel
 from verl.protocol import DataProto
-from verl.workers.batch import student_rows
-from verl.workers.config import SamplingConfig
 from verl.workers.rollout import get_rollout_class
 from verl.workers.rollout.hf_rollout import HFRollout
 

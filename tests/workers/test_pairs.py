@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from tests.tiny import causal_lm
 from tests.workers.updates_setup import PROMPTS, batch, pairs_of, settings, update
-from verl.models.heads import PolicyModel
+from verl.batch import pair_rows
+from verl.models.answer_models import PolicyModel
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.pairs import PairPolicy
-from verl.workers.batch import pair_rows
 
 SODA = settings("soda", overrides=["soda.sft_coef=0"])
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from tests.tiny import answer_rows, causal_lm, scorer
 from tests.workers import updates_on_two_ranks
 from tests.workers.updates_setup import ANCHOR, ANSWERS, EOS, LOSSES, PROMPTS, batch, settings, update
-from verl.models.heads import PolicyModel, ScoreModel
+from verl.batch import student_rows, teacher_response_mask, teacher_rows
+from verl.models.answer_models import PolicyModel, ScoreModel
 from verl.models.packing import AnswerRows
 from verl.trainer.ppo import balancing
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.batch import student_rows, teacher_response_mask, teacher_rows
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.critic.groups import GroupRows
 from verl.workers.updates import MetricSums, build_optimizer, optimizer_step, split_rows

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from tests.ranks import leave
 from tests.tiny import causal_lm
 from tests.workers.updates_setup import LOSSES, PROMPTS, batch, settings, update
-from verl.models.heads import PolicyModel
-from verl.utils.fsdp_utils import full_parameters, shard
+from verl.models.answer_models import PolicyModel
+from verl.models.sharding import full_parameters, shard
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.updates import MetricSums
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from tests.tiny import answer_rows, causal_lm, scorer
-from verl.models.heads import PolicyModel, ScoreModel
+from verl.batch import ANCHOR_COEF, PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS, teacher_response_mask
+from verl.models.answer_models import PolicyModel, ScoreModel
 from verl.protocol import DataProto
 from verl.trainer.config import Config, compose_config
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.pairs import PairPolicy
-from verl.workers.batch import ANCHOR_COEF, PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS, teacher_response_mask
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 
 PROMPTS, ANSWERS = 4, 3

@@ -7,8 +7,8 @@ import sys
 
 from verl.model_merger.merger import compare, merge
 from verl.model_merger.upload import prepare_upload, upload
+from verl.models.loading import quiet_transformers
 from verl.utils.console import printable
-from verl.utils.model import quiet_transformers
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from verl.models.loading import Kind, find_model, hf_files, is_discriminator, load_model, load_tokenizer
 from verl.utils.checkpoint.hf_files import write_hf_files
-from verl.utils.model import Kind, find_model, hf_files, is_discriminator, load_model, load_tokenizer
 
 
 def _checkpoint_kind(local_dir: Path, is_value_model: bool) -> Kind:

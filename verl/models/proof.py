@@ -14,18 +14,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.models.packing import AnswerRows
 from verl.models.twin import positions_change_with_length, reach_entries, small_config, small_twin, special_tokens
-
-if TYPE_CHECKING:
-    from verl.models.heads import AnswerModel
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +49,24 @@ MISFITS = (
     TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError, AssertionError, ImportError,
     RuntimeError,
 )  # fmt: skip
+
+
+class Provable(Protocol):
+    """What is proved: a model as `AnswerModel` wraps it."""
+
+    hf: PreTrainedModel
+    remove_padding: bool
+
+    def __init__(self, hf: PreTrainedModel, remove_padding: bool, proven: bool): ...
+
+    def values(self, rows: AnswerRows) -> torch.Tensor:
+        """Of the answers' tokens, (R, T), as the model is used."""
+
+    def plain(self, rows: AnswerRows, noise: float = 0.0) -> torch.Tensor:
+        """The same by the class's own forward, row by row; `noise` disturbs the embeddings, relatively."""
+
+    def padded(self) -> AbstractContextManager[None]:
+        """Inside, rows are padded instead of packed."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,7 @@ def _padded(parts: Sequence[torch.Tensor], left: bool) -> tuple[torch.Tensor, to
 
 
 def class_verdict(
-    head: type[AnswerModel],
+    head: type[Provable],
     model_class: type[PreTrainedModel],
     config: PretrainedConfig,
     remove_padding: bool,
@@ -181,7 +197,7 @@ def _limited(reach: dict[str, int], compared: bool = True) -> Verdict:
 
 
 def _twin_fault(
-    head: type[AnswerModel],
+    head: type[Provable],
     model_class: type[PreTrainedModel],
     config: PretrainedConfig,
     remove_padding: bool,
@@ -207,7 +223,7 @@ def _twin_fault(
 
 
 def check_class(
-    head: type[AnswerModel],
+    head: type[Provable],
     model_class: type[PreTrainedModel],
     config: PretrainedConfig,
     remove_padding: bool,
@@ -251,7 +267,7 @@ def refusal(model_class: type[PreTrainedModel], remove_padding: bool, fault: str
 # A model, on its own weights
 
 
-def prove(model: AnswerModel, dtype: torch.dtype) -> None:
+def prove(model: Provable, dtype: torch.dtype) -> None:
     """Compare the model's values with its class's plain forward; collective where it is sharded.
 
     Args:
@@ -290,7 +306,7 @@ Pick = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _fault(
-    model: AnswerModel,
+    model: Provable,
     rows: AnswerRows,
     pick: Pick,
     tolerance: Callable[[torch.Tensor], float],

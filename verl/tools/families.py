@@ -15,10 +15,10 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from verl.models.heads import HEADS
+from verl.models.answer_models import ANSWER_MODELS
+from verl.models.loading import Kind, as_discriminator, find_class, quiet_transformers
 from verl.models.proof import Verdict, class_verdict
 from verl.models.twin import small_config
-from verl.utils.model import Kind, as_discriminator, find_class, quiet_transformers
 
 UNKNOWN = Verdict(compared=False)
 KINDS: tuple[Kind, ...] = ("policy", "score")
@@ -38,8 +38,8 @@ anything starts, and once more on its own weights.
 - **no**: refused before anything starts, for the reason given.
 
 Where transformers has no token-classification class for a family, the discriminator is the family's backbone and a
-linear `score` (`verl.utils.model.register_score_class`). Outside of this package such a critic opens once that function
-has been called with the class of its config.
+linear `score` (`verl.models.loading.register_score_class`). Outside of this package such a critic opens once that
+function has been called with the class of its config.
 
 | family | policy | discriminator | why not packed |
 |---|---|---|---|
@@ -83,9 +83,9 @@ def look_at(model_type: str, kind: Kind) -> Family:
         # Some default configs are not meant to be used, and fail in any way.
         lines = str(error).strip().splitlines()
         return Family(model_type, kind, problem=lines[0][:120] if lines else type(error).__name__)
-    packed = class_verdict(HEADS[kind], model_class, config, remove_padding=True)
+    packed = class_verdict(ANSWER_MODELS[kind], model_class, config, remove_padding=True)
     right = packed.compared and packed.fault is None and packed.longest is None
-    padded = UNKNOWN if right else class_verdict(HEADS[kind], model_class, config, remove_padding=False)
+    padded = UNKNOWN if right else class_verdict(ANSWER_MODELS[kind], model_class, config, remove_padding=False)
     return Family(model_type, kind, config, model_class, packed, padded)
 
 

@@ -21,6 +21,15 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from verl.models.loading import (
+    all_eos_token_ids,
+    check_files,
+    find_tokenizer,
+    is_discriminator,
+    load_config,
+    load_tokenizer,
+    quiet_transformers,
+)
 from verl.tools.judge_answers import (
     TEACHER,
     Answer,
@@ -47,15 +56,6 @@ from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.console import printable
 from verl.utils.dataset.texts import eos_texts
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
-from verl.utils.model import (
-    all_eos_token_ids,
-    check_files,
-    find_tokenizer,
-    is_discriminator,
-    load_config,
-    load_tokenizer,
-    quiet_transformers,
-)
 
 
 def run(options: argparse.Namespace) -> str:

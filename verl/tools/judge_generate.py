@@ -22,14 +22,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from verl.protocol import DataProto
-from verl.tools.judge_answers import Answer, Answers, Prompt, prompt_ids
-from verl.tools.score_data import Limits, PromptAndAnswer
-from verl.tools.score_model import to_rows
-from verl.utils.dataset.tokenizer_checks import check_tokenizer
-from verl.utils.dump import write_jsonl
-from verl.utils.fsdp_utils import full_parameters
-from verl.utils.model import (
+from verl.config import RolloutConfig, SamplingConfig
+from verl.models.loading import (
     all_eos_token_ids,
     check_files,
     is_discriminator,
@@ -38,7 +32,13 @@ from verl.utils.model import (
     load_tokenizer,
     quiet_transformers,
 )
-from verl.workers.config import RolloutConfig, SamplingConfig
+from verl.models.sharding import full_parameters
+from verl.protocol import DataProto
+from verl.tools.judge_answers import Answer, Answers, Prompt, prompt_ids
+from verl.tools.score_data import Limits, PromptAndAnswer
+from verl.tools.score_model import to_rows
+from verl.utils.dataset.tokenizer_checks import check_tokenizer
+from verl.utils.dump import write_jsonl
 from verl.workers.rollout import get_rollout_class
 
 

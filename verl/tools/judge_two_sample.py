@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from verl.models.heads import ScoreModel
+from verl.models.answer_models import ScoreModel
+from verl.models.loading import load_model
 from verl.tools.judge_statistics import CROSS_VALIDATED, Estimate, clustered_mean
 from verl.tools.score_data import PromptAndAnswer
 from verl.tools.score_model import Scoring, can_pack, score_sequences, to_rows
 from verl.trainer.ppo.discriminator_algos import pool_scores
-from verl.utils.model import load_model
 
 SCORING = Scoring(pooling="mean", exclude_eos=False)
 MATCHES = (0.1, 0.2)  # how far lengths of a pair may differ, of the longer one

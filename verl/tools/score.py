@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from verl.models.loading import all_eos_token_ids, load_config, load_tokenizer, quiet_transformers
 from verl.tools.score_data import ANSWER_KEYS, Group, Limits, TokenizedGroups, read_groups, tokenize_groups
 from verl.tools.score_model import Scoring, check_critic, load_critic, score_sequences, scoring_of
 from verl.tools.score_report import render
@@ -26,7 +27,6 @@ from verl.trainer.ppo.discriminator_algos import POOLINGS
 from verl.utils.console import printable
 from verl.utils.dataset.texts import eos_texts
 from verl.utils.dump import write_jsonl
-from verl.utils.model import all_eos_token_ids, load_config, load_tokenizer, quiet_transformers
 
 SUFFIXES = (".parquet", ".jsonl")
 EPILOG = """\

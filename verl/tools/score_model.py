@@ -11,12 +11,12 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from verl.models.heads import ScoreModel
+from verl.models.answer_models import ScoreModel
+from verl.models.loading import check_files, config_entries, is_discriminator, load_model
 from verl.models.packing import AnswerRows
 from verl.models.proof import class_verdict
 from verl.tools.score_data import PromptAndAnswer
 from verl.trainer.ppo.discriminator_algos import POOLINGS, pool_scores, score_mask
-from verl.utils.model import check_files, config_entries, is_discriminator, load_model
 from verl.utils.seqlen_balancing import rearrange_micro_batches
 
 # Micro-batches are cut from so many sequences of like length at a time: the cost of balancing grows with the square.

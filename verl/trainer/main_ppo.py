@@ -16,6 +16,7 @@ import ray
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
+from verl.models.loading import all_eos_token_ids, quiet_transformers
 from verl.single_controller.ray.starting import join_or_start
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
@@ -24,7 +25,6 @@ from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
 from verl.trainer.ppo.utils import Role, need_critic
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
-from verl.utils.model import all_eos_token_ids, quiet_transformers
 from verl.utils.run_lock import only_run_in
 from verl.utils.tracking import check_loggers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker

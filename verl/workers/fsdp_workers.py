@@ -16,22 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LRScheduler
 
-from verl.models.heads import AnswerModel
-from verl.protocol import DataProto
-from verl.single_controller import Worker
-from verl.single_controller.base.decorator import Dispatch, register
-from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
-from verl.utils.flops import LIMITS, training_flops
-from verl.utils.fsdp_utils import build_sharded_model, full_parameters
-from verl.utils.memory import ModelShape, host_memory
-from verl.utils.memory_knobs import Phase
-from verl.utils.model import Kind, all_eos_token_ids, hf_files, load_config, load_tokenizer, quiet_transformers
-from verl.utils.offload import Offloader, build_offloader
-from verl.utils.out_of_memory import explain_out_of_memory
-from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.pairs import PairPolicy
-from verl.workers.batch import ANCHOR_COEF, pair_rows, student_rows, teacher_rows, update_rows
-from verl.workers.config import (
+from verl.batch import ANCHOR_COEF, pair_rows, student_rows, teacher_rows, update_rows
+from verl.config import (
     ActorRolloutRefConfig,
     CriticConfig,
     FSDPConfig,
@@ -39,6 +25,20 @@ from verl.workers.config import (
     OptimizerConfig,
     SamplingConfig,
 )
+from verl.memory.errors import explain_out_of_memory
+from verl.memory.estimate import host_memory
+from verl.memory.knobs import Phase
+from verl.memory.offload import Offloader, build_offloader
+from verl.models.answer_models import AnswerModel
+from verl.models.loading import Kind, all_eos_token_ids, hf_files, load_config, load_tokenizer, quiet_transformers
+from verl.models.shape import LIMITS, ModelShape, training_flops
+from verl.models.sharding import build_sharded_model, full_parameters
+from verl.protocol import DataProto
+from verl.single_controller import Worker
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+from verl.workers.actor.pairs import PairPolicy
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.rollout import get_rollout_class
 from verl.workers.updates import build_optimizer, data_parallel_size, sum_over_ranks

@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from verl.models.heads import AnswerModel
+from verl.config import OptimizerConfig
+from verl.models.answer_models import AnswerModel
 from verl.models.packing import AnswerRows
 from verl.utils.seqlen_balancing import rearrange_micro_batches
 from verl.utils.torch_functional import (
@@ -21,7 +22,6 @@ from verl.utils.torch_functional import (
     get_cosine_schedule_with_warmup,
     get_wsd_schedule_with_warmup,
 )
-from verl.workers.config import OptimizerConfig
 
 
 def build_optimizer(

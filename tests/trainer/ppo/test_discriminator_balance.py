@@ -6,11 +6,11 @@ import logging
 
 import pytest
 
+from verl.config import BalanceConfig
 from verl.trainer.config import ConfigError, compose_config
 from verl.trainer.ppo.discriminator_balance import DiscriminatorBalance
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutAccuracy
-from verl.workers.config import BalanceConfig
 
 BAND = BalanceConfig(enable=True, lowest=0.55, highest=0.85, smoothing=0.5)
 

@@ -1,9 +1,9 @@
 """Settings of a run: YAML groups with the defaults, typed classes, loading and checks."""
 
+from verl.config.run import AlgorithmConfig, Config, DataConfig, KLControlConfig, TrainerConfig
 from verl.trainer.config.errors import ConfigError
 from verl.trainer.config.loading import compose_config, to_config
 from verl.trainer.config.overrides import normalize_overrides
-from verl.trainer.config.schema import AlgorithmConfig, Config, DataConfig, KLControlConfig, TrainerConfig
 
 __all__ = [
     "AlgorithmConfig",

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from verl.trainer.config.schema import Config
+from verl.config import ActorConfig, CriticConfig, FSDPConfig
+from verl.config.run import Config
 from verl.trainer.config.soda_checks import soda_conflicts
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
@@ -23,7 +24,6 @@ from verl.trainer.ppo.core_algos import (
 from verl.trainer.ppo.replay import past_groups
 from verl.utils.tracking import BACKENDS
 from verl.utils.user_code import is_user_function, load_user_function
-from verl.workers.config import ActorConfig, CriticConfig, FSDPConfig
 from verl.workers.rollout import ROLLOUTS
 
 

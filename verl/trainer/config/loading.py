@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from verl.config.run import Config
 from verl.trainer.config.checks import find_conflicts
 from verl.trainer.config.errors import ConfigError
 from verl.trainer.config.overrides import CONFIG_DIR, normalize_overrides
-from verl.trainer.config.schema import Config
 
 # In the YAML: what a run has by default where there is a GPU, and what follows from `trainer.device`.
 OmegaConf.register_new_resolver("default_device", lambda: "cuda" if torch.cuda.is_available() else "cpu", replace=True)

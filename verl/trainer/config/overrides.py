@@ -18,8 +18,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 
+from verl.config.run import Config
 from verl.trainer.config.errors import ConfigError
-from verl.trainer.config.schema import Config
 
 CONFIG_DIR = Path(__file__).parent
 GROUPS = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from verl.trainer.config.schema import Config
+from verl.config.run import Config
 
 
 def soda_conflicts(config: Config) -> Iterator[str]:

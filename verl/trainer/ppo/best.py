@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl.trainer.config.schema import Config
+from verl.config.run import Config
 from verl.utils.checkpoint.best_link import try_best_link
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from verl.config.run import TrainerConfig
 from verl.single_controller.base import WorkerGroup
-from verl.trainer.config.schema import TrainerConfig
 from verl.trainer.ppo.best import BestState
 from verl.trainer.ppo.origin import Origin
 from verl.utils.checkpoint.best_link import behind_best, point_best

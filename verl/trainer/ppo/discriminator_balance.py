@@ -7,7 +7,7 @@ kept in a band: above it a step only scores, below it a step trains one epoch mo
 
 from __future__ import annotations
 
-from verl.workers.config.critic import BalanceConfig
+from verl.config.critic import BalanceConfig
 
 
 class DiscriminatorBalance:

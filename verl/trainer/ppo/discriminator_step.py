@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import torch
 
+from verl.batch import GROUP_KEYS
+from verl.config.run import Config
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
-from verl.trainer.config.schema import Config
 from verl.trainer.ppo.balancing import balance
 from verl.trainer.ppo.discriminator_balance import DiscriminatorBalance
 from verl.trainer.ppo.replay import ReplayBuffer, past_groups
-from verl.workers.batch import GROUP_KEYS
 
 # Row of the fresh batch that a row of the discriminator's batch came from; -1 for a past group.
 FRESH_ROW = "fresh_row"

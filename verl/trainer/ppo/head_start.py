@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from verl.trainer.config.schema import Config
+from verl.config.run import Config
 from verl.trainer.ppo.held_out import HeldOutAccuracy
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Subset
 
+from verl.batch import GROUP_KEYS, PROMPT_KEYS, TEACHER_KEYS
 from verl.protocol import DataProto
 from verl.trainer.ppo.metric_utils import compute_discriminator_metrics
-from verl.workers.batch import GROUP_KEYS, PROMPT_KEYS, TEACHER_KEYS
 
 if TYPE_CHECKING:
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer

@@ -12,14 +12,10 @@ from typing import TypeVar
 from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from verl.models.heads import HEADS
-from verl.models.proof import check_class
-from verl.trainer.config.schema import Config
-from verl.trainer.ppo.core_algos import get_discriminator_loss_fn
-from verl.utils.checkpoint.best_link import behind_best
-from verl.utils.checkpoint.whole import refuse_pointers
-from verl.utils.dataset.tokenizer_checks import check_ids
-from verl.utils.model import (
+from verl.config import ModelConfig
+from verl.config.run import Config
+from verl.models.answer_models import ANSWER_MODELS
+from verl.models.loading import (
     Kind,
     check_files,
     check_head,
@@ -32,8 +28,12 @@ from verl.utils.model import (
     load_tokenizer,
     refuse_discriminator,
 )
+from verl.models.proof import check_class
+from verl.trainer.ppo.core_algos import get_discriminator_loss_fn
+from verl.utils.checkpoint.best_link import behind_best
+from verl.utils.checkpoint.whole import refuse_pointers
+from verl.utils.dataset.tokenizer_checks import check_ids
 from verl.utils.user_code import is_user_function, with_absolute_path
-from verl.workers.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def _look_at(model: ModelConfig, kind: Kind, key: str, longest: int) -> PreTrain
         _check_context(config, longest)
         _check_vocabulary(config, tokenizer)
         model_class = find_class(config, kind, model.trust_remote_code)
-        check_class(HEADS[kind], model_class, config, model.use_remove_padding, longest)
+        check_class(ANSWER_MODELS[kind], model_class, config, model.use_remove_padding, longest)
         if kind == "policy":
             check_head(model.path, config, model.trust_remote_code)
     except ValueError as error:

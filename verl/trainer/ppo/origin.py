@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from verl.trainer.config.schema import Config
+from verl.config.run import Config
+from verl.models.loading import find_model
 from verl.trainer.ppo.rejected import refuse_another_stage
 from verl.utils.checkpoint.checkpoint_manager import REJECTED_FILE
 from verl.utils.checkpoint.checksums import checksums_of
 from verl.utils.checkpoint.whole import part_checksums, weight_files
 from verl.utils.dataset.rl_dataset import find_files
-from verl.utils.model import find_model
 
 logger = logging.getLogger(__name__)
 

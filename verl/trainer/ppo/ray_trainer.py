@@ -21,10 +21,22 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from verl.batch import (
+    ANCHOR_COEF,
+    GROUP_KEYS,
+    PAIR_REFERENCE_KEYS,
+    POLICY_KEYS,
+    PROMPT_KEYS,
+    STUDENT_KEYS,
+    TEACHER_KEYS,
+)
+from verl.config import SamplingConfig
+from verl.config.run import Config
+from verl.memory.check import check_run_memory
+from verl.models.loading import all_eos_token_ids
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup, create_colocated_worker_cls
-from verl.trainer.config.schema import Config
 from verl.trainer.ppo.balancing import balance
 from verl.trainer.ppo.best import keep_best, open_best
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState
@@ -32,7 +44,6 @@ from verl.trainer.ppo.core_algos import AdaptiveKLController, closing_eos, get_k
 from verl.trainer.ppo.discriminator_step import DiscriminatorStep
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs
-from verl.trainer.ppo.memory_check import check_run_memory
 from verl.trainer.ppo.metric_utils import (
     compute_data_metrics,
     compute_discriminator_metrics,
@@ -42,27 +53,15 @@ from verl.trainer.ppo.metric_utils import (
 )
 from verl.trainer.ppo.origin import Origin
 from verl.trainer.ppo.rejected import RejectedAnswers
-from verl.trainer.ppo.resource_pools import ResourcePoolManager
 from verl.trainer.ppo.reward import apply_kl_penalty, compute_advantage, get_custom_reward_fn, reward_answers
-from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.roles import ResourcePoolManager, Role
 from verl.trainer.ppo.validation import validate
 from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
 from verl.utils.dataset.sampler import EpochBatches
 from verl.utils.dump import dump_jsonl
-from verl.utils.model import all_eos_token_ids
 from verl.utils.rouge import mean_rouge_l
 from verl.utils.torch_functional import masked_mean
 from verl.utils.tracking import Tracking
-from verl.workers.batch import (
-    ANCHOR_COEF,
-    GROUP_KEYS,
-    PAIR_REFERENCE_KEYS,
-    POLICY_KEYS,
-    PROMPT_KEYS,
-    STUDENT_KEYS,
-    TEACHER_KEYS,
-)
-from verl.workers.config import SamplingConfig
 
 __all__ = [
     "RayPPOTrainer",

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from verl.batch import GROUP_KEYS, PAIR_REFERENCE_KEYS, teacher_response_mask
 from verl.protocol import DataProto
-from verl.workers.batch import GROUP_KEYS, PAIR_REFERENCE_KEYS, teacher_response_mask
 
 if TYPE_CHECKING:
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from verl.batch import GROUP_KEYS
 from verl.protocol import DataProto
-from verl.workers.batch import GROUP_KEYS
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from verl.config.run import AlgorithmConfig, Config
 from verl.protocol import DataProto
-from verl.trainer.config.schema import AlgorithmConfig, Config
 from verl.trainer.ppo.core_algos import (
     AdaptiveKLController,
     FixedKLController,

@@ -1,18 +1,9 @@
-"""Roles of worker processes, and which of them a configuration needs."""
+"""Names of verl's that nothing here calls."""
 
-from enum import Enum
+from verl.config.run import Config
+from verl.trainer.ppo.roles import Role
 
-from verl.trainer.config.schema import Config
-
-
-class Role(Enum):
-    """What a group of workers does; the policy's processes also generate and hold the frozen reference."""
-
-    ActorRollout = "actor_rollout"
-    Critic = "critic"
-
-    def __str__(self) -> str:
-        return self.value
+__all__ = ["Role", "need_critic", "need_reference_policy"]
 
 
 def need_critic(config: Config) -> bool:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from verl.batch import GROUP_KEYS, PROMPT_KEYS, TEACHER_KEYS, teacher_response_mask
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import compute_sft_loss
 from verl.trainer.ppo.metric_utils import compute_length_metrics, mean_max_min
 from verl.utils.dump import dump_jsonl
 from verl.utils.rouge import rouge_l
 from verl.utils.tracking import Sample, Tracking, ValidationGenerationsLogger
-from verl.workers.batch import GROUP_KEYS, PROMPT_KEYS, TEACHER_KEYS, teacher_response_mask
 
 if TYPE_CHECKING:
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer

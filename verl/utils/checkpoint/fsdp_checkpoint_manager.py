@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -35,7 +36,6 @@ from verl.utils.checkpoint.sharded import (
     write_sharded,
 )
 from verl.utils.checkpoint.whole import FSDP_CONFIG, HUGGINGFACE
-from verl.utils.model import tied_names
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # Optimizer settings that come from the configuration, not from the checkpoint.
@@ -112,6 +112,16 @@ class FSDPCheckpointManager:
         how = {"FSDP_version": 2, "world_size": world_size, "dtype": str(self.compute_dtype).removeprefix("torch.")}
         (folder / FSDP_CONFIG).write_text(json.dumps(how, indent=1))
         write_hf_files(folder / HUGGINGFACE, self.model, self.tokenizer, self.compute_dtype, self.base)
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Names in the state dict under which a parameter stands once more: an LM head that is the embedding."""
+    names = dict(model.named_parameters(remove_duplicate=False))
+    sources = set(getattr(model, "all_tied_weights_keys", {}).values())
+    kept: dict[int, str] = {}
+    for name in sorted(names, key=lambda name: name not in sources):
+        kept.setdefault(id(names[name]), name)
+    return {name for name, parameter in names.items() if kept[id(parameter)] != name}
 
 
 def _check_all_are_seen(folder: Path) -> None:

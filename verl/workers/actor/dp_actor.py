@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
+from verl.batch import ANCHOR_COEF, POLICY_KEYS, UpdateRows, student_rows, teacher_rows, update_rows
+from verl.config import ActorConfig, RolloutConfig
+from verl.models.answer_models import PolicyModel
 from verl.models.head_log_probs import Entropy
-from verl.models.heads import PolicyModel
 from verl.models.packing import AnswerRows, copy_to
+from verl.models.sharding import reshard, synced
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import agg_loss, compute_sft_loss, get_policy_loss_fn, kl_penalty
-from verl.utils.fsdp_utils import reshard, synced
 from verl.utils.torch_functional import masked_mean
-from verl.workers.batch import ANCHOR_COEF, POLICY_KEYS, UpdateRows, student_rows, teacher_rows, update_rows
-from verl.workers.config import ActorConfig, RolloutConfig
 from verl.workers.updates import (
     MetricSums,
     data_parallel_size,

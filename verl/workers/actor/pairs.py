@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
+from verl.batch import PAIR_REFERENCE_KEYS, pair_rows
+from verl.config import SodaConfig
 from verl.models.packing import AnswerRows, copy_to
+from verl.models.sharding import reshard, synced
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import compute_preference_loss
-from verl.utils.fsdp_utils import reshard, synced
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.batch import PAIR_REFERENCE_KEYS, pair_rows
-from verl.workers.config import SodaConfig
 from verl.workers.updates import MetricSums, data_parallel_size, optimizer_step, split_micro_batches, sum_over_ranks
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from verl.models.heads import ScoreModel
+from verl.batch import student_rows, teacher_rows
+from verl.config import CriticConfig
+from verl.models.answer_models import ScoreModel
+from verl.models.sharding import reshard, synced
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import PairScores, adapted_temperature, get_discriminator_loss_fn, with_one_eos
-from verl.utils.fsdp_utils import reshard, synced
-from verl.workers.batch import student_rows, teacher_rows
-from verl.workers.config import CriticConfig
 from verl.workers.critic.groups import GroupRows, ScoreTable
 from verl.workers.updates import (
     MetricSums,

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from verl.batch import student_rows, teacher_rows
 from verl.models.packing import AnswerRows, copy_to
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import PairScores, ends_with_eos, pool_scores, score_mask, with_one_eos
-from verl.workers.batch import student_rows, teacher_rows
 
 SCORE_NAMES = ("scores", "raw_scores", "score_tokens")
 

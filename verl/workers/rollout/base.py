@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+from verl.config import SamplingConfig
 from verl.protocol import DataProto
-from verl.workers.config import SamplingConfig
 
 
 class BaseRollout(ABC):

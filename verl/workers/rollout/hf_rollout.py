@@ -15,12 +15,12 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from verl.config import RolloutConfig, SamplingConfig
+from verl.models.answer_models import plain_attention
 from verl.models.attention import set_attention
-from verl.models.heads import plain_attention
+from verl.models.loading import all_eos_token_ids, empty_model, persistent_buffers
 from verl.protocol import DataProto
-from verl.utils.model import all_eos_token_ids, empty_model, persistent_buffers
 from verl.utils.torch_functional import get_response_mask
-from verl.workers.config import RolloutConfig, SamplingConfig
 from verl.workers.rollout.base import BaseRollout
 
 

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from vllm import LLM, RequestOutput, SamplingParams
 
+from verl.config import RolloutConfig, SamplingConfig
+from verl.models.loading import all_eos_token_ids
 from verl.protocol import DataProto
-from verl.utils.model import all_eos_token_ids
-from verl.workers.config import RolloutConfig, SamplingConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.vllm_rollout.weights import (
     PushCheck,

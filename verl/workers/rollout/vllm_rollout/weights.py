@@ -14,7 +14,7 @@ from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
-from verl.utils.model import empty_model, persistent_buffers
+from verl.models.loading import empty_model, persistent_buffers
 
 # A name up to the number of its layer; whole, if there is none.
 LAYER = re.compile(r".*?\.\d+\.|.*")

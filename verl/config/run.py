@@ -1,9 +1,9 @@
-"""The whole configuration as frozen dataclasses. Defaults and a line on each key are in the YAML beside this file."""
+"""The whole configuration as frozen dataclasses. Defaults and a line on each key are in `verl/trainer/config`."""
 
 from typing import Any, Literal
 
-from verl.workers.config import ActorRolloutRefConfig, CriticConfig, SodaConfig
-from verl.workers.config.base import AtLeastMinusOne, Count, NonNegative, Positive, PositiveFloat, settings
+from verl.config import ActorRolloutRefConfig, CriticConfig, SodaConfig
+from verl.config.base import AtLeastMinusOne, Count, NonNegative, Positive, PositiveFloat, settings
 
 
 @settings

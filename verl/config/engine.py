@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from verl.workers.config.base import AtLeastMinusOne, BelowOne, Fraction, NonNegative, Positive, PositiveFloat, settings
+from verl.config.base import AtLeastMinusOne, BelowOne, Fraction, NonNegative, Positive, PositiveFloat, settings
 
 
 @settings

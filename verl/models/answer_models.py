@@ -220,4 +220,4 @@ class ScoreModel(AnswerModel):
         return to_answer_grid(values, grid_index, rows.responses.shape)
 
 
-HEADS: dict[str, type[AnswerModel]] = {"policy": PolicyModel, "score": ScoreModel}
+ANSWER_MODELS: dict[str, type[AnswerModel]] = {"policy": PolicyModel, "score": ScoreModel}

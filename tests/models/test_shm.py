@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from tests.tiny import write_model
+from verl.models import shm
+from verl.models.loading import load_model, load_tokenizer
+from verl.models.shm import copy_to_shm, model_folder
 from verl.trainer.config import compose_config
-from verl.utils import shm
 from verl.utils.checkpoint.sharded import write_sharded
-from verl.utils.model import load_model, load_tokenizer
-from verl.utils.shm import copy_to_shm, model_folder
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from verl.utils.offload import Offloader
+from verl.memory.offload import Offloader
 
 
 def train(offload: bool) -> dict:

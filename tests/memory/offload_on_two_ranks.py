@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from tests.ranks import leave
 from tests.tiny import answer_rows, causal_lm
-from verl.models.heads import PolicyModel
+from verl.memory.offload import Offloader
+from verl.models.answer_models import PolicyModel
+from verl.models.sharding import full_parameters, shard
 from verl.trainer.config import compose_config
-from verl.utils.fsdp_utils import full_parameters, shard
-from verl.utils.offload import Offloader
 
 STEPS = 3
 

@@ -18,12 +18,12 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from verl.models.heads import HEADS, AnswerModel
+from verl.config import FSDPConfig, ModelConfig
+from verl.models.answer_models import ANSWER_MODELS, AnswerModel
 from verl.models.layers import compile_layers, decoder_layers, recompute_layers
+from verl.models.loading import Kind, empty_model, load_config, load_model, persistent_buffers
 from verl.models.proof import prove
-from verl.utils.model import Kind, empty_model, load_config, load_model, persistent_buffers
-from verl.utils.shm import model_folder
-from verl.workers.config import FSDPConfig, ModelConfig
+from verl.models.shm import model_folder
 
 Part = TypeVar("Part")
 
@@ -53,7 +53,7 @@ def build_sharded_model(
     if fsdp.use_torch_compile:
         compile_layers(hf)
 
-    wrapper = HEADS[kind](hf, model.use_remove_padding).requires_grad_(not frozen)
+    wrapper = ANSWER_MODELS[kind](hf, model.use_remove_padding).requires_grad_(not frozen)
     shard(wrapper, fsdp, device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(hf, weights, options=options)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from verl.config import ModelConfig
+from verl.models.loading import find_model
 from verl.utils.checkpoint.checksums import CHECKSUMS, write_checksums
 from verl.utils.checkpoint.whole import FSDP_CONFIG, part_checksums
-from verl.utils.model import find_model
-from verl.workers.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 

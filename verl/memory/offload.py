@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from verl.utils.fsdp_utils import reshard
-from verl.workers.config import FSDPConfig
+from verl.config import FSDPConfig
+from verl.models.sharding import reshard
 
 # Where parts of the host buffer begin: what any copy engine is content with.
 ALIGNMENT = 512

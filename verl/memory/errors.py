@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from verl.utils.memory_knobs import Phase, knobs
-from verl.workers.config import ActorRolloutRefConfig, CriticConfig
+from verl.config import ActorRolloutRefConfig, CriticConfig
+from verl.memory.knobs import Phase, knobs
 
 GIB = 2**30
 OPENING = "The GPU's memory is full in "

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from verl.workers.config.base import Count, Fraction, NonNegative, Positive, PositiveFloat, settings
+from verl.config.base import Count, Fraction, NonNegative, Positive, PositiveFloat, settings
 
 
 @settings

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from verl.workers.config.base import NonNegative, PositiveFloat, settings
+from verl.config.base import NonNegative, PositiveFloat, settings
 
 
 @settings

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from verl.trainer.config.schema import Config
-from verl.utils.memory import ModelShape, Run, check_memory
-from verl.utils.model import Kind, load_config
-from verl.workers.config import ModelConfig
+from verl.config import ModelConfig
+from verl.config.run import Config
+from verl.memory.estimate import Run, check_memory
+from verl.models.loading import Kind, load_config
+from verl.models.shape import ModelShape
 
 
 def check_run_memory(config: Config, sizes: tuple[int, int] | None) -> None:

@@ -1,7 +1,8 @@
-"""Typed, frozen settings, one dataclass per config group. Defaults live in `verl/trainer/config/*.yaml` alone."""
+"""Typed, frozen settings: one dataclass per config group, and `run.Config` with all of them. Defaults live in
+`verl/trainer/config/*.yaml` alone."""
 
-from verl.workers.config.actor import ActorConfig, ActorRolloutRefConfig, PolicyLossConfig, RefConfig
-from verl.workers.config.critic import (
+from verl.config.actor import ActorConfig, ActorRolloutRefConfig, PolicyLossConfig, RefConfig
+from verl.config.critic import (
     AdaptiveTemperatureConfig,
     BalanceConfig,
     BradleyTerryConfig,
@@ -13,9 +14,9 @@ from verl.workers.config.critic import (
     ReplayConfig,
     TwoSidedHingeConfig,
 )
-from verl.workers.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
-from verl.workers.config.rollout import RolloutConfig, SamplingConfig
-from verl.workers.config.soda import SodaConfig
+from verl.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
+from verl.config.rollout import RolloutConfig, SamplingConfig
+from verl.config.soda import SodaConfig
 
 __all__ = [
     "ActorConfig",

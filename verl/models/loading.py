@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GenericForTokenClassification
 from transformers.utils import logging as hf_logging
 
-from verl.models.heads import SCORE_HEADS
+from verl.models.answer_models import SCORE_HEADS
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, is_dropout
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
@@ -379,16 +379,6 @@ def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, buffer in child.named_buffers(prefix, recurse=False):
             if buffer is not None and name.rpartition(".")[2] not in child._non_persistent_buffers_set:
                 yield name, buffer
-
-
-def tied_names(model: nn.Module) -> set[str]:
-    """Names in the state dict under which a parameter stands once more: an LM head that is the embedding."""
-    names = dict(model.named_parameters(remove_duplicate=False))
-    sources = set(getattr(model, "all_tied_weights_keys", {}).values())
-    kept: dict[int, str] = {}
-    for name in sorted(names, key=lambda name: name not in sources):
-        kept.setdefault(id(names[name]), name)
-    return {name for name, parameter in names.items() if kept[id(parameter)] != name}
 
 
 def empty_model(

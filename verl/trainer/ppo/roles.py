@@ -1,11 +1,21 @@
-"""Which processes a run asks Ray for."""
+"""Roles of worker processes, and which processes a run asks Ray for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from verl.single_controller.ray import RayResourcePool
-from verl.trainer.ppo.utils import Role
+
+
+class Role(Enum):
+    """What a group of workers does; the policy's processes also generate and hold the frozen reference."""
+
+    ActorRollout = "actor_rollout"
+    Critic = "critic"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,8 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import PretrainedConfig
 
-from verl.models.head_log_probs import CHUNK_BYTES
-from verl.models.layers import decoder_layers
-from verl.utils.memory_knobs import Knob, Phase, knobs
-from verl.utils.model import Kind, empty_model
-from verl.workers.config import (
+from verl.config import (
     ActorConfig,
     ActorRolloutRefConfig,
     CriticConfig,
@@ -42,6 +37,9 @@ from verl.workers.config import (
     ModelConfig,
     RolloutConfig,
 )
+from verl.memory.knobs import Knob, Phase, knobs
+from verl.models.head_log_probs import CHUNK_BYTES
+from verl.models.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -57,43 +55,6 @@ PHASES: dict[Phase, str] = {
 Parts = dict[str, float]
 # Where Linux says what a container may use: version 2 of its control groups, and version 1.
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What of a model's architecture decides over memory."""
-
-    parameters: int  # tied ones once
-    layer_parameters: int  # of the largest decoder layer
-    layers: int
-    width: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    normed_heads: bool  # queries and keys are normalised once more
-
-    @classmethod
-    def of(cls, config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False) -> ModelShape:
-        """Of a model that is built without memory for its weights."""
-        with torch.device("meta"):
-            hf = empty_model(config, kind, trust_remote_code)
-        text = config.get_text_config()
-        layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(hf)]
-        return cls(
-            parameters=sum(p.numel() for p in hf.parameters()),
-            layer_parameters=max(layers, default=0),
-            layers=text.num_hidden_layers,
-            width=text.hidden_size,
-            # Where a family does not say: what it then does.
-            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-            heads=text.num_attention_heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            vocabulary=text.vocab_size,
-            normed_heads=any("q_norm" in name for name, _ in hf.named_parameters()),
-        )
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.utils import offload_on_a_gpu, offload_on_two_ranks
+from tests.memory import offload_on_a_gpu, offload_on_two_ranks
+from verl.memory.offload import HostCopy, Offloader, build_offloader
 from verl.trainer.config import compose_config
-from verl.utils.offload import HostCopy, Offloader, build_offloader
 
 FLAGS = [(True, True), (True, False), (False, True)]
 

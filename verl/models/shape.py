@@ -1,9 +1,52 @@
-"""Floating-point operations of training, and what devices can do. Every number is worked out on paper."""
+"""A model's sizes, the floating-point operations of training it, and what devices can do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from verl.models.layers import decoder_layers
+from verl.models.loading import Kind, empty_model
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes on which memory and arithmetic depend."""
+
+    parameters: int  # tied ones once
+    layer_parameters: int  # of the largest decoder layer
+    layers: int
+    width: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    normed_heads: bool  # queries and keys are normalised once more
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False) -> ModelShape:
+        """Of a model that is built without memory for its weights."""
+        with torch.device("meta"):
+            hf = empty_model(config, kind, trust_remote_code)
+        text = config.get_text_config()
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(hf)]
+        return cls(
+            parameters=sum(p.numel() for p in hf.parameters()),
+            layer_parameters=max(layers, default=0),
+            layers=text.num_hidden_layers,
+            width=text.hidden_size,
+            # Where a family does not say: what it then does.
+            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            heads=text.num_attention_heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            vocabulary=text.vocab_size,
+            normed_heads=any("q_norm" in name for name, _ in hf.named_parameters()),
+        )
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from typing import Any, Literal
 
-from verl.workers.config.base import BelowOne, Count, Fraction, NonNegative, Positive, PositiveFloat, settings
-from verl.workers.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
+from verl.config.base import BelowOne, Count, Fraction, NonNegative, Positive, PositiveFloat, settings
+from verl.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
 
 
 @settings

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from verl.workers.config import ActorConfig, ActorRolloutRefConfig, CriticConfig, FSDPConfig, ModelConfig
+from verl.config import ActorConfig, ActorRolloutRefConfig, CriticConfig, FSDPConfig, ModelConfig
 
 Phase = Literal[
     "init",

@@ -5,8 +5,8 @@ import pickle
 import pytest
 import torch
 
+from verl.memory.errors import explain_out_of_memory
 from verl.trainer.config import compose_config
-from verl.utils.out_of_memory import explain_out_of_memory
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 ORIGINAL = "CUDA out of memory. Tried to allocate 20.00 GiB."

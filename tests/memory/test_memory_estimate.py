@@ -9,11 +9,12 @@ import torch
 from transformers import GPT2Config, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tests.tiny import FAMILIES, SIZES, answer_rows, causal_lm, scorer
-from verl.models.heads import PolicyModel
+from verl.memory.estimate import GIB, Run, check_memory, estimate_memory, host_memory, layer_bytes_per_token
+from verl.memory.knobs import knobs
+from verl.models.answer_models import PolicyModel
 from verl.models.packing import AnswerRows
+from verl.models.shape import ModelShape
 from verl.trainer.config import compose_config
-from verl.utils.memory import GIB, ModelShape, Run, check_memory, estimate_memory, host_memory, layer_bytes_per_token
-from verl.utils.memory_knobs import knobs
 
 ACTOR, CRITIC, ROLLOUT = "actor_rollout_ref.actor", "critic", "actor_rollout_ref.rollout"
 # Prompts and answers of 512 + 512, and a batch that 2 ranks can share.

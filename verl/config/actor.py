@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from verl.workers.config.base import Fraction, NonNegative, Positive, PositiveFloat, settings
-from verl.workers.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
-from verl.workers.config.rollout import RolloutConfig
+from verl.config.base import Fraction, NonNegative, Positive, PositiveFloat, settings
+from verl.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
+from verl.config.rollout import RolloutConfig
 
 
 @settings
