@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from verl.protocol import DataProtoFuture
+# Names of verl's that nothing here calls
+from verl.compat.futures import PendingResult, resolved
 from verl.single_controller.base.decorator import (
     REGISTRATION,
     Execute,
@@ -50,21 +51,6 @@ class ClassWithInitArgs:
 
     def __call__(self) -> Any:
         return self.cls(*self.args, **self.kwargs)
-
-
-class PendingResult:
-    """The result of a non-blocking call."""
-
-    def __init__(self, wait: Callable[[], Any]) -> None:
-        self._wait = wait
-
-    def get(self) -> Any:
-        """Waits for all ranks and returns what the blocking call would have. Raises what the first failing rank did."""
-        return self._wait()
-
-
-def _resolve(value: Any) -> Any:
-    return value.get() if isinstance(value, PendingResult | DataProtoFuture) else value
 
 
 class WorkerGroup:
@@ -145,8 +131,8 @@ class WorkerGroup:
 
     def _start(self, name: str, registration: Registration, args: tuple, kwargs: dict) -> tuple[list, Callable]:
         """Starts the call on the ranks; returns the handles and the function that makes one result of the answers."""
-        args = tuple(_resolve(value) for value in args)
-        kwargs = {key: _resolve(value) for key, value in kwargs.items()}
+        args = tuple(resolved(value) for value in args)
+        kwargs = {key: resolved(value) for key, value in kwargs.items()}
         fns = registration.fns
         padding = Padding(added=0, padded_rows=0)
         try:

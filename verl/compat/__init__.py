@@ -1,0 +1,10 @@
+"""What code written for verl asks for and nothing in this project calls.
+
+    table.py    what a DataProto can do beside what the trainer needs of it
+    plain.py    any value as one that loads without running code, for tables on disk
+    futures.py  results that are still being computed
+
+Each name is found where verl has it, under the comment "Names of verl's that nothing here calls"; nobody imports from
+here directly. This package knows no other of the project. Names that need the working parts of a module (the older
+call form of a loss, a dispatch mode) have stayed there, under the same comment.
+"""
