@@ -3,6 +3,7 @@
     table.py    what a DataProto can do beside what the trainer needs of it
     plain.py    any value as one that loads without running code, for tables on disk
     futures.py  results that are still being computed
+    workers.py  meshes of workers, and calls of a worker group's method by its name
 
 Each name is found where verl has it, under the comment "Names of verl's that nothing here calls"; nobody imports from
 here directly. This package knows no other of the project. Names that need the working parts of a module (the older
