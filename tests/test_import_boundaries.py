@@ -184,6 +184,16 @@ def test_no_import_goes_up(floor):
     assert offending == set()
 
 
+def test_verls_names_are_taken_from_where_verl_has_them():
+    homes = {"verl.protocol", "verl.single_controller.base.worker", "verl.single_controller.base.worker_group"}
+    importing = {
+        module_name(path)
+        for path in files_under("verl")
+        if any(within(name, "verl.compat") for name in imports_of_file(path))
+    }
+    assert {name for name in importing if not within(name, "verl.compat")} == homes
+
+
 def test_settings_are_read_without_torch():
     # The driver reads settings, without a model's code coming along.
     names = {name for path in files_under("verl/config") for name in imports_of_file(path)}

@@ -6,6 +6,7 @@
     workers.py  meshes of workers, and calls of a worker group's method by its name
 
 Each name is found where verl has it, under the comment "Names of verl's that nothing here calls"; nobody imports from
-here directly. This package knows no other of the project. Names that need the working parts of a module (the older
-call form of a loss, a dispatch mode) have stayed there, under the same comment.
+here otherwise. This package knows no other of the project. Names that need the working parts of a module (the older
+call form of a loss, a variance under a mask), and short ones beside them, have stayed in that module under a heading of
+the same words; verl's dispatch modes are in `verl.single_controller.base.verl_modes` for the same reason.
 """
