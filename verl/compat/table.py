@@ -52,7 +52,7 @@ class DataProtoItem:
 
 
 class TableMethods:
-    """Methods of a DataProto; the fields and all that is called here besides are there."""
+    """Methods of a DataProto, built on its fields and on those of its methods that the trainer needs."""
 
     batch: TensorDict | None
     non_tensor_batch: dict[str, np.ndarray]
