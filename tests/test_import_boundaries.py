@@ -149,6 +149,7 @@ def test_pure_modules_name_no_fsdp(file):
 
 # The floors of the house, from the ground up. A room imports from its own floor and from those below.
 FLOORS = [
+    "verl/compat",
     "verl/utils",
     "verl/config",
     "verl/protocol.py",
@@ -181,6 +182,16 @@ def test_no_import_goes_up(floor):
         if within(name, *above) and not within(name, *allowed)
     }
     assert offending == set()
+
+
+def test_verls_names_are_taken_from_where_verl_has_them():
+    homes = {"verl.protocol", "verl.single_controller.base.worker", "verl.single_controller.base.worker_group"}
+    importing = {
+        module_name(path)
+        for path in files_under("verl")
+        if any(within(name, "verl.compat") for name in imports_of_file(path))
+    }
+    assert {name for name in importing if not within(name, "verl.compat")} == homes
 
 
 def test_settings_are_read_without_torch():
