@@ -24,6 +24,8 @@ PROMPT_KEYS = ("input_ids", "attention_mask")
 TEACHER_KEYS = ("teacher_response", "teacher_attention_mask")
 STUDENT_KEYS = ("responses", "response_mask")
 GROUP_KEYS = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
+# What a run reads of a dataset's row: tensors, then the row's number and texts, the chat messages where it has them.
+DATA_KEYS = (*PROMPT_KEYS, *TEACHER_KEYS, "index", "teacher_text", "raw_prompt")
 # In a batch's meta_info: the weight of the teachers' answers beside the students' in a policy's update.
 ANCHOR_COEF = "sft_anchor_coef"
 POLICY_KEYS = ("old_log_probs", "ref_log_prob", "advantages")

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import hydra
@@ -16,6 +17,7 @@ import ray
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
+from verl.batch import DATA_KEYS
 from verl.models.loading import all_eos_token_ids, quiet_transformers
 from verl.single_controller.ray.starting import join_or_start
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
@@ -60,10 +62,15 @@ def look_back(config: Config, rows: int) -> Origin:
 
 
 class TaskRunner:
-    """Builds what a run needs and runs it; a subclass may swap parts, for instance the worker classes."""
+    """Builds what a run needs and runs it; a subclass may swap parts, for instance the worker classes.
+
+    Batches keep only the `columns` of the rows: half of a row's bytes are columns that users of verl's names know and
+    nothing here reads. A subclass that reads others names them, or sets None to keep all.
+    """
 
     worker_classes: ClassVar[dict[Role, type]] = {Role.ActorRollout: ActorRolloutRefWorker, Role.Critic: CriticWorker}
     trainer_class: ClassVar[type[RayPPOTrainer]] = RayPPOTrainer
+    columns: ClassVar[tuple[str, ...] | None] = DATA_KEYS
 
     def run(self, config: Config) -> None:
         """Train. Data, configs and tokenizers of all models are looked at before Ray starts."""
@@ -90,7 +97,8 @@ class TaskRunner:
             dict.fromkeys(roles, "global_pool"),
             use_gpu=trainer.device != "cpu",
         )
-        runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate_fn)
+        collate = partial(collate_fn, columns=self.columns)
+        runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate)
         runner.origin = look_back(config, len(train))
         self.start(config)
         group = config.actor_rollout_ref
