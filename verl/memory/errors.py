@@ -9,8 +9,8 @@ import torch
 
 from verl.config import ActorRolloutRefConfig, CriticConfig
 from verl.memory.knobs import Phase, knobs
+from verl.utils.units import GIB
 
-GIB = 2**30
 OPENING = "The GPU's memory is full in "
 
 

@@ -40,10 +40,10 @@ from verl.config import (
 from verl.memory.knobs import Knob, Phase, knobs
 from verl.models.head_log_probs import CHUNK_BYTES
 from verl.models.shape import ModelShape
+from verl.utils.units import GIB
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 MASTER, MOMENTS, GRADIENT = 4, 8, 4
 # An allowance, not a sum: a context and its libraries take about a GiB, and the allocator wastes some.
 OVERHEAD_BYTES = 2 * GIB
@@ -124,7 +124,7 @@ def check_memory(
     logger.info("Memory: the run %s", estimate.sentence(gpu_bytes, host_bytes))
     for phase, parts in estimate.phases.items():
         fixed = sum(size for name, size in parts.items() if name.endswith((" weights", " optimizer states")))
-        advice = _advice(run, actor, critic, gpu_bytes, phase)
+        advice = _savings(run, actor, critic, gpu_bytes, phase)
         if fixed > gpu_bytes:
             raise ValueError(
                 f"weights and optimizer states need {fixed / GIB:.1f} GiB on each GPU while {PHASES[phase]}, and it "
@@ -174,7 +174,7 @@ def layer_bytes_per_token(shape: ModelShape, dtype: str, compiled: bool) -> int:
     Against the peaks of a Qwen2.5-1.5B, 16,384 tokens, on an H200: compiling takes off 12.9 GiB here and took off
     12.9 there; computing every layer again takes off 41.3 here and took off 45.0 there, with keys repeated per head.
     """
-    b = _bytes(dtype)
+    b = _itemsize(dtype)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = 2 * (2 * b if compiled else 4 + 2 * b) * shape.width
     attention = b * (2 * queries + 2 * keys) + 4 * shape.heads
@@ -203,14 +203,14 @@ def _trained(run: Run, actor: ModelShape, critic: ModelShape | None) -> list[tup
 
 
 def _reference(run: Run, actor: ModelShape) -> float:
-    return _bytes(run.actor_rollout_ref.ref.fsdp_config.dtype) * actor.parameters / run.ranks
+    return _itemsize(run.actor_rollout_ref.ref.fsdp_config.dtype) * actor.parameters / run.ranks
 
 
 def _engine(run: Run, actor: ModelShape, gpu_bytes: float) -> Parts:
     rollout = run.actor_rollout_ref.rollout
     if rollout.name == "vllm":
         return {"vLLM": rollout.gpu_memory_utilization * gpu_bytes}
-    b = _bytes(rollout.dtype)
+    b = _itemsize(rollout.dtype)
     longest = rollout.prompt_length + rollout.response_length
     per_token = 2 * actor.layers * actor.kv_heads * actor.head_dim * b
     return {"rollout's weights": b * actor.parameters, "KV cache": rollout.max_num_seqs * longest * per_token}
@@ -223,11 +223,11 @@ def _actor_update(run: Run, shape: ModelShape) -> Parts:
     answers = 2 if run.pairs else 1 if actor.use_sft_mode else rollout.n
     sharing = answers if group.model.use_remove_padding else 1
     together = answers if run.pairs else 1
-    tokens, several = _micro_batch(actor, rollout, prompts * answers, sharing, together)
+    tokens, several = _largest_micro_batch(actor, rollout, prompts * answers, sharing, together)
     parts = _update("actor", run, shape, actor.fsdp_config, group.model, tokens, several)
     # Only answers have logits. What is kept of them beyond a chunk is kept where there is room.
     answered = tokens * sharing * rollout.response_length / _tokens(rollout, sharing, sharing)
-    parts["logits"] = min(CHUNK_BYTES, answered * shape.vocabulary * _bytes(actor.fsdp_config.dtype))
+    parts["logits"] = min(CHUNK_BYTES, answered * shape.vocabulary * _itemsize(actor.fsdp_config.dtype))
     return parts
 
 
@@ -236,11 +236,11 @@ def _critic_update(run: Run, shape: ModelShape) -> Parts:
     prompts = max(1, critic.ppo_mini_batch_size // run.ranks)
     members = rollout.n + 1
     sharing = members if critic.model.use_remove_padding else 1
-    tokens, several = _micro_batch(critic, rollout, prompts * members, sharing, together=members)
+    tokens, several = _largest_micro_batch(critic, rollout, prompts * members, sharing, together=members)
     return _update("critic", run, shape, critic.model.fsdp_config, critic.model, tokens, several)
 
 
-def _micro_batch(
+def _largest_micro_batch(
     part: ActorConfig | CriticConfig, rollout: RolloutConfig, rows: int, sharing: int, together: int
 ) -> tuple[int, bool]:
     """Tokens of the largest micro-batch, if everything is as long as it may be, and whether there are several.
@@ -279,7 +279,7 @@ def _update(
 def _gathered(shape: ModelShape, fsdp: FSDPConfig) -> float:
     """Weights in compute type: two layers (one at work, one on its way) and what is outside of them, or everything
     without reshard_after_forward; and the gradients of the latter, and of one layer once more in fp32."""
-    b = _bytes(fsdp.dtype)
+    b = _itemsize(fsdp.dtype)
     outside = shape.parameters - shape.layers * shape.layer_parameters
     weights = 2 * shape.layer_parameters + outside if fsdp.reshard_after_forward else shape.parameters
     return b * (weights + outside) + (b + GRADIENT) * shape.layer_parameters
@@ -290,7 +290,7 @@ def _activations(shape: ModelShape, fsdp: FSDPConfig, model: ModelConfig) -> flo
     whole = layer_bytes_per_token(shape, fsdp.dtype, fsdp.use_torch_compile)
     recomputed = ceil(shape.layers * model.recompute_share) if model.enable_gradient_checkpointing else 0
     kept = shape.layers - recomputed + (1 if recomputed else 0)
-    return kept * whole + recomputed * _bytes(fsdp.dtype) * shape.width
+    return kept * whole + recomputed * _itemsize(fsdp.dtype) * shape.width
 
 
 def _host(run: Run, actor: ModelShape, critic: ModelShape | None) -> Parts:
@@ -307,7 +307,7 @@ def _host(run: Run, actor: ModelShape, critic: ModelShape | None) -> Parts:
     return parts
 
 
-def _advice(run: Run, actor: ModelShape, critic: ModelShape | None, gpu_bytes: float, phase: Phase) -> str:
+def _savings(run: Run, actor: ModelShape, critic: ModelShape | None, gpu_bytes: float, phase: Phase) -> str:
     """Settings that would take memory off the phase, each alone, those that save most first."""
 
     def need(changed: Run) -> float:
@@ -333,5 +333,5 @@ def _with_value(settings: Any, path: list[str], value: Any) -> Any:
     return replace(settings, **{path[0]: value})
 
 
-def _bytes(dtype: str) -> int:
+def _itemsize(dtype: str) -> int:
     return getattr(torch, dtype).itemsize

@@ -21,8 +21,9 @@ from verl.batch import DATA_KEYS
 from verl.models.loading import all_eos_token_ids, quiet_transformers
 from verl.single_controller.ray.starting import join_or_start
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
+from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
-from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens, with_absolute_paths
+from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
 from verl.trainer.ppo.utils import Role, need_critic

@@ -35,6 +35,7 @@ from verl.protocol import DataProto
 from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+from verl.utils.units import GIB
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.pairs import PairPolicy
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
@@ -207,7 +208,7 @@ class ActorRolloutRefWorker(FSDPWorker):
             return {}
         held = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
         torch.cuda.reset_peak_memory_stats()
-        return {f"perf/max_memory_{kind}_gb": (size - self.engine_bytes) / 2**30 for kind, size in held.items()}
+        return {f"perf/max_memory_{kind}_gb": (size - self.engine_bytes) / GIB for kind, size in held.items()}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def push_weights(self) -> None:

@@ -17,10 +17,9 @@ from verl.trainer.config.soda_checks import soda_conflicts
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
     POLICY_LOSS_REGISTRY,
-    PairScores,
-    get_discriminator_loss_fn,
     kl_penalty_forward,
 )
+from verl.trainer.ppo.discriminator_algos import PairScores, get_discriminator_loss_fn
 from verl.trainer.ppo.replay import past_groups
 from verl.utils.tracking import BACKENDS
 from verl.utils.user_code import is_user_function, load_user_function

@@ -13,7 +13,7 @@ from verl.config import SodaConfig
 from verl.models.packing import AnswerRows, copy_to
 from verl.models.sharding import reshard, synced
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import compute_preference_loss
+from verl.trainer.ppo.preference_algos import compute_preference_loss
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.updates import (
     MetricSums,

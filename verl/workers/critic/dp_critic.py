@@ -17,7 +17,12 @@ from verl.config import CriticConfig
 from verl.models.answer_models import ScoreModel
 from verl.models.sharding import reshard, synced
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import PairScores, adapted_temperature, get_discriminator_loss_fn, with_one_eos
+from verl.trainer.ppo.discriminator_algos import (
+    PairScores,
+    adapted_temperature,
+    get_discriminator_loss_fn,
+    with_one_eos,
+)
 from verl.workers.critic.groups import GroupRows, ScoreTable
 from verl.workers.updates import (
     MetricSums,
