@@ -102,10 +102,10 @@ class TaskRunner:
         runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate)
         runner.origin = look_back(config, len(train))
         self.start(config)
-        group = config.actor_rollout_ref
+        policy_settings = config.actor_rollout_ref
         logger.info(
             "training on %d x %s in %s, answers by %s",
-            trainer.ranks, trainer.device, group.actor.fsdp_config.dtype, group.rollout.name,
+            trainer.ranks, trainer.device, policy_settings.actor.fsdp_config.dtype, policy_settings.rollout.name,
         )  # fmt: skip
         runner.init_workers()
         runner.fit()
