@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from verl.tools.score_data import Group
-from verl.utils.console import one_line
 
 SHOWN_CHARACTERS = 160
 
@@ -151,4 +150,5 @@ def _of(score: float, tokens: int) -> str:
 
 def shorten(text: str, characters: int = SHOWN_CHARACTERS) -> str:
     """On one line, at most so many characters, without any that a terminal would obey."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in one_line(text, characters))
+    line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
+    return line if len(line) <= characters else line[:characters] + "..."

@@ -1,14 +1,8 @@
-"""Text for a terminal: on one line, in the characters that it has."""
+"""Text for a terminal that may not have its characters."""
 
 from __future__ import annotations
 
 import sys
-
-
-def one_line(text: str, characters: int) -> str:
-    """The text on one line, cut to so many characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= characters else line[:characters] + "..."
 
 
 def printable(text: str) -> str:
