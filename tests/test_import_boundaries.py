@@ -163,7 +163,11 @@ FLOORS = [
     "verl/tools",
 ]
 # The one exemption: users look for the algorithms where verl has them, and the workers train with them.
-ALGORITHMS = ("verl.trainer.ppo.core_algos", "verl.trainer.ppo.discriminator_algos")
+ALGORITHMS = (
+    "verl.trainer.ppo.core_algos",
+    "verl.trainer.ppo.discriminator_algos",
+    "verl.trainer.ppo.preference_algos",
+)
 
 
 def test_every_room_has_a_floor():

@@ -42,14 +42,19 @@ class Record:
     """What one part of a step made. A field that is None was not made."""
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The columns that it is made of."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
     def of(cls: type[R], data: DataProto) -> R:
         """From a table's columns of these names; others are left there."""
         columns = {**data.batch, **data.non_tensor_batch}
-        return cls(**{field.name: columns[field.name] for field in fields(cls) if field.name in columns})
+        return cls(**{name: columns[name] for name in cls.names() if name in columns})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fields that can travel."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {name: getattr(self, name) for name in self.names()}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 

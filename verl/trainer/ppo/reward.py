@@ -17,10 +17,10 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import (
     AdaptiveKLController,
     FixedKLController,
-    ends_with_eos,
     get_adv_estimator_fn,
 )
 from verl.trainer.ppo.core_algos import kl_penalty as estimate_kl
+from verl.trainer.ppo.discriminator_algos import ends_with_eos
 from verl.trainer.ppo.metric_utils import correlation, mean_max_min
 from verl.trainer.ppo.reward_shaping import flat_groups, settle_cut_answers, without_length
 from verl.utils.user_code import load_user_function

@@ -18,7 +18,7 @@ import torch
 from verl.batch import student_rows, teacher_rows
 from verl.models.packing import AnswerRows, copy_to
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import PairScores, ends_with_eos, pool_scores, score_mask, with_one_eos
+from verl.trainer.ppo.discriminator_algos import PairScores, ends_with_eos, pool_scores, score_mask, with_one_eos
 
 SCORE_NAMES = ("scores", "raw_scores", "score_tokens")
 
