@@ -9,8 +9,8 @@ import torch
 
 from tests.tiny import byte_tokenizer, causal_lm, scorer, write_model
 from tests.tools.test_judge_pairwise import Server, part
-from verl.tools.judge import main
-from verl.tools.judge_answers import (
+from verl.tools.judge.__main__ import main
+from verl.tools.judge.answers import (
     Answer,
     answer_ids,
     cut_flags,
@@ -19,8 +19,8 @@ from verl.tools.judge_answers import (
     read_answers,
     read_prompts,
 )
-from verl.tools.judge_generate import Drawing, choose_engine, keep, kept_answers, prepare
-from verl.tools.score_data import Limits
+from verl.tools.judge.generate import Drawing, choose_engine, keep, kept_answers, prepare
+from verl.tools.score.data import Limits
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.dump import write_jsonl
 
@@ -313,11 +313,11 @@ def test_flags_that_cannot_be(folder, capsys, flags, expected):
 
 
 def test_vllm_has_to_be_installed(monkeypatch):
-    monkeypatch.setattr("verl.tools.judge_generate.find_spec", lambda name: None)
+    monkeypatch.setattr("verl.tools.judge.generate.find_spec", lambda name: None)
     assert choose_engine("auto", "cuda:0") == choose_engine("auto", "cpu") == "hf"
     with pytest.raises(ValueError, match="--engine: expected vllm to be installed"):
         choose_engine("vllm", "cuda")
-    monkeypatch.setattr("verl.tools.judge_generate.find_spec", lambda name: name)
+    monkeypatch.setattr("verl.tools.judge.generate.find_spec", lambda name: name)
     assert (choose_engine("auto", "cuda:0"), choose_engine("auto", "cpu")) == ("vllm", "hf")
 
 

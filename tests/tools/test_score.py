@@ -17,8 +17,8 @@ from tests.workers.updates_setup import settings
 from verl.model_merger import merge
 from verl.models.answer_models import ScoreModel
 from verl.protocol import DataProto
-from verl.tools.score import main
-from verl.tools.score_report import accuracy, calibration, expected_calibration_error, pearson, shorten
+from verl.tools.score.__main__ import main
+from verl.tools.score.report import accuracy, calibration, expected_calibration_error, pearson, shorten
 from verl.trainer.config import Config
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn

@@ -15,7 +15,7 @@ from verl.models.answer_models import ScoreModel
 from verl.models.loading import check_files, config_entries, is_discriminator, load_model
 from verl.models.packing import AnswerRows
 from verl.models.proof import class_verdict
-from verl.tools.score_data import PromptAndAnswer
+from verl.tools.score.data import PromptAndAnswer
 from verl.trainer.ppo.discriminator_algos import POOLINGS, pool_scores, score_mask
 from verl.utils.seqlen_balancing import rearrange_micro_batches
 

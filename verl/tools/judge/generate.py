@@ -34,9 +34,9 @@ from verl.models.loading import (
 )
 from verl.models.sharding import full_parameters
 from verl.protocol import DataProto
-from verl.tools.judge_answers import Answer, Answers, Prompt, prompt_ids
-from verl.tools.score_data import Limits, PromptAndAnswer
-from verl.tools.score_model import to_rows
+from verl.tools.judge.answers import Answer, Answers, Prompt, prompt_ids
+from verl.tools.score.data import Limits, PromptAndAnswer
+from verl.tools.score.model import to_rows
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
 from verl.utils.dump import write_jsonl
 from verl.workers.rollout import get_rollout_class

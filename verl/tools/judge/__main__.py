@@ -6,8 +6,8 @@
 Three judges: fresh discriminators that try to tell each student from the teacher (--judge_model), a strong model behind
 an OpenAI-compatible endpoint that compares answers pair by pair (--endpoint), and plain numbers (always).
 
-`judge_options.py` has the flags, `judge_answers.py` reads, `judge_generate.py` generates, `judge_two_sample.py`,
-`judge_pairwise.py` and `judge_numbers.py` judge, `judge_report.py` writes.
+`options.py` has the flags, `answers.py` reads, `generate.py` generates, `two_sample.py`,
+`pairwise.py` and `numbers.py` judge, `report.py` writes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from verl.models.loading import (
     load_tokenizer,
     quiet_transformers,
 )
-from verl.tools.judge_answers import (
+from verl.tools.judge.answers import (
     TEACHER,
     Answer,
     Answers,
@@ -44,14 +44,14 @@ from verl.tools.judge_answers import (
     read_prompts,
     refuse_trained,
 )
-from verl.tools.judge_endpoint import Endpoint
-from verl.tools.judge_generate import Drawing, Job, choose_engine, generate, kept_answers, prepare
-from verl.tools.judge_numbers import Numbers, numbers_of
-from verl.tools.judge_options import build_parser, check_options
-from verl.tools.judge_pairwise import Match, Pairwise, Verdicts, compare
-from verl.tools.judge_report import Verdict, plot, render, to_json, write_json
-from verl.tools.judge_two_sample import Ids, Judge, JudgeSettings, TwoSample, make_pairs, training_updates, two_sample
-from verl.tools.score_data import Limits
+from verl.tools.judge.endpoint import Endpoint
+from verl.tools.judge.generate import Drawing, Job, choose_engine, generate, kept_answers, prepare
+from verl.tools.judge.numbers import Numbers, numbers_of
+from verl.tools.judge.options import build_parser, check_options
+from verl.tools.judge.pairwise import Match, Pairwise, Verdicts, compare
+from verl.tools.judge.report import Verdict, plot, render, to_json, write_json
+from verl.tools.judge.two_sample import Ids, Judge, JudgeSettings, TwoSample, make_pairs, training_updates, two_sample
+from verl.tools.score.data import Limits
 from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.console import printable
 from verl.utils.dataset.texts import eos_texts

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from verl.tools.judge_pairwise import QUESTIONS
-from verl.tools.judge_report import check_plotting
-from verl.tools.score import check_places
+from verl.tools.judge.pairwise import QUESTIONS
+from verl.tools.judge.report import check_plotting
+from verl.tools.score.__main__ import check_places
 
 EPILOG = """\
 --data is parquet or jsonl, one row per prompt with the teacher's answer, as for training; take prompts that no student

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from verl.tools.score_data import Group
+from verl.tools.score.data import Group
 
 SHOWN_CHARACTERS = 160
 

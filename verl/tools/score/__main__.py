@@ -2,8 +2,8 @@
 
     python -m verl.tools.score --critic runs/warmup/global_step_50/critic --data answers.parquet --out x.jsonl
 
-Scores are those of training: the same tokens, model, pooling and handling of EOS. `score_data.py` reads and tokenises,
-`score_model.py` scores, `score_report.py` counts and writes the report.
+Scores are those of training: the same tokens, model, pooling and handling of EOS. `data.py` reads and tokenises,
+`model.py` scores, `report.py` counts and writes the report.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import pandas as pd
 import torch
 
 from verl.models.loading import all_eos_token_ids, load_config, load_tokenizer, quiet_transformers
-from verl.tools.score_data import ANSWER_KEYS, Group, Limits, TokenizedGroups, read_groups, tokenize_groups
-from verl.tools.score_model import Scoring, check_critic, load_critic, score_sequences, scoring_of
-from verl.tools.score_report import render
+from verl.tools.score.data import ANSWER_KEYS, Group, Limits, TokenizedGroups, read_groups, tokenize_groups
+from verl.tools.score.model import Scoring, check_critic, load_critic, score_sequences, scoring_of
+from verl.tools.score.report import render
 from verl.trainer.ppo.discriminator_algos import POOLINGS
 from verl.utils.console import printable
 from verl.utils.dataset.texts import eos_texts

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from verl.tools.score_data import ANSWER_KEYS, Limits, fit_prompt
+from verl.tools.score.data import ANSWER_KEYS, Limits, fit_prompt
 from verl.utils.dataset.faults import TemplateCheck, fault_of_answer, fault_of_messages, fault_of_text
 from verl.utils.dataset.rl_dataset import find_files, read_rows
 from verl.utils.dataset.rows import SHOWN_BAD_ROWS, Row
