@@ -211,8 +211,10 @@ def test_no_ray(folder):
     assert offending == set()
 
 
-def test_tools_know_only_the_discriminators_algorithms_of_the_trainer_and_generation_of_the_workers():
-    allowed = ("verl.trainer.ppo.discriminator_algos", "verl.workers.rollout", "verl.config")
+def test_what_tools_know_of_trainer_and_workers():
+    # Tools score with the discriminator's own pooling, and generate with the trainer's engines; they train nothing of
+    # the trainer's.
+    allowed = ("verl.trainer.ppo.discriminator_algos", "verl.workers.rollout", "verl.workers.critic.groups")
     offending = {
         (module_name(path), name)
         for path in files_under("verl/tools")

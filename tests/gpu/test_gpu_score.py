@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny import scorer
 from verl.models.answer_models import ScoreModel
-from verl.tools.score.data import PromptAndAnswer
+from verl.tools.prompts import PromptAndAnswer
 from verl.tools.score.model import Scoring, score_sequences
 
 

@@ -19,7 +19,7 @@ from verl.tools.judge.two_sample import (
     training_updates,
     two_sample,
 )
-from verl.tools.score.data import PromptAndAnswer
+from verl.tools.prompts import PromptAndAnswer
 
 EOS = 1
 

@@ -3,40 +3,33 @@
     python -m verl.tools.score --critic runs/warmup/global_step_50/critic --data answers.parquet --out x.jsonl
 
 Scores are those of training: the same tokens, model, pooling and handling of EOS. `data.py` reads and tokenises,
-`model.py` scores, `report.py` counts and writes the report.
+`model.py` scores, `report.py` counts and writes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 
-from verl.models.loading import all_eos_token_ids, load_config, load_tokenizer, quiet_transformers
-from verl.tools.score.data import ANSWER_KEYS, Group, Limits, TokenizedGroups, read_groups, tokenize_groups
+from verl.models.loading import all_eos_token_ids, load_config, load_tokenizer
+from verl.tools.command import add_column_flags, add_token_flags, check_device, command_parser, run_command, whole
+from verl.tools.prompts import ANSWER_KEYS, SUFFIXES, Limits
+from verl.tools.score.data import TokenizedGroups, read_groups, tokenize_groups
 from verl.tools.score.model import Scoring, check_critic, load_critic, score_sequences, scoring_of
-from verl.tools.score.report import render
+from verl.tools.score.report import pair_table, render, write_table
 from verl.trainer.ppo.discriminator_algos import POOLINGS
-from verl.utils.console import printable
-from verl.utils.dataset.texts import eos_texts
-from verl.utils.dump import write_jsonl
+from verl.utils.dataset.texts import Tokenization, eos_texts
 
-SUFFIXES = (".parquet", ".jsonl")
 EPILOG = """\
 --data is parquet or jsonl, one row per prompt with the teacher's answer and one student answer or a list of them. Dumps
 of training rollouts (trainer.rollout_data_dir) have no prompts: pass data.train_files with --prompts.
 
 The report: mean and standard deviation (divided by n) of the scores of both sides and of d = score(teacher) -
 score(student); accuracy; calibration of sigmoid(|d| / T), T the loss's temperature, with the expected calibration error
-(arXiv 1706.04599); Pearson
-correlations with length in tokens; the most and the least separated pairs.
+(arXiv 1706.04599); Pearson correlations with length in tokens; the most and the least separated pairs.
 
 --out has one row per pair: group, file, row, answer (from 0), score_diff, prompt_tokens and, with teacher_ and student_
 before them, score (pooled), raw_score (the sum), score_tokens (pooled over) and tokens (of the answer, EOS included).
@@ -45,21 +38,15 @@ before them, score (pooled), raw_score (the sum), score_tokens (pooled over) and
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; names of columns and limits are those of the trainer's `data` settings where it has them."""
-    parser = argparse.ArgumentParser(
-        prog="python -m verl.tools.score",
-        description=__doc__.splitlines()[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("score", __doc__, EPILOG)
     add = parser.add_argument
     add("--critic", required=True, metavar="DIR", help="a checkpoint's critic folder as it is, or merged")
     add("--data", required=True, nargs="+", metavar="FILE", help="parquet or jsonl files to score")
     add("--out", metavar="FILE", help="write the scores of every pair, .parquet or .jsonl (default: report only)")
 
     columns = parser.add_argument_group("columns")
+    add_column_flags(columns)
     add = columns.add_argument
-    add("--prompt_key", default="content", metavar="KEY", help="chat messages, or one user's text (default: content)")
-    add("--teacher_key", default="teacher_response", metavar="KEY", help="teacher's text (default: teacher_response)")
     add(
         "--answer_key", metavar="KEY", help=f"a text or texts (default: the first there is of {', '.join(ANSWER_KEYS)})"
     )
@@ -72,100 +59,32 @@ def build_parser() -> argparse.ArgumentParser:
     eos.add_argument("--include_eos", action="store_false", dest="exclude_eos", default=None, help="score it too")
 
     tokens = parser.add_argument_group("tokens")
-    add = tokens.add_argument
-    add("--max_prompt_length", type=_positive, metavar="N", help="tokens of a prompt (default: no limit)")
-    add(
-        "--truncation",
-        choices=("error", "left", "right", "middle"),
-        default="error",
-        help="what becomes of longer prompts: refused, or cut on that side (default: error)",
-    )
-    add(
+    add_token_flags(tokens)
+    tokens.add_argument(
         "--max_response_length",
-        type=_positive,
+        type=whole(1),
         metavar="N",
         help="tokens of an answer with EOS; longer ones are cut as in training, and counted (default: no limit)",
     )
-    add("--apply_chat_template_kwargs", type=_json_object, default={}, metavar="JSON", help="as in data (default: {})")
 
     computing = parser.add_argument_group("computing")
     add = computing.add_argument
-    add("--max_tokens", type=_positive, default=16384, metavar="N", help="tokens per forward (default: 16384)")
+    add("--max_tokens", type=whole(1), default=16384, metavar="N", help="tokens per forward (default: 16384)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(default: float32)")
     add("--trust_remote_code", action="store_true", help="run the model folder's own code")
 
     report = parser.add_argument_group("report")
     add = report.add_argument
-    add("--bins", type=_positive, default=10, metavar="N", help="of the calibration (default: 10)")
-    add("--show", type=_count, default=5, metavar="K", help="pairs to show from either end (default: 5)")
+    add("--bins", type=whole(1), default=10, metavar="N", help="of the calibration (default: 10)")
+    add("--show", type=whole(0), default=5, metavar="K", help="pairs to show from either end (default: 5)")
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if _count(text) == 0:
-        raise argparse.ArgumentTypeError("expected a whole number from 1, got 0")
-    return int(text)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"enable_thinking": false}}, got {text!r}')
-    return value
-
-
-def pair_table(groups: Sequence[Group], tokenized: TokenizedGroups, scores: dict[str, np.ndarray]) -> pd.DataFrame:
-    """One row per pair, in the order of the files.
-
-    Columns: `group` (the row over all files), `file`, `row` (within it), `answer` (of the row), all from 0;
-    `score_diff`, `prompt_tokens`; and for both sides `{side}_score`, `{side}_raw_score`, `{side}_score_tokens` (those
-    it is pooled over) and `{side}_tokens` (EOS included).
-    """
-    members = zip(groups, tokenized.teachers, tokenized.students, strict=True)
-    places = [
-        (group.row.index, str(group.row.path), group.row.number, answer, teacher, student)
-        for group, teacher, students in members
-        for answer, student in enumerate(students)
-    ]
-    table = pd.DataFrame(places, columns=["group", "file", "row", "answer", "teacher", "student"])
-    lengths = np.array([(len(sequence.prompt), len(sequence.answer)) for sequence in tokenized.sequences])
-    sides = {side: table.pop(side).to_numpy() for side in ("teacher", "student")}
-    teacher, student = (scores["score"][numbers].astype(np.float64) for numbers in sides.values())
-    table = table.assign(score_diff=teacher - student, prompt_tokens=lengths[sides["teacher"], 0])
-    for side, numbers in sides.items():
-        columns = {f"{side}_{name}": values[numbers] for name, values in scores.items()}
-        table = table.assign(**columns, **{f"{side}_tokens": lengths[numbers, 1]})
-    return table
-
-
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """As parquet or jsonl, by the suffix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        table.to_parquet(path, index=False)
-    else:
-        write_jsonl(path, table.to_dict("records"))
-
-
-def check_places(out: str | None, device: str) -> None:
-    """ValueError for an output or a device that cannot be used, before any work is done."""
+def check_out(out: str | None) -> None:
+    """ValueError for an output that cannot be written, before any work is done."""
     if out is not None and (Path(out).suffix not in SUFFIXES or Path(out).is_dir()):
         raise ValueError(f"--out: expected a file that ends in {' or '.join(SUFFIXES)}, got {out}; rename it")
-    kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or not (number.isdecimal() or device == kind):
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {device}; pass one of these")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device: expected one of {torch.cuda.device_count()} CUDA devices, got {device}; pass cpu")
 
 
 def run(options: argparse.Namespace) -> str:
@@ -174,7 +93,8 @@ def run(options: argparse.Namespace) -> str:
     Raises:
         OSError, ValueError: a user's error, as a sentence; all but a diverged critic before the model is loaded.
     """
-    check_places(options.out, options.device)
+    check_out(options.out)
+    check_device(options.device)
     check_critic(options.critic)
     config = load_config(options.critic, "score", trust_remote_code=options.trust_remote_code)
     scoring = scoring_of(config, options.pooling, options.exclude_eos)
@@ -183,7 +103,8 @@ def run(options: argparse.Namespace) -> str:
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = Limits(options.max_prompt_length, options.max_response_length, options.truncation, context)
     ends = eos_texts(tokenizer, all_eos_token_ids(tokenizer, options.critic))
-    tokenized = tokenize_groups(groups, tokenizer, limits, options.apply_chat_template_kwargs, ends)
+    tokenization = Tokenization(tokenizer, options.apply_chat_template_kwargs, ends, options.special_token_text)
+    tokenized = tokenize_groups(groups, tokenization, limits)
 
     model = load_critic(options.critic, config, options.dtype, options.device, options.trust_remote_code)
     scores = score_sequences(model, tokenized.sequences, scoring, tokenizer.eos_token_id, options.max_tokens)
@@ -209,13 +130,8 @@ def _header(critic: str, scoring: Scoring, tokenized: TokenizedGroups, pairs: pd
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; exits with a sentence where something is wrong with what it was given."""
-    options = build_parser().parse_args(arguments)
-    quiet_transformers()
-    try:
-        print(printable(run(options)))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    """Run the command."""
+    run_command(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":
