@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from verl.batch import Prompts
-from verl.utils.dataset import rl_dataset
+from verl.utils.dataset import rl_dataset, texts
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+from verl.utils.dataset.texts import Tokenization
 
 # One token per word or Chinese character, so that ids and lengths can be worked out by hand: ids are positions here.
 WORDS = [
@@ -223,7 +224,7 @@ def test_nothing_left_is_an_error(tmp_path):
 
 def test_lengths_from_processes_equal_those_from_one(monkeypatch):
     conversations = [make_row("one " * (i % 7 + 1))["content"] for i in range(10)]
-    arguments = (make_tokenizer(), {"think": "two"}, conversations)
+    arguments = (Tokenization(make_tokenizer(), {"think": "two"}), conversations)
     expected = [i % 7 + 1 + 3 for i in range(10)]
     assert rl_dataset._prompt_lengths_in_processes(*arguments, workers=None) == expected
     monkeypatch.setattr(rl_dataset, "MIN_PROMPTS_PER_PROCESS", 4)  # 10 prompts: enough for two of the three
@@ -377,13 +378,13 @@ def test_texts_are_tokenised_in_slices(tmp_path, monkeypatch, caplog):
     rows = [make_row(prompt, answer) for prompt, answer in zip(["one"] * 4 + ["one two three"], answers, strict=True)]
     tokenizer, seen = make_tokenizer(), []
     monkeypatch.setattr(rl_dataset, "SLICE_CHARACTERS", 20)
-    tokenise = rl_dataset.tokenize_answers
+    tokenise = texts.tokenize_answers
 
     def watch(tokenizer, texts, *rest):
         seen.append(list(texts))
         return tokenise(tokenizer, texts, *rest)
 
-    monkeypatch.setattr(rl_dataset, "tokenize_answers", watch)
+    monkeypatch.setattr(texts, "tokenize_answers", watch)
     with caplog.at_level(logging.INFO, logger=rl_dataset.__name__):
         open_rows(tmp_path, rows, tokenizer)
     assert seen == [answers[:2], answers[2:4], answers[4:]]
