@@ -1,5 +1,6 @@
 """The judge as a command: what it reads, what it refuses, and that it sees what is there and nothing else."""
 
+import dataclasses
 import json
 import threading
 
@@ -9,8 +10,8 @@ import torch
 
 from tests.tiny import byte_tokenizer, causal_lm, scorer, write_model
 from tests.tools.test_judge_pairwise import Server, part
-from verl.tools.judge import main
-from verl.tools.judge_answers import (
+from verl.tools.judge.__main__ import main
+from verl.tools.judge.answers import (
     Answer,
     answer_ids,
     cut_flags,
@@ -19,9 +20,10 @@ from verl.tools.judge_answers import (
     read_answers,
     read_prompts,
 )
-from verl.tools.judge_generate import Drawing, choose_engine, keep, kept_answers, prepare
-from verl.tools.score_data import Limits
+from verl.tools.judge.generate import Drawing, choose_engine, keep, kept_answers, prepare
+from verl.tools.prompts import Limits
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+from verl.utils.dataset.texts import Tokenization
 from verl.utils.dump import write_jsonl
 
 EOS = 1
@@ -131,7 +133,9 @@ def test_pairwise_beside_numbers(folder, tmp_path, capsys, monkeypatch):
 def test_an_answer_that_was_cut_has_no_eos():
     tokenizer = byte_tokenizer()
     ids = answer_ids(
-        [[Answer("ab"), Answer("ab", cut=True), Answer("abcd"), Answer(""), Answer("", True)]], tokenizer, 4
+        [[Answer("ab"), Answer("ab", cut=True), Answer("abcd"), Answer(""), Answer("", True)]],
+        Tokenization(tokenizer),
+        4,
     )
     a, b, c, d = tokenizer("abcd")["input_ids"]
     assert ids == [[(a, b, EOS), (a, b), (a, b, c, d), (EOS,), (EOS,)]]
@@ -162,8 +166,24 @@ def test_a_student_may_end_its_answers_in_another_eos(folder, tmp_path):
 def test_answers_of_a_file_may_end_in_the_text_of_an_eos(folder):
     tokenizer = byte_tokenizer()
     (a,) = tokenizer("a")["input_ids"]
+    tokenization = Tokenization(tokenizer, ends=("<eos>", "<bot>"))
     for text in ("a", "a<eos>", "a<bot>\n"):
-        assert answer_ids([[Answer(text)]], tokenizer, 9, ("<eos>", "<bot>")) == [[(a, EOS)]]
+        assert answer_ids([[Answer(text)]], tokenization, 9) == [[(a, EOS)]]
+
+
+def test_names_of_special_tokens_are_text_or_tokens(folder, tmp_path):
+    """a<eos>b is 7 letters or 3 tokens; <user> before a prompt, <bot> behind it, EOS behind an answer."""
+    write_jsonl(tmp_path / "data.jsonl", [{"content": "a<eos>b", "teacher_response": "a<eos>b"}])
+    prompts, _ = read_prompts([str(tmp_path / "data.jsonl")], "content", "teacher_response")
+    drawing = Drawing(1.0, 2, 4, None, "error", {}, 0, "hf", "cpu", "float32", 8, 0.5, False)
+    for mode, letters in (("text", 7), ("token", 3)):
+        job = prepare("m", folder / "model", prompts, dataclasses.replace(drawing, special_text=mode))
+        assert [len(ids) for ids in job.prompts] == [letters + 2]
+        flags = ("--tokenizer", str(folder / "model"), "--special_token_text", mode)
+        student = f"s={tmp_path / 'data.jsonl'}:teacher_response"
+        main(["--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path), "--student", student, *flags])
+        report = json.loads((tmp_path / "judge.json").read_text())
+        assert report["teacher"]["numbers"]["mean_tokens"] == letters + 1
 
 
 def test_prompts_that_the_template_does_not_take_are_named(folder, tmp_path):
@@ -175,7 +195,7 @@ def test_prompts_that_the_template_does_not_take_are_named(folder, tmp_path):
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}<bot>"
     )
     with pytest.raises(ValueError, match=r"1 of 2 prompts cannot be put.*\n.*data\.jsonl, row 1: .*the role 'human'"):
-        prompt_ids(read, tokenizer, Limits(), {})
+        prompt_ids(read, Tokenization(tokenizer), Limits())
 
 
 def test_answers_find_their_prompts(folder, tmp_path):
@@ -313,11 +333,11 @@ def test_flags_that_cannot_be(folder, capsys, flags, expected):
 
 
 def test_vllm_has_to_be_installed(monkeypatch):
-    monkeypatch.setattr("verl.tools.judge_generate.find_spec", lambda name: None)
+    monkeypatch.setattr("verl.tools.judge.generate.find_spec", lambda name: None)
     assert choose_engine("auto", "cuda:0") == choose_engine("auto", "cpu") == "hf"
     with pytest.raises(ValueError, match="--engine: expected vllm to be installed"):
         choose_engine("vllm", "cuda")
-    monkeypatch.setattr("verl.tools.judge_generate.find_spec", lambda name: name)
+    monkeypatch.setattr("verl.tools.judge.generate.find_spec", lambda name: name)
     assert (choose_engine("auto", "cuda:0"), choose_engine("auto", "cpu")) == ("vllm", "hf")
 
 

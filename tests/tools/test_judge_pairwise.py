@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from scipy import stats
 
-from verl.tools.judge_endpoint import API_KEY, Endpoint, EndpointError
-from verl.tools.judge_pairwise import Match, Verdicts, compare, question, read_verdict, tally
+from verl.tools.judge.endpoint import API_KEY, Endpoint, EndpointError
+from verl.tools.judge.pairwise import Match, Verdicts, compare, question, read_verdict, tally
 
 KEY = "sk-very-secret-123"
 

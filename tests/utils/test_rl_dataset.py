@@ -11,8 +11,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from verl.utils.dataset import rl_dataset
+from verl.batch import Prompts
+from verl.utils.dataset import rl_dataset, texts
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+from verl.utils.dataset.texts import Tokenization
 
 # One token per word or Chinese character, so that ids and lengths can be worked out by hand: ids are positions here.
 WORDS = [
@@ -222,7 +224,7 @@ def test_nothing_left_is_an_error(tmp_path):
 
 def test_lengths_from_processes_equal_those_from_one(monkeypatch):
     conversations = [make_row("one " * (i % 7 + 1))["content"] for i in range(10)]
-    arguments = (make_tokenizer(), {"think": "two"}, conversations)
+    arguments = (Tokenization(make_tokenizer(), {"think": "two"}), conversations)
     expected = [i % 7 + 1 + 3 for i in range(10)]
     assert rl_dataset._prompt_lengths_in_processes(*arguments, workers=None) == expected
     monkeypatch.setattr(rl_dataset, "MIN_PROMPTS_PER_PROCESS", 4)  # 10 prompts: enough for two of the three
@@ -376,13 +378,13 @@ def test_texts_are_tokenised_in_slices(tmp_path, monkeypatch, caplog):
     rows = [make_row(prompt, answer) for prompt, answer in zip(["one"] * 4 + ["one two three"], answers, strict=True)]
     tokenizer, seen = make_tokenizer(), []
     monkeypatch.setattr(rl_dataset, "SLICE_CHARACTERS", 20)
-    tokenise = rl_dataset.tokenize_answers
+    tokenise = texts.tokenize_answers
 
     def watch(tokenizer, texts, *rest):
         seen.append(list(texts))
         return tokenise(tokenizer, texts, *rest)
 
-    monkeypatch.setattr(rl_dataset, "tokenize_answers", watch)
+    monkeypatch.setattr(texts, "tokenize_answers", watch)
     with caplog.at_level(logging.INFO, logger=rl_dataset.__name__):
         open_rows(tmp_path, rows, tokenizer)
     assert seen == [answers[:2], answers[2:4], answers[4:]]
@@ -429,6 +431,19 @@ def test_a_loader_makes_batches(tmp_path, workers):
     objects = {key for key, value in first.items() if isinstance(value, np.ndarray)}
     assert objects == {"raw_prompt_ids", "teacher_text", "index", "uid", "extra_info", "raw_prompt"}
     assert all(first[key].dtype == object and first[key].shape == (2,) for key in objects)
+
+
+def test_a_batch_keeps_the_named_columns_that_rows_have(tmp_path):
+    dataset = open_rows(tmp_path, [make_row("one"), make_row("two")])
+    batch = collate_fn([dataset[0], dataset[1]], columns=("input_ids", "index", "raw_prompt"))
+    assert set(batch) == {"input_ids", "index"}
+    assert batch["input_ids"].shape == (2, 6)
+    assert batch["index"].tolist() == [0, 1]
+
+
+def test_a_run_reads_columns_that_the_dataset_has(tmp_path):
+    (row,) = open_rows(tmp_path, [make_row()], return_raw_chat=True)
+    assert set(Prompts.names()) <= set(row)
 
 
 def test_an_answer_without_a_token_is_refused(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -114,6 +115,23 @@ def split_rows(
     """As `split_micro_batches`, with a prompt that the module computes once for several answers counted once."""
     shared = rows.shared_prompts() if module.remove_padding else None
     return split_micro_batches(rows.lengths(), use_dynamic_bsz, max_tokens, micro_batch_size, shared)
+
+
+@dataclass
+class Work:
+    """Tokens that an update has computed, one number per sequence and epoch.
+
+    lengths: real tokens of each sequence, its prompt's included.
+    repeated: prompt tokens that a sequence has from another one: computed once, they count once.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    repeated: list[int] = field(default_factory=list)
+
+    def add(self, rows: AnswerRows) -> None:
+        """Count these rows; a prompt that follows its like is repeated."""
+        self.lengths += rows.lengths()
+        self.repeated += rows.shared_prompts()
 
 
 def data_parallel_size() -> int:

@@ -1,9 +1,9 @@
 """The algorithms as pure functions of tensors: advantages, policy, SFT and KL losses.
 
-Shapes: R rows (answers), T response tokens. Masks are 1 on real response tokens. The discriminator's
-losses are in `discriminator_algos`, those on preference pairs in `preference_algos`; both are re-exported here, where
-users look for them. No config object,
-no Ray, no FSDP: a registered policy loss reads its clip constants as attributes of whatever it is given.
+Shapes: R rows (answers), T response tokens. Masks are 1 on real response tokens. The discriminator's losses are in
+`discriminator_algos`, those on preference pairs in `preference_algos`; both are importable from here too, where users
+look for them. No config object, no Ray, no FSDP: a registered policy loss reads its clip constants as attributes of
+whatever it is given.
 """
 
 from __future__ import annotations

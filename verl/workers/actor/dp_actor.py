@@ -17,6 +17,7 @@ from verl.trainer.ppo.core_algos import agg_loss, compute_sft_loss, get_policy_l
 from verl.utils.torch_functional import masked_mean
 from verl.workers.updates import (
     MetricSums,
+    Work,
     data_parallel_size,
     optimizer_step,
     split_rows,
@@ -34,19 +35,21 @@ class DataParallelPPOActor:
     def __init__(
         self,
         config: ActorConfig,
-        rollout: RolloutConfig,
+        rollout_config: RolloutConfig,
         actor_module: PolicyModel,
         actor_optimizer: torch.optim.Optimizer | None = None,
     ):
         self.config = config
-        self.rollout = rollout
+        self.rollout_config = rollout_config
         self.actor_module = actor_module
         self.actor_optimizer = actor_optimizer
+        # Of the last update.
+        self.work = Work()
 
     @property
     def temperature(self) -> float:
         """The policy is the distribution that answers are drawn from, so its log-probs are taken at its temperature."""
-        return self.rollout.temperature if self.rollout.do_sample else 1.0
+        return self.rollout_config.temperature if self.rollout_config.do_sample else 1.0
 
     def compute_log_prob(self, data: DataProto, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the student's answers, (B, N, T) each, at the sampling temperature.
@@ -67,9 +70,9 @@ class DataParallelPPOActor:
         micro_batches = split_rows(
             rows,
             self.actor_module,
-            self.rollout.log_prob_use_dynamic_bsz,
-            self.rollout.log_prob_max_token_len_per_gpu,
-            self.rollout.log_prob_micro_batch_size_per_gpu,
+            self.rollout_config.log_prob_use_dynamic_bsz,
+            self.rollout_config.log_prob_max_token_len_per_gpu,
+            self.rollout_config.log_prob_micro_batch_size_per_gpu,
         )
         parts = [self.actor_module(rows.select(index), temperature, wanted) for index in micro_batches]
         reshard(self.actor_module)
@@ -94,7 +97,7 @@ class DataParallelPPOActor:
         Returns:
             metrics over all mini-batches and ranks.
         """
-        metrics = MetricSums()
+        metrics, self.work = MetricSums(), Work()
         prompts_per_rank = self.config.ppo_mini_batch_size // data_parallel_size()
         for _ in range(self.config.ppo_epochs):
             for mini_batch in data.split(prompts_per_rank):
@@ -108,6 +111,7 @@ class DataParallelPPOActor:
         coef = 0.0 if sft else mini_batch.meta_info.get(ANCHOR_COEF, 0.0)
         update = update_rows(mini_batch, sft, anchor=coef > 0)
         rows, totals = update.rows, self._totals(update)
+        self.work.add(rows)
         extra = {}
         if not sft:
             extra = {key: mini_batch.batch[key].flatten(0, 1) for key in POLICY_KEYS if key in mini_batch.batch}
