@@ -47,7 +47,7 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 class FSDPWorker(Worker):
-    """What the actor's and the critic's worker share."""
+    """The part that the actor's and the critic's worker share."""
 
     config: ActorRolloutRefConfig | CriticConfig
     optimizer: torch.optim.Optimizer
@@ -75,7 +75,7 @@ class FSDPWorker(Worker):
     def _build_trained(
         self, model: ModelConfig, kind: Kind, fsdp: FSDPConfig, optim: OptimizerConfig, total_steps: int
     ) -> AnswerModel:
-        """The module; its optimizer and schedule, and what keeps them all in checkpoints and in host memory."""
+        """Build the module, which is returned, its optimizer and schedule, its checkpoints and its offloading."""
         module = build_sharded_model(model, kind, fsdp, self.device)
         self.optimizer, self.lr_scheduler = build_optimizer(module, optim, total_steps)
         self.shape = ModelShape.of(module.hf.config, kind, model.trust_remote_code)
@@ -93,16 +93,16 @@ class FSDPWorker(Worker):
         return module
 
     @contextmanager
-    def working(self, phase: Phase, updates: bool = False) -> Iterator[None]:
-        """The model is on the device inside, with its optimizer if it `updates`."""
+    def on_device(self, phase: Phase, updates: bool = False) -> Iterator[None]:
+        """Keep the model on the device within the block, with its optimizer if it `updates`."""
         with explain_out_of_memory(phase, self.config), self.offloader.on_device(optimizer=updates):
             yield
 
     @contextmanager
-    def updating(self, phase: Phase) -> Iterator[None]:
-        """The model and its optimizer are on the device inside. The gradients, which take as much memory as the
-        weights, are gone afterwards."""
-        with self.working(phase, updates=True):
+    def update_on_device(self, phase: Phase) -> Iterator[None]:
+        """Keep the model and its optimizer on the device within the block, and time it. The gradients, which take as
+        much memory as the weights, are dropped afterwards."""
+        with self.on_device(phase, updates=True):
             start = time.perf_counter()
             yield
             self.update_seconds = time.perf_counter() - start
@@ -153,7 +153,7 @@ class FSDPWorker(Worker):
 class ActorRolloutRefWorker(FSDPWorker):
     """The policy, the engine that generates from it, and the frozen reference where a KL term needs one."""
 
-    # What PyTorch counts as allocated for an engine that sleeps through training.
+    # Bytes that PyTorch counts as allocated for an engine that sleeps through training.
     engine_bytes = 0
 
     def __init__(self, config: ActorRolloutRefConfig, device: str, seed: int, total_steps: int, use_reference: bool):
@@ -164,7 +164,7 @@ class ActorRolloutRefWorker(FSDPWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        """Build everything. The engine sleeps, and has no weights yet."""
+        """Build the policy, its reference and the engine, which sleeps and has no weights yet."""
         with explain_out_of_memory("init", self.config):
             self._build_actor()
             if self.use_reference:
@@ -202,8 +202,8 @@ class ActorRolloutRefWorker(FSDPWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def peak_memory(self) -> dict[str, float]:
-        """GiB that PyTorch held on this rank's GPU at most since the last call, for all roles of this process, less
-        what it counts for an engine that can sleep; empty without a GPU."""
+        """Peak GiB that PyTorch held on this rank's GPU since the last call, for all roles of this process, without the
+        memory that it counts for an engine that can sleep; empty without a GPU."""
         if not self.device.startswith("cuda"):
             return {}
         held = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
@@ -214,7 +214,7 @@ class ActorRolloutRefWorker(FSDPWorker):
     def push_weights(self) -> None:
         """Bring the engine to the policy's present weights."""
         dtype = getattr(torch, self.config.rollout.dtype)
-        with self.working("push_weights"):
+        with self.on_device("push_weights"):
             self.rollout.wake()
             self.rollout.push_weights(full_parameters(self.actor.actor_module.hf, dtype))
 
@@ -233,14 +233,14 @@ class ActorRolloutRefWorker(FSDPWorker):
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """`old_log_probs` and `entropys` (B, N, T) of the answers under the present policy."""
-        with self.working("compute_log_prob"):
+        with self.on_device("compute_log_prob"):
             log_probs, entropies = self.actor.compute_log_prob(data)
         return DataProto.from_dict({"old_log_probs": log_probs, "entropys": entropies})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_teacher_log_prob(self, data: DataProto) -> DataProto:
         """`teacher_log_probs` (B, T) of the teacher's answers under the present policy, at temperature 1."""
-        with self.working("compute_log_prob"):
+        with self.on_device("compute_log_prob"):
             return DataProto.from_dict({"teacher_log_probs": self.actor.compute_teacher_log_prob(data)})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
@@ -253,18 +253,18 @@ class ActorRolloutRefWorker(FSDPWorker):
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """Train the policy on the batch; the same metrics from every rank."""
-        with self.updating("update_actor"):
+        with self.update_on_device("update_actor"):
             metrics = self.actor.update_policy(data)
         return {**metrics, "actor/lr": self.finish_update(), **self.mfu("actor", self.actor.work)}
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_pair_ref_log_prob(self, data: DataProto) -> DataProto:
-        """`chosen_ref_log_prob` and `rejected_ref_log_prob` (B,) under the frozen reference; where there is none, under
-        the policy, which is the reference as long as it has its first weights."""
+        """`chosen_ref_log_prob` and `rejected_ref_log_prob` (B,) under the frozen reference. Without one they are the
+        policy's, which is the reference as long as it has its first weights."""
         if self.use_reference:
             with explain_out_of_memory("compute_ref_log_prob", self.config), self.reference_offloader.on_device():
                 return DataProto.from_dict(PairPolicy(self.reference).compute_log_prob(data))
-        with self.working("compute_log_prob"):
+        with self.on_device("compute_log_prob"):
             return DataProto.from_dict(PairPolicy(self.actor).compute_log_prob(data))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
@@ -272,7 +272,7 @@ class ActorRolloutRefWorker(FSDPWorker):
         """Train the policy on preference pairs as `meta_info["soda"]` (SodaConfig) says; the same metrics from every
         rank."""
         policy = PairPolicy(self.actor)
-        with self.updating("update_actor"):
+        with self.update_on_device("update_actor"):
             metrics = policy.update(data, data.meta_info["soda"])
         return {**metrics, "actor/lr": self.finish_update(), **self.mfu("actor", policy.work)}
 
@@ -281,8 +281,8 @@ class CriticWorker(FSDPWorker):
     """The discriminator.
 
     Args:
-        eos_token_ids: what may end a student's answer, of which the discriminator's own folder need not know, the
-            tokenizer's EOS first; None: that alone.
+        eos_token_ids: the tokens that may end a student's answer, the tokenizer's EOS first; the discriminator's own
+            folder need not know them. None: the tokenizer's EOS alone.
     """
 
     def __init__(
@@ -314,19 +314,19 @@ class CriticWorker(FSDPWorker):
     def compute_values(self, data: DataProto) -> DataProto:
         """Values per token: `values` (B, N, T), or `teacher_values` (B, T) with `meta_info["compute_teacher"]`."""
         name = "teacher_values" if data.meta_info.get("compute_teacher", False) else "values"
-        with self.working("compute_scores"):
+        with self.on_device("compute_scores"):
             return DataProto.from_dict({name: self.critic.compute_values(data)})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_scores(self, data: DataProto) -> DataProto:
         """Pooled scores of students and teachers under the present discriminator."""
-        with self.working("compute_scores"):
+        with self.on_device("compute_scores"):
             return DataProto.from_dict(self.critic.compute_scores(data))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
     def update_critic(self, data: DataProto) -> dict[str, float]:
         """Train the discriminator on the batch; the same metrics from every rank."""
-        with self.updating("update_critic"):
+        with self.update_on_device("update_critic"):
             metrics = self.critic.update_critic(data)
         return {**metrics, "critic/lr": self.finish_update(), **self.mfu("critic", self.critic.work)}
 
@@ -334,14 +334,14 @@ class CriticWorker(FSDPWorker):
     def score_and_update_critic(self, data: DataProto) -> DataProto:
         """`compute_scores` and one update on the whole batch in one forward; `meta_info["metrics"]` as from
         `update_critic`."""
-        with self.updating("update_critic"):
+        with self.update_on_device("update_critic"):
             scores, metrics = self.critic.score_and_update(data)
         metrics |= {"critic/lr": self.finish_update(), **self.mfu("critic", self.critic.work)}
         return DataProto.from_dict(scores, meta_info={"metrics": metrics})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def score_and_evaluate_critic(self, data: DataProto) -> DataProto:
-        """`score_and_update_critic` in a step that leaves the update out; its schedule goes on all the same."""
-        with self.working("compute_scores"):
+        """`score_and_update_critic` in a step without an update; the schedule advances all the same."""
+        with self.on_device("compute_scores"):
             scores, metrics = self.critic.score_and_evaluate(data)
         return DataProto.from_dict(scores, meta_info={"metrics": {**metrics, "critic/lr": self.finish_update()}})

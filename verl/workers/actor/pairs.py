@@ -11,7 +11,7 @@ import torch
 from verl.batch import PAIR_REFERENCE_KEYS, pair_rows
 from verl.config import SodaConfig
 from verl.models.packing import AnswerRows, copy_to
-from verl.models.sharding import reshard, synced
+from verl.models.sharding import reshard, with_gradient_sync
 from verl.protocol import DataProto
 from verl.trainer.ppo.preference_algos import compute_preference_loss
 from verl.workers.actor.dp_actor import DataParallelPPOActor
@@ -26,7 +26,7 @@ from verl.workers.updates import (
 
 
 class PairPolicy:
-    """What a policy, or a frozen reference, computes on pairs: one student answer per prompt in every batch.
+    """The computations of a policy, or a frozen reference, on pairs: one student answer per prompt in every batch.
 
     The loss is a mean over the pairs of the whole mini-batch over all ranks, so gradients do not depend on how pairs
     are split into micro-batches and ranks.
@@ -79,7 +79,7 @@ class PairPolicy:
             rows, config.use_dynamic_bsz, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu
         )
         self.actor.actor_optimizer.zero_grad()
-        for index in synced(self.module, micro_batches, config.fsdp_config.sync_gradients_once):
+        for index in with_gradient_sync(self.module, micro_batches, config.fsdp_config.sync_gradients_once):
             micro = select_pairs(rows, index)
             loss, means = self._loss(micro, copy_to(references[index], device), soda)
             # The loss is a mean over this part's pairs.
@@ -89,7 +89,7 @@ class PairPolicy:
     def _loss(
         self, rows: AnswerRows, references: torch.Tensor, soda: SodaConfig
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Of R pairs, with the reference's sums (R, 2): the loss, and metrics as means over the pairs."""
+        """The loss of R pairs, given the reference's sums (R, 2), and metrics as means over the pairs."""
         log_probs = self._log_probs(rows)
         lengths = copy_to(rows.response_mask.sum(-1).view(-1, 2), log_probs.device)
         scale = 1 / lengths if soda.length_normalized else 1.0
@@ -103,7 +103,7 @@ class PairPolicy:
         return loss, means
 
     def _log_probs(self, rows: AnswerRows) -> torch.Tensor:
-        """(R, 2), of the chosen and the rejected answer of each pair."""
+        """(R, 2), the sums of log-probs of each pair's chosen and rejected answer."""
         log_probs, _ = self.module(rows)
         return log_probs.sum(-1).view(-1, 2)
 

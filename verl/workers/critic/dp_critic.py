@@ -15,7 +15,7 @@ import torch
 from verl.batch import student_rows, teacher_rows
 from verl.config import CriticConfig
 from verl.models.answer_models import ScoreModel
-from verl.models.sharding import reshard, synced
+from verl.models.sharding import reshard, with_gradient_sync
 from verl.protocol import DataProto
 from verl.trainer.ppo.discriminator_algos import (
     PairScores,
@@ -23,7 +23,7 @@ from verl.trainer.ppo.discriminator_algos import (
     get_discriminator_loss_fn,
     with_one_eos,
 )
-from verl.workers.critic.groups import GroupRows, ScoreTable
+from verl.workers.critic.groups import DistinctAnswers, ScoreTable
 from verl.workers.updates import (
     MetricSums,
     Work,
@@ -90,7 +90,7 @@ class DataParallelPPOCritic:
         """Scores as the loss pools them, of every answer in the batch; see `ScoreTable.tensors`."""
         table = ScoreTable(*data.batch["responses"].shape[:2])
         for part in self._score_groups(data):
-            table.put(*part)
+            table.add(*part)
         reshard(self.critic_module)
         return table.tensors()
 
@@ -128,7 +128,7 @@ class DataParallelPPOCritic:
         for index, scores, tokens in self._score_groups(data):
             loss, parts = self.loss.fn(scores, **constants)
             metrics.add({"critic/d_loss": loss, **parts}, float(len(index)))
-            table.put(index, scores, tokens)
+            table.add(index, scores, tokens)
         reshard(self.critic_module)
         return table.tensors(), metrics.means()
 
@@ -144,7 +144,7 @@ class DataParallelPPOCritic:
             means = {"critic/d_loss": loss, **parts}
             metrics.add({name: value.detach() for name, value in means.items()}, float(len(index)))
             if table is not None:
-                table.put(index, scores, tokens)
+                table.add(index, scores, tokens)
         norm = optimizer_step(self.critic_module, self.critic_optimizer, self.config.grad_clip)
         metrics.add({"critic/grad_norm": norm}, 1.0)
 
@@ -176,7 +176,7 @@ class DataParallelPPOCritic:
 
         Yields the groups' indices, their scores, and the tokens (G, N + 1) behind each, the teacher's last.
         """
-        groups = GroupRows.of(data, self.eos_token_id, self.config.discriminator.exclude_eos)
+        groups = DistinctAnswers.of(data, self.eos_token_id, self.config.discriminator.exclude_eos)
         size = self.config.ppo_micro_batch_size_per_gpu
         micro_batches = split_micro_batches(
             groups.lengths(share_prompts=self.critic_module.remove_padding),
@@ -185,6 +185,6 @@ class DataParallelPPOCritic:
             None if size is None else max(1, size // groups.members.shape[1]),
         )
         once = self.config.model.fsdp_config.sync_gradients_once
-        for index in synced(self.critic_module, micro_batches, once):
+        for index in with_gradient_sync(self.critic_module, micro_batches, once):
             part = groups.select(index)
             yield index, *part.scores(self.critic_module(part.rows), self.pooling)
