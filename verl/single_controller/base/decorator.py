@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from verl.single_controller.base.shares import (
+from verl.single_controller.base.dispatch import (
     DispatchFns,
     chunk_per_rank,
     collect_list,

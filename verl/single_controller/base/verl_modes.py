@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from verl.single_controller.base.shares import DispatchFns, Ranks, chunk, concat, dispatch_dp_proto, map_values
+from verl.single_controller.base.dispatch import DispatchFns, Ranks, chunk, concat, dispatch_dp_proto, map_values
 
 
 def dispatch_all_to_all(group: Ranks, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:

@@ -7,7 +7,7 @@ from typing import Any
 from verl.compat.futures import PendingResult, resolved
 from verl.compat.workers import WorkerGroupMethods
 from verl.single_controller.base.decorator import REGISTRATION, Execute, Registration
-from verl.single_controller.base.shares import Padding, pad_arguments
+from verl.single_controller.base.dispatch import Padding, pad_arguments
 
 
 class ResourcePool:
