@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tests.tiny import FAMILIES, SIZES, answer_rows, causal_lm, scorer
-from verl.memory.estimate import GIB, Run, check_memory, estimate_memory, host_memory, layer_bytes_per_token
+from verl.memory.estimate import GIB, RunSettings, check_memory, estimate_memory, host_memory, layer_bytes_per_token
 from verl.memory.knobs import knobs
 from verl.models.answer_models import PolicyModel
 from verl.models.packing import AnswerRows
@@ -41,10 +41,10 @@ def critic() -> ModelShape:
     return ModelShape.of(qwen(num_labels=1), "score")
 
 
-def run_of(*overrides: str) -> Run:
+def run_of(*overrides: str) -> RunSettings:
     required = ["data.train_files=x", "actor_rollout_ref.model.path=x", "trainer.experiment_name=x"]
     config = compose_config([*required, "trainer.device=cuda", *SMALL, *overrides])
-    return Run(
+    return RunSettings(
         config.actor_rollout_ref,
         config.critic if config.use_critic else None,
         config.use_reference,

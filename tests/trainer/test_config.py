@@ -696,6 +696,15 @@ def test_the_command_line_finds_its_yaml_from_another_folder(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_run_leaves_no_log_file_in_the_working_folder(tmp_path):
+    # Unlike `--cfg job`, a run goes through Hydra's set-up of logging; this one ends at the settings.
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", "stage=seqkd", "trainer.nnodes=many"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "trainer.nnodes" in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
 def test_every_yaml_is_package_data(tmp_path):
     code = (
         "import distutils.core as core, os\n"

@@ -29,6 +29,7 @@ from tests.utils.word_rows import (
     write_jsonl,
     write_parquet,
 )
+from verl.batch import Prompts
 from verl.utils.dataset import rl_dataset, texts
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.dataset.texts import Tokenization
@@ -385,6 +386,19 @@ def test_a_loader_makes_batches(tmp_path, workers):
     objects = {key for key, value in first.items() if isinstance(value, np.ndarray)}
     assert objects == {"raw_prompt_ids", "teacher_text", "index", "uid", "extra_info", "raw_prompt"}
     assert all(first[key].dtype == object and first[key].shape == (2,) for key in objects)
+
+
+def test_a_batch_keeps_the_named_columns_that_rows_have(tmp_path):
+    dataset = open_rows(tmp_path, [make_row("one"), make_row("two")])
+    batch = collate_fn([dataset[0], dataset[1]], columns=("input_ids", "index", "raw_prompt"))
+    assert set(batch) == {"input_ids", "index"}
+    assert batch["input_ids"].shape == (2, 6)
+    assert batch["index"].tolist() == [0, 1]
+
+
+def test_a_run_reads_columns_that_the_dataset_has(tmp_path):
+    (row,) = open_rows(tmp_path, [make_row()], return_raw_chat=True)
+    assert set(Prompts.names()) <= set(row)
 
 
 def test_an_answer_without_a_token_is_refused(tmp_path):

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.workers.fsdp_workers import FSDPWorker
+from verl.trainer.ppo.student import Student
+from verl.workers.fsdp_workers import ActorRolloutRefWorker
 
 GIB = 2**30
 
 
-def worker_on(device: str) -> FSDPWorker:
-    worker = FSDPWorker.__new__(FSDPWorker)
+def worker_on(device: str) -> ActorRolloutRefWorker:
+    worker = ActorRolloutRefWorker.__new__(ActorRolloutRefWorker)
     worker.device = device
     return worker
 
@@ -24,7 +24,7 @@ def test_peaks_are_since_the_last_call_and_without_the_engine(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "reset_peak_memory_stats", lambda: held.update(allocated=20 * GIB, reserved=30 * GIB)
     )
-    monkeypatch.setattr(FSDPWorker, "engine_bytes", 12 * GIB)
+    monkeypatch.setattr(ActorRolloutRefWorker, "engine_bytes", 12 * GIB)
     worker = worker_on("cuda:0")
     assert worker.peak_memory() == {"perf/max_memory_allocated_gb": 48, "perf/max_memory_reserved_gb": 50}
     assert worker.peak_memory() == {"perf/max_memory_allocated_gb": 8, "perf/max_memory_reserved_gb": 18}
@@ -45,6 +45,6 @@ def test_a_cpu_has_no_peaks():
     ],
 )
 def test_of_all_ranks_the_largest_is_logged(reports, expected):
-    trainer = RayPPOTrainer.__new__(RayPPOTrainer)
-    trainer.actor_rollout = SimpleNamespace(peak_memory=lambda: reports)
-    assert trainer._peak_memory() == expected
+    student = Student.__new__(Student)
+    student.workers = SimpleNamespace(peak_memory=lambda: reports)
+    assert student.peak_memory() == expected

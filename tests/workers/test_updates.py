@@ -15,7 +15,7 @@ from verl.models.packing import AnswerRows
 from verl.trainer.ppo import balancing
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
-from verl.workers.critic.groups import GroupRows
+from verl.workers.critic.groups import DistinctAnswers
 from verl.workers.updates import MetricSums, build_optimizer, optimizer_step, split_rows
 
 
@@ -301,12 +301,12 @@ def test_a_prompt_counts_once_where_it_is_computed_once():
 def test_tokens_of_a_group(share_prompts, expected):
     """Prompts of 5, 1, 9, 3 tokens, teachers of 2, 7, 1, 6, and students of [7, 1, 3], [2, 7, 4], [5, 5, 1], [6, 2, 7]
     without their EOS, of which two are equal in the third group, and the first is the teacher's in the last."""
-    assert GroupRows.of(batch(), EOS, exclude_eos=True).lengths(share_prompts) == expected
+    assert DistinctAnswers.of(batch(), EOS, exclude_eos=True).lengths(share_prompts) == expected
 
 
 def test_tokens_of_a_group_with_eos():
     """As above, and one EOS more for each answer with one, but none where the teacher's answer was cut."""
-    assert GroupRows.of(batch(), EOS, exclude_eos=False).lengths(True) == [20, 22, 17, 18]
+    assert DistinctAnswers.of(batch(), EOS, exclude_eos=False).lengths(True) == [20, 22, 17, 18]
 
 
 def test_how_an_answer_is_closed_tells_the_discriminator_nothing():

@@ -1,4 +1,4 @@
-"""Settings of the policy, its frozen reference, and the group that holds them with the rollout."""
+"""Settings of the policy and its frozen reference, and the policy settings, which hold them with the rollout."""
 
 from typing import Literal
 
@@ -52,7 +52,7 @@ class RefConfig:
 
 @settings
 class ActorRolloutRefConfig:
-    """Everything that lives in one process per rank around the policy."""
+    """The policy settings: everything around the policy, one process per rank."""
 
     model: ModelConfig
     actor: ActorConfig

@@ -131,7 +131,7 @@ class RewardModelConfig:
 
 @settings
 class HybridActorRolloutRefConfig(ActorRolloutRefConfig):
-    """The workers' group with the key that names its only layout."""
+    """The policy settings, with the key that names their only layout."""
 
     hybrid_engine: bool
 

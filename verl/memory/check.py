@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from verl.config import ModelConfig
 from verl.config.run import Config
-from verl.memory.estimate import Run, check_memory
+from verl.memory.estimate import RunSettings, check_memory
 from verl.models.loading import Kind, load_config
 from verl.models.shape import ModelShape
 
@@ -18,7 +18,7 @@ def check_run_memory(config: Config, sizes: tuple[int, int] | None) -> None:
     if sizes is None:
         return
     critic = config.critic if config.use_critic else None
-    run = Run(
+    run = RunSettings(
         config.actor_rollout_ref,
         critic,
         config.use_reference,

@@ -9,14 +9,14 @@ import torch
 
 from verl.config import ActorRolloutRefConfig, CriticConfig
 from verl.memory.knobs import Phase, knobs
+from verl.utils.units import GIB
 
-GIB = 2**30
 OPENING = "The GPU's memory is full in "
 
 
 @contextmanager
 def explain_out_of_memory(phase: Phase, settings: ActorRolloutRefConfig | CriticConfig) -> Iterator[None]:
-    """Put the settings that would help before the text of an out-of-memory error that is raised inside.
+    """Prefix any out-of-memory error raised inside the block with the settings that would help.
 
     An engine that allocates beside PyTorch raises a plain RuntimeError where PyTorch has a type of its own.
 

@@ -1,7 +1,7 @@
 """How much memory a run will need, from its settings and the sizes of its models: an estimate, made before it starts.
 
-Counted are the sets that are large and known. N is a model's number of parameters, b the bytes of a number in the
-type it computes in (2 for bf16), T the tokens of the largest micro-batch that may come.
+The estimate covers the tensors that are large and whose size is known in advance. N is a model's number of parameters,
+b the bytes of a number in the type it computes in (2 for bf16), S the tokens of the largest possible micro-batch.
 
 | set | bytes on each GPU | there while |
 |---|---|---|
@@ -9,7 +9,7 @@ type it computes in (2 for bf16), T the tokens of the largest micro-batch that m
 | AdamW's two moments, fp32 | 8 N / ranks | updated; always, without optimizer_offload |
 | gradients, fp32 | 4 N / ranks; 4 N with sync_gradients_once and several micro-batches | updated |
 | gathered layers and their gradients | see `_gathered` | updated |
-| activations | T times `layer_bytes_per_token` of each layer | updated |
+| activations | S times `layer_bytes_per_token` of each layer | updated |
 | logits | a chunk, at most CHUNK_BYTES | the actor is updated |
 | reference | b N / ranks | reference log-probs are computed; always, without param_offload |
 | vLLM's weights and KV cache | gpu_memory_utilization of the card | generating; always, without free_cache_engine |
@@ -40,10 +40,10 @@ from verl.config import (
 from verl.memory.knobs import Knob, Phase, knobs
 from verl.models.head_log_probs import CHUNK_BYTES
 from verl.models.shape import ModelShape
+from verl.utils.units import GIB
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 MASTER, MOMENTS, GRADIENT = 4, 8, 4
 # An allowance, not a sum: a context and its libraries take about a GiB, and the allocator wastes some.
 OVERHEAD_BYTES = 2 * GIB
@@ -52,14 +52,14 @@ PHASES: dict[Phase, str] = {
     "update_actor": "the actor is updated",
     "update_critic": "the critic is updated",
 }
-Parts = dict[str, float]
+Sizes = dict[str, float]
 # Where Linux says what a container may use: version 2 of its control groups, and version 1.
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
-class Run:
-    """The settings that decide over memory. `critic` is None where there is no discriminator."""
+class RunSettings:
+    """The settings that determine memory use. `critic` is None where there is no discriminator."""
 
     actor_rollout_ref: ActorRolloutRefConfig
     critic: CriticConfig | None
@@ -72,10 +72,10 @@ class Run:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by part: on each GPU in each phase, and in each machine's host memory."""
+    """Bytes by name of what takes them: on each GPU in each phase, and in each machine's host memory."""
 
-    phases: dict[Phase, Parts]
-    host: Parts
+    phases: dict[Phase, Sizes]
+    host: Sizes
 
     def need(self, phase: Phase) -> float:
         """Bytes on each GPU in a phase."""
@@ -83,11 +83,11 @@ class MemoryEstimate:
 
     @property
     def largest(self) -> Phase:
-        """The phase that needs most."""
+        """The phase that needs the most."""
         return max(self.phases, key=self.need)
 
     def sentence(self, gpu_bytes: float, host_bytes: float) -> str:
-        """What is needed, when, of how much, and by what."""
+        """The need of the largest phase, its biggest parts, and that of host memory, each beside what there is."""
         phase = self.largest
         parts = sorted(self.phases[phase].items(), key=lambda part: -part[1])[:5]
         biggest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
@@ -99,7 +99,7 @@ class MemoryEstimate:
 
 
 def host_memory(limits: tuple[Path, ...] = CONTAINER_LIMITS) -> int:
-    """Bytes of host memory that this machine's processes may use: all there are, or what its container is given."""
+    """Bytes of host memory that this machine's processes may use: all of it, or the limit of its container."""
     sizes = [psutil.virtual_memory().total]
     for file in limits:
         text = file.read_text().strip() if file.exists() else "max"
@@ -109,9 +109,9 @@ def host_memory(limits: tuple[Path, ...] = CONTAINER_LIMITS) -> int:
 
 
 def check_memory(
-    run: Run, actor: ModelShape, critic: ModelShape | None, gpu_bytes: float, host_bytes: float
+    run: RunSettings, actor: ModelShape, critic: ModelShape | None, gpu_bytes: float, host_bytes: float
 ) -> MemoryEstimate:
-    """Log the estimate, and warn where it is more than there is, with what each setting would save.
+    """Log the estimate, and warn where it exceeds the memory there is, with the savings of each setting.
 
     Args:
         gpu_bytes: of one card.
@@ -124,7 +124,7 @@ def check_memory(
     logger.info("Memory: the run %s", estimate.sentence(gpu_bytes, host_bytes))
     for phase, parts in estimate.phases.items():
         fixed = sum(size for name, size in parts.items() if name.endswith((" weights", " optimizer states")))
-        advice = _advice(run, actor, critic, gpu_bytes, phase)
+        advice = _savings(run, actor, critic, gpu_bytes, phase)
         if fixed > gpu_bytes:
             raise ValueError(
                 f"weights and optimizer states need {fixed / GIB:.1f} GiB on each GPU while {PHASES[phase]}, and it "
@@ -145,14 +145,14 @@ def check_memory(
     return estimate
 
 
-def estimate_memory(run: Run, actor: ModelShape, critic: ModelShape | None, gpu_bytes: float) -> MemoryEstimate:
-    """The parts of each phase; `gpu_bytes` is what vLLM's share is taken of."""
-    group = run.actor_rollout_ref
+def estimate_memory(run: RunSettings, actor: ModelShape, critic: ModelShape | None, gpu_bytes: float) -> MemoryEstimate:
+    """The parts of each phase. vLLM's share is a fraction of `gpu_bytes`."""
+    policy_settings = run.actor_rollout_ref
     resting = _resting(run, actor, critic)
     engine = _engine(run, actor, gpu_bytes)
     always = {"CUDA and its libraries": float(OVERHEAD_BYTES)}
-    beside = {} if group.rollout.name == "vllm" and group.rollout.free_cache_engine else engine
-    phases: dict[Phase, Parts] = {
+    beside = {} if policy_settings.rollout.name == "vllm" and policy_settings.rollout.free_cache_engine else engine
+    phases: dict[Phase, Sizes] = {
         "generate": {**resting, **engine, **always},
         "update_actor": {**resting, **_actor_update(run, actor), **beside, **always},
     }
@@ -162,7 +162,7 @@ def estimate_memory(run: Run, actor: ModelShape, critic: ModelShape | None, gpu_
 
 
 def layer_bytes_per_token(shape: ModelShape, dtype: str, compiled: bool) -> int:
-    """What a pre-norm decoder layer keeps for its backward pass, per token: the inputs of its products and norms.
+    """Bytes per token that a pre-norm decoder layer keeps for its backward pass: the inputs of its products and norms.
 
     With hidden size D, intermediate size F, queries Q and keys K (all heads), b bytes per number:
 
@@ -174,7 +174,7 @@ def layer_bytes_per_token(shape: ModelShape, dtype: str, compiled: bool) -> int:
     Against the peaks of a Qwen2.5-1.5B, 16,384 tokens, on an H200: compiling takes off 12.9 GiB here and took off
     12.9 there; computing every layer again takes off 41.3 here and took off 45.0 there, with keys repeated per head.
     """
-    b = _bytes(dtype)
+    b = _itemsize(dtype)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = 2 * (2 * b if compiled else 4 + 2 * b) * shape.width
     attention = b * (2 * queries + 2 * keys) + 4 * shape.heads
@@ -182,65 +182,67 @@ def layer_bytes_per_token(shape: ModelShape, dtype: str, compiled: bool) -> int:
     return norms + attention + head_norms + (3 if compiled else 4) * b * shape.intermediate
 
 
-def _resting(run: Run, actor: ModelShape, critic: ModelShape | None) -> Parts:
-    """What stays on the GPU while others work."""
-    group, parts = run.actor_rollout_ref, {}
+def _resting(run: RunSettings, actor: ModelShape, critic: ModelShape | None) -> Sizes:
+    """Models and states that stay on the GPU while others work."""
+    policy_settings, parts = run.actor_rollout_ref, {}
     for name, shape, fsdp in _trained(run, actor, critic):
         if not fsdp.param_offload:
             parts[f"{name}'s weights"] = MASTER * shape.parameters / run.ranks
         if not fsdp.optimizer_offload:
             parts[f"{name}'s optimizer states"] = MOMENTS * shape.parameters / run.ranks
-    if run.use_reference and not group.ref.fsdp_config.param_offload:
+    if run.use_reference and not policy_settings.ref.fsdp_config.param_offload:
         parts["reference's weights"] = _reference(run, actor)
     return parts
 
 
-def _trained(run: Run, actor: ModelShape, critic: ModelShape | None) -> list[tuple[str, ModelShape, FSDPConfig]]:
+def _trained(
+    run: RunSettings, actor: ModelShape, critic: ModelShape | None
+) -> list[tuple[str, ModelShape, FSDPConfig]]:
     trained = [("actor", actor, run.actor_rollout_ref.actor.fsdp_config)]
     if critic is not None:
         trained.append(("critic", critic, run.critic.model.fsdp_config))
     return trained
 
 
-def _reference(run: Run, actor: ModelShape) -> float:
-    return _bytes(run.actor_rollout_ref.ref.fsdp_config.dtype) * actor.parameters / run.ranks
+def _reference(run: RunSettings, actor: ModelShape) -> float:
+    return _itemsize(run.actor_rollout_ref.ref.fsdp_config.dtype) * actor.parameters / run.ranks
 
 
-def _engine(run: Run, actor: ModelShape, gpu_bytes: float) -> Parts:
+def _engine(run: RunSettings, actor: ModelShape, gpu_bytes: float) -> Sizes:
     rollout = run.actor_rollout_ref.rollout
     if rollout.name == "vllm":
         return {"vLLM": rollout.gpu_memory_utilization * gpu_bytes}
-    b = _bytes(rollout.dtype)
+    b = _itemsize(rollout.dtype)
     longest = rollout.prompt_length + rollout.response_length
     per_token = 2 * actor.layers * actor.kv_heads * actor.head_dim * b
     return {"rollout's weights": b * actor.parameters, "KV cache": rollout.max_num_seqs * longest * per_token}
 
 
-def _actor_update(run: Run, shape: ModelShape) -> Parts:
-    group = run.actor_rollout_ref
-    actor, rollout = group.actor, group.rollout
+def _actor_update(run: RunSettings, shape: ModelShape) -> Sizes:
+    policy_settings = run.actor_rollout_ref
+    actor, rollout = policy_settings.actor, policy_settings.rollout
     prompts = max(1, actor.ppo_mini_batch_size // run.ranks)
     answers = 2 if run.pairs else 1 if actor.use_sft_mode else rollout.n
-    sharing = answers if group.model.use_remove_padding else 1
+    sharing = answers if policy_settings.model.use_remove_padding else 1
     together = answers if run.pairs else 1
-    tokens, several = _micro_batch(actor, rollout, prompts * answers, sharing, together)
-    parts = _update("actor", run, shape, actor.fsdp_config, group.model, tokens, several)
+    tokens, several = _largest_micro_batch(actor, rollout, prompts * answers, sharing, together)
+    parts = _update("actor", run, shape, actor.fsdp_config, policy_settings.model, tokens, several)
     # Only answers have logits. What is kept of them beyond a chunk is kept where there is room.
     answered = tokens * sharing * rollout.response_length / _tokens(rollout, sharing, sharing)
-    parts["logits"] = min(CHUNK_BYTES, answered * shape.vocabulary * _bytes(actor.fsdp_config.dtype))
+    parts["logits"] = min(CHUNK_BYTES, answered * shape.vocabulary * _itemsize(actor.fsdp_config.dtype))
     return parts
 
 
-def _critic_update(run: Run, shape: ModelShape) -> Parts:
+def _critic_update(run: RunSettings, shape: ModelShape) -> Sizes:
     critic, rollout = run.critic, run.actor_rollout_ref.rollout
     prompts = max(1, critic.ppo_mini_batch_size // run.ranks)
     members = rollout.n + 1
     sharing = members if critic.model.use_remove_padding else 1
-    tokens, several = _micro_batch(critic, rollout, prompts * members, sharing, together=members)
+    tokens, several = _largest_micro_batch(critic, rollout, prompts * members, sharing, together=members)
     return _update("critic", run, shape, critic.model.fsdp_config, critic.model, tokens, several)
 
 
-def _micro_batch(
+def _largest_micro_batch(
     part: ActorConfig | CriticConfig, rollout: RolloutConfig, rows: int, sharing: int, together: int
 ) -> tuple[int, bool]:
     """Tokens of the largest micro-batch, if everything is as long as it may be, and whether there are several.
@@ -257,15 +259,15 @@ def _micro_batch(
 
 
 def _tokens(rollout: RolloutConfig, rows: int, sharing: int) -> int:
-    """At most, of a micro-batch of so many rows at their longest: cuts may fall between rows of one prompt."""
+    """The most tokens that so many rows at their longest can have: cuts may fall between the rows of one prompt."""
     prompts = (sharing - gcd(rows, sharing) + rows - 1) // sharing + 1
     return prompts * rollout.prompt_length + rows * rollout.response_length
 
 
 def _update(
-    name: str, run: Run, shape: ModelShape, fsdp: FSDPConfig, model: ModelConfig, tokens: int, several: bool
-) -> Parts:
-    """What an update adds to what rests on the GPU; weights and states that came from the host included."""
+    name: str, run: RunSettings, shape: ModelShape, fsdp: FSDPConfig, model: ModelConfig, tokens: int, several: bool
+) -> Sizes:
+    """The memory that an update adds to what rests on the GPU, with weights and states that came from the host."""
     return {
         f"{name}'s weights": MASTER * shape.parameters / run.ranks,
         f"{name}'s optimizer states": MOMENTS * shape.parameters / run.ranks,
@@ -277,23 +279,24 @@ def _update(
 
 
 def _gathered(shape: ModelShape, fsdp: FSDPConfig) -> float:
-    """Weights in compute type: two layers (one at work, one on its way) and what is outside of them, or everything
-    without reshard_after_forward; and the gradients of the latter, and of one layer once more in fp32."""
-    b = _bytes(fsdp.dtype)
+    """Gathered weights in compute type: two layers (one at work, one on its way) and what is outside the layers, or
+    everything without reshard_after_forward. Their gradients: of what is outside the layers and of one layer, the
+    latter once more in fp32."""
+    b = _itemsize(fsdp.dtype)
     outside = shape.parameters - shape.layers * shape.layer_parameters
     weights = 2 * shape.layer_parameters + outside if fsdp.reshard_after_forward else shape.parameters
     return b * (weights + outside) + (b + GRADIENT) * shape.layer_parameters
 
 
 def _activations(shape: ModelShape, fsdp: FSDPConfig, model: ModelConfig) -> float:
-    """Bytes per token: of a layer that is computed again only its input, and one such layer at a time in full."""
+    """Bytes per token: a recomputed layer keeps its input only, and one such layer at a time is there in full."""
     whole = layer_bytes_per_token(shape, fsdp.dtype, fsdp.use_torch_compile)
     recomputed = ceil(shape.layers * model.recompute_share) if model.enable_gradient_checkpointing else 0
     kept = shape.layers - recomputed + (1 if recomputed else 0)
-    return kept * whole + recomputed * _bytes(fsdp.dtype) * shape.width
+    return kept * whole + recomputed * _itemsize(fsdp.dtype) * shape.width
 
 
-def _host(run: Run, actor: ModelShape, critic: ModelShape | None) -> Parts:
+def _host(run: RunSettings, actor: ModelShape, critic: ModelShape | None) -> Sizes:
     """Bytes in one machine's memory: what all of its ranks put there, and a whole model as it is read at the start."""
     here, parts = run.ranks_per_machine / run.ranks, {}
     for name, shape, fsdp in _trained(run, actor, critic):
@@ -307,10 +310,10 @@ def _host(run: Run, actor: ModelShape, critic: ModelShape | None) -> Parts:
     return parts
 
 
-def _advice(run: Run, actor: ModelShape, critic: ModelShape | None, gpu_bytes: float, phase: Phase) -> str:
-    """Settings that would take memory off the phase, each alone, those that save most first."""
+def _savings(run: RunSettings, actor: ModelShape, critic: ModelShape | None, gpu_bytes: float, phase: Phase) -> str:
+    """The settings that would reduce the phase's memory, each by itself, the largest saving first."""
 
-    def need(changed: Run) -> float:
+    def need(changed: RunSettings) -> float:
         return estimate_memory(changed, actor, critic, gpu_bytes).need(phase)
 
     savings = []
@@ -322,7 +325,7 @@ def _advice(run: Run, actor: ModelShape, critic: ModelShape | None, gpu_bytes: f
     return ", ".join(f"{text} saves {saved / GIB:.1f} GiB" for saved, text in useful)
 
 
-def _turned(run: Run, knob: Knob) -> Run:
+def _turned(run: RunSettings, knob: Knob) -> RunSettings:
     return _with_value(run, knob.key.split("."), knob.better)
 
 
@@ -333,5 +336,5 @@ def _with_value(settings: Any, path: list[str], value: Any) -> Any:
     return replace(settings, **{path[0]: value})
 
 
-def _bytes(dtype: str) -> int:
+def _itemsize(dtype: str) -> int:
     return getattr(torch, dtype).itemsize

@@ -1,4 +1,7 @@
-"""Which settings take memory off a GPU, by what is being done: for the estimate and for errors, in one list."""
+"""One list of the settings that reduce GPU memory in each phase, used by the estimate and by out-of-memory errors.
+
+The errors come in phases that the estimate leaves out, on workers that know their own settings alone.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ Phase = Literal[
     "compute_scores",
     "update_critic",
 ]
-GROUP = "actor_rollout_ref"
-ACTOR_FSDP, REF_FSDP, CRITIC_FSDP = f"{GROUP}.actor.fsdp_config", f"{GROUP}.ref.fsdp_config", "critic.model.fsdp_config"
+POLICY = "actor_rollout_ref"
+ACTOR_FSDP, REF_FSDP = f"{POLICY}.actor.fsdp_config", f"{POLICY}.ref.fsdp_config"
+CRITIC_FSDP = "critic.model.fsdp_config"
 
 
 @dataclass(frozen=True)
@@ -34,26 +38,26 @@ class Knob:
         return f"{self.key}={self.better} (now {self.now})"
 
 
-def knobs(phase: Phase, group: ActorRolloutRefConfig | None, critic: CriticConfig | None) -> list[Knob]:
-    """What can be turned in a phase, the work's own settings first, then what rests beside it.
+def knobs(phase: Phase, policy_settings: ActorRolloutRefConfig | None, critic: CriticConfig | None) -> list[Knob]:
+    """The settings to change in a phase: the work's own first, then those of what rests beside it.
 
     Args:
-        group, critic: None where there is none, or where the caller does not know it: its settings are left out.
+        policy_settings, critic: None where there are none or the caller does not know them, which leaves them out.
     """
     found: list[Knob] = []
-    if group is not None:
-        found += _own_of_group(phase, group)
+    if policy_settings is not None:
+        found += _own_of_policy(phase, policy_settings)
     if critic is not None and phase in ("compute_scores", "update_critic"):
         found += _own_of_critic(phase, critic)
-    if group is not None:
-        found += _resting_of_group(phase, group)
+    if policy_settings is not None:
+        found += _resting_of_policy(phase, policy_settings)
     if critic is not None:
         found += _offload(CRITIC_FSDP, critic.model.fsdp_config, *_resting_flags(phase, _AT_WORK_CRITIC))
     return found
 
 
 _ENGINE_PHASES = ("init", "push_weights", "generate")
-# Which flags of the model at work still help: what the work needs cannot rest.
+# The offload flags of the model at work that still help: what the work needs cannot rest.
 _AT_WORK_ACTOR = {"push_weights": ("optimizer",), "compute_log_prob": ("optimizer",), "update_actor": ()}
 _AT_WORK_REF = {"compute_ref_log_prob": ()}
 _AT_WORK_CRITIC = {"compute_scores": ("optimizer",), "update_critic": ()}
@@ -63,25 +67,25 @@ def _resting_flags(phase: Phase, at_work: dict[str, tuple[str, ...]]) -> tuple[s
     return at_work.get(phase, ("param", "optimizer"))
 
 
-def _own_of_group(phase: Phase, group: ActorRolloutRefConfig) -> Iterator[Knob]:
-    actor, rollout = group.actor, group.rollout
+def _own_of_policy(phase: Phase, policy_settings: ActorRolloutRefConfig) -> Iterator[Knob]:
+    actor, rollout = policy_settings.actor, policy_settings.rollout
     if phase == "update_actor":
-        yield from _micro_batch(f"{GROUP}.actor", actor, rollout.prompt_length + rollout.response_length)
-        yield from _recomputation(f"{GROUP}.model", group.model)
+        yield from _micro_batch(f"{POLICY}.actor", actor, rollout.prompt_length + rollout.response_length)
+        yield from _recomputation(f"{POLICY}.model", policy_settings.model)
         yield from _gradients(ACTOR_FSDP, actor.fsdp_config)
         yield from _resharding(ACTOR_FSDP, actor.fsdp_config)
     elif phase in ("compute_log_prob", "compute_ref_log_prob"):
-        yield from _log_prob_micro_batch(group)
+        yield from _log_prob_micro_batch(policy_settings)
         is_actor = phase == "compute_log_prob"
-        fsdp = actor.fsdp_config if is_actor else group.ref.fsdp_config
+        fsdp = actor.fsdp_config if is_actor else policy_settings.ref.fsdp_config
         yield from _resharding(ACTOR_FSDP if is_actor else REF_FSDP, fsdp)
     elif phase in _ENGINE_PHASES:
         if rollout.name == "vllm":
             lower = round(rollout.gpu_memory_utilization - 0.1, 2)
             if lower > 0:
-                yield Knob(f"{GROUP}.rollout.gpu_memory_utilization", rollout.gpu_memory_utilization, lower)
+                yield Knob(f"{POLICY}.rollout.gpu_memory_utilization", rollout.gpu_memory_utilization, lower)
         elif phase == "generate" and rollout.max_num_seqs > 1:
-            yield Knob(f"{GROUP}.rollout.max_num_seqs", rollout.max_num_seqs, rollout.max_num_seqs // 2)
+            yield Knob(f"{POLICY}.rollout.max_num_seqs", rollout.max_num_seqs, rollout.max_num_seqs // 2)
 
 
 def _own_of_critic(phase: Phase, critic: CriticConfig) -> Iterator[Knob]:
@@ -92,12 +96,16 @@ def _own_of_critic(phase: Phase, critic: CriticConfig) -> Iterator[Knob]:
     yield from _resharding(CRITIC_FSDP, critic.model.fsdp_config)
 
 
-def _resting_of_group(phase: Phase, group: ActorRolloutRefConfig) -> Iterator[Knob]:
-    yield from _offload(ACTOR_FSDP, group.actor.fsdp_config, *_resting_flags(phase, _AT_WORK_ACTOR))
-    if not group.actor.use_sft_mode and "param" in _resting_flags(phase, _AT_WORK_REF):
-        yield from _offload(REF_FSDP, group.ref.fsdp_config, "param")
-    if group.rollout.name == "vllm" and not group.rollout.free_cache_engine and phase not in _ENGINE_PHASES:
-        yield Knob(f"{GROUP}.rollout.free_cache_engine", False, True)
+def _resting_of_policy(phase: Phase, policy_settings: ActorRolloutRefConfig) -> Iterator[Knob]:
+    yield from _offload(ACTOR_FSDP, policy_settings.actor.fsdp_config, *_resting_flags(phase, _AT_WORK_ACTOR))
+    if not policy_settings.actor.use_sft_mode and "param" in _resting_flags(phase, _AT_WORK_REF):
+        yield from _offload(REF_FSDP, policy_settings.ref.fsdp_config, "param")
+    if (
+        policy_settings.rollout.name == "vllm"
+        and not policy_settings.rollout.free_cache_engine
+        and phase not in _ENGINE_PHASES
+    ):
+        yield Knob(f"{POLICY}.rollout.free_cache_engine", False, True)
 
 
 def _micro_batch(key: str, part: ActorConfig | CriticConfig, longest: int) -> Iterator[Knob]:
@@ -110,8 +118,8 @@ def _micro_batch(key: str, part: ActorConfig | CriticConfig, longest: int) -> It
         yield Knob(f"{key}.ppo_micro_batch_size_per_gpu", size, size // 2)
 
 
-def _log_prob_micro_batch(group: ActorRolloutRefConfig) -> Iterator[Knob]:
-    rollout, key = group.rollout, f"{GROUP}.rollout.log_prob"
+def _log_prob_micro_batch(policy_settings: ActorRolloutRefConfig) -> Iterator[Knob]:
+    rollout, key = policy_settings.rollout, f"{POLICY}.rollout.log_prob"
     if rollout.log_prob_use_dynamic_bsz:
         now = rollout.log_prob_max_token_len_per_gpu
         lower = max(rollout.prompt_length + rollout.response_length, now // 2)

@@ -50,7 +50,7 @@ class HostCopy:
         storages = {storage._cdata: storage for storage in map(_storage, self._tensors()) if storage.nbytes()}
         out = list(zip(storages.values(), self._host_parts(list(storages.values())), strict=True))
         for storage, part in out:
-            part.copy_(_bytes(storage), non_blocking=True)
+            part.copy_(_as_bytes(storage), non_blocking=True)
         on_cuda = any(storage.device.type == "cuda" for storage, _ in out)
         if on_cuda:
             # The copies must have ended, and so must whatever FSDP's own streams still read.
@@ -66,7 +66,7 @@ class HostCopy:
         """Bring everything back; nothing happens to what is there."""
         for storage, part in self._out:
             storage.resize_(part.numel())
-            _bytes(storage).copy_(part, non_blocking=True)
+            _as_bytes(storage).copy_(part, non_blocking=True)
         self._out = []
 
     @contextmanager
@@ -202,7 +202,7 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     return local.untyped_storage()
 
 
-def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 

@@ -37,7 +37,8 @@ def compile_layers(hf: PreTrainedModel) -> None:
 
 
 def recompute_layers(hf: PreTrainedModel, share: float) -> None:
-    """Keep only the inputs of this share of the layers, and compute the rest of them again in the backward pass.
+    """Checkpoint this share of the layers: keep only their inputs and recompute everything else inside them in the
+    backward pass.
 
     The layers are spread evenly over the depth, the first among them: the last one's turn to be computed again comes
     when everything else is still in memory.

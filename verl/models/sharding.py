@@ -63,7 +63,7 @@ def build_sharded_model(
 
 
 def shard(module: AnswerModel, fsdp: FSDPConfig, device: str) -> None:
-    """Apply FSDP2 layer by layer; what is outside the layers (embedding, norm, head) forms the root's group."""
+    """Apply FSDP2 layer by layer; what is outside the layers (embedding, norm, head) belongs to the root."""
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     compute = getattr(torch, fsdp.dtype)
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -73,8 +73,10 @@ def shard(module: AnswerModel, fsdp: FSDPConfig, device: str) -> None:
     register_fsdp_forward_method(module, "plain")
 
 
-def synced(module: nn.Module, micro_batches: Sequence[Part], once: bool) -> Iterator[Part]:
-    """The micro-batches of one mini-batch, on each of which a backward pass follows. Every rank must have as many.
+def with_gradient_sync(module: nn.Module, micro_batches: Sequence[Part], once: bool) -> Iterator[Part]:
+    """Yield the micro-batches of one mini-batch; the caller makes a backward pass on each before it takes the next.
+
+    Every rank must have the same number of them.
 
     With `once`, gradients stay whole on their rank until the last backward pass, which reduces the sum of all;
     otherwise every one reduces its own.
@@ -86,8 +88,8 @@ def synced(module: nn.Module, micro_batches: Sequence[Part], once: bool) -> Iter
 
 
 def reshard(module: nn.Module) -> None:
-    """Put away what a forward pass without a backward one left gathered: FSDP2 keeps the root's group for a backward
-    pass that is sure to follow, and other groups too without `reshard_after_forward`."""
+    """Free the gathered weights that a forward pass without a backward pass leaves behind: FSDP2 keeps the root's for
+    the backward pass that it expects, and without `reshard_after_forward` all others too."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -97,8 +99,8 @@ def full_parameters(module: nn.Module, dtype: torch.dtype | None = None) -> Iter
     """Every parameter and every persistent buffer whole, one at a time, under its Hugging Face name; collective, all
     ranks must exhaust it.
 
-    Parameters in `dtype`, in which the shards travel already, or as they are; buffers as they are. What a forward pass
-    left gathered, in the type it computes in, has to be put away first (`reshard`).
+    Shards are cast to `dtype` before they are gathered (None: not cast); buffers are never cast. Call `reshard` first
+    if a forward pass may have left weights gathered, which have the type that it computes in.
     """
     for name, parameter in module.named_parameters():
         tensor = parameter.detach().to(dtype or parameter.dtype)

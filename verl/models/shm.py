@@ -21,11 +21,11 @@ from verl.config import ModelConfig
 from verl.models.loading import find_model
 from verl.utils.checkpoint.checksums import CHECKSUMS, write_checksums
 from verl.utils.checkpoint.whole import FSDP_CONFIG, part_checksums
+from verl.utils.units import GIB
 
 logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
-GIB = 2**30
 # Weights in formats that are not read where there are safetensors.
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"}
 

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import hydra
@@ -16,11 +17,13 @@ import ray
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
+from verl.batch import Prompts
 from verl.models.loading import all_eos_token_ids, quiet_transformers
 from verl.single_controller.ray.starting import join_or_start
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
+from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
-from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens, with_absolute_paths
+from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
 from verl.trainer.ppo.utils import Role, need_critic
@@ -90,13 +93,15 @@ class TaskRunner:
             dict.fromkeys(roles, "global_pool"),
             use_gpu=trainer.device != "cpu",
         )
-        runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate_fn)
+        # Half of a row's bytes are columns that users of verl's names know and nothing here reads.
+        collate = partial(collate_fn, columns=Prompts.names())
+        runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate)
         runner.origin = look_back(config, len(train))
         self.start(config)
-        group = config.actor_rollout_ref
+        policy_settings = config.actor_rollout_ref
         logger.info(
             "training on %d x %s in %s, answers by %s",
-            trainer.ranks, trainer.device, group.actor.fsdp_config.dtype, group.rollout.name,
+            trainer.ranks, trainer.device, policy_settings.actor.fsdp_config.dtype, policy_settings.rollout.name,
         )  # fmt: skip
         runner.init_workers()
         runner.fit()

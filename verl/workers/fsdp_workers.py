@@ -10,13 +10,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LRScheduler
 
-from verl.batch import ANCHOR_COEF, pair_rows, student_rows, teacher_rows, update_rows
 from verl.config import (
     ActorRolloutRefConfig,
     CriticConfig,
@@ -37,21 +35,19 @@ from verl.protocol import DataProto
 from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+from verl.utils.units import GIB
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.pairs import PairPolicy
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.rollout import get_rollout_class
-from verl.workers.updates import build_optimizer, data_parallel_size, sum_over_ranks
+from verl.workers.updates import Work, build_optimizer, data_parallel_size, sum_over_ranks
 
 # A process group's default half hour is short for the slowest rank of a large generation.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 class FSDPWorker(Worker):
-    """What the actor's and the critic's worker share."""
-
-    # What PyTorch counts as allocated for an engine that sleeps through training; one for all roles of the process.
-    engine_bytes: ClassVar[int] = 0
+    """The part that the actor's and the critic's worker share."""
 
     config: ActorRolloutRefConfig | CriticConfig
     optimizer: torch.optim.Optimizer
@@ -79,7 +75,7 @@ class FSDPWorker(Worker):
     def _build_trained(
         self, model: ModelConfig, kind: Kind, fsdp: FSDPConfig, optim: OptimizerConfig, total_steps: int
     ) -> AnswerModel:
-        """The module; its optimizer and schedule, and what keeps them all in checkpoints and in host memory."""
+        """Build the module, which is returned, its optimizer and schedule, its checkpoints and its offloading."""
         module = build_sharded_model(model, kind, fsdp, self.device)
         self.optimizer, self.lr_scheduler = build_optimizer(module, optim, total_steps)
         self.shape = ModelShape.of(module.hf.config, kind, model.trust_remote_code)
@@ -97,56 +93,42 @@ class FSDPWorker(Worker):
         return module
 
     @contextmanager
-    def working(self, phase: Phase, updates: bool = False) -> Iterator[None]:
-        """The model is on the device inside, with its optimizer if it `updates`."""
+    def on_device(self, phase: Phase, updates: bool = False) -> Iterator[None]:
+        """Keep the model on the device within the block, with its optimizer if it `updates`."""
         with explain_out_of_memory(phase, self.config), self.offloader.on_device(optimizer=updates):
             yield
 
     @contextmanager
-    def updating(self, phase: Phase) -> Iterator[None]:
-        """The model and its optimizer are on the device inside. The gradients, which take as much memory as the
-        weights, are gone afterwards."""
-        with self.working(phase, updates=True):
+    def update_on_device(self, phase: Phase) -> Iterator[None]:
+        """Keep the model and its optimizer on the device within the block, and time it. The gradients, which take as
+        much memory as the weights, are dropped afterwards."""
+        with self.on_device(phase, updates=True):
             start = time.perf_counter()
             yield
             self.update_seconds = time.perf_counter() - start
             self.optimizer.zero_grad()
 
-    def step_schedule(self, name: str) -> dict[str, float]:
-        """This step's learning rate, after which the schedule goes on to the next."""
-        metrics = {f"{name}/lr": self.lr_scheduler.get_last_lr()[0]}
+    def finish_update(self) -> float:
+        """The learning rate of the training step that ends here; the schedule advances to the next step's."""
+        rate = self.lr_scheduler.get_last_lr()[0]
         with warnings.catch_warnings():
             # A resumed run may begin with a step that leaves the update out; its rate is passed over as any other's.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.lr_scheduler.step()
-        return metrics
+        return rate
 
-    def update_metrics(self, name: str, lengths: list[int], repeated: list[int]) -> dict[str, float]:
-        """Of the update just made, of `name`, on sequences of these lengths. `repeated` are the tokens of prompts in
-        them that other sequences have as well: computed once, they count once.
-
-        Its learning rate (`step_schedule`); on a GPU whose rate is known, what share that work (`training_flops`) is of
-        what the GPU could have done in the time, the mean of all ranks.
-        """
-        metrics = self.step_schedule(name)
-        if not self.device.startswith("cuda"):
-            return metrics
-        limits, shape = LIMITS.get(torch.cuda.get_device_name(self.device)), self.shape
-        if limits is not None:
-            work = training_flops(shape.parameters, shape.layers, shape.heads * shape.head_dim, lengths, repeated)
-            share = work / (self.update_seconds * limits.flops)
-            metrics[f"perf/mfu/{name}"] = sum_over_ranks([share])[0] / data_parallel_size()
-        return metrics
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def peak_memory(self) -> dict[str, float]:
-        """GiB that PyTorch held on this rank's GPU at most since the last call, for all roles of this process, less
-        what it counts for an engine that can sleep; empty without a GPU."""
+    def mfu(self, name: str, work: Work) -> dict[str, float]:
+        """`perf/mfu/{name}`: the share of the GPU's peak FLOP/s that the last update's work (`training_flops`) amounts
+        to, averaged over ranks. Empty without a GPU whose peak is known."""
         if not self.device.startswith("cuda"):
             return {}
-        held = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-        torch.cuda.reset_peak_memory_stats()
-        return {f"perf/max_memory_{kind}_gb": (size - FSDPWorker.engine_bytes) / 2**30 for kind, size in held.items()}
+        limits, shape = LIMITS.get(torch.cuda.get_device_name(self.device)), self.shape
+        if limits is None:
+            return {}
+        width = shape.heads * shape.head_dim
+        flops = training_flops(shape.parameters, shape.layers, width, work.lengths, work.repeated)
+        share = flops / (self.update_seconds * limits.flops)
+        return {f"perf/mfu/{name}": sum_over_ranks([share])[0] / data_parallel_size()}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def memory_sizes(self) -> tuple[int, int] | None:
@@ -171,6 +153,9 @@ class FSDPWorker(Worker):
 class ActorRolloutRefWorker(FSDPWorker):
     """The policy, the engine that generates from it, and the frozen reference where a KL term needs one."""
 
+    # Bytes that PyTorch counts as allocated for an engine that sleeps through training.
+    engine_bytes = 0
+
     def __init__(self, config: ActorRolloutRefConfig, device: str, seed: int, total_steps: int, use_reference: bool):
         super().__init__(device, seed)
         self.config = config
@@ -179,7 +164,7 @@ class ActorRolloutRefWorker(FSDPWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        """Build everything. The engine sleeps, and has no weights yet."""
+        """Build the policy, its reference and the engine, which sleeps and has no weights yet."""
         with explain_out_of_memory("init", self.config):
             self._build_actor()
             if self.use_reference:
@@ -212,14 +197,24 @@ class ActorRolloutRefWorker(FSDPWorker):
             all_eos_token_ids(self.tokenizer, model.path),
         )
         if rollout.drops_weights:
-            FSDPWorker.engine_bytes = torch.cuda.memory_allocated() - before
+            self.engine_bytes = torch.cuda.memory_allocated() - before
         self.rollout.sleep()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def peak_memory(self) -> dict[str, float]:
+        """Peak GiB that PyTorch held on this rank's GPU since the last call, for all roles of this process, without the
+        memory that it counts for an engine that can sleep; empty without a GPU."""
+        if not self.device.startswith("cuda"):
+            return {}
+        held = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        torch.cuda.reset_peak_memory_stats()
+        return {f"perf/max_memory_{kind}_gb": (size - self.engine_bytes) / GIB for kind, size in held.items()}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def push_weights(self) -> None:
         """Bring the engine to the policy's present weights."""
         dtype = getattr(torch, self.config.rollout.dtype)
-        with self.working("push_weights"):
+        with self.on_device("push_weights"):
             self.rollout.wake()
             self.rollout.push_weights(full_parameters(self.actor.actor_module.hf, dtype))
 
@@ -238,14 +233,14 @@ class ActorRolloutRefWorker(FSDPWorker):
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """`old_log_probs` and `entropys` (B, N, T) of the answers under the present policy."""
-        with self.working("compute_log_prob"):
+        with self.on_device("compute_log_prob"):
             log_probs, entropies = self.actor.compute_log_prob(data)
         return DataProto.from_dict({"old_log_probs": log_probs, "entropys": entropies})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_teacher_log_prob(self, data: DataProto) -> DataProto:
         """`teacher_log_probs` (B, T) of the teacher's answers under the present policy, at temperature 1."""
-        with self.working("compute_log_prob"):
+        with self.on_device("compute_log_prob"):
             return DataProto.from_dict({"teacher_log_probs": self.actor.compute_teacher_log_prob(data)})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
@@ -258,38 +253,36 @@ class ActorRolloutRefWorker(FSDPWorker):
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """Train the policy on the batch; the same metrics from every rank."""
-        with self.updating("update_actor"):
+        with self.update_on_device("update_actor"):
             metrics = self.actor.update_policy(data)
-        rows = update_rows(data, self.config.actor.use_sft_mode, anchor=data.meta_info.get(ANCHOR_COEF, 0.0) > 0).rows
-        epochs = self.config.actor.ppo_epochs
-        return {**metrics, **self.update_metrics("actor", rows.lengths() * epochs, rows.shared_prompts() * epochs)}
+        return {**metrics, "actor/lr": self.finish_update(), **self.mfu("actor", self.actor.work)}
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_pair_ref_log_prob(self, data: DataProto) -> DataProto:
-        """`chosen_ref_log_prob` and `rejected_ref_log_prob` (B,) under the frozen reference; where there is none, under
-        the policy, which is the reference as long as it has its first weights."""
+        """`chosen_ref_log_prob` and `rejected_ref_log_prob` (B,) under the frozen reference. Without one they are the
+        policy's, which is the reference as long as it has its first weights."""
         if self.use_reference:
             with explain_out_of_memory("compute_ref_log_prob", self.config), self.reference_offloader.on_device():
                 return DataProto.from_dict(PairPolicy(self.reference).compute_log_prob(data))
-        with self.working("compute_log_prob"):
+        with self.on_device("compute_log_prob"):
             return DataProto.from_dict(PairPolicy(self.actor).compute_log_prob(data))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
     def update_actor_on_pairs(self, data: DataProto) -> dict[str, float]:
         """Train the policy on preference pairs as `meta_info["soda"]` (SodaConfig) says; the same metrics from every
         rank."""
-        with self.updating("update_actor"):
-            metrics = PairPolicy(self.actor).update(data, data.meta_info["soda"])
-        rows, epochs = pair_rows(data), self.config.actor.ppo_epochs
-        return {**metrics, **self.update_metrics("actor", rows.lengths() * epochs, rows.shared_prompts() * epochs)}
+        policy = PairPolicy(self.actor)
+        with self.update_on_device("update_actor"):
+            metrics = policy.update(data, data.meta_info["soda"])
+        return {**metrics, "actor/lr": self.finish_update(), **self.mfu("actor", policy.work)}
 
 
 class CriticWorker(FSDPWorker):
     """The discriminator.
 
     Args:
-        eos_token_ids: what may end a student's answer, of which the discriminator's own folder need not know, the
-            tokenizer's EOS first; None: that alone.
+        eos_token_ids: the tokens that may end a student's answer, the tokenizer's EOS first; the discriminator's own
+            folder need not know them. None: the tokenizer's EOS alone.
     """
 
     def __init__(
@@ -321,40 +314,34 @@ class CriticWorker(FSDPWorker):
     def compute_values(self, data: DataProto) -> DataProto:
         """Values per token: `values` (B, N, T), or `teacher_values` (B, T) with `meta_info["compute_teacher"]`."""
         name = "teacher_values" if data.meta_info.get("compute_teacher", False) else "values"
-        with self.working("compute_scores"):
+        with self.on_device("compute_scores"):
             return DataProto.from_dict({name: self.critic.compute_values(data)})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_scores(self, data: DataProto) -> DataProto:
         """Pooled scores of students and teachers under the present discriminator."""
-        with self.working("compute_scores"):
+        with self.on_device("compute_scores"):
             return DataProto.from_dict(self.critic.compute_scores(data))
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
     def update_critic(self, data: DataProto) -> dict[str, float]:
         """Train the discriminator on the batch; the same metrics from every rank."""
-        with self.updating("update_critic"):
+        with self.update_on_device("update_critic"):
             metrics = self.critic.update_critic(data)
-        return self._logged(metrics, data)
+        return {**metrics, "critic/lr": self.finish_update(), **self.mfu("critic", self.critic.work)}
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def score_and_update_critic(self, data: DataProto) -> DataProto:
         """`compute_scores` and one update on the whole batch in one forward; `meta_info["metrics"]` as from
         `update_critic`."""
-        with self.updating("update_critic"):
+        with self.update_on_device("update_critic"):
             scores, metrics = self.critic.score_and_update(data)
-        return DataProto.from_dict(scores, meta_info={"metrics": self._logged(metrics, data)})
+        metrics |= {"critic/lr": self.finish_update(), **self.mfu("critic", self.critic.work)}
+        return DataProto.from_dict(scores, meta_info={"metrics": metrics})
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def score_and_evaluate_critic(self, data: DataProto) -> DataProto:
-        """`score_and_update_critic` in a step that leaves the update out; its schedule goes on all the same."""
-        with self.working("compute_scores"):
+        """`score_and_update_critic` in a step without an update; the schedule advances all the same."""
+        with self.on_device("compute_scores"):
             scores, metrics = self.critic.score_and_evaluate(data)
-        return DataProto.from_dict(scores, meta_info={"metrics": {**metrics, **self.step_schedule("critic")}})
-
-    def _logged(self, metrics: dict[str, float], data: DataProto) -> dict[str, float]:
-        students, epochs = student_rows(data), self.critic.epochs(data)
-        lengths = students.lengths() + teacher_rows(data).lengths()
-        # The teacher's answer has the prompt, and the students' share it.
-        repeated = students.prompt_mask.sum(-1).tolist()
-        return {**metrics, **self.update_metrics("critic", lengths * epochs, repeated * epochs)}
+        return DataProto.from_dict(scores, meta_info={"metrics": {**metrics, "critic/lr": self.finish_update()}})

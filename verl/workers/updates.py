@@ -1,10 +1,11 @@
-"""What the actor's and the discriminator's updates share: micro-batches, totals over ranks, optimizer, schedule."""
+"""Shared by the actor's and the discriminator's updates: micro-batches, totals over ranks, optimizer, schedule."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,10 +57,10 @@ def build_optimizer(
 
 
 def _make_states(optimizer: torch.optim.AdamW) -> None:
-    """Make now what AdamW by itself makes in its first step.
+    """Allocate AdamW's state now instead of on its first step.
 
-    The states stay for good. By the first step PyTorch has large pieces of the GPU's memory at hand that activations
-    were in, and would put the states into them: what is left of these pieces could not be given back for the engine.
+    The state stays for good. By the first step PyTorch holds large pieces of GPU memory that activations were in, and
+    would put the state into them: the rest of those pieces could not be given back for the engine.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -94,8 +95,8 @@ def split_micro_batches(
     micro_batch_size: int | None,
     shared: list[int] | None = None,
 ) -> list[list[int]]:
-    """Indices of each micro-batch's rows (or groups, by their `lengths` in tokens), the same number of micro-batches
-    on every rank.
+    """The indices of each micro-batch's rows, or groups, whose tokens are `lengths`; every rank gets as many
+    micro-batches.
 
     With `use_dynamic_bsz` they are filled up to `max_tokens`, else they hold `micro_batch_size` rows. FSDP's
     collectives run once per micro-batch, so ranks with fewer would leave the others waiting. `shared`: see
@@ -111,18 +112,35 @@ def split_micro_batches(
 def split_rows(
     rows: AnswerRows, module: AnswerModel, use_dynamic_bsz: bool, max_tokens: int, micro_batch_size: int | None
 ) -> list[list[int]]:
-    """As `split_micro_batches`, with a prompt that the module computes once for several answers counted once."""
+    """`split_micro_batches` of rows; a prompt that the module computes once for several answers counts once."""
     shared = rows.shared_prompts() if module.remove_padding else None
     return split_micro_batches(rows.lengths(), use_dynamic_bsz, max_tokens, micro_batch_size, shared)
 
 
+@dataclass
+class Work:
+    """Tokens that an update has computed, one number per sequence and epoch.
+
+    lengths: real tokens of each sequence, its prompt's included.
+    repeated: prompt tokens that a sequence has from another one: computed once, they count once.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    repeated: list[int] = field(default_factory=list)
+
+    def add(self, rows: AnswerRows) -> None:
+        """Count these rows; a prompt that follows its like is repeated."""
+        self.lengths += rows.lengths()
+        self.repeated += rows.shared_prompts()
+
+
 def data_parallel_size() -> int:
-    """Ranks that share a batch."""
+    """The number of ranks that share a batch."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def sum_over_ranks(values: Iterable[float]) -> list[float]:
-    """Element-wise sum over all ranks."""
+    """Sum each value over all ranks."""
     tensor = torch.tensor(list(values), dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(tensor)

@@ -9,8 +9,9 @@ from transformers import GenerationConfig, Qwen2Config
 from tests.tiny import byte_tokenizer, scorer, write_model
 from verl.models.loading import all_eos_token_ids, load_config, load_model, load_tokenizer
 from verl.trainer.config import compose_config
+from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.ppo import model_checks
-from verl.trainer.ppo.model_checks import check_engine, check_models, with_absolute_paths
+from verl.trainer.ppo.model_checks import check_engine, check_models
 from verl.utils.checkpoint.best_link import point_best
 
 

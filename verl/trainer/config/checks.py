@@ -17,10 +17,9 @@ from verl.trainer.config.soda_checks import soda_conflicts
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
     POLICY_LOSS_REGISTRY,
-    PairScores,
-    get_discriminator_loss_fn,
     kl_penalty_forward,
 )
+from verl.trainer.ppo.discriminator_algos import PairScores, get_discriminator_loss_fn
 from verl.trainer.ppo.replay import past_groups
 from verl.utils.tracking import BACKENDS
 from verl.utils.user_code import is_user_function, load_user_function
@@ -33,7 +32,9 @@ def find_conflicts(config: Config) -> list[str]:
         _batches,
         _token_budgets,
         _names,
+        _critic_warmup,
         _stage,
+        _actor,
         soda_conflicts,
         _sampling,
         _kl,
@@ -118,7 +119,7 @@ def _names(config: Config) -> Iterator[str]:
         yield from unknown("trainer.logger", logger, list(BACKENDS))
 
 
-def _stage(config: Config) -> Iterator[str]:
+def _critic_warmup(config: Config) -> Iterator[str]:
     trainer, critic = config.trainer, config.critic
     auto = trainer.critic_warmup == "auto"
     if not auto and trainer.critic_warmup < -1:
@@ -146,6 +147,10 @@ def _stage(config: Config) -> Iterator[str]:
             f"critic.balance.lowest={critic.balance.lowest} must be below critic.balance.highest="
             f"{critic.balance.highest}: between them is where the discriminator is left alone"
         )
+
+
+def _stage(config: Config) -> Iterator[str]:
+    trainer, critic = config.trainer, config.critic
     if critic.enable is not None and critic.enable != config.use_critic:
         yield (
             f"critic.enable={critic.enable} contradicts trainer.critic_warmup={trainer.critic_warmup}: "
@@ -168,6 +173,11 @@ def _stage(config: Config) -> Iterator[str]:
             "trainer.warmup_use_sft=True trains the actor by SFT beside a discriminator: it needs "
             "actor_rollout_ref.actor.use_sft_mode=True (its default then) and trainer.critic_warmup of 0 or more"
         )
+    if trainer.val_only and config.data.val_files is None:
+        yield "trainer.val_only=True needs data.val_files"
+
+
+def _actor(config: Config) -> Iterator[str]:
     actor = config.actor_rollout_ref.actor
     if config.use_sft:
         unused = {
@@ -180,8 +190,6 @@ def _stage(config: Config) -> Iterator[str]:
             yield f"{key}={unused[key]} has no effect with actor_rollout_ref.actor.use_sft_mode=True; leave it off"
     if not config.use_sft and actor.policy_loss.loss_mode == "vanilla" and actor.clip_ratio_c <= 1:
         yield f"actor_rollout_ref.actor.clip_ratio_c={actor.clip_ratio_c} must be above 1, the cap of dual clip"
-    if trainer.val_only and config.data.val_files is None:
-        yield "trainer.val_only=True needs data.val_files"
 
 
 def _sampling(config: Config) -> Iterator[str]:

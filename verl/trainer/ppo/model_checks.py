@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TypeVar
 
 from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -29,35 +26,11 @@ from verl.models.loading import (
     refuse_discriminator,
 )
 from verl.models.proof import check_class
-from verl.trainer.ppo.core_algos import get_discriminator_loss_fn
-from verl.utils.checkpoint.best_link import behind_best
+from verl.trainer.ppo.discriminator_algos import get_discriminator_loss_fn
 from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.dataset.tokenizer_checks import check_ids
-from verl.utils.user_code import is_user_function, with_absolute_path
 
 logger = logging.getLogger(__name__)
-
-AnyModelConfig = TypeVar("AnyModelConfig", bound=ModelConfig)
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """The same settings with the paths of models and of a loss of the user's own made absolute: workers may run in
-    another folder than the driver."""
-
-    def absolute(model: AnyModelConfig) -> AnyModelConfig:
-        given = {key: getattr(model, key) for key in ("path", "tokenizer_path")}
-        paths = {key: Path(path).expanduser().absolute() for key, path in given.items() if path is not None}
-        return replace(model, **{key: str(behind_best(path)) for key, path in paths.items()})
-
-    group, critic = config.actor_rollout_ref, config.critic
-    discriminator = critic.discriminator
-    if is_user_function(discriminator.loss):
-        discriminator = replace(discriminator, loss=with_absolute_path(discriminator.loss))
-    return replace(
-        config,
-        actor_rollout_ref=replace(group, model=absolute(group.model)),
-        critic=replace(critic, model=absolute(critic.model), discriminator=discriminator),
-    )
 
 
 def _look_at(model: ModelConfig, kind: Kind, key: str, longest: int) -> PreTrainedTokenizerBase:

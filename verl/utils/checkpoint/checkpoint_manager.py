@@ -1,7 +1,9 @@
 """Whole checkpoints: `global_step_N` folders under a run's folder, complete or absent.
 
 A checkpoint is written to `global_step_N.tmp`, checksummed and renamed; the tracker file, which names the newest
-one, changes last. What a crash leaves behind is a `.tmp` folder that nothing reads.
+one, changes last. What a crash leaves behind is a `.tmp` folder that nothing reads. Where a step replaces an earlier
+checkpoint of the same step, a crash between the two renames leaves the earlier one as `global_step_N.old`, whole.
+Resuming then says that `global_step_N` is gone, and either folder can be renamed to it.
 
 A checkpoint may be there only for being the best (`ONLY_AS_BEST` in it): it goes when it no longer is.
 """

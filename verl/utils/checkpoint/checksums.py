@@ -14,13 +14,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from verl.utils.units import GIB
+
 logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
 BLOCK = 1 << 24
 # What is said to the log as well, where no bar is seen.
 LONG = 4 * 2**30
-GIB = 2**30
 # What some network file systems answer, to folders above all; a failing disk answers otherwise.
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 

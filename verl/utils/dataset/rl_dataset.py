@@ -12,7 +12,7 @@ import logging
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from verl.utils.columns import object_array
 from verl.utils.dataset.faults import (
     TemplateCheck,
     fault_of_answer,
@@ -444,21 +445,18 @@ def _report_answer_lengths(lengths: np.ndarray, limit: int) -> None:
     )
 
 
-def _object_array(values: Sequence[Any]) -> np.ndarray:
-    # One by one: numpy would turn lists of equal length into a second axis.
-    array = np.empty(len(values), dtype=object)
-    for i, value in enumerate(values):
-        array[i] = value
-    return array
+def collate_fn(
+    rows: Sequence[Mapping[str, Any]], columns: Collection[str] | None = None
+) -> dict[str, torch.Tensor | np.ndarray]:
+    """B rows -> a batch: tensors stacked to (B, ...), everything else as an object array (B,).
 
-
-def collate_fn(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor | np.ndarray]:
-    """B rows -> a batch: tensors stacked to (B, ...), everything else as an object array (B,)."""
+    Args:
+        columns: keep only those of these columns that the rows have; None: all.
+    """
     batch: dict[str, torch.Tensor | np.ndarray] = {}
     for key, first in rows[0].items():
+        if columns is not None and key not in columns:
+            continue
         values = [row[key] for row in rows]
-        if isinstance(first, torch.Tensor):
-            batch[key] = torch.stack(values)
-        else:
-            batch[key] = _object_array(values)
+        batch[key] = torch.stack(values) if isinstance(first, torch.Tensor) else object_array(key, values)
     return batch

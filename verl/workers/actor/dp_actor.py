@@ -11,12 +11,13 @@ from verl.config import ActorConfig, RolloutConfig
 from verl.models.answer_models import PolicyModel
 from verl.models.head_log_probs import Entropy
 from verl.models.packing import AnswerRows, copy_to
-from verl.models.sharding import reshard, synced
+from verl.models.sharding import reshard, with_gradient_sync
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import agg_loss, compute_sft_loss, get_policy_loss_fn, kl_penalty
 from verl.utils.torch_functional import masked_mean
 from verl.workers.updates import (
     MetricSums,
+    Work,
     data_parallel_size,
     optimizer_step,
     split_rows,
@@ -34,19 +35,21 @@ class DataParallelPPOActor:
     def __init__(
         self,
         config: ActorConfig,
-        rollout: RolloutConfig,
+        rollout_config: RolloutConfig,
         actor_module: PolicyModel,
         actor_optimizer: torch.optim.Optimizer | None = None,
     ):
         self.config = config
-        self.rollout = rollout
+        self.rollout_config = rollout_config
         self.actor_module = actor_module
         self.actor_optimizer = actor_optimizer
+        # Of the last update.
+        self.work = Work()
 
     @property
     def temperature(self) -> float:
         """The policy is the distribution that answers are drawn from, so its log-probs are taken at its temperature."""
-        return self.rollout.temperature if self.rollout.do_sample else 1.0
+        return self.rollout_config.temperature if self.rollout_config.do_sample else 1.0
 
     def compute_log_prob(self, data: DataProto, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the student's answers, (B, N, T) each, at the sampling temperature.
@@ -62,16 +65,18 @@ class DataParallelPPOActor:
         return self._log_probs(teacher_rows(data), 1.0, "none")[0]
 
     @torch.no_grad()
-    def _log_probs(self, rows: AnswerRows, temperature: float, wanted: Entropy) -> tuple[torch.Tensor, torch.Tensor]:
+    def _log_probs(
+        self, rows: AnswerRows, temperature: float, entropy_mode: Entropy
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of R answers, (R, T) each, zero where there are none."""
         micro_batches = split_rows(
             rows,
             self.actor_module,
-            self.rollout.log_prob_use_dynamic_bsz,
-            self.rollout.log_prob_max_token_len_per_gpu,
-            self.rollout.log_prob_micro_batch_size_per_gpu,
+            self.rollout_config.log_prob_use_dynamic_bsz,
+            self.rollout_config.log_prob_max_token_len_per_gpu,
+            self.rollout_config.log_prob_micro_batch_size_per_gpu,
         )
-        parts = [self.actor_module(rows.select(index), temperature, wanted) for index in micro_batches]
+        parts = [self.actor_module(rows.select(index), temperature, entropy_mode) for index in micro_batches]
         reshard(self.actor_module)
         # Results are fetched from the device once all of its work is queued.
         log_probs, entropies = torch.zeros(rows.responses.shape), torch.zeros(rows.responses.shape)
@@ -87,14 +92,14 @@ class DataParallelPPOActor:
         With `use_sft_mode` the teacher's answers are the target, each counted once; otherwise the student's own, with
         `advantages`, `old_log_probs` and, for a KL loss, `ref_log_prob`. `meta_info["sft_anchor_coef"]` above 0 adds so
         many times the SFT loss of the teacher's answers, whose prompts are shared (CHORD, arXiv 2508.11408).
-        With one mini-batch and one epoch
-        `old_log_probs` may be left out: no weight changes before the last of them would be computed, so they are the
-        update's own, detached; `actor/entropy` is then among the metrics.
+
+        With one mini-batch and one epoch `old_log_probs` may be left out: no weight changes before the last of them
+        would be computed, so they are the update's own, detached. `actor/entropy` is then among the metrics.
 
         Returns:
             metrics over all mini-batches and ranks.
         """
-        metrics = MetricSums()
+        metrics, self.work = MetricSums(), Work()
         prompts_per_rank = self.config.ppo_mini_batch_size // data_parallel_size()
         for _ in range(self.config.ppo_epochs):
             for mini_batch in data.split(prompts_per_rank):
@@ -108,9 +113,10 @@ class DataParallelPPOActor:
         coef = 0.0 if sft else mini_batch.meta_info.get(ANCHOR_COEF, 0.0)
         update = update_rows(mini_batch, sft, anchor=coef > 0)
         rows, totals = update.rows, self._totals(update)
-        extra = {}
+        self.work.add(rows)
+        policy_inputs = {}
         if not sft:
-            extra = {key: mini_batch.batch[key].flatten(0, 1) for key in POLICY_KEYS if key in mini_batch.batch}
+            policy_inputs = {key: mini_batch.batch[key].flatten(0, 1) for key in POLICY_KEYS if key in mini_batch.batch}
 
         self.actor_optimizer.zero_grad()
         losses: dict[str, torch.Tensor] = {}
@@ -122,13 +128,14 @@ class DataParallelPPOActor:
             self.config.ppo_micro_batch_size_per_gpu,
         )
         once = self.config.fsdp_config.sync_gradients_once
-        for index in synced(module, micro_batches, once):
+        for index in with_gradient_sync(module, micro_batches, once):
             micro, student = rows.select(index), update.student[index]
             if sft:
                 loss, shares, means = self._sft_loss(micro, totals["teacher"])
             else:
-                known = {key: copy_to(value[student[student >= 0]], module.device) for key, value in extra.items()}
-                loss, shares, means = self._policy_loss(micro, student >= 0, known, totals, coef)
+                answers = student[student >= 0]
+                given = {key: copy_to(value[answers], module.device) for key, value in policy_inputs.items()}
+                loss, shares, means = self._policy_loss(micro, student >= 0, given, totals, coef)
             loss.backward()
             for side, values in means.items():
                 metrics.add(values, float(micro.response_mask[(student >= 0) == (side == "student")].sum()))
@@ -140,7 +147,8 @@ class DataParallelPPOActor:
             metrics.add({"actor/sft_anchor_coef": coef}, 1.0)
 
     def _totals(self, update: UpdateRows) -> dict[str, dict[str, float]]:
-        """What `agg_loss` has to know of the mini-batch over all ranks, of the students' answers and the teachers'."""
+        """The sizes of the mini-batch over all ranks that `agg_loss` needs, for the students' answers and the
+        teachers'."""
         students = update.student >= 0
         counts = []
         for side in (students, ~students):
@@ -160,25 +168,30 @@ class DataParallelPPOActor:
         return loss, shares, {"teacher": {"actor/entropy": masked_mean(entropy, mask)}}
 
     def _policy_loss(
-        self, rows: AnswerRows, is_student: torch.Tensor, extra: dict[str, torch.Tensor], totals: dict, coef: float
+        self,
+        rows: AnswerRows,
+        is_student: torch.Tensor,
+        policy_inputs: dict[str, torch.Tensor],
+        totals: dict,
+        coef: float,
     ) -> tuple[torch.Tensor, dict, dict]:
         """The students' answers by the policy loss at the sampling temperature and, where there are teachers' among the
         rows, `coef` times their SFT loss at temperature 1, in one forward."""
         config, device = self.config, self.actor_module.device
-        first_look = "old_log_probs" not in extra
-        wanted = "grad" if config.entropy_coeff else "value" if first_look else "none"
+        computes_old = "old_log_probs" not in policy_inputs
+        entropy_mode = "grad" if config.entropy_coeff else "value" if computes_old else "none"
         mask = copy_to(rows.response_mask, device)
         if is_student.all():
-            log_prob, entropy = self.actor_module(rows, self.temperature, wanted)
-            return self._students_loss(log_prob, entropy, mask, extra, totals["student"])
+            log_prob, entropy = self.actor_module(rows, self.temperature, entropy_mode)
+            return self._students_loss(log_prob, entropy, mask, policy_inputs, totals["student"])
         temperature = copy_to(torch.where(is_student, self.temperature, 1.0), device)
-        log_prob, entropy = self.actor_module(rows, temperature, wanted)
+        log_prob, entropy = self.actor_module(rows, temperature, entropy_mode)
         teachers, students = (copy_to(side.nonzero().flatten(), device) for side in (~is_student, is_student))
         anchor = compute_sft_loss(log_prob[teachers], mask[teachers], config.loss_agg_mode, **totals["teacher"])
         loss, shares, means = coef * anchor, {}, {}
         if is_student.any():
             of_students = (log_prob[students], None if entropy is None else entropy[students], mask[students])
-            students_loss, shares, means = self._students_loss(*of_students, extra, totals["student"])
+            students_loss, shares, means = self._students_loss(*of_students, policy_inputs, totals["student"])
             loss = loss + students_loss
         return loss, {**shares, "actor/sft_anchor_loss": anchor.detach()}, means
 
@@ -187,26 +200,26 @@ class DataParallelPPOActor:
         log_prob: torch.Tensor,
         entropy: torch.Tensor | None,
         mask: torch.Tensor,
-        extra: dict[str, torch.Tensor],
+        policy_inputs: dict[str, torch.Tensor],
         totals: dict[str, Any],
     ) -> tuple[torch.Tensor, dict, dict]:
         config = self.config
-        first_look = "old_log_probs" not in extra
-        old_log_prob = log_prob.detach() if first_look else extra["old_log_probs"]
+        computes_old = "old_log_probs" not in policy_inputs
+        old_log_prob = log_prob.detach() if computes_old else policy_inputs["old_log_probs"]
         policy_loss = get_policy_loss_fn(config.policy_loss.loss_mode)
         loss, means = policy_loss(
-            old_log_prob, log_prob, extra["advantages"], mask, config.loss_agg_mode, config, **totals
+            old_log_prob, log_prob, policy_inputs["advantages"], mask, config.loss_agg_mode, config, **totals
         )
-        if first_look:
+        if computes_old:
             means = {**means, "actor/entropy": masked_mean(entropy.detach(), mask)}
         shares = {"actor/pg_loss": loss.detach()}
         if config.entropy_coeff != 0:
             loss = loss - config.entropy_coeff * agg_loss(entropy, mask, config.loss_agg_mode, **totals)
         if config.use_kl_loss:
-            kl = kl_penalty(log_prob, extra["ref_log_prob"], config.kl_loss_type)
+            kl = kl_penalty(log_prob, policy_inputs["ref_log_prob"], config.kl_loss_type)
             kl_loss = agg_loss(kl, mask, config.loss_agg_mode, **totals)
             loss = loss + config.kl_loss_coef * kl_loss
             shares["actor/kl_loss"] = kl_loss.detach()
-            divergence = masked_mean((log_prob - extra["ref_log_prob"]).detach(), mask)
+            divergence = masked_mean((log_prob - policy_inputs["ref_log_prob"]).detach(), mask)
             means = {**means, "actor/kl_divergence": divergence, "actor/kl_coef": config.kl_loss_coef}
         return loss, shares, {"student": means}

@@ -11,15 +11,22 @@ import torch
 from verl.batch import PAIR_REFERENCE_KEYS, pair_rows
 from verl.config import SodaConfig
 from verl.models.packing import AnswerRows, copy_to
-from verl.models.sharding import reshard, synced
+from verl.models.sharding import reshard, with_gradient_sync
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import compute_preference_loss
+from verl.trainer.ppo.preference_algos import compute_preference_loss
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.updates import MetricSums, data_parallel_size, optimizer_step, split_micro_batches, sum_over_ranks
+from verl.workers.updates import (
+    MetricSums,
+    Work,
+    data_parallel_size,
+    optimizer_step,
+    split_micro_batches,
+    sum_over_ranks,
+)
 
 
 class PairPolicy:
-    """What a policy, or a frozen reference, computes on pairs: one student answer per prompt in every batch.
+    """The computations of a policy, or a frozen reference, on pairs: one student answer per prompt in every batch.
 
     The loss is a mean over the pairs of the whole mini-batch over all ranks, so gradients do not depend on how pairs
     are split into micro-batches and ranks.
@@ -28,16 +35,18 @@ class PairPolicy:
     def __init__(self, actor: DataParallelPPOActor):
         self.actor = actor
         self.module = actor.actor_module
+        # Of the last update.
+        self.work = Work()
 
     @torch.no_grad()
     def compute_log_prob(self, data: DataProto) -> dict[str, torch.Tensor]:
         """`chosen_ref_log_prob` and `rejected_ref_log_prob` (B,): sums over each answer's tokens."""
-        rows, rollout = pair_rows(data), self.actor.rollout
+        rows, settings = pair_rows(data), self.actor.rollout_config
         micro_batches = self._split(
             rows,
-            rollout.log_prob_use_dynamic_bsz,
-            rollout.log_prob_max_token_len_per_gpu,
-            rollout.log_prob_micro_batch_size_per_gpu,
+            settings.log_prob_use_dynamic_bsz,
+            settings.log_prob_max_token_len_per_gpu,
+            settings.log_prob_micro_batch_size_per_gpu,
         )
         parts = [self._log_probs(select_pairs(rows, index)) for index in micro_batches]
         reshard(self.module)
@@ -53,7 +62,7 @@ class PairPolicy:
         Returns:
             metrics over all mini-batches and ranks.
         """
-        metrics, config = MetricSums(), self.actor.config
+        config, metrics, self.work = self.actor.config, MetricSums(), Work()
         for _ in range(config.ppo_epochs):
             for mini_batch in data.split(config.ppo_mini_batch_size // data_parallel_size()):
                 self._accumulate_gradients(mini_batch, soda, metrics)
@@ -63,13 +72,14 @@ class PairPolicy:
 
     def _accumulate_gradients(self, mini_batch: DataProto, soda: SodaConfig, metrics: MetricSums) -> None:
         rows, config, device = pair_rows(mini_batch), self.actor.config, self.module.device
+        self.work.add(rows)
         references = torch.stack([mini_batch.batch[key] for key in PAIR_REFERENCE_KEYS], dim=-1)
         (all_pairs,) = sum_over_ranks([float(len(mini_batch))])
         micro_batches = self._split(
             rows, config.use_dynamic_bsz, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu
         )
         self.actor.actor_optimizer.zero_grad()
-        for index in synced(self.module, micro_batches, config.fsdp_config.sync_gradients_once):
+        for index in with_gradient_sync(self.module, micro_batches, config.fsdp_config.sync_gradients_once):
             micro = select_pairs(rows, index)
             loss, means = self._loss(micro, copy_to(references[index], device), soda)
             # The loss is a mean over this part's pairs.
@@ -79,7 +89,7 @@ class PairPolicy:
     def _loss(
         self, rows: AnswerRows, references: torch.Tensor, soda: SodaConfig
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Of R pairs, with the reference's sums (R, 2): the loss, and metrics as means over the pairs."""
+        """The loss of R pairs, given the reference's sums (R, 2), and metrics as means over the pairs."""
         log_probs = self._log_probs(rows)
         lengths = copy_to(rows.response_mask.sum(-1).view(-1, 2), log_probs.device)
         scale = 1 / lengths if soda.length_normalized else 1.0
@@ -93,7 +103,7 @@ class PairPolicy:
         return loss, means
 
     def _log_probs(self, rows: AnswerRows) -> torch.Tensor:
-        """(R, 2), of the chosen and the rejected answer of each pair."""
+        """(R, 2), the sums of log-probs of each pair's chosen and rejected answer."""
         log_probs, _ = self.module(rows)
         return log_probs.sum(-1).view(-1, 2)
 

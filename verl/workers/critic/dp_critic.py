@@ -15,12 +15,18 @@ import torch
 from verl.batch import student_rows, teacher_rows
 from verl.config import CriticConfig
 from verl.models.answer_models import ScoreModel
-from verl.models.sharding import reshard, synced
+from verl.models.sharding import reshard, with_gradient_sync
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import PairScores, adapted_temperature, get_discriminator_loss_fn, with_one_eos
-from verl.workers.critic.groups import GroupRows, ScoreTable
+from verl.trainer.ppo.discriminator_algos import (
+    PairScores,
+    adapted_temperature,
+    get_discriminator_loss_fn,
+    with_one_eos,
+)
+from verl.workers.critic.groups import DistinctAnswers, ScoreTable
 from verl.workers.updates import (
     MetricSums,
+    Work,
     data_parallel_size,
     optimizer_step,
     split_micro_batches,
@@ -43,6 +49,8 @@ class DataParallelPPOCritic:
         self.critic_module = critic_module
         self.critic_optimizer = critic_optimizer
         self.eos_token_id = eos_token_id
+        # Of the last update.
+        self.work = Work()
         self.loss = get_discriminator_loss_fn(config.discriminator.loss)
         self.pooling = config.discriminator.pooling or self.loss.pooling
 
@@ -82,7 +90,7 @@ class DataParallelPPOCritic:
         """Scores as the loss pools them, of every answer in the batch; see `ScoreTable.tensors`."""
         table = ScoreTable(*data.batch["responses"].shape[:2])
         for part in self._score_groups(data):
-            table.put(*part)
+            table.add(*part)
         reshard(self.critic_module)
         return table.tensors()
 
@@ -92,7 +100,7 @@ class DataParallelPPOCritic:
         Returns:
             `critic/d_loss`, its parts and `critic/grad_norm`, over all mini-batches and ranks.
         """
-        metrics = MetricSums()
+        metrics, self.work = MetricSums(), Work()
         for _ in range(self.epochs(data)):
             for mini_batch in data.split(len(data) // data.meta_info["mini_batches"]):
                 self._step(mini_batch, metrics)
@@ -108,7 +116,7 @@ class DataParallelPPOCritic:
         The scores are those before the update: with one mini-batch and one epoch no weight changes before the last of
         them is computed.
         """
-        metrics, table = MetricSums(), ScoreTable(*data.batch["responses"].shape[:2])
+        metrics, table, self.work = MetricSums(), ScoreTable(*data.batch["responses"].shape[:2]), Work()
         self._step(data, metrics, table)
         return table.tensors(), metrics.means()
 
@@ -120,11 +128,12 @@ class DataParallelPPOCritic:
         for index, scores, tokens in self._score_groups(data):
             loss, parts = self.loss.fn(scores, **constants)
             metrics.add({"critic/d_loss": loss, **parts}, float(len(index)))
-            table.put(index, scores, tokens)
+            table.add(index, scores, tokens)
         reshard(self.critic_module)
         return table.tensors(), metrics.means()
 
     def _step(self, mini_batch: DataProto, metrics: MetricSums, table: ScoreTable | None = None) -> None:
+        self._count(mini_batch)
         (all_groups,) = sum_over_ranks([float(len(mini_batch))])
         constants = self._constants(mini_batch, metrics)
         self.critic_optimizer.zero_grad()
@@ -135,9 +144,16 @@ class DataParallelPPOCritic:
             means = {"critic/d_loss": loss, **parts}
             metrics.add({name: value.detach() for name, value in means.items()}, float(len(index)))
             if table is not None:
-                table.put(index, scores, tokens)
+                table.add(index, scores, tokens)
         norm = optimizer_step(self.critic_module, self.critic_optimizer, self.config.grad_clip)
         metrics.add({"critic/grad_norm": norm}, 1.0)
+
+    def _count(self, mini_batch: DataProto) -> None:
+        """Every answer counts, those that are alike too; a prompt counts once, with its teacher's answer."""
+        prompts, answers = (mini_batch.batch[key].sum(-1) for key in ("attention_mask", "response_mask"))
+        self.work.lengths += (prompts.unsqueeze(-1) + answers).flatten().tolist()
+        self.work.lengths += mini_batch.batch["teacher_attention_mask"].sum(-1).tolist()
+        self.work.repeated += prompts.repeat_interleave(answers.shape[1]).tolist()
 
     def _constants(self, mini_batch: DataProto, metrics: MetricSums) -> dict[str, Any]:
         """The loss's constants. An adaptive temperature needs the mean difference over the whole mini-batch and all
@@ -160,7 +176,7 @@ class DataParallelPPOCritic:
 
         Yields the groups' indices, their scores, and the tokens (G, N + 1) behind each, the teacher's last.
         """
-        groups = GroupRows.of(data, self.eos_token_id, self.config.discriminator.exclude_eos)
+        groups = DistinctAnswers.of(data, self.eos_token_id, self.config.discriminator.exclude_eos)
         size = self.config.ppo_micro_batch_size_per_gpu
         micro_batches = split_micro_batches(
             groups.lengths(share_prompts=self.critic_module.remove_padding),
@@ -169,6 +185,6 @@ class DataParallelPPOCritic:
             None if size is None else max(1, size // groups.members.shape[1]),
         )
         once = self.config.model.fsdp_config.sync_gradients_once
-        for index in synced(self.critic_module, micro_batches, once):
+        for index in with_gradient_sync(self.critic_module, micro_batches, once):
             part = groups.select(index)
             yield index, *part.scores(self.critic_module(part.rows), self.pooling)

@@ -19,7 +19,7 @@ import torch
 from verl.batch import student_rows, teacher_rows
 from verl.models.packing import AnswerRows, copy_to
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import PairScores, ends_with_eos, pool_scores, score_mask, with_one_eos
+from verl.trainer.ppo.discriminator_algos import PairScores, ends_with_eos, pool_scores, score_mask, with_one_eos
 
 SCORE_NAMES = ("scores", "raw_scores", "score_tokens")
 
@@ -47,7 +47,7 @@ class RowScores(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GroupRows:
+class DistinctAnswers:
     """The distinct answers of some groups: `rows` (U, T), and `members` (G, N + 1), the row of each member.
 
     Rows hold the scored tokens alone. Nothing before a token depends on what follows it, so an EOS that is not scored
@@ -58,7 +58,7 @@ class GroupRows:
     members: torch.Tensor
 
     @classmethod
-    def of(cls, data: DataProto, eos_token_id: int | Sequence[int], exclude_eos: bool) -> GroupRows:
+    def of(cls, data: DataProto, eos_token_id: int | Sequence[int], exclude_eos: bool) -> DistinctAnswers:
         """From a batch with one row per group.
 
         Where the teacher's answer was cut, how the students' answers end says nothing about how the teacher would have
@@ -88,10 +88,10 @@ class GroupRows:
             int(answers[rows].sum() + (prompts[rows[0]] if share_prompts else prompts[rows].sum())) for rows in distinct
         ]
 
-    def select(self, groups: list[int]) -> GroupRows:
+    def select(self, groups: list[int]) -> DistinctAnswers:
         """Some of the groups, with the rows they need."""
         needed, members = self.members[groups].unique(return_inverse=True)
-        return GroupRows(self.rows.select(needed), members)
+        return DistinctAnswers(self.rows.select(needed), members)
 
     def scores(self, values: torch.Tensor, pooling: str) -> tuple[PairScores, torch.Tensor]:
         """From values per token of `rows`, (U, T): the members' scores, and their token counts (G, N + 1)."""
@@ -102,14 +102,14 @@ class GroupRows:
 
 
 class ScoreTable:
-    """The scores of a whole batch of G groups with N students each, put in part by part."""
+    """The scores of a whole batch of G groups with N students each, added micro-batch by micro-batch."""
 
     def __init__(self, groups: int, answers: int):
         self.groups, self.answers = groups, answers
         self._parts: list[tuple[list[int], dict[str, torch.Tensor]]] = []
 
-    def put(self, groups: list[int], scores: PairScores, tokens: torch.Tensor) -> None:
-        """The scores of some groups, in their order; they stay on their device."""
+    def add(self, groups: list[int], scores: PairScores, tokens: torch.Tensor) -> None:
+        """Add the scores of some groups, in their order; they stay on their device."""
         students = (scores.student, scores.student_raw, tokens[:, :-1])
         teachers = (scores.teacher, scores.teacher_raw, tokens[:, -1:])
         sides = {"student": students, "teacher": teachers}

@@ -42,12 +42,12 @@ MEMORY_ADVICE = (
     "(fsdp_config.param_offload, fsdp_config.optimizer_offload)"
 )
 VLLM_LARGEST_GRAPH = 512
-# What vLLM lets go of and takes back separately.
-PARTS = frozenset({"weights", "kv_cache"})
+# The memory that vLLM gives up in its sleep and takes back separately.
+SLEEPING_MEMORY = frozenset({"weights", "kv_cache"})
 
 
-class Share(NamedTuple):
-    """One rank's part of what an engine is asked."""
+class RankPrompts(NamedTuple):
+    """One rank's prompts to an engine: token ids, the number of prompts to report log-probs of, and the seed."""
 
     prompts: list[list[int]]
     reported: int
@@ -75,7 +75,7 @@ class VLLMRollout(BaseRollout):
         self.eos_token_ids = list(eos_token_ids or all_eos_token_ids(tokenizer, model_config))
         self.on_gpu = torch.device(device).type == "cuda"
         self.max_model_len = config.max_model_len or config.prompt_length + config.response_length
-        self._join_group()
+        self._join_engine()
         self._structure = structure(model_config, trust_remote_code)
         with _model_folder(model_config, type(self._structure).__name__) as folder, self._generators(config.seed):
             self.llm = self._start(folder, trust_remote_code)
@@ -86,18 +86,18 @@ class VLLMRollout(BaseRollout):
         self._asleep: set[str] = set()
         self.sleep()
 
-    def _join_group(self) -> None:
-        """The ranks that share this engine, and a group to talk to them; every rank creates all groups."""
+    def _join_engine(self) -> None:
+        """Find the ranks that share this engine and make a process group of them; every rank creates all of these."""
         size, ranks, rank = self.config.tensor_model_parallel_size, dist.get_world_size(), dist.get_rank()
         if ranks % size:
             key = "actor_rollout_ref.rollout.tensor_model_parallel_size"
             raise ValueError(f"{key}={size} does not divide {ranks} ranks")
         self.engine_number, self.place = divmod(rank, size)
-        self.group = None
+        self.process_group = None
         for first in range(0, ranks, size) if size > 1 else ():
-            group = dist.new_group(list(range(first, first + size)), backend="gloo")
+            process_group = dist.new_group(list(range(first, first + size)), backend="gloo")
             if first <= rank < first + size:
-                self.group = group
+                self.process_group = process_group
 
     def _start(self, folder: str, trust_remote_code: bool) -> LLM:
         config = self.config
@@ -153,26 +153,26 @@ class VLLMRollout(BaseRollout):
         # equal prompts equally, so that the draws, which come from one generator for the whole batch, repeat.
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests of an earlier call still hold blocks")
-        own = Share(_token_ids(prompts), min(report_log_probs, len(prompts)), seed)
-        shares = self._gather(own)
+        own = RankPrompts(_token_ids(prompts), min(report_log_probs, len(prompts)), seed)
+        ranks_prompts = self._gather(own)
         requests, params = [], []
-        for share in shares:
-            requests += [{"prompt_token_ids": ids} for ids in share.prompts]
+        for one in ranks_prompts:
+            requests += [{"prompt_token_ids": ids} for ids in one.prompts]
             params += [
-                self._params(sampling, len(ids), report=row < share.reported) for row, ids in enumerate(share.prompts)
+                self._params(sampling, len(ids), report=row < one.reported) for row, ids in enumerate(one.prompts)
             ]
-        with self._generators(shares[0].seed):
+        with self._generators(ranks_prompts[0].seed):
             outputs = self.llm.generate(requests, params, use_tqdm=False)
-        start = sum(len(share.prompts) for share in shares[: self.place])
+        start = sum(len(one.prompts) for one in ranks_prompts[: self.place])
         return self._to_batch(outputs[start : start + len(own.prompts)], sampling.n, own.reported)
 
-    def _gather(self, own: Share) -> list[Share]:
-        """What the ranks of this engine are asked, in their order."""
-        if self.group is None:
+    def _gather(self, own: RankPrompts) -> list[RankPrompts]:
+        """The prompts of all ranks of this engine, in rank order."""
+        if self.process_group is None:
             return [own]
-        shares: list[Any] = [None] * self.config.tensor_model_parallel_size
-        dist.all_gather_object(shares, own, group=self.group)
-        return shares
+        ranks_prompts: list[Any] = [None] * self.config.tensor_model_parallel_size
+        dist.all_gather_object(ranks_prompts, own, group=self.process_group)
+        return ranks_prompts
 
     def _params(self, sampling: SamplingConfig, prompt_length: int, report: bool) -> SamplingParams:
         # No seed per request: a sampler that knows one draws row by row. `ignore_eos` is about the EOS that vLLM takes
@@ -245,11 +245,11 @@ class VLLMRollout(BaseRollout):
         if not self.config.free_cache_engine:
             return
         self._has_weights = False
-        if self.on_gpu and self._asleep != PARTS:
+        if self.on_gpu and self._asleep != SLEEPING_MEMORY:
             # vLLM 0.26 takes an engine that sleeps in part for one that sleeps.
             self._wake("kv_cache")
             self.llm.sleep(level=2)
-            self._asleep = set(PARTS)
+            self._asleep = set(SLEEPING_MEMORY)
 
     def wake(self) -> None:
         """Take back the memory of the weights alone, for `push_weights`; the KV cache waits for `generate`."""

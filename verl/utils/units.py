@@ -1,0 +1,3 @@
+"""Units in which sizes are shown."""
+
+GIB = 2**30
