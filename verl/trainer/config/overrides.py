@@ -46,7 +46,7 @@ def normalize_overrides(arguments: list[str]) -> list[str]:
     (`--help`), the stage and Hydra's own settings pass unchanged.
 
     Raises:
-        ConfigError: a key to be removed, or one that cannot be, or a whole group to be replaced.
+        ConfigError: a key to be removed, or one that cannot be, or a whole config group to be replaced.
     """
     return [_normalize(argument) for argument in arguments]
 

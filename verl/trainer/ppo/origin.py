@@ -30,7 +30,7 @@ PLACES, PIECE = 8, 1 << 16
 
 @dataclass(frozen=True)
 class Content:
-    """Where something lies, and what it is."""
+    """The path of a model or a data file, and what is in it."""
 
     where: str
     digest: int
@@ -49,7 +49,7 @@ class Origin:
 
     @classmethod
     def of(cls, config: Config, rows: int) -> Origin:
-        """What a run with these settings begins with; `rows` are those of its training set."""
+        """The origin of a run with these settings; `rows` is the size of its training set."""
         files, data = find_files(config.data.train_files), config.data
         sums = [checksums_of(file.absolute().parent, [file.name])[file.name] for file in files]
         return cls(
@@ -75,7 +75,7 @@ class Origin:
         return cls(**fields | contents)
 
     def differences(self, now: Origin) -> list[str]:
-        """What is another one `now`, each in words."""
+        """The differences to the origin `now`, each in words."""
         found = [f"stage {self.stage}, now {now.stage}"] if self.stage != now.stage else []
         pairs = {
             "actor_rollout_ref.model.path": (self.actor, now.actor),

@@ -40,7 +40,7 @@ def fault_of_text(text: str, name: str) -> str | None:
 
 
 def fault_of_messages(messages: Any, key: str) -> str | None:
-    """What keeps `messages` from being a conversation that an answer can follow, or None."""
+    """The reason why `messages` is no conversation that an answer can follow, or None."""
     if not isinstance(messages, list):
         return f"{key!r} is not a list of chat messages but {type(messages).__name__}"
     if not messages:
@@ -63,7 +63,7 @@ def fault_of_messages(messages: Any, key: str) -> str | None:
 
 
 def fault_of_answer(answer: Any, key: str) -> str | None:
-    """What keeps `answer` from being a text to learn from, or None."""
+    """The reason why `answer` is no text to learn from, or None."""
     if answer is None:
         return f"the answer in {key!r} is null"
     if not isinstance(answer, str):

@@ -1,4 +1,4 @@
-"""Whether a tokenizer serves: it has what prompts and answers need, and makes the ids that its files say."""
+"""Checks that a tokenizer serves: it has what prompts and answers need, and makes the ids that its files say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a generation engine is: prompts in, answers out, and weights only through `push_weights`."""
+"""The interface of a generation engine: prompts in, answers out, and weights only through `push_weights`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class BaseRollout(ABC):
 
         Returns:
             B rows: `responses` and `response_mask` (B, N, T), the mask 1 up to and including the first EOS of any
-            kind (`all_eos_token_ids`); `rollout_log_probs`
-            (B, N, T), 0 where not reported or padded, and `rollout_log_probs_mask` (B,), 1 on the prompts reported.
+            kind (`all_eos_token_ids`); `rollout_log_probs` (B, N, T), 0 where not reported or padded, and
+            `rollout_log_probs_mask` (B,), 1 on the prompts reported.
 
         Raises:
             RuntimeError: the engine has none of the pushed weights (any more), where it can tell.
@@ -40,8 +40,11 @@ class BaseRollout(ABC):
 
     @abstractmethod
     def push_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Take over whole tensors under their Hugging Face names; every parameter and persistent buffer, once each,
-        tied ones once.
+        """Take over whole tensors by their Hugging Face names: every parameter and persistent buffer once, and tied
+        ones under one of their names.
+
+        Args:
+            weights: (name, tensor) pairs, tensors in their full shape.
 
         An engine that sleeps wakes as far as it needs to. Nothing that was computed with earlier weights outlives this.
 

@@ -25,7 +25,7 @@ from verl.workers.rollout.base import BaseRollout
 
 
 class LogProbRecorder(LogitsProcessor, StoppingCriteria):
-    """Notes the log-prob of every token that `generate` picks for its first `rows` rows.
+    """The log-prob of every token that `generate` picks for its first `rows` rows.
 
     As a logits processor it sees the distribution before a token is drawn, as a stopping criterion the token after.
     """
@@ -153,4 +153,4 @@ class HFRollout(BaseRollout):
         """Nothing to give up: the copy of the model is all there is."""
 
     def wake(self) -> None:
-        """Always ready."""
+        """Do nothing: the engine keeps its memory."""

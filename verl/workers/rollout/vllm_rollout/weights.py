@@ -62,7 +62,7 @@ def checkpoint_tensors(model: PreTrainedModel, weights: Weights) -> Weights:
 
 
 class PushCheck:
-    """Lets exactly the expected tensors through, each once, and says afterwards what was wrong.
+    """A filter that lets exactly the expected tensors through, each once, and says afterwards what was wrong.
 
     It never raises while tensors flow: every rank must exhaust the iterator, which is collective, and an engine that is
     interrupted half way could not be loaded again.
