@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from verl.config import SamplingConfig
+from verl.config import RolloutConfig, SamplingConfig
+from verl.models.loading import all_eos_token_ids
 from verl.protocol import DataProto
 
 
@@ -17,7 +19,30 @@ class BaseRollout(ABC):
     A step's order is `push_weights`, `generate` (any number of times), `sleep`. An engine whose `sleep` drops the
     weights (`RolloutConfig.drops_weights`) needs the push every time; another keeps answering from the weights pushed
     last. All ranks make the same calls: pushing is collective, and so is generating where ranks share an engine.
+
+    Args:
+        model_config: of the policy's model.
+        device: where the engine runs.
+        eos_token_ids: the tokens that end an answer; None: the tokenizer's EOS and those of `model_config`.
     """
+
+    def __init__(
+        self,
+        model_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RolloutConfig,
+        device: str,
+        trust_remote_code: bool = False,
+        eos_token_ids: Sequence[int] | None = None,
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.eos_token_ids = list(eos_token_ids or all_eos_token_ids(tokenizer, model_config))
+        self._build(model_config, device, trust_remote_code)
+
+    @abstractmethod
+    def _build(self, model_config: PretrainedConfig, device: str, trust_remote_code: bool) -> None:
+        """Build the engine, with arbitrary weights."""
 
     @abstractmethod
     def generate(self, prompts: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int = 0) -> DataProto:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from transformers import (
@@ -10,15 +10,14 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PretrainedConfig,
-    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from verl.config import RolloutConfig, SamplingConfig
+from verl.config import SamplingConfig
 from verl.models.answer_models import plain_attention
 from verl.models.attention import set_attention
-from verl.models.loading import all_eos_token_ids, empty_model, persistent_buffers
+from verl.models.loading import empty_model, persistent_buffers
 from verl.protocol import DataProto
 from verl.utils.torch_functional import get_response_mask
 from verl.workers.rollout.base import BaseRollout
@@ -52,26 +51,12 @@ class LogProbRecorder(LogitsProcessor, StoppingCriteria):
 
 
 class HFRollout(BaseRollout):
-    """`transformers`' own batched generation with a KV cache; a row stops at an EOS.
+    """`transformers`' own batched generation with a KV cache; a row stops at an EOS."""
 
-    Args:
-        eos_token_ids: the tokens that end an answer; None: the tokenizer's EOS and those of `model_config`.
-    """
-
-    def __init__(
-        self,
-        model_config: PretrainedConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        config: RolloutConfig,
-        device: str,
-        trust_remote_code: bool = False,
-        eos_token_ids: Sequence[int] | None = None,
-    ):
-        self.config = config
-        self.tokenizer = tokenizer
-        self.eos_token_ids = list(eos_token_ids or all_eos_token_ids(tokenizer, model_config))
+    def _build(self, model_config: PretrainedConfig, device: str, trust_remote_code: bool) -> None:
         self.device = device
-        model = empty_model(model_config, "policy", trust_remote_code, getattr(torch, config.dtype)).to(device)
+        dtype = getattr(torch, self.config.dtype)
+        model = empty_model(model_config, "policy", trust_remote_code, dtype).to(device)
         set_attention(model, plain_attention(model))
         self.model = model.eval()
 
