@@ -1,13 +1,16 @@
 """Packaging: `pip install -e .` for the trainer, `.[gpu]` for generation on GPUs, `.[test]` for tests and linters."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+# Read, not imported: the package needs what is installed only with it.
+version = re.search('^__version__ = "(.+)"$', (here / "verl/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 setup(
     name="verl",
-    version="0.1.0",
+    version=version,
     description="Black-box distillation: SeqKD, discriminator warmup and adversarial GRPO/GSPO from a teacher's text",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -5,6 +5,7 @@ An import anywhere in a file counts, inside functions too, whether absolute or r
 """
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,7 @@ def test_pure_modules_name_no_fsdp(file):
 
 # The floors of the house, from the ground up. A room imports from its own floor and from those below.
 FLOORS = [
+    "verl/compat",
     "verl/utils",
     "verl/config",
     "verl/protocol.py",
@@ -187,6 +189,32 @@ def test_no_import_goes_up(floor):
     assert offending == set()
 
 
+def test_verls_names_are_taken_from_where_verl_has_them():
+    homes = {"verl.protocol", "verl.single_controller.base.worker", "verl.single_controller.base.worker_group"}
+    importing = {
+        module_name(path)
+        for path in files_under("verl")
+        if any(within(name, "verl.compat") for name in imports_of_file(path))
+    }
+    assert {name for name in importing if not within(name, "verl.compat")} == homes
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports for annotations alone count too."""
+    modules = {module_name(path): path for path in files_under("verl")}
+
+    def module_of(name: str) -> str:
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    graph = {
+        name: {module_of(found) for found in imports_of_file(path) if within(found, "verl")} - {name, ""}
+        for name, path in modules.items()
+    }
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(modules)
+
+
 def test_settings_are_read_without_torch():
     # The driver reads settings, without a model's code coming along.
     names = {name for path in files_under("verl/config") for name in imports_of_file(path)}
@@ -215,8 +243,10 @@ def test_no_ray(folder):
     assert offending == set()
 
 
-def test_tools_know_only_the_discriminators_algorithms_of_the_trainer_and_generation_of_the_workers():
-    allowed = ("verl.trainer.ppo.discriminator_algos", "verl.workers.rollout", "verl.config")
+def test_what_tools_know_of_trainer_and_workers():
+    # Tools score with the discriminator's own pooling, and generate with the trainer's engines; they train nothing of
+    # the trainer's.
+    allowed = ("verl.trainer.ppo.discriminator_algos", "verl.workers.rollout", "verl.workers.critic.groups")
     offending = {
         (module_name(path), name)
         for path in files_under("verl/tools")

@@ -18,29 +18,135 @@ The columns of a batch:
     responses, response_mask        (B, N, T)  the student's answers
     old_log_probs, ref_log_prob, advantages, ... (B, N, T);  scores (B, N)
 
-Here the rows that a model sees are taken out of it: B*N student rows, or B teacher rows.
+A step of training makes records, whose fields are named as the columns are: `Prompts`, `Answers`, `LogProbs`, `Scores`,
+`Rewards`. `table` puts the records that a call needs into one table, which travels. At the other end the rows that a
+model sees are taken out of it: B*N student rows, or B teacher rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
+import numpy as np
 import torch
 
 from verl.models.packing import AnswerRows
 from verl.protocol import DataProto
 
+R = TypeVar("R", bound="Record")
+
 PROMPT_KEYS = ("input_ids", "attention_mask")
 TEACHER_KEYS = ("teacher_response", "teacher_attention_mask")
 STUDENT_KEYS = ("responses", "response_mask")
 GROUP_KEYS = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
-# What a run reads of a dataset's row: tensors, then the row's number and texts, the chat messages where it has them.
-DATA_KEYS = (*PROMPT_KEYS, *TEACHER_KEYS, "index", "teacher_text", "raw_prompt")
 # In a batch's meta_info: the weight of the teachers' answers beside the students' in a policy's update.
 ANCHOR_COEF = "sft_anchor_coef"
 POLICY_KEYS = ("old_log_probs", "ref_log_prob", "advantages")
 # Of the teacher's answer and of the student's, (B,) each: the reference's log-probs of a preference pair.
 PAIR_REFERENCE_KEYS = ("chosen_ref_log_prob", "rejected_ref_log_prob")
+
+
+class Record:
+    """What one part of a step made. A field that is None was not made."""
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The columns that it is made of."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def of(cls: type[R], data: DataProto) -> R:
+        """From a table's columns of these names; others are left there."""
+        columns = {**data.batch, **data.non_tensor_batch}
+        return cls(**{name: columns[name] for name in cls.names() if name in columns})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields that can travel."""
+        values = {name: getattr(self, name) for name in self.names()}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+@dataclass(frozen=True)
+class Prompts(Record):
+    """What the data gives: prompts and their teacher answers, in the data's order."""
+
+    input_ids: torch.Tensor  # (B, P)
+    attention_mask: torch.Tensor  # (B, P)
+    teacher_response: torch.Tensor  # (B, T)
+    teacher_attention_mask: torch.Tensor  # (B, P+T)
+    index: np.ndarray  # (B,) the rows' numbers in the data
+    teacher_text: np.ndarray  # (B,) str
+    raw_prompt: np.ndarray | None = None  # (B,) lists of chat messages, where a task reward wants them
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Answers(Record):
+    """What the student wrote; the engine's own log-probs of the answers to a few prompts."""
+
+    responses: torch.Tensor  # (B, N, T)
+    response_mask: torch.Tensor  # (B, N, T)
+    rollout_log_probs: torch.Tensor | None = None  # (B, N, T)
+    rollout_log_probs_mask: torch.Tensor | None = None  # (B,) the prompts that were reported on
+
+
+@dataclass(frozen=True)
+class LogProbs(Record):
+    """Of the answers' tokens, under the policy before its update."""
+
+    old_log_probs: torch.Tensor  # (B, N, T)
+    entropys: torch.Tensor  # (B, N, T)
+
+
+@dataclass(frozen=True)
+class ReferenceLogProbs(Record):
+    """The same under the frozen reference."""
+
+    ref_log_prob: torch.Tensor  # (B, N, T)
+
+
+@dataclass(frozen=True)
+class Scores(Record):
+    """The discriminator's, before its update: pooled, summed up, and of how many tokens."""
+
+    student_scores: torch.Tensor  # (B, N)
+    teacher_scores: torch.Tensor  # (B, 1)
+    student_raw_scores: torch.Tensor  # (B, N)
+    teacher_raw_scores: torch.Tensor  # (B, 1)
+    student_score_tokens: torch.Tensor  # (B, N)
+    teacher_score_tokens: torch.Tensor  # (B, 1)
+
+
+@dataclass(frozen=True)
+class Rewards(Record):
+    """What the student learns from."""
+
+    token_level_scores: torch.Tensor  # (B, N, T) an answer's reward on its last token
+    token_level_rewards: torch.Tensor  # (B, N, T) less the KL penalty
+    advantages: torch.Tensor  # (B, N, T)
+    returns: torch.Tensor  # (B, N, T)
+
+
+@dataclass(frozen=True)
+class PairLogProbs(Record):
+    """The frozen reference's log-probs of preference pairs: the teacher's answer, and the student's."""
+
+    chosen_ref_log_prob: torch.Tensor  # (B,)
+    rejected_ref_log_prob: torch.Tensor  # (B,)
+
+
+def table(*records: Record | None) -> DataProto:
+    """The records' tensors side by side; those that are None were not made."""
+    return DataProto.from_dict({k: v for record in records if record is not None for k, v in record.tensors().items()})
+
+
+def columns(data: DataProto, keys: Sequence[str]) -> DataProto:
+    """The tensors of these names that are there; nothing else travels."""
+    return data.select([key for key in keys if key in data.batch], non_tensor_batch_keys=[])
 
 
 def teacher_response_mask(data: DataProto) -> torch.Tensor:

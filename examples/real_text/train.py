@@ -19,11 +19,12 @@ import pandas as pd
 from torch.utils.data import DataLoader
 
 from examples.real_text.plan import ANSWERS, BY_NAME, COMMON, TEMPERATURES, Run
-from verl.batch import GROUP_KEYS
+from verl.batch import Answers, Prompts, Scores, table
 from verl.protocol import DataProto
 from verl.trainer.config import compose_config
 from verl.trainer.in_process import InProcessRunner, InProcessTrainer
 from verl.trainer.ppo.core_algos import ends_with_eos
+from verl.trainer.ppo.steps import Step, Timed
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 
 # Far from the seeds of training and validation.
@@ -46,7 +47,7 @@ class AnsweringTrainer(InProcessTrainer):
         """Train and answer."""
         self.training_seconds = 0.0
         data = replace(self.config.data, truncation="left", filter_overlong_prompts=False)
-        self.judge_rows = RLHFDataset(self.judge_file, self.tokenizer, data, eos_token_ids=self.eos_token_ids)
+        self.judge_rows = RLHFDataset(self.judge_file, self.tokenizer, data, eos_token_ids=self.student.eos_token_ids)
         if self.trains:
             super().fit()
         self._answer()
@@ -57,46 +58,45 @@ class AnsweringTrainer(InProcessTrainer):
                 return
             yield batch
 
-    def _training_step(self, batch: DataProto, metrics: dict[str, float], timing: dict[str, float]) -> DataProto:
+    def _make_step(self, prompts: Prompts, timed: Timed) -> Step:
         if self.answer_every and self.global_step and self.global_step % self.answer_every == 0:
             self._answer()
         start = time.perf_counter()
-        batch = super()._training_step(batch, metrics, timing)
+        step = super()._make_step(prompts, timed)
         self.training_seconds += time.perf_counter() - start
-        return batch
+        return step
 
     def _answer(self) -> None:
         """Answers to the judge's prompts from the present weights, at every temperature that is judged."""
         for temperature in TEMPERATURES:
             sampling = replace(self.config.actor_rollout_ref.rollout.sampling, n=ANSWERS, temperature=temperature)
-            tables = []
+            parts = []
             for number, rows in enumerate(DataLoader(self.judge_rows, batch_size=1024, collate_fn=collate_fn)):
-                batch = DataProto.from_single_dict(rows)
-                batch.union(self.generate(batch, sampling, ANSWER_SEED + number))
-                if self.critic is not None:
-                    batch.union(self.critic.compute_scores(self.take(batch, GROUP_KEYS)))
-                tables.append(self._table(batch))
-            table = pd.concat(tables, ignore_index=True)
-            table["split"] = ["judge" if row // ANSWERS % 2 else "test" for row in range(len(table))]
-            table["seconds"] = self.training_seconds
+                prompts = Prompts.of(DataProto.from_single_dict(rows))
+                answers = self.student.sample(table(prompts), sampling, ANSWER_SEED + number)
+                parts.append(self._frame(prompts, answers))
+            frame = pd.concat(parts, ignore_index=True)
+            frame["split"] = ["judge" if row // ANSWERS % 2 else "test" for row in range(len(frame))]
+            frame["seconds"] = self.training_seconds
             folder = Path(self.config.trainer.default_local_dir)
-            table.to_parquet(folder / f"answers-{self.global_step}-at-{temperature}.parquet")
+            frame.to_parquet(folder / f"answers-{self.global_step}-at-{temperature}.parquet")
 
-    def _table(self, batch: DataProto) -> pd.DataFrame:
-        responses, mask = batch.batch["responses"], batch.batch["response_mask"]
-        ended = ends_with_eos(responses, mask, self.eos_token_ids).flatten()
+    def _frame(self, prompts: Prompts, answers: Answers) -> pd.DataFrame:
+        responses, mask = answers.responses, answers.response_mask
+        ended = ends_with_eos(responses, mask, self.student.eos_token_ids).flatten()
         repeated = np.repeat(np.arange(len(responses)), ANSWERS)
         columns: dict[str, Any] = {
-            "content": [batch.non_tensor_batch["raw_prompt"][row][-1]["content"] for row in repeated],
-            "teacher": batch.non_tensor_batch["teacher_text"][repeated],
-            "text": self.decode(responses, mask),
+            "content": [prompts.raw_prompt[row][-1]["content"] for row in repeated],
+            "teacher": prompts.teacher_text[repeated],
+            "text": self.student.texts(responses, mask),
             "tokens": mask.sum(-1).flatten().tolist(),
             "finish_reason": ["stop" if end else "length" for end in ended],
         }
         columns["finish"] = columns["finish_reason"]
-        if self.critic is not None:
-            columns["score"] = batch.batch["student_scores"].flatten().tolist()
-            columns["teacher_score"] = batch.batch["teacher_scores"][repeated, 0].tolist()
+        if self.discriminator is not None:
+            scores = Scores.of(self.discriminator.scores(table(prompts, answers)))
+            columns["score"] = scores.student_scores.flatten().tolist()
+            columns["teacher_score"] = scores.teacher_scores[repeated, 0].tolist()
         return pd.DataFrame(columns)
 
 

@@ -152,15 +152,15 @@ def test_summary_of_steps():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def models(tmp_path_factory):
     path = tmp_path_factory.mktemp("models")
     write_policy(SHAPES["tiny"], path / "policy", "cpu")
     write_critic(path / "policy", path / "critic")
     return path
 
 
-def test_the_policy_never_ends_an_answer(folder):
-    model = load_model(folder / "policy", "policy")
+def test_the_policy_never_ends_an_answer(models):
+    model = load_model(models / "policy", "policy")
     ids = random_prompts(SHAPES["tiny"], 4, 32).batch["input_ids"]
     with torch.no_grad():
         log_probs = model(ids).logits.log_softmax(-1)
@@ -168,14 +168,14 @@ def test_the_policy_never_ends_an_answer(folder):
     assert log_probs[..., EOS + 1 :].std() > 0.05  # and the rest is still a choice
 
 
-def test_the_critic_is_the_policy_with_a_fresh_head(folder):
-    assert is_discriminator(folder / "critic")
-    critic, policy = load_model(folder / "critic", "score"), load_model(folder / "policy", "policy")
+def test_the_critic_is_the_policy_with_a_fresh_head(models):
+    assert is_discriminator(models / "critic")
+    critic, policy = load_model(models / "critic", "score"), load_model(models / "policy", "policy")
     assert torch.equal(critic.model.norm.weight, policy.model.norm.weight)
 
 
-def test_every_token_of_the_vocabulary_is_text(folder):
-    tokenizer = load_tokenizer(folder / "policy")
+def test_every_token_of_the_vocabulary_is_text(models):
+    tokenizer = load_tokenizer(models / "policy")
     assert len(tokenizer) == SHAPES["tiny"].vocab
     assert tokenizer.decode([500]).startswith(" w")
     prompt, teacher = random_texts(1, TINY)[0].values()

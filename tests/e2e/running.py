@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from verl.trainer.config import Config, compose_config
 from verl.trainer.main_ppo import run_ppo
 
@@ -41,3 +43,9 @@ def read_metrics(run: Path) -> dict[int, dict[str, float]]:
     """Metrics by step, as the JSONL tracker wrote them."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["data"] for line in lines}
+
+
+def assert_equal_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Same names, same bits."""
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []

@@ -29,7 +29,7 @@ from verl.model_merger import merge
 from verl.model_merger.merger import compare
 from verl.models.loading import check_labels, load_config, load_model
 from verl.models.sharding import full_parameters
-from verl.tools.score import main as score
+from verl.tools.score.__main__ import main as score
 from verl.trainer.config import compose_config
 from verl.trainer.in_process import run_in_process
 from verl.utils.checkpoint.fsdp_checkpoint_manager import tied_names

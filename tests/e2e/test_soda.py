@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.e2e.metric_names import COMMON_METRICS, VALIDATION_METRICS
-from tests.e2e.running import read_metrics, train
+from tests.e2e.running import assert_equal_tensors, read_metrics, train
 from verl.trainer.in_process import run_in_process
 from verl.utils.checkpoint.sharded import read_full_tensors
 from verl.workers.actor.pairs import PairPolicy
@@ -68,11 +67,6 @@ def calls(monkeypatch):
 
 def weights(run, step):
     return read_full_tensors(run / f"global_step_{step}" / "actor" / "model")
-
-
-def assert_equal_tensors(actual, expected):
-    assert actual.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
 def test_answers_are_written_once_and_no_reference_is_kept(soda, calls):

@@ -16,7 +16,7 @@ from tests.e2e.metric_names import (
     SEQKD_METRICS,
     VALIDATION_METRICS,
 )
-from tests.e2e.running import read_metrics, train
+from tests.e2e.running import assert_equal_tensors, read_metrics, train
 from verl.model_merger.cli import main as merger
 from verl.models.loading import load_model
 from verl.utils.checkpoint.sharded import read_full_tensors
@@ -26,11 +26,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 
 def tensors(run, step, part):
     return read_full_tensors(run / f"global_step_{step}" / part / "model")
-
-
-def assert_equal_tensors(actual, expected):
-    assert actual.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
 @pytest.fixture(scope="module")

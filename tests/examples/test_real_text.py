@@ -9,10 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from examples.real_text.plan import BY_NAME, COMMON, RUNS
+from examples.real_text.plan import ANSWERS, BY_NAME, COMMON, RUNS, TEMPERATURES
 from examples.real_text.report import render
 from examples.real_text.run import VAL_ROWS, Job, answers_of, needed, split, work_through
+from examples.real_text.train import train_and_answer
 from examples.real_text.words import accuracy
+from tests.tiny import write_data, write_model
 from verl.trainer.config import compose_config
 
 
@@ -132,3 +134,23 @@ def test_the_answers_of_the_last_step_at_every_temperature(tmp_path):
     last = [file.stem for file in answers_of(tmp_path, BY_NAME["GAD"], "last")]
     assert last == ["answers-10-at-0.8", "answers-10-at-1.0"]
     assert len(answers_of(tmp_path, BY_NAME["GAD"], "all")) == 3
+
+
+def test_runs_train_and_answer(tmp_path):
+    """SeqKD, and GAD from its end, on a tiny model: answers at both temperatures, GAD's with scores."""
+    model, data, out = write_model(tmp_path / "base"), tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    for name, rows in (("train", 12), ("val", 3), ("judge", 5)):
+        pd.read_json(write_data(tmp_path / f"{name}.jsonl", rows), lines=True).to_parquet(data / f"{name}.parquet")
+    sizes = ["data.train_batch_size=4", "data.max_prompt_length=28", "data.max_response_length=10"]
+    train_and_answer("SeqKD", data, out, model, 1, [*sizes, "trainer.total_training_steps=2"], float("inf"))
+    short = ["actor_rollout_ref.rollout.n=2", "trainer.critic_warmup=1", "trainer.total_training_steps=2"]
+    train_and_answer("GAD-last-token-warm-anchor", data, out, model, 1, [*sizes, *short], float("inf"))
+    for name, last in (("SeqKD", 2), ("GAD-last-token-warm-anchor", 2)):
+        assert (out / name / "done").exists()
+        for temperature in TEMPERATURES:
+            answers = pd.read_parquet(out / name / f"answers-{last}-at-{temperature}.parquet")
+            assert len(answers) == 5 * ANSWERS and answers["content"].iloc[0] == answers["content"].iloc[ANSWERS - 1]
+            assert set(answers["finish_reason"]) <= {"stop", "length"} and (answers["tokens"] > 0).all()
+            assert ("score" in answers) == (name != "SeqKD")
+    assert np.isfinite(answers["score"]).all()

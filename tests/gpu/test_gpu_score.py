@@ -7,8 +7,8 @@ import torch
 
 from tests.tiny import scorer
 from verl.models.answer_models import ScoreModel
-from verl.tools.score_data import PromptAndAnswer
-from verl.tools.score_model import Scoring, score_sequences
+from verl.tools.prompts import PromptAndAnswer
+from verl.tools.score.model import Scoring, score_sequences
 
 
 def test_scores_are_those_of_the_cpu(cuda):

@@ -32,6 +32,12 @@ def reference_log_probs(model: torch.nn.Module, rows: AnswerRows, temperature: f
     return result
 
 
+def test_rows_of_tokens_are_padded_outside():
+    rows = AnswerRows.of_tokens([[5, 6, 7], (8,)], [torch.tensor([9]), [4, 3]])
+    assert rows.prompts.tolist() == [[5, 6, 7], [0, 0, 8]] and rows.prompt_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert rows.responses.tolist() == [[9, 0], [4, 3]] and rows.response_mask.tolist() == [[1, 0], [1, 1]]
+
+
 def test_pack_lays_rows_end_to_end():
     rows = AnswerRows(
         prompts=torch.tensor([[0, 11, 12], [21, 22, 23]]),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from verl.tools.judge_numbers import distinct_ngrams, in_loop, numbers_of, repeated_share
-from verl.tools.judge_statistics import CROSS_VALIDATED, clustered_mean, paired_difference, t_quantile
+from verl.tools.judge.numbers import distinct_ngrams, in_loop, numbers_of, repeated_share
+from verl.tools.judge.statistics import CROSS_VALIDATED, clustered_mean, paired_difference, t_quantile
 
 
 def test_repeated_sequences_by_hand():

@@ -1,72 +1,17 @@
 """Pairwise verdicts: by hand, and over a real HTTP server with moods."""
 
-import json
 import socket
 import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from scipy import stats
 
-from verl.tools.judge_endpoint import API_KEY, Endpoint, EndpointError
-from verl.tools.judge_pairwise import Match, Verdicts, compare, question, read_verdict, tally
+from tests.tools.chat_server import Server, part
+from verl.tools.judge.endpoint import API_KEY, Endpoint, EndpointError
+from verl.tools.judge.pairwise import Match, Verdicts, compare, question, read_verdict, tally
 
 KEY = "sk-very-secret-123"
-
-
-class Server(ThreadingHTTPServer):
-    """Answers chat completions: `verdict` from the question's text, and `moods`, statuses to answer with before."""
-
-    def __init__(self):
-        self.moods, self.asked, self.keys, self.lock = [], [], set(), threading.Lock()
-        self.verdict = lambda text: "VERDICT: TIE"
-        self.raw, self.hold, self.inside, self.most = None, None, 0, 0
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def reply(self, status: int, body: str, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body.encode())), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def do_GET(self):
-        self.reply(404, "no models here")
-
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.asked.append(body)
-            server.keys.add(self.headers.get("Authorization"))
-            mood = server.moods.pop(0) if server.moods else None
-            server.inside += 1
-            server.most = max(server.most, server.inside)
-        if server.hold:
-            server.hold.wait(5)
-        with server.lock:
-            server.inside -= 1
-        if mood == "hang up":
-            self.connection.close()
-        elif mood == "sleep":
-            threading.Event().wait(0.6)
-        elif isinstance(mood, int):
-            self.reply(mood, f"mood {mood} for {self.headers.get('Authorization')}", Location="/elsewhere")
-        elif server.raw is not None:
-            self.reply(200, server.raw)
-        else:
-            content = server.verdict(body["messages"][-1]["content"])
-            self.reply(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}))
 
 
 @pytest.fixture
@@ -86,10 +31,6 @@ def endpoint(server: Server, **changes) -> Endpoint:
 
 def match(prompt: int, student: str, reference: str = "teacher's") -> Match:
     return Match(prompt, [{"role": "user", "content": f"问题 {prompt}?"}], student, reference, "the measure")
-
-
-def part(text: str, title: str) -> str:
-    return text.split(f"=== {title} ===\n")[1].split(f"\n=== end of {title} ===")[0]
 
 
 def longer_wins(text: str) -> str:

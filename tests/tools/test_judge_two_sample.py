@@ -7,8 +7,8 @@ import pytest
 from tqdm import tqdm
 
 from tests.tiny import write_model
-from verl.tools.judge_report import changes
-from verl.tools.judge_two_sample import (
+from verl.tools.judge.report import changes
+from verl.tools.judge.two_sample import (
     Judge,
     JudgeSettings,
     Pair,
@@ -19,7 +19,7 @@ from verl.tools.judge_two_sample import (
     training_updates,
     two_sample,
 )
-from verl.tools.score_data import PromptAndAnswer
+from verl.tools.prompts import PromptAndAnswer
 
 EOS = 1
 

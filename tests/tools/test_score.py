@@ -17,10 +17,11 @@ from tests.workers.updates_setup import settings
 from verl.model_merger import merge
 from verl.models.answer_models import ScoreModel
 from verl.protocol import DataProto
-from verl.tools.score import main
-from verl.tools.score_report import accuracy, calibration, expected_calibration_error, pearson, shorten
+from verl.tools.score.__main__ import main
+from verl.tools.score.report import accuracy, calibration, expected_calibration_error, pearson
 from verl.trainer.config import Config
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+from verl.utils.console import shorten
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.dump import write_jsonl
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
@@ -270,6 +271,16 @@ def test_cut_answers_are_counted(critic, data, capsys):
     assert "cut     0 prompts and 4 answers" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("mode", "prompt", "teacher", "student"), [("text", 9, 8, 2), ("token", 5, 4, 2)])
+def test_names_of_special_tokens_are_text_or_tokens(critic, tmp_path, mode, prompt, teacher, student):
+    """a<eos>b is 7 letters or 3 tokens, and one more around it; an answer's own EOS text at its end is its EOS."""
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [{"content": "a<eos>b", "teacher_response": "a<eos>b", "answer": "a<eos>"}])
+    table = score(critic, data, tmp_path / "scores.jsonl", "--special_token_text", mode)
+    counts = table[["prompt_tokens", "teacher_tokens", "student_tokens"]].iloc[0].tolist()
+    assert counts == [prompt, teacher, student]
+
+
 def test_prompts_are_refused_or_cut(critic, data, tmp_path, capsys):
     flags = ["--critic", str(critic), "--data", str(data), "--max_prompt_length", "13"]
     message = refusal(capsys, *flags)
@@ -357,7 +368,7 @@ def test_prompts_that_do_not_belong(critic, data, tmp_path, capsys, record, expe
         (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got tpu"),
         (["--device", "cuda:99"], "CUDA devices, got cuda:99; pass cpu"),
         (["--answer_key", "mine"], "expected the student's answers in column 'mine'"),
-        (["--max_tokens", "0"], "expected a whole number from 1, got 0"),
+        (["--max_tokens", "0"], "expected a whole number from 1, got '0'"),
         (["--show", "-1"], "expected a whole number from 0, got '-1'"),
         (["--apply_chat_template_kwargs", "[1]"], "expected a JSON object such as"),
         (["--exclude_eos", "--include_eos"], "not allowed with argument"),

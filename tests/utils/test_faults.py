@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from tests.tiny import byte_tokenizer
-from tests.utils.test_rl_dataset import make_config
+from tests.utils.word_rows import make_config
 from verl.utils.dataset.faults import MAX_DEPTH, fault_of_depth
 from verl.utils.dataset.rl_dataset import RLHFDataset
 

@@ -1,82 +1,38 @@
 import json
 import logging
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import models
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
 
-from verl.batch import DATA_KEYS
-from verl.utils.dataset import rl_dataset
-from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
-
-# One token per word or Chinese character, so that ids and lengths can be worked out by hand: ids are positions here.
-WORDS = [
-    "<pad>",
-    "<eos>",
-    "<user>",
-    "<system>",
-    "<assistant>",
-    "<unk>",
-    "<bos>",
-    "one",
-    "two",
-    "three",
-    "你",
-    "好",
-    "吗",
-]
-PAD, EOS, USER, SYSTEM, ASSISTANT, UNK, BOS, ONE, TWO, THREE, NI, HAO, MA = range(13)
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% if think is defined %} {{ think }}{% endif %}{% endif %}"
+from tests.utils.word_rows import (
+    ASSISTANT,
+    EOS,
+    HAO,
+    MA,
+    NI,
+    ONE,
+    PAD,
+    SYSTEM,
+    THREE,
+    TWO,
+    UNK,
+    USER,
+    WORDS,
+    make_config,
+    make_row,
+    make_tokenizer,
+    write_jsonl,
+    write_parquet,
 )
-
-
-def make_tokenizer(pad="<pad>", eos="<eos>", template=TEMPLATE):
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    chinese = pre_tokenizers.Split(Regex("[\u4e00-\u9fff]"), "isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), chinese])
-    # <bos> goes before everything unless add_special_tokens=False, as with Llama's tokenizer.
-    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, pad_token=pad, unk_token="<unk>")
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def make_config(**changes):
-    settings = {
-        "prompt_key": "content",
-        "response_key": "teacher_response",
-        "max_prompt_length": 6,
-        "max_response_length": 5,
-        "truncation": "error",
-        "filter_overlong_prompts": False,
-        "filter_overlong_prompts_workers": None,
-        "on_bad_row": "error",
-        "return_raw_chat": False,
-        "apply_chat_template_kwargs": {},
-    }
-    return SimpleNamespace(**(settings | changes))
-
-
-def make_row(prompt="one two", answer="你好 three", **more):
-    return {"content": [{"role": "user", "content": prompt}], "teacher_response": answer, **more}
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def write_parquet(path, rows):
-    pd.DataFrame(rows).to_parquet(path)
-    return path
+from verl.batch import Prompts
+from verl.utils.dataset import rl_dataset, texts
+from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+from verl.utils.dataset.texts import Tokenization
 
 
 def open_rows(tmp_path, rows, tokenizer=None, max_samples=-1, **changes):
@@ -223,7 +179,7 @@ def test_nothing_left_is_an_error(tmp_path):
 
 def test_lengths_from_processes_equal_those_from_one(monkeypatch):
     conversations = [make_row("one " * (i % 7 + 1))["content"] for i in range(10)]
-    arguments = (make_tokenizer(), {"think": "two"}, conversations)
+    arguments = (Tokenization(make_tokenizer(), {"think": "two"}), conversations)
     expected = [i % 7 + 1 + 3 for i in range(10)]
     assert rl_dataset._prompt_lengths_in_processes(*arguments, workers=None) == expected
     monkeypatch.setattr(rl_dataset, "MIN_PROMPTS_PER_PROCESS", 4)  # 10 prompts: enough for two of the three
@@ -377,13 +333,13 @@ def test_texts_are_tokenised_in_slices(tmp_path, monkeypatch, caplog):
     rows = [make_row(prompt, answer) for prompt, answer in zip(["one"] * 4 + ["one two three"], answers, strict=True)]
     tokenizer, seen = make_tokenizer(), []
     monkeypatch.setattr(rl_dataset, "SLICE_CHARACTERS", 20)
-    tokenise = rl_dataset.tokenize_answers
+    tokenise = texts.tokenize_answers
 
     def watch(tokenizer, texts, *rest):
         seen.append(list(texts))
         return tokenise(tokenizer, texts, *rest)
 
-    monkeypatch.setattr(rl_dataset, "tokenize_answers", watch)
+    monkeypatch.setattr(texts, "tokenize_answers", watch)
     with caplog.at_level(logging.INFO, logger=rl_dataset.__name__):
         open_rows(tmp_path, rows, tokenizer)
     assert seen == [answers[:2], answers[2:4], answers[4:]]
@@ -442,7 +398,7 @@ def test_a_batch_keeps_the_named_columns_that_rows_have(tmp_path):
 
 def test_a_run_reads_columns_that_the_dataset_has(tmp_path):
     (row,) = open_rows(tmp_path, [make_row()], return_raw_chat=True)
-    assert set(DATA_KEYS) <= set(row)
+    assert set(Prompts.names()) <= set(row)
 
 
 def test_an_answer_without_a_token_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.tiny import byte_tokenizer
-from tests.utils.test_rl_dataset import make_config
+from tests.utils.word_rows import make_config
 from verl.utils.dataset import rows
 from verl.utils.dataset.rl_dataset import RLHFDataset, find_files, read_rows
 

@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import byte_tokenizer
-from tests.utils.test_rl_dataset import make_config, make_row, make_tokenizer, write_jsonl
+from tests.utils.word_rows import make_config, make_row, make_tokenizer, write_jsonl
 from verl.trainer.config import compose_config
 from verl.trainer.main_ppo import create_rl_dataset
 from verl.utils.dataset.rl_dataset import RLHFDataset

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.tiny import byte_tokenizer
-from tests.utils.test_rl_dataset import make_config, make_row, write_jsonl
+from tests.utils.word_rows import make_config, make_row, write_jsonl
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.dataset.tokenizer_checks import check_ids, check_template_kwargs, dated_prompt
 

@@ -13,8 +13,8 @@ from tests.utils import checkpoint_on_three_ranks
 from verl.model_merger.cli import main as merger
 from verl.models.loading import check_files, load_model
 from verl.models.shm import copy_to_shm
-from verl.tools.judge import main as judge
-from verl.tools.score import main as score
+from verl.tools.judge.__main__ import main as judge
+from verl.tools.score.__main__ import main as score
 from verl.trainer.config import compose_config
 from verl.trainer.ppo.model_checks import check_models
 from verl.utils.checkpoint import whole

@@ -6,7 +6,7 @@ import pytest
 
 from tests.tiny import byte_tokenizer, write_data
 from tests.vllm.tiny_engine import tiny_model
-from verl.tools.judge import main
+from verl.tools.judge.__main__ import main
 
 pytestmark = pytest.mark.vllm
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.student import Student
 from verl.workers.fsdp_workers import ActorRolloutRefWorker
 
 GIB = 2**30
@@ -45,6 +45,6 @@ def test_a_cpu_has_no_peaks():
     ],
 )
 def test_of_all_ranks_the_largest_is_logged(reports, expected):
-    trainer = RayPPOTrainer.__new__(RayPPOTrainer)
-    trainer.actor_rollout = SimpleNamespace(peak_memory=lambda: reports)
-    assert trainer._peak_memory() == expected
+    student = Student.__new__(Student)
+    student.workers = SimpleNamespace(peak_memory=lambda: reports)
+    assert student.peak_memory() == expected

@@ -12,7 +12,7 @@ for the device at every micro-batch. What the model needs is then copied over wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -62,6 +62,13 @@ class AnswerRows:
         return AnswerRows(self.prompts[rows], self.prompt_mask[rows], self.responses[rows], self.response_mask[rows])
 
     @classmethod
+    def of_tokens(
+        cls, prompts: Sequence[Sequence[int] | torch.Tensor], answers: Sequence[Sequence[int] | torch.Tensor]
+    ) -> AnswerRows:
+        """Rows of R prompts and R answers without padding."""
+        return cls(*padded(prompts, left=True), *padded(answers, left=False))
+
+    @classmethod
     def join(cls, parts: list[AnswerRows]) -> AnswerRows:
         """Rows of several parts of equal widths, one after the other."""
         return cls(
@@ -70,6 +77,16 @@ class AnswerRows:
                 for name in ("prompts", "prompt_mask", "responses", "response_mask")
             )
         )
+
+
+def padded(tokens: Sequence[Sequence[int] | torch.Tensor], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists of ids as one tensor (R, longest), padded with 0 on the left or on the right, and its mask."""
+    width = max(map(len, tokens))
+    ids, mask = torch.zeros(2, len(tokens), width, dtype=torch.long)
+    for row, values in enumerate(tokens):
+        place = slice(width - len(values), None) if left else slice(len(values))
+        ids[row, place], mask[row, place] = torch.as_tensor(values), 1
+    return ids, mask
 
 
 @dataclass(frozen=True)

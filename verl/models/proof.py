@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -97,16 +97,7 @@ def proof_rows(config: PretrainedConfig, longest: int | None = None) -> AnswerRo
     tokens = torch.tensor(ordinary)[7 * torch.arange(sum(lengths)) % len(ordinary)]
     first, third, long, *answers = tokens.split(lengths)
     prompts = [long if longest else first, first, third]
-    return AnswerRows(*_padded(prompts, left=True), *_padded(answers, left=False))
-
-
-def _padded(parts: Sequence[torch.Tensor], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, parts))
-    ids, mask = torch.zeros(2, len(parts), width, dtype=torch.long)
-    for row, part in enumerate(parts):
-        place = slice(width - len(part), None) if left else slice(len(part))
-        ids[row, place], mask[row, place] = part, 1
-    return ids, mask
+    return AnswerRows.of_tokens(prompts, answers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,7 @@
 `ray` starts the processes and carries the calls.
 """
 
+from verl import __version__
 from verl.single_controller.base import ClassWithInitArgs, ResourcePool, Worker, WorkerGroup
-
-__version__ = "0.1.0"
 
 __all__ = ["ClassWithInitArgs", "ResourcePool", "Worker", "WorkerGroup", "__version__"]

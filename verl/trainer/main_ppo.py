@@ -17,7 +17,7 @@ import ray
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from verl.batch import DATA_KEYS
+from verl.batch import Prompts
 from verl.models.loading import all_eos_token_ids, quiet_transformers
 from verl.single_controller.ray.starting import join_or_start
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
@@ -64,15 +64,10 @@ def look_back(config: Config, rows: int) -> Origin:
 
 
 class TaskRunner:
-    """Everything that a run needs, built and run; a subclass may swap parts, for instance the worker classes.
-
-    Batches keep only the `columns` of the rows: half of a row's bytes are columns that users of verl's names know and
-    nothing here reads. A subclass that reads others names them, or sets None to keep all.
-    """
+    """Everything that a run needs, built and run; a subclass may swap parts, for instance the worker classes."""
 
     worker_classes: ClassVar[dict[Role, type]] = {Role.ActorRollout: ActorRolloutRefWorker, Role.Critic: CriticWorker}
     trainer_class: ClassVar[type[RayPPOTrainer]] = RayPPOTrainer
-    columns: ClassVar[tuple[str, ...] | None] = DATA_KEYS
 
     def run(self, config: Config) -> None:
         """Train. Data, configs and the tokenizers of all models are checked before Ray starts."""
@@ -99,7 +94,8 @@ class TaskRunner:
             dict.fromkeys(roles, "global_pool"),
             use_gpu=trainer.device != "cpu",
         )
-        collate = partial(collate_fn, columns=self.columns)
+        # Half of a row's bytes are columns that users of verl's names know and nothing here reads.
+        collate = partial(collate_fn, columns=Prompts.names())
         runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate)
         runner.origin = look_back(config, len(train))
         self.start(config)

@@ -98,17 +98,6 @@ def union_numpy_dict(array_dict1: dict[str, np.ndarray], array_dict2: dict[str, 
     return array_dict1
 
 
-def list_of_dict_to_dict_of_list(list_of_dict: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """[{"a": 1}, {"a": 2}] -> {"a": [1, 2]}. ValueError if the dicts' keys differ."""
-    if not list_of_dict:
-        return {}
-    keys = list_of_dict[0].keys()
-    for row, values in enumerate(list_of_dict):
-        if values.keys() != keys:
-            raise ValueError(f"dict {row}: expected keys {sorted(keys)}, got {sorted(values)}")
-    return {key: [values[key] for values in list_of_dict] for key in keys}
-
-
 # ---------------------------------------------------------------- serialisation
 
 
@@ -137,33 +126,3 @@ def deserialize_tensordict(serialized: SerializedTensorDict) -> TensorDict:
     """The TensorDict of `serialize_tensordict`, on the CPU."""
     batch_size, tensors = serialized
     return TensorDict({key: deserialize_single_tensor(value) for key, value in tensors.items()}, batch_size=batch_size)
-
-
-def to_plain(path: str, value: Any) -> Any:
-    """Rewrite a value in the types that torch.load(weights_only=True) accepts. TypeError names what cannot be."""
-    if value is None or type(value) in (bool, int, float, str, bytes):
-        return value
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().clone()  # torch.save writes a view's whole storage
-    if isinstance(value, np.generic):
-        return to_plain(path, value.item())
-    if isinstance(value, np.ndarray):
-        values = [to_plain(path, item) for item in value.ravel().tolist()]
-        return {"__ndarray__": values, "dtype": str(value.dtype), "shape": list(value.shape)}
-    if isinstance(value, Mapping):
-        return {to_plain(path, key): to_plain(f"{path}.{key}", item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [to_plain(path, item) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    raise TypeError(f"{path}: cannot save a {type(value).__name__}; only tensors, arrays and plain Python values")
-
-
-def from_plain(value: Any) -> Any:
-    if isinstance(value, dict) and "__ndarray__" in value:
-        flat = object_array("__ndarray__", [from_plain(item) for item in value["__ndarray__"]])
-        return flat.astype(value["dtype"]).reshape(value["shape"])
-    if isinstance(value, dict):
-        return {key: from_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(from_plain(item) for item in value)
-    return value

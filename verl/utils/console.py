@@ -10,3 +10,9 @@ def printable(text: str) -> str:
     in ASCII), which would otherwise end the program."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, errors="replace").decode(encoding)
+
+
+def shorten(text: str, characters: int = 160) -> str:
+    """On one line, at most so many characters, without any that a terminal would obey."""
+    line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
+    return line if len(line) <= characters else line[:characters] + "..."

@@ -19,28 +19,6 @@ def ceildiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def roundup_divisible(a: int, b: int) -> int:
-    """The smallest multiple of b that is not below a."""
-    return ceildiv(a, b) * b
-
-
-def calculate_workload(seqlens: torch.Tensor, hidden_size: int = 4096) -> torch.Tensor:
-    """Relative cost of a forward pass over sequences of these lengths, (N,) -> (N,).
-
-    A layer costs about 24 h^2 s + 4 h s^2 operations (Korthikanti et al. 2022, appendix A, with batch size 1): divided
-    by 4 h, that is 6 h s + s^2.
-    """
-    return 6 * hidden_size * seqlens + seqlens**2
-
-
-def get_reverse_idx(idx_map: Sequence[int]) -> list[int]:
-    """The inverse of a permutation: result[idx_map[i]] == i."""
-    reverse = [0] * len(idx_map)
-    for position, index in enumerate(idx_map):
-        reverse[index] = position
-    return reverse
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Partitions
 
@@ -297,6 +275,32 @@ def rearrange_micro_batches(
     )
     micro_batches = [sorted(rows) for rows in packer.pack(count)]
     return sorted(micro_batches, key=lambda rows: (-packer.tokens(rows), rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of verl's that nothing here calls
+
+
+def roundup_divisible(a: int, b: int) -> int:
+    """The smallest multiple of b that is not below a."""
+    return ceildiv(a, b) * b
+
+
+def calculate_workload(seqlens: torch.Tensor, hidden_size: int = 4096) -> torch.Tensor:
+    """Relative cost of a forward pass over sequences of these lengths, (N,) -> (N,).
+
+    A layer costs about 24 h^2 s + 4 h s^2 operations (Korthikanti et al. 2022, appendix A, with batch size 1): divided
+    by 4 h, that is 6 h s + s^2.
+    """
+    return 6 * hidden_size * seqlens + seqlens**2
+
+
+def get_reverse_idx(idx_map: Sequence[int]) -> list[int]:
+    """The inverse of a permutation: result[idx_map[i]] == i."""
+    reverse = [0] * len(idx_map)
+    for position, index in enumerate(idx_map):
+        reverse[index] = position
+    return reverse
 
 
 def prepare_dynamic_batch(

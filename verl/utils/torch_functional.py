@@ -32,35 +32,6 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, axis: int | None = Non
     return masked_sum(values, mask, axis) / count.clamp(min=1)
 
 
-def masked_var(values: torch.Tensor, mask: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
-    """Variance of all values where the mask is 1, a scalar; with `unbiased` divided by n - 1 (Bessel), else by n.
-
-    Raises:
-        ValueError: fewer than two values (one, if not `unbiased`) are under the mask.
-    """
-    count = int(mask.sum())
-    degrees = count - 1 if unbiased else count
-    if degrees < 1:
-        raise ValueError(f"the variance (unbiased={unbiased}) needs more than {count} value(s) under the mask")
-    centred = values - masked_mean(values, mask)
-    return masked_sum(centred.square(), mask) / degrees
-
-
-def masked_whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """Values scaled to unit (unbiased) variance under the mask, moved to zero mean unless `shift_mean` is False.
-
-    Positions outside the mask are scaled along with the rest: mask the result before using it.
-    """
-    mean = masked_mean(values, mask)
-    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
-    return whitened if shift_mean else whitened + mean
-
-
-def clip_by_value(x: torch.Tensor, tensor_min: torch.Tensor | float, tensor_max: torch.Tensor | float) -> torch.Tensor:
-    """`x` limited elementwise to [tensor_min, tensor_max]; the two limits are both numbers or both tensors."""
-    return torch.clamp(x, tensor_min, tensor_max)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Log-probs and entropy
 
@@ -252,3 +223,36 @@ def get_wsd_schedule_with_warmup(
         return _cosine_factor(max(0, step - stable_steps) / decay_steps, min_lr_ratio, num_cycles)
 
     return LambdaLR(optimizer, _with_linear_warmup(num_warmup_steps, after), last_epoch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of verl's that nothing here calls
+
+
+def masked_var(values: torch.Tensor, mask: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
+    """Variance of all values where the mask is 1, a scalar; with `unbiased` divided by n - 1 (Bessel), else by n.
+
+    Raises:
+        ValueError: fewer than two values (one, if not `unbiased`) are under the mask.
+    """
+    count = int(mask.sum())
+    degrees = count - 1 if unbiased else count
+    if degrees < 1:
+        raise ValueError(f"the variance (unbiased={unbiased}) needs more than {count} value(s) under the mask")
+    centred = values - masked_mean(values, mask)
+    return masked_sum(centred.square(), mask) / degrees
+
+
+def masked_whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+    """Values scaled to unit (unbiased) variance under the mask, moved to zero mean unless `shift_mean` is False.
+
+    Positions outside the mask are scaled along with the rest: mask the result before using it.
+    """
+    mean = masked_mean(values, mask)
+    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
+    return whitened if shift_mean else whitened + mean
+
+
+def clip_by_value(x: torch.Tensor, tensor_min: torch.Tensor | float, tensor_max: torch.Tensor | float) -> torch.Tensor:
+    """`x` limited elementwise to [tensor_min, tensor_max]; the two limits are both numbers or both tensors."""
+    return torch.clamp(x, tensor_min, tensor_max)

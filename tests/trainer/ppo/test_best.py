@@ -9,6 +9,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -202,7 +203,9 @@ class Trainer(RayPPOTrainer):
         self.values, self.crash = values, crash
         self.best = open_best(self.config)
         self.weights = Weights()
-        self.checkpoints = Checkpoints(self.config.trainer, self.weights, None)
+        self.checkpoints = Checkpoints(self.config.trainer, self.weights, None, {})
+        self.student = SimpleNamespace(weights_changed=lambda: None)
+        self.validation = SimpleNamespace(run=self._look_up)
         self.kl_ctrl = type("Fixed", (), {"value": 0.0})
         self.head_start = HeadStart(self.config, None, len(values) - 1)
         self.discriminator = self.held_out = self.rejected = None
@@ -216,12 +219,12 @@ class Trainer(RayPPOTrainer):
             yield None
             self.samples_seen += 4
 
-    def _sft_step(self, batch, metrics, timing):
+    def _make_step(self, prompts, timed):
         if self.global_step == self.crash:
             raise Crash
         self.weights.updates += 1
 
-    def _validate(self, tracking):
+    def _look_up(self, step, tracking):
         assert self.weights.updates == self.global_step
         return {"val/x": self.values[self.global_step]}
 
@@ -232,14 +235,8 @@ class Trainer(RayPPOTrainer):
         # Of two lines for one step the later counts.
         self.logged[step] = {name: value for name, value in metrics.items() if not name.startswith("timing")}
 
-    def _progress(self):
-        return nullcontext()
-
-    def _step_metrics(self, batch, timing):
+    def _step_metrics(self, step, timing):
         return {}
-
-    def _show(self, progress, metrics):
-        pass
 
 
 def saved(run):

@@ -16,7 +16,7 @@ from verl.utils.checkpoint.best_link import point_best
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def models(tmp_path_factory):
     path = tmp_path_factory.mktemp("models")
     write_model(path / "student")
     scorer().save_pretrained(path / "critic")
@@ -28,12 +28,12 @@ def folder(tmp_path_factory):
     return path
 
 
-def config(folder, critic, *overrides):
+def config(models, critic, *overrides):
     return compose_config(
         [
             "data.train_files=x",
-            f"actor_rollout_ref.model.path={folder}/student",
-            f"critic.model.path={folder}/{critic}",
+            f"actor_rollout_ref.model.path={models}/student",
+            f"critic.model.path={models}/{critic}",
             "trainer.experiment_name=x",
             "data.max_prompt_length=64",
             "data.max_response_length=64",
@@ -42,59 +42,59 @@ def config(folder, critic, *overrides):
     )
 
 
-def test_a_pair_that_belongs_together_passes(folder):
-    assert check_models(config(folder, "critic", "stage=gad")).eos_token_id == 1
+def test_a_pair_that_belongs_together_passes(models):
+    assert check_models(config(models, "critic", "stage=gad")).eos_token_id == 1
 
 
-def test_a_critic_of_another_vocabulary_is_refused(folder):
+def test_a_critic_of_another_vocabulary_is_refused(models):
     with pytest.raises(ValueError, match="another tokenizer"):
-        check_models(config(folder, "foreign", "stage=gad"))
+        check_models(config(models, "foreign", "stage=gad"))
 
 
-def test_gad_wants_a_warmed_up_critic_and_warmup_does_not(folder):
+def test_gad_wants_a_warmed_up_critic_and_warmup_does_not(models):
     with pytest.raises(ValueError, match="untrained discriminator"):
-        check_models(config(folder, "student", "stage=gad"))
-    check_models(config(folder, "student", "stage=warmup"))
+        check_models(config(models, "student", "stage=gad"))
+    check_models(config(models, "student", "stage=warmup"))
 
 
-def test_a_missing_critic_is_found_at_once(folder):
+def test_a_missing_critic_is_found_at_once(models):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        check_models(config(folder, "nowhere", "stage=gad"))
+        check_models(config(models, "nowhere", "stage=gad"))
 
 
-def test_seqkd_never_looks_at_a_critic(folder):
-    check_models(config(folder, "nowhere", "stage=seqkd"))
+def test_seqkd_never_looks_at_a_critic(models):
+    check_models(config(models, "nowhere", "stage=seqkd"))
 
 
-def test_paths_become_absolute(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_paths_become_absolute(models, monkeypatch):
+    monkeypatch.chdir(models)
     made = with_absolute_paths(
         compose_config(["data.train_files=x", "actor_rollout_ref.model.path=student", "trainer.experiment_name=x"])
     )
-    assert made.actor_rollout_ref.model.path == made.critic.model.path == os.path.join(folder, "student")
+    assert made.actor_rollout_ref.model.path == made.critic.model.path == os.path.join(models, "student")
     assert made.actor_rollout_ref.model.tokenizer_path is None
 
 
-def test_a_tokenizer_without_eos_is_refused(folder, tmp_path):
+def test_a_tokenizer_without_eos_is_refused(models, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
-    load_config(folder / "student", "policy").save_pretrained(tmp_path)
+    load_config(models / "student", "policy").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no eos_token"):
         load_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_may_lie_in_a_folder_of_its_own(folder, tmp_path):
+def test_a_tokenizer_may_lie_in_a_folder_of_its_own(models, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = "<bot>"
     tokenizer.save_pretrained(tmp_path / "chat")
     model = f"actor_rollout_ref.model.tokenizer_path={tmp_path}/chat"
-    assert check_models(config(folder, "student", "stage=warmup", model)).eos_token_id == 3
+    assert check_models(config(models, "student", "stage=warmup", model)).eos_token_id == 3
     with pytest.raises(FileNotFoundError, match="holds no model"):
         load_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_that_makes_other_ids_than_its_file_is_refused(folder, tmp_path):
+def test_a_tokenizer_that_makes_other_ids_than_its_file_is_refused(models, tmp_path):
     write_model(tmp_path / "m")
     file = tmp_path / "m" / "tokenizer.json"
     saved = json.loads(file.read_text())
@@ -103,7 +103,7 @@ def test_a_tokenizer_that_makes_other_ids_than_its_file_is_refused(folder, tmp_p
     # transformers takes the class of the model's type, which builds its pieces itself.
     paths = f"actor_rollout_ref.model.path={tmp_path}/m"
     with pytest.raises(ValueError, match=r"Qwen2Tokenizer\) is not the one in its tokenizer\.json.*config\.json, into"):
-        check_models(config(folder, "critic", "stage=seqkd", paths))
+        check_models(config(models, "critic", "stage=seqkd", paths))
     # The way out that the message names.
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -113,26 +113,26 @@ def test_a_tokenizer_that_makes_other_ids_than_its_file_is_refused(folder, tmp_p
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (alone / "tokenizer_config.json").write_text(json.dumps(settings))
     with_folder = (paths, f"actor_rollout_ref.model.tokenizer_path={alone}")
-    tokenizer = check_models(config(folder, "critic", "stage=seqkd", *with_folder))
+    tokenizer = check_models(config(models, "critic", "stage=seqkd", *with_folder))
     assert tokenizer("AB")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
 
 
-def test_dropout_is_switched_off(folder, tmp_path):
-    settings = load_config(folder / "student", "policy")
+def test_dropout_is_switched_off(models, tmp_path):
+    settings = load_config(models / "student", "policy")
     settings.attention_dropout = 0.3
     settings.save_pretrained(tmp_path)
     assert load_config(tmp_path, "policy").attention_dropout == 0.0
-    assert load_config(folder / "student", "score").classifier_dropout == 0.0
+    assert load_config(models / "student", "score").classifier_dropout == 0.0
 
 
-def test_an_override_that_the_model_does_not_have_is_refused(folder):
-    assert load_config(folder / "student", "policy", {"rms_norm_eps": 1e-3}).rms_norm_eps == 1e-3
+def test_an_override_that_the_model_does_not_have_is_refused(models):
+    assert load_config(models / "student", "policy", {"rms_norm_eps": 1e-3}).rms_norm_eps == 1e-3
     with pytest.raises(ValueError, match="no such entry"):
-        load_config(folder / "student", "policy", {"layer_norm": 1})
+        load_config(models / "student", "policy", {"layer_norm": 1})
 
 
-def test_missing_weights_are_refused(folder, tmp_path):
-    load_model(folder / "student", "policy").save_pretrained(tmp_path)
+def test_missing_weights_are_refused(models, tmp_path):
+    load_model(models / "student", "policy").save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 3}
     settings["layer_types"] = ["full_attention"] * 3
     (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -140,7 +140,7 @@ def test_missing_weights_are_refused(folder, tmp_path):
         load_model(tmp_path, "policy")
 
 
-def test_generation_settings_come_along(folder, tmp_path):
+def test_generation_settings_come_along(models, tmp_path):
     write_model(tmp_path / "m")
     GenerationConfig(eos_token_id=[1, 5], pad_token_id=0).save_pretrained(tmp_path / "m")
     assert load_model(tmp_path / "m", "policy").generation_config.eos_token_id == [1, 5]
@@ -167,22 +167,22 @@ def test_what_ends_an_answer(tmp_path, generation, config, expected):
     assert set(expected) <= set(all_eos_token_ids(byte_tokenizer(), load_config(tmp_path, "policy")))
 
 
-def test_what_ends_an_answer_of_a_config_without_a_folder(folder):
+def test_what_ends_an_answer_of_a_config_without_a_folder(models):
     assert all_eos_token_ids(byte_tokenizer(), Qwen2Config(eos_token_id=[4, 1])) == (1, 4)
     assert all_eos_token_ids(byte_tokenizer(), Qwen2Config(eos_token_id=None)) == (1,)
 
 
-def test_an_engine_that_is_not_installed_is_said_before_anything_starts(folder, monkeypatch):
+def test_an_engine_that_is_not_installed_is_said_before_anything_starts(models, monkeypatch):
     monkeypatch.setattr(model_checks, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"rollout\.name=vllm.*pip install -e '\.\[gpu\]'"):
-        check_engine(config(folder, "critic", "actor_rollout_ref.rollout.name=vllm"))
-    check_engine(config(folder, "critic", "actor_rollout_ref.rollout.name=hf"))
+        check_engine(config(models, "critic", "actor_rollout_ref.rollout.name=vllm"))
+    check_engine(config(models, "critic", "actor_rollout_ref.rollout.name=hf"))
 
 
-def test_the_best_of_a_run_is_what_it_names_at_the_start(folder, tmp_path):
+def test_the_best_of_a_run_is_what_it_names_at_the_start(models, tmp_path):
     """Ranks read the model one after the other, and the run it comes from may find a better one meanwhile."""
     point_best(tmp_path, 4)
-    checked = with_absolute_paths(config(folder, "critic", f"actor_rollout_ref.model.path={tmp_path}/best/actor"))
+    checked = with_absolute_paths(config(models, "critic", f"actor_rollout_ref.model.path={tmp_path}/best/actor"))
     point_best(tmp_path, 8)
     assert checked.actor_rollout_ref.model.path == f"{tmp_path}/global_step_4/actor"
-    assert checked.critic.model.path == f"{folder}/critic"
+    assert checked.critic.model.path == f"{models}/critic"

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from verl.protocol import DataProto
+from verl.batch import Answers, LogProbs, ReferenceLogProbs, Rewards, table
+from verl.config.run import AlgorithmConfig
 from verl.trainer.config import compose_config
 from verl.trainer.ppo.core_algos import AdaptiveKLController, FixedKLController
 from verl.trainer.ppo.reward import compute_advantage, on_last_token, reward_answers
@@ -85,13 +86,15 @@ def test_flat_groups():
     assert flat_groups(rewards, left_out, 0.0).flatten().tolist() == [False, False, False, True]
 
 
-def batch() -> DataProto:
+SCORES = torch.tensor([[1.0, 7.0, 3.0], [0.1, 0.2, 0.15]])
+
+
+def answered() -> Answers:
     """Two prompts with three answers of up to four tokens; the second answer to the first prompt was cut."""
     first, second = [[5, EOS, 0, 0], [5, 5, 5, 5], [5, 5, EOS, 0]], [[EOS, 0, 0, 0], [5, EOS, 0, 0], [5, 5, 5, 5]]
     responses = torch.tensor([first, second])
     mask = torch.tensor([[[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]], [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]])
-    scores = torch.tensor([[1.0, 7.0, 3.0], [0.1, 0.2, 0.15]])
-    return DataProto.from_dict({"responses": responses, "response_mask": mask, "student_scores": scores})
+    return Answers(responses, mask)
 
 
 def algorithm(**changes):
@@ -99,15 +102,20 @@ def algorithm(**changes):
     return replace(config.algorithm, norm_adv_by_std_in_grpo=False, **changes)
 
 
-def advantages(data: DataProto) -> list[list[float]]:
-    return data.batch["advantages"][..., 0].tolist()
+def rewarded(settings: AlgorithmConfig, task=None, eos=EOS, answers=None, controller=None, **more):
+    """`reward_answers` with the scores above: the rewards and the metrics."""
+    controller = controller or FixedKLController(0.0)
+    return reward_answers(answers or answered(), SCORES, settings, controller, task, eos, **more)
+
+
+def advantages(rewards: Rewards) -> list[list[float]]:
+    return rewards.advantages[..., 0].tolist()
 
 
 def test_cut_answers_as_they_stand_can_win():
-    data = batch()
-    metrics = reward_answers(data, algorithm(cut_answers="keep"), FixedKLController(0.0), None, EOS)
+    rewards, metrics = rewarded(algorithm(cut_answers="keep"))
     # Group means 11 / 3 and .15.
-    assert advantages(data) == [
+    assert advantages(rewards) == [
         pytest.approx([-8 / 3, 10 / 3, -2 / 3], abs=1e-6),
         pytest.approx([-0.05, 0.05, 0], abs=1e-6),
     ]
@@ -117,22 +125,21 @@ def test_cut_answers_as_they_stand_can_win():
 
 
 def test_an_answer_that_ends_in_another_eos_is_not_cut():
-    data, other = batch(), 97
-    data.batch["responses"] = data.batch["responses"].masked_fill(data.batch["responses"] == EOS, other)
-    assert reward_answers(data, algorithm(), FixedKLController(0.0), None, EOS)["response_length/cut_ratio"] == 1.0
-    expected = batch()
-    metrics = reward_answers(expected, algorithm(), FixedKLController(0.0), None, EOS)
-    assert reward_answers(data, algorithm(), FixedKLController(0.0), None, (EOS, other)) == metrics
-    assert advantages(data) == advantages(expected)
+    answers, other = answered(), 97
+    answers = replace(answers, responses=answers.responses.masked_fill(answers.responses == EOS, other))
+    assert rewarded(algorithm(), answers=answers)[1]["response_length/cut_ratio"] == 1.0
+    expected, expected_metrics = rewarded(algorithm())
+    rewards, metrics = rewarded(algorithm(), answers=answers, eos=(EOS, other))
+    assert metrics == expected_metrics
+    assert advantages(rewards) == advantages(expected)
 
 
 def test_a_cut_answer_is_never_above_its_groups_complete_ones_by_default():
-    data = batch()
-    metrics = reward_answers(data, algorithm(), FixedKLController(0.0), None, EOS)
+    rewards, metrics = rewarded(algorithm())
     # Variances within groups 28 / 3 and .0025. Rewards (1, 1 - d, 3) and (.1, .2, .1 - d), with these means.
     d = ((28 / 3 + 0.0025) / 2) ** 0.5
     first, second = (5 - d) / 3, (0.4 - d) / 3
-    assert advantages(data) == [
+    assert advantages(rewards) == [
         pytest.approx([1 - first, 1 - d - first, 3 - first], abs=1e-5),
         pytest.approx([0.1 - second, 0.2 - second, 0.1 - d - second], abs=1e-5),
     ]
@@ -140,53 +147,51 @@ def test_a_cut_answer_is_never_above_its_groups_complete_ones_by_default():
 
 
 def test_answers_left_out_have_no_advantage_and_do_not_move_the_others():
-    data = batch()
     changes = {"cut_answers": "leave_out", "min_group_std": 0.2}
-    metrics = reward_answers(data, algorithm(**changes), FixedKLController(0.0), None, EOS)
+    rewards, metrics = rewarded(algorithm(**changes))
     # The second group's complete answers spread by .07 only.
-    assert advantages(data) == [[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    assert advantages(rewards) == [[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
     assert metrics["critic/left_out_frac"] == pytest.approx(4 / 6)
     assert metrics["critic/flat_group_frac"] == 0.5
 
 
 def test_length_correction_uses_complete_answers_and_comes_before_cut_ones_are_settled():
-    data = batch()
-    metrics = reward_answers(data, algorithm(length_correction=True), FixedKLController(0.0), None, EOS)
+    rewards, metrics = rewarded(algorithm(length_correction=True))
     # Complete answers have lengths (2, 3) and (1, 2), rewards (1, 3) and (.1, .2): slope (.5 * 2 + .5 * .1) / 1 = 1.05.
     assert metrics["critic/length_slope"] == pytest.approx(1.05)
-    rewards = data.batch["token_level_scores"].sum(-1).tolist()
+    sums = rewards.token_level_scores.sum(-1).tolist()
     # 1 + .525, 3 - .525, .1 + .525, .2 - .525; the cut ones, 7 - 1.5 * 1.05 and .15 - 2.5 * 1.05, are settled then.
     corrected = torch.tensor([[1.525, 5.425, 2.475], [0.625, -0.325, 0.15 - 2.625]])
     d = corrected.var(-1).mean().sqrt().item()
-    assert rewards == [pytest.approx([1.525, 1.525 - d, 2.475]), pytest.approx([0.625, -0.325, 0.15 - 2.625])]
+    assert sums == [pytest.approx([1.525, 1.525 - d, 2.475]), pytest.approx([0.625, -0.325, 0.15 - 2.625])]
     assert "critic/length_reward_corr_used" in metrics
 
 
 def test_the_task_reward_is_part_of_what_is_compared():
-    data = batch()
     task = torch.tensor([[4.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     weighted = algorithm(task_reward_weight=0.5, cut_answers="keep")
-    metrics = reward_answers(data, weighted, FixedKLController(0.0), task, EOS)
-    assert data.batch["token_level_scores"].sum(-1)[0].tolist() == [3.0, 7.0, 3.0]
+    rewards, metrics = rewarded(weighted, task)
+    assert rewards.token_level_scores.sum(-1)[0].tolist() == [3.0, 7.0, 3.0]
     assert metrics["critic/task_reward/max"] == 4.0
 
 
 def test_the_kl_coefficient_rests_while_the_actor_is_frozen():
-    data = batch()
-    data.batch["old_log_probs"] = data.batch["ref_log_prob"] = torch.zeros(data.batch["responses"].shape)
+    zeros = torch.zeros((*SCORES.shape, 4))
+    log_probs = {"old": LogProbs(zeros, zeros), "reference": ReferenceLogProbs(zeros)}
     controller = AdaptiveKLController(0.5, target_kl=0.1, horizon=100)
     settings = algorithm(use_kl_in_reward=True)
-    reward_answers(data, settings, controller, None, EOS, kl_adapts=False)
+    rewarded(settings, controller=controller, **log_probs, kl_adapts=False)
     assert controller.value == 0.5
-    reward_answers(data, settings, controller, None, EOS)
+    rewarded(settings, controller=controller, **log_probs)
     # A KL of 0 is an error of -1, limited to -.2; six answers of a horizon of 100.
     assert controller.value == pytest.approx(0.5 * (1 - 0.2 * 6 / 100))
 
 
 def test_advantages_are_asked_for_with_the_established_arguments():
-    data = batch()
-    data.batch["token_level_rewards"] = on_last_token(data.batch["student_scores"], data.batch["response_mask"])
+    data = table(answered())
+    data.batch["token_level_rewards"] = on_last_token(SCORES, data.batch["response_mask"])
     compute_advantage(data, "grpo", gamma=1.0, lam=1.0, num_repeat=3, norm_adv_by_std_in_grpo=False, config=algorithm())
-    assert advantages(data)[0] == pytest.approx([-8 / 3, 10 / 3, -2 / 3], abs=1e-6)  # around 11 / 3
+    first = data.batch["advantages"][0, :, 0].tolist()
+    assert first == pytest.approx([-8 / 3, 10 / 3, -2 / 3], abs=1e-6)  # around 11 / 3
     with pytest.raises(ValueError, match="num_repeat=2, but there are 3 answers"):
         compute_advantage(data, "grpo", num_repeat=2)

@@ -3,14 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from verl.protocol import DataProtoFuture
-from verl.single_controller.base.decorator import (
-    REGISTRATION,
-    Execute,
-    Padding,
-    Registration,
-    pad_arguments,
-)
+# Names of verl's that nothing here calls
+from verl.compat.futures import PendingResult, resolved
+from verl.compat.workers import WorkerGroupMethods
+from verl.single_controller.base.decorator import REGISTRATION, Execute, Registration
+from verl.single_controller.base.dispatch import Padding, pad_arguments
 
 
 class ResourcePool:
@@ -52,22 +49,7 @@ class ClassWithInitArgs:
         return self.cls(*self.args, **self.kwargs)
 
 
-class PendingResult:
-    """The result of a non-blocking call."""
-
-    def __init__(self, wait: Callable[[], Any]) -> None:
-        self._wait = wait
-
-    def get(self) -> Any:
-        """Waits for all ranks and returns what the blocking call would have. Raises what the first failing rank did."""
-        return self._wait()
-
-
-def _resolve(value: Any) -> Any:
-    return value.get() if isinstance(value, PendingResult | DataProtoFuture) else value
-
-
-class WorkerGroup:
+class WorkerGroup(WorkerGroupMethods):
     """Ranks 0 to world_size - 1 of one role.
 
     A subclass says how to start a call on one rank (`submit`) and how to wait for several (`wait`).
@@ -88,39 +70,6 @@ class WorkerGroup:
     def wait(self, handles: list, method_name: str) -> list:
         """Returns the results of one call, given its handles from rank 0 on; raises as soon as one of them fails."""
         raise NotImplementedError
-
-    def execute_all_async(self, method_name: str, *args: Any, **kwargs: Any) -> list:
-        """Starts the method with the same arguments on every rank; returns the handles in rank order."""
-        return [self.submit(rank, method_name, args, kwargs) for rank in range(self.world_size)]
-
-    def execute_all_sync(self, method_name: str, *args: Any, **kwargs: Any) -> list:
-        """Runs the method with the same arguments on every rank; returns the answers in rank order."""
-        return self.wait(self.execute_all_async(method_name, *args, **kwargs), method_name)
-
-    def execute_rank_zero_async(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Starts the method on rank 0; returns its handle."""
-        return self.submit(0, method_name, args, kwargs)
-
-    def execute_rank_zero_sync(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Runs the method on rank 0; returns its answer."""
-        return self.wait([self.execute_rank_zero_async(method_name, *args, **kwargs)], method_name)[0]
-
-    def mesh_places(self, mesh_name: str) -> list[tuple[int, bool]]:
-        """Returns (dp_rank, is_collect) of each rank, asked of the workers once.
-
-        Raises:
-            ValueError: the data-parallel ranks are not 0, 1, 2, ... with exactly one collecting rank each.
-        """
-        if mesh_name not in self._places:
-            places = self.execute_all_sync("query_dispatch_info", mesh_name)
-            collecting = sorted(dp_rank for dp_rank, is_collect in places if is_collect)
-            if collecting != list(range(len({dp_rank for dp_rank, _ in places}))):
-                raise ValueError(
-                    f"mesh {mesh_name!r}: expected data-parallel ranks 0, 1, 2, ... with one collecting rank each, got "
-                    f"(dp_rank, is_collect) by rank: {places}. Correct the register_dispatch_collect_info calls."
-                )
-            self._places[mesh_name] = places
-        return self._places[mesh_name]
 
     def _bind_worker_methods(self, worker_cls: type) -> None:
         """Gives this group a method for each registered method of the worker class."""
@@ -145,8 +94,8 @@ class WorkerGroup:
 
     def _start(self, name: str, registration: Registration, args: tuple, kwargs: dict) -> tuple[list, Callable]:
         """Starts the call on the ranks; returns the handles and the function that makes one result of the answers."""
-        args = tuple(_resolve(value) for value in args)
-        kwargs = {key: _resolve(value) for key, value in kwargs.items()}
+        args = tuple(resolved(value) for value in args)
+        kwargs = {key: resolved(value) for key, value in kwargs.items()}
         fns = registration.fns
         padding = Padding(added=0, padded_rows=0)
         try:

@@ -86,27 +86,6 @@ class RayResourcePool(ResourcePool):
         self.tenants.clear()
 
 
-def merge_resource_pool(first: RayResourcePool, second: RayResourcePool) -> RayResourcePool:
-    """Returns a pool with the processes of both, those of `first` first. It reserves nothing new.
-
-    Raises:
-        ValueError: the pools differ in use_gpu or max_colocate_count.
-    """
-    for name in ("use_gpu", "max_colocate_count"):
-        if getattr(first, name) != getattr(second, name):
-            raise ValueError(
-                f"pools to merge must have the same {name}; got {getattr(first, name)} and {getattr(second, name)}."
-            )
-    merged = RayResourcePool(
-        first.process_on_nodes + second.process_on_nodes,
-        use_gpu=first.use_gpu,
-        name_prefix=f"{first.name_prefix}_{second.name_prefix}",
-        max_colocate_count=first.max_colocate_count,
-    )
-    merged._placement_groups = first.get_placement_groups() + second.get_placement_groups()
-    return merged
-
-
 class RayClassWithInitArgs(ClassWithInitArgs):
     """A worker class, plain or wrapped by `ray.remote`, and the arguments of its constructor."""
 
@@ -328,3 +307,27 @@ def _find_master(one_node: bool) -> tuple[str, int]:
     """Runs on rank 0's node. One node needs no other address than the loopback's."""
     address = "127.0.0.1" if one_node else ray.util.get_node_ip_address()
     return address, find_free_port(address)
+
+
+# ---- names of verl's that nothing here calls ----
+
+
+def merge_resource_pool(first: RayResourcePool, second: RayResourcePool) -> RayResourcePool:
+    """Returns a pool with the processes of both, those of `first` first. It reserves nothing new.
+
+    Raises:
+        ValueError: the pools differ in use_gpu or max_colocate_count.
+    """
+    for name in ("use_gpu", "max_colocate_count"):
+        if getattr(first, name) != getattr(second, name):
+            raise ValueError(
+                f"pools to merge must have the same {name}; got {getattr(first, name)} and {getattr(second, name)}."
+            )
+    merged = RayResourcePool(
+        first.process_on_nodes + second.process_on_nodes,
+        use_gpu=first.use_gpu,
+        name_prefix=f"{first.name_prefix}_{second.name_prefix}",
+        max_colocate_count=first.max_colocate_count,
+    )
+    merged._placement_groups = first.get_placement_groups() + second.get_placement_groups()
+    return merged

@@ -1,24 +1,16 @@
-"""The best validation so far, its weights, and when to end a run for want of better ones.
-
-`BestTracker` decides from numbers alone; `keep_best` does what follows: a checkpoint, `best/`, the end.
-"""
+"""The best validation so far, and when to end a run for want of better ones; decided from numbers alone."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from verl.config.run import Config
 from verl.utils.checkpoint.best_link import try_best_link
-
-if TYPE_CHECKING:
-    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -138,35 +130,3 @@ def first_that_counts(metric: str, first_actor_step: int | None) -> float:
     if metric.startswith("val/critic/"):
         return 0
     return math.inf if first_actor_step is None else first_actor_step + 1
-
-
-def keep_best(
-    trainer: RayPPOTrainer,
-    metrics: dict[str, float],
-    timed: Callable[[str], AbstractContextManager] = nullcontext,
-) -> bool:
-    """Keep the weights just validated if they are the best so far, and add `val/best/*` to the metrics.
-
-    Returns:
-        whether the run is to end here, its last weights saved.
-    """
-    best, step = trainer.best, trainer.global_step
-    if best is None:
-        return False
-    best.counts_from = first_that_counts(best.state.metric, trainer.head_start.first_actor_step)
-    if best.see(step, metrics):
-        logger.info("step %d is the best so far: %s is %.6g", step, best.state.metric, best.state.value)
-        if trainer.checkpoints.saved_step == step:
-            trainer.checkpoints.point_best(step)
-        else:
-            with timed("save_checkpoint"):
-                trainer.save(step, only_as_best=True)
-    ends = best.exhausted and step < trainer.total_steps
-    if ends:
-        verdict = best.verdict(metrics[best.state.metric])
-        logger.info("early stop after %d of %d steps: %s", step, trainer.total_steps, verdict)
-        if trainer.checkpoints.saved_step != step:
-            with timed("save_checkpoint"):
-                trainer.save(step)
-    metrics |= best.metrics()
-    return ends

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from verl.config.run import TrainerConfig
 from verl.single_controller.base import WorkerGroup
@@ -52,26 +52,43 @@ class RunState:
         return cls(**fields, best=None if best is None else BestState(**best))
 
 
+class Kept(Protocol):
+    """A part of the run beside the models that keeps a file in checkpoints."""
+
+    def save(self, file: Path) -> None: ...
+
+    def load(self, file: Path) -> None: ...
+
+
 class Checkpoints:
-    """The checkpoints of one run, under `trainer.default_local_dir`."""
+    """The checkpoints of one run, under `trainer.default_local_dir`.
+
+    Args:
+        actor, critic: the workers whose models are saved.
+        files: what else is saved, by the name of its file.
+        origin: what the run began with; None: checkpoints keep nothing of it.
+    """
 
     def __init__(
-        self, config: TrainerConfig, actor: WorkerGroup, critic: WorkerGroup | None, origin: Origin | None = None
+        self,
+        config: TrainerConfig,
+        actor: WorkerGroup,
+        critic: WorkerGroup | None,
+        files: Mapping[str, Kept],
+        origin: Origin | None = None,
     ):
         self.config = config
         self.origin = origin
         self.parts = {"actor": actor} if critic is None else {"actor": actor, "critic": critic}
+        self.files = files
         self.root = run_folder(config)
         # Of the newest checkpoint in `root` that this run wrote or began with.
         self.saved_step: int | None = None
 
-    @contextmanager
-    def write(self, state: RunState, only_as_best: bool = False) -> Iterator[Path]:
+    def write(self, state: RunState, only_as_best: bool = False) -> None:
         """Write the folder of `global_step_N`, all but its name, which `publish` gives it.
 
         `only_as_best`: the checkpoint is not one of those that are due anyway.
-
-        Yields the folder to write other files of the run into, before it is sealed.
         """
         folder = start_checkpoint(self.root, state.global_step)
         for name, group in self.parts.items():
@@ -81,7 +98,8 @@ class Checkpoints:
             self.origin.write(folder)
         if only_as_best:
             mark_only_as_best(folder)
-        yield folder
+        for name, kept in self.files.items():
+            kept.save(folder / name)
         seal_checkpoint(folder, tuple(self.parts))
 
     def publish(self, state: RunState) -> None:
@@ -114,7 +132,7 @@ class Checkpoints:
             )  # fmt: skip
 
     def load(self, folder: Path) -> RunState:
-        """Restore the models from a checkpoint; returns where the run was.
+        """Restore models and files from a checkpoint; returns where the run was.
 
         Raises:
             FileNotFoundError, ValueError: it is incomplete or damaged.
@@ -126,6 +144,8 @@ class Checkpoints:
                 raise FileNotFoundError(f"cannot resume from {folder}: it has no {name}; was it another stage's?")
             group.load_checkpoint(str(folder / name))
         state = RunState.read(folder / STATE_FILE)
+        for name, kept in self.files.items():
+            kept.load(folder / name)
         logger.info("resumed from %s: %d steps are done", folder, state.global_step)
         if folder.parent.resolve() == self.root.resolve():
             self.saved_step = state.global_step

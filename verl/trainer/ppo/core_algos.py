@@ -313,32 +313,7 @@ def compute_policy_loss_gspo(
     return loss, {k: v.detach() for k, v in metrics.items()}
 
 
-def compute_policy_loss(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    advantages: torch.Tensor,
-    response_mask: torch.Tensor,
-    cliprange: float = 0.2,
-    cliprange_low: float | None = None,
-    cliprange_high: float | None = None,
-    clip_ratio_c: float = 3.0,
-    loss_agg_mode: str = "token-mean",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The vanilla loss in its older call form: (pg_loss, pg_clipfrac, ppo_kl, pg_clipfrac_lower)."""
-
-    class Constants:
-        clip_ratio = cliprange
-        clip_ratio_low = cliprange_low
-        clip_ratio_high = cliprange_high
-
-    Constants.clip_ratio_c = clip_ratio_c
-    loss, metrics = compute_policy_loss_vanilla(
-        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, Constants
-    )
-    return loss, metrics["actor/pg_clipfrac"], metrics["actor/ppo_kl"], metrics["actor/pg_clipfrac_lower"]
-
-
-# ---------------------------------------------------------------- SFT and entropy
+# ---------------------------------------------------------------- SFT
 
 
 def compute_sft_loss(
@@ -346,13 +321,6 @@ def compute_sft_loss(
 ) -> torch.Tensor:
     """Minus the mean log-prob (R, T) of the teacher's tokens over the mask (R, T): cross-entropy, as a scalar."""
     return agg_loss(-log_prob, response_mask, loss_agg_mode, **totals)
-
-
-def compute_entropy_loss(
-    logits: torch.Tensor, response_mask: torch.Tensor, loss_agg_mode: str = "token-mean", **totals: Any
-) -> torch.Tensor:
-    """Mean entropy in nats of logits (R, T, V) over the mask (R, T), as a scalar."""
-    return agg_loss(entropy_from_logits(logits), response_mask, loss_agg_mode, **totals)
 
 
 # ---------------------------------------------------------------- KL
@@ -427,6 +395,41 @@ def get_kl_controller(kl_ctrl: Any) -> FixedKLController | AdaptiveKLController:
             raise ValueError(f"algorithm.kl_ctrl.horizon must be a positive number, got {kl_ctrl.horizon}")
         return AdaptiveKLController(kl_ctrl.kl_coef, kl_ctrl.target_kl, kl_ctrl.horizon)
     raise ValueError(f"unknown algorithm.kl_ctrl.type {kl_ctrl.type!r}: use fixed or adaptive")
+
+
+# ---------------------------------------------------------------- names of verl's that nothing here calls
+
+
+def compute_policy_loss(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    cliprange: float = 0.2,
+    cliprange_low: float | None = None,
+    cliprange_high: float | None = None,
+    clip_ratio_c: float = 3.0,
+    loss_agg_mode: str = "token-mean",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The vanilla loss in its older call form: (pg_loss, pg_clipfrac, ppo_kl, pg_clipfrac_lower)."""
+
+    class Constants:
+        clip_ratio = cliprange
+        clip_ratio_low = cliprange_low
+        clip_ratio_high = cliprange_high
+
+    Constants.clip_ratio_c = clip_ratio_c
+    loss, metrics = compute_policy_loss_vanilla(
+        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, Constants
+    )
+    return loss, metrics["actor/pg_clipfrac"], metrics["actor/ppo_kl"], metrics["actor/pg_clipfrac_lower"]
+
+
+def compute_entropy_loss(
+    logits: torch.Tensor, response_mask: torch.Tensor, loss_agg_mode: str = "token-mean", **totals: Any
+) -> torch.Tensor:
+    """Mean entropy in nats of logits (R, T, V) over the mask (R, T), as a scalar."""
+    return agg_loss(entropy_from_logits(logits), response_mask, loss_agg_mode, **totals)
 
 
 def compute_rewards(

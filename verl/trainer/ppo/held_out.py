@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from verl.batch import GROUP_KEYS, PROMPT_KEYS, TEACHER_KEYS
+from verl.batch import GROUP_KEYS, PROMPT_KEYS, TEACHER_KEYS, table
+from verl.config.run import Config
 from verl.protocol import DataProto
+from verl.trainer.ppo.discriminator import Discriminator
 from verl.trainer.ppo.metric_utils import compute_discriminator_metrics
-
-if TYPE_CHECKING:
-    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.student import Student
 
 logger = logging.getLogger(__name__)
 
@@ -40,25 +40,33 @@ class HeldOutAccuracy(NamedTuple):
 class HeldOutPairs:
     """The first `critic.held_out_prompts` validation prompts with their teacher answers, and the stored answers."""
 
-    def __init__(self, trainer: RayPPOTrainer, seed: int):
-        self.trainer = trainer
+    def __init__(
+        self,
+        config: Config,
+        student: Student,
+        discriminator: Discriminator,
+        dataset: Dataset,
+        collate_fn: Callable[[list], dict],
+        seed: int,
+    ):
+        self.sampling = config.actor_rollout_ref.rollout.sampling
+        self.student, self.discriminator = student, discriminator
         self.seed = seed
-        data = trainer.config.data
-        self.batch_size = data.val_batch_size or len(trainer.val_dataset)
-        rows = Subset(trainer.val_dataset, range(min(trainer.config.critic.held_out_prompts, len(trainer.val_dataset))))
-        batches = DataLoader(rows, batch_size=self.batch_size, collate_fn=trainer.collate_fn)
+        self.batch_size = config.data.val_batch_size or len(dataset)
+        rows = Subset(dataset, range(min(config.critic.held_out_prompts, len(dataset))))
+        batches = DataLoader(rows, batch_size=self.batch_size, collate_fn=collate_fn)
         prompts = DataProto.concat([DataProto.from_single_dict(batch) for batch in batches])
         self.prompts = prompts.select(list(PROMPT_KEYS + TEACHER_KEYS), non_tensor_batch_keys=[])
         self.fixed: DataProto | None = None
 
-    def store(self) -> None:
+    def store(self, step: int) -> None:
         """Keep the present student's answers as the fixed ones, unless a checkpoint has brought some."""
         if self.fixed is not None:
             return
-        if self.trainer.global_step > 0:
+        if step > 0:
             logger.warning(
                 "the checkpoint has no stored answers to these %d prompts: val/critic/fixed/* is measured on answers "
-                "of step %d instead of the first student's", len(self.prompts), self.trainer.global_step,
+                "of step %d instead of the first student's", len(self.prompts), step,
             )  # fmt: skip
         self.fixed = DataProto.concat([self._answered(part) for part in self.prompts.split(self.batch_size)])
 
@@ -78,15 +86,15 @@ class HeldOutPairs:
         return HeldOutAccuracy(per_prompt.mean().item(), error, len(per_prompt))
 
     def _answered(self, prompts: DataProto) -> DataProto:
-        sampling = self.trainer.config.actor_rollout_ref.rollout.sampling
         prompts = DataProto(prompts.batch.clone())
-        return prompts.union(self.trainer.generate(prompts, sampling, self.seed)).select(list(GROUP_KEYS))
+        answers = table(self.student.sample(prompts, self.sampling, self.seed))
+        return prompts.union(answers).select(list(GROUP_KEYS))
 
     def _scored(self, parts: Iterable[DataProto]) -> DataProto:
         scored = []
         for part in parts:
             part = DataProto(part.batch.clone())
-            scored.append(part.union(self.trainer.critic.compute_scores(part)))
+            scored.append(part.union(self.discriminator.scores(part)))
         return DataProto.concat(scored)
 
     def save(self, file: Path) -> None:

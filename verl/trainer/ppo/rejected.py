@@ -13,19 +13,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from verl.batch import GROUP_KEYS, PAIR_REFERENCE_KEYS, teacher_response_mask
+from verl.batch import PAIR_REFERENCE_KEYS, Answers, PairLogProbs, Prompts, table, teacher_response_mask
+from verl.config.run import Config
 from verl.protocol import DataProto
-
-if TYPE_CHECKING:
-    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.student import Student
 
 logger = logging.getLogger(__name__)
 
@@ -37,42 +35,54 @@ class RejectedAnswers:
     """One rejected answer per training row, kept end to end without padding.
 
     Args:
-        trainer: whose student answers.
+        config: the run's.
+        student: who answers.
+        dataset: the training rows.
         seed: added to the rollout's, so that no other draw is replayed.
-        check_sync: compares the engine's log-probs with the trainer's on an answered batch, and logs it.
     """
 
-    def __init__(self, trainer: RayPPOTrainer, seed: int, check_sync: Callable[[DataProto, dict[str, float]], None]):
-        self.trainer = trainer
+    def __init__(
+        self, config: Config, student: Student, dataset: Dataset, collate_fn: Callable[[list], dict], seed: int
+    ):
+        self.config = config
+        self.student = student
+        self.dataset, self.collate_fn = dataset, collate_fn
         self.seed = seed
-        self.check_sync = check_sync
         self.epoch = -1
         # index (R,) int64, the data's row numbers; lengths (R,) and tokens (all answers') int32; PAIR_REFERENCE_KEYS.
         self.answers: dict[str, torch.Tensor] = {}
 
-    def add_to(self, batch: DataProto) -> dict[str, float]:
-        """Give a batch, as it comes from the data, its rejected answers and the reference's log-probs of its pairs.
+    def of(self, prompts: Prompts, samples_seen: int, step: int) -> tuple[Answers, PairLogProbs, dict[str, float]]:
+        """The rejected answers to a batch as it comes from the data, one each, and the reference's log-probs of its
+        pairs.
 
         A batch may reach over the end of an epoch: rows of the new one get answers drawn now.
 
+        Args:
+            samples_seen: training rows before this batch.
+            step: for messages.
+
         Returns:
-            the share of pairs of two equal answers, which have no gradient, and of a draw the sync check's metrics.
+            beside them the share of pairs of two equal answers, which have no gradient, and of a draw the sync check's
+            metrics.
         """
         metrics: dict[str, float] = {}
-        epochs = np.zeros(len(batch), dtype=np.int64)
-        if self.trainer.config.soda.resample == "epoch":
-            epochs = (self.trainer.samples_seen + np.arange(len(batch))) // len(self.trainer.train_dataset)
-        index, parts = batch.non_tensor_batch["index"].astype(np.int64), []
+        epochs = np.zeros(len(prompts), dtype=np.int64)
+        if self.config.soda.resample == "epoch":
+            epochs = (samples_seen + np.arange(len(prompts))) // len(self.dataset)
+        index, parts = prompts.index.astype(np.int64), []
         for epoch in np.unique(epochs):
             if epoch > self.epoch:
-                metrics |= self._draw(int(epoch))
+                metrics |= self._draw(int(epoch), step)
             parts.append(self._look_up(index[epochs == epoch]))
-        batch.union(DataProto.concat(parts))
-        return metrics | {"actor/soda_equal_frac": equal_pairs(batch).float().mean().item()}
+        found = DataProto.concat(parts)
+        answers = Answers.of(found)
+        metrics["actor/soda_equal_frac"] = equal_pairs(table(prompts, answers)).float().mean().item()
+        return answers, PairLogProbs.of(found), metrics
 
     def _look_up(self, index: np.ndarray) -> DataProto:
         """Rows of the data by their numbers."""
-        answers, width = self.answers, self.trainer.config.data.max_response_length
+        answers, width = self.answers, self.config.data.max_response_length
         order = answers["index"].argsort()
         place = torch.searchsorted(answers["index"][order], torch.from_numpy(index)).clamp(max=len(order) - 1)
         rows = order[place]
@@ -90,41 +100,36 @@ class RejectedAnswers:
         found = {"responses": responses.unsqueeze(1), "response_mask": mask.long().unsqueeze(1)}
         return DataProto.from_dict(found | {key: answers[key][rows] for key in PAIR_REFERENCE_KEYS})
 
-    def _draw(self, epoch: int) -> dict[str, float]:
-        """Let the student answer every training prompt, in the data's own order."""
-        trainer, rollout = self.trainer, self.trainer.config.actor_rollout_ref.rollout
-        size = rollout.max_num_seqs * trainer.config.trainer.ranks * (CALLS_PER_PUSH if rollout.drops_weights else 1)
+    def _draw(self, epoch: int, step: int) -> dict[str, float]:
+        """Let the student answer every training prompt, in the data's own order; the first batch's answers are compared
+        with the engine's log-probs."""
+        config, rollout = self.config, self.config.actor_rollout_ref.rollout
+        size = rollout.max_num_seqs * config.trainer.ranks * (CALLS_PER_PUSH if rollout.drops_weights else 1)
         loader = DataLoader(
-            trainer.train_dataset,
+            self.dataset,
             batch_size=size,
-            num_workers=trainer.config.data.dataloader_num_workers,
-            collate_fn=trainer.collate_fn,
+            num_workers=config.data.dataloader_num_workers,
+            collate_fn=self.collate_fn,
         )
-        bar = tqdm(total=len(trainer.train_dataset), desc="rejected answers", leave=False, dynamic_ncols=True)
+        bar = tqdm(total=len(self.dataset), desc="rejected answers", leave=False, dynamic_ncols=True)
         metrics, parts = {}, []
         with bar:
             for number, rows in enumerate(loader):
                 seed = rollout.seed + self.seed + epoch * len(loader) + number
-                batch = self._answered(DataProto.from_single_dict(rows), seed, metrics)
-                parts.append(_compact(batch))
-                bar.update(len(batch))
+                prompts = Prompts.of(DataProto.from_single_dict(rows))
+                reported = 0 if metrics else rollout.sync_check_prompts
+                answers = self.student.sample(table(prompts), rollout.sampling, seed, reported)
+                metrics = metrics or self.student.check_sync(prompts, answers, None, step)
+                parts.append(_compact(prompts, answers, self.student.pair_reference_log_probs(prompts, answers)))
+                bar.update(len(prompts))
         self.epoch = epoch
         self.answers = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         lengths, limit = self.answers["lengths"].float(), rollout.response_length
         logger.info(
             "%d answers to be rejected, written by the student of step %d: %.1f tokens on average, %.1f%% fill all %d",
-            len(lengths), trainer.global_step, lengths.mean(), 100 * (lengths == limit).float().mean(), limit,
+            len(lengths), step, lengths.mean(), 100 * (lengths == limit).float().mean(), limit,
         )  # fmt: skip
         return metrics
-
-    def _answered(self, batch: DataProto, seed: int, metrics: dict[str, float]) -> DataProto:
-        """With the student's answers and the reference's log-probs. The first batch of a draw, which comes with no
-        metrics yet, is compared with the engine's."""
-        trainer, rollout = self.trainer, self.trainer.config.actor_rollout_ref.rollout
-        batch.union(trainer.generate(batch, rollout.sampling, seed, 0 if metrics else rollout.sync_check_prompts))
-        if not metrics:
-            self.check_sync(batch, metrics)
-        return batch.union(trainer.actor_rollout.compute_pair_ref_log_prob(trainer.take(batch, GROUP_KEYS)))
 
     def save(self, file: Path) -> None:
         """Write the answers and their epoch."""
@@ -143,7 +148,7 @@ class RejectedAnswers:
         self.epoch, self.answers = int(stored.pop("epoch")), stored
         if not stored:
             return  # Saved before the first draw, as the best so far.
-        longest, limit = int(stored["lengths"].max()), self.trainer.config.data.max_response_length
+        longest, limit = int(stored["lengths"].max()), self.config.data.max_response_length
         if longest > limit:
             raise ValueError(
                 f"{file} has an answer of {longest} tokens, more than data.max_response_length={limit}: resume with "
@@ -151,14 +156,14 @@ class RejectedAnswers:
             )
 
 
-def _compact(batch: DataProto) -> dict[str, torch.Tensor]:
+def _compact(prompts: Prompts, answers: Answers, reference: PairLogProbs) -> dict[str, torch.Tensor]:
     """A batch's answers end to end, with their rows, lengths and log-probs."""
-    mask = batch.batch["response_mask"][:, 0].bool()
+    mask = answers.response_mask[:, 0].bool()
     return {
-        "index": torch.from_numpy(batch.non_tensor_batch["index"].astype(np.int64)),
+        "index": torch.from_numpy(prompts.index.astype(np.int64)),
         "lengths": mask.sum(-1).int(),
-        "tokens": batch.batch["responses"][:, 0][mask].int(),
-        **{key: batch.batch[key].clone() for key in PAIR_REFERENCE_KEYS},
+        "tokens": answers.responses[:, 0][mask].int(),
+        **{key: tensor.clone() for key, tensor in reference.tensors().items()},
     }
 
 

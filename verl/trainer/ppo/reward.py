@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from verl.batch import Answers, LogProbs, Prompts, ReferenceLogProbs, Rewards, table
 from verl.config.run import AlgorithmConfig, Config
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import (
@@ -82,6 +83,11 @@ def get_custom_reward_fn(config: Config) -> TaskReward | None:
     return None if custom.path is None else TaskReward(f"{custom.path}:{custom.name}")
 
 
+def score_task(task: TaskReward, prompts: Prompts, texts: Sequence[str]) -> torch.Tensor:
+    """The user's reward of every answer, (B, N); `texts` are the answers', row after row."""
+    return task(prompts.raw_prompt, texts, prompts.teacher_text, prompts.index)
+
+
 def apply_kl_penalty(
     data: DataProto,
     kl_ctrl: FixedKLController | AdaptiveKLController,
@@ -104,27 +110,33 @@ def apply_kl_penalty(
 
 
 def reward_answers(
-    batch: DataProto,
+    answers: Answers,
+    scores: torch.Tensor,
     algorithm: AlgorithmConfig,
     kl_ctrl: FixedKLController | AdaptiveKLController,
     task: torch.Tensor | None,
     eos_token_id: int | Sequence[int],
+    old: LogProbs | None = None,
+    reference: ReferenceLogProbs | None = None,
     kl_adapts: bool = True,
-) -> dict[str, float]:
-    """From `student_scores` (B, N) to `advantages` (B, N, T), in place; everything between is added as well.
+) -> tuple[Rewards, dict[str, float]]:
+    """From the discriminator's scores of the answers (B, N) to their advantages.
 
     In this order: the task reward (`task`, (B, N)) is added, the part that goes with length is taken out, what cut
     answers are worth is settled, groups that say nothing are left out, the KL penalty is taken off, advantages follow.
 
+    Args:
+        old, reference: where the KL penalty is part of the reward.
+
     Returns:
-        how much each of it did.
+        the rewards, and how much each of it did.
     """
     metrics: dict[str, float] = {}
-    mask, rewards = batch.batch["response_mask"], batch.batch["student_scores"]
+    mask, rewards = answers.response_mask, scores
     if task is not None:
         metrics |= mean_max_min("critic/task_reward", task)
         rewards = rewards + algorithm.task_reward_weight * task
-    cut = ~ends_with_eos(batch.batch["responses"], mask, eos_token_id)
+    cut = ~ends_with_eos(answers.responses, mask, eos_token_id)
     lengths = mask.sum(-1)
     if algorithm.length_correction:
         counted = ~cut if algorithm.cut_answers != "keep" else torch.ones_like(cut)
@@ -133,13 +145,12 @@ def reward_answers(
     rewards, left_out = settle_cut_answers(rewards, cut, algorithm.cut_answers)
     flat = flat_groups(rewards, left_out, algorithm.min_group_std)
     left_out = left_out | flat
-    batch.batch["token_level_scores"] = on_last_token(rewards, mask)
+    made = table(answers, old, reference)
+    made.batch["token_level_scores"] = made.batch["token_level_rewards"] = on_last_token(rewards, mask)
     if algorithm.use_kl_in_reward:
-        metrics |= apply_kl_penalty(batch, kl_ctrl, algorithm.kl_penalty, kl_adapts)[1]
-    else:
-        batch.batch["token_level_rewards"] = batch.batch["token_level_scores"]
+        metrics |= apply_kl_penalty(made, kl_ctrl, algorithm.kl_penalty, kl_adapts)[1]
     std = algorithm.norm_adv_by_std_in_grpo
-    compute_advantage(batch, algorithm.adv_estimator, norm_adv_by_std_in_grpo=std, left_out=left_out)
+    compute_advantage(made, algorithm.adv_estimator, norm_adv_by_std_in_grpo=std, left_out=left_out)
     compared = ~left_out
     if not compared.any():
         logger.warning(
@@ -155,8 +166,8 @@ def reward_answers(
     if compared.any():
         metrics["critic/length_reward_corr_used"] = correlation(lengths[compared].float(), rewards[compared])
     if cut.any():
-        metrics["critic/advantages/cut_mean"] = batch.batch["advantages"][..., 0][cut].mean().item()
-    return metrics
+        metrics["critic/advantages/cut_mean"] = made.batch["advantages"][..., 0][cut].mean().item()
+    return Rewards.of(made), metrics
 
 
 def compute_advantage(

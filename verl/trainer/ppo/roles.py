@@ -36,6 +36,8 @@ class ResourcePoolManager:
             pool.get_placement_groups()
         return pools
 
+    # ---- names of verl's that nothing here calls ----
+
     def get_n_gpus(self) -> int:
         """Processes of all pools; on GPU nodes each has a GPU."""
         return sum(sum(processes) for processes in self.resource_pool_spec.values())

@@ -7,7 +7,7 @@ faults can be counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,12 @@ _THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fields
+
+
+def fault_of_columns(record: Mapping[str, Any], keys: Iterable[str]) -> str | None:
+    """A column that the row does not have, or None."""
+    missing = next((key for key in keys if key not in record), None)
+    return None if missing is None else f"there is no column {missing!r}, only {', '.join(map(repr, record))}"
 
 
 def fault_of_text(text: str, name: str) -> str | None:

@@ -25,15 +25,20 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from verl.utils.columns import object_array
-from verl.utils.dataset.faults import TemplateCheck, fault_of_answer, fault_of_depth, fault_of_messages
+from verl.utils.dataset.faults import (
+    TemplateCheck,
+    fault_of_answer,
+    fault_of_columns,
+    fault_of_depth,
+    fault_of_messages,
+)
 from verl.utils.dataset.rows import Row, make_row, read_jsonl, read_parquet, without_faults
 from verl.utils.dataset.texts import (
     Messages,
     SpecialText,
+    Tokenization,
     eos_texts,
     special_names,
-    tokenize_answers,
-    tokenize_prompts,
     without_eos_text,
 )
 from verl.utils.dataset.tokenizer_checks import check_ids, check_tokenizer, dated_prompt
@@ -113,9 +118,9 @@ def read_rows(paths: Sequence[Path], keep_unreadable: bool = False) -> list[Row]
 def _fault(record: Mapping[str, Any], config: DatasetConfig, template: TemplateCheck) -> str | None:
     """Why a row cannot be used, or None."""
     prompt_key, response_key = config.prompt_key, config.response_key
-    for key in (prompt_key, response_key):
-        if key not in record:
-            return f"there is no column {key!r}, only {', '.join(map(repr, record))}"
+    fault = fault_of_columns(record, (prompt_key, response_key))
+    if fault:
+        return fault
     messages, answer = record[prompt_key], record[response_key]
     return (
         fault_of_messages(messages, prompt_key)
@@ -168,26 +173,22 @@ def _prompt_characters(messages: Messages) -> int:
     return sum(len(message["content"]) for message in messages)
 
 
-# Of a process that measures prompts: its tokenizer, the template's arguments, what special tokens' names are.
-_measuring: list[Any] = []
+# Of a process that measures prompts: how it reads them.
+_measuring: list[Tokenization] = []
 
 
-def _start_measuring(*tools: Any) -> None:
+def _start_measuring(tokenization: Tokenization) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _measuring[:] = tools
+    _measuring[:] = [tokenization]
 
 
 def _measure(conversations: Sequence[Messages]) -> list[int]:
-    tokenizer, template_kwargs, special_text = _measuring
-    return [len(ids) for ids in tokenize_prompts(tokenizer, template_kwargs, conversations, special_text)]
+    (tokenization,) = _measuring
+    return [len(ids) for ids in tokenization.prompts(conversations)]
 
 
 def _prompt_lengths_in_processes(
-    tokenizer: PreTrainedTokenizerBase,
-    template_kwargs: Mapping[str, Any],
-    conversations: Sequence[Messages],
-    workers: int | None,
-    special_text: SpecialText = "text",
+    tokenization: Tokenization, conversations: Sequence[Messages], workers: int | None
 ) -> list[int]:
     """Tokens of each prompt, counted in up to `workers` processes, as far as there is enough work for each."""
     processes = min(workers or 1, len(conversations) // MIN_PROMPTS_PER_PROCESS)
@@ -196,17 +197,14 @@ def _prompt_lengths_in_processes(
     with ExitStack() as stack:
         bar = stack.enter_context(_progress("prompt lengths", len(conversations)))
         if processes <= 1:
-            parts = (
-                [len(ids) for ids in tokenize_prompts(tokenizer, template_kwargs, part, special_text)]
-                for part in slices
-            )
+            parts = ([len(ids) for ids in tokenization.prompts(part)] for part in slices)
         else:
             # Not forked: this process has threads (torch, tokenizers), and a fork may inherit a held lock.
             pool = ProcessPoolExecutor(
                 processes,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_measuring,
-                initargs=(tokenizer, dict(template_kwargs), special_text),
+                initargs=(tokenization,),
             )
             parts = stack.enter_context(pool).map(_measure, slices)
         for part in parts:
@@ -298,7 +296,9 @@ class RLHFDataset(Dataset):
         self.tokenizer = tokenizer
         self.config = config
         self._ends = eos_texts(tokenizer, eos_token_ids)
-        self.special_token_text = special_token_text
+        self.tokenization = Tokenization(
+            tokenizer, dict(config.apply_chat_template_kwargs), self._ends, special_token_text
+        )
         # What fills the padding is never looked at, so a tokenizer without a pad token does too.
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         rows = read_rows(find_files(data_files), keep_unreadable=True)
@@ -338,8 +338,7 @@ class RLHFDataset(Dataset):
 
     def _prompt(self, messages: Messages) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, (P,) each."""
-        kwargs = self.config.apply_chat_template_kwargs
-        ids = torch.tensor(tokenize_prompts(self.tokenizer, kwargs, [messages], self.special_token_text))
+        ids = torch.tensor(self.tokenization.prompts([messages]))
         padded_ids, mask = postprocess_data(
             ids,
             torch.ones_like(ids),
@@ -353,7 +352,7 @@ class RLHFDataset(Dataset):
     def _answer(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, (T,) each."""
         limit = self.config.max_response_length
-        ids = self._answers([text])[0][:limit]
+        ids = self.tokenization.answers([text])[0][:limit]
         mask = (torch.arange(limit) < len(ids)).long()
         return pad_2d_list_to_length([ids], self.pad_token_id, limit)[0], mask
 
@@ -362,20 +361,11 @@ class RLHFDataset(Dataset):
         if not config.filter_overlong_prompts and config.truncation != "error":
             return rows
         conversations = [row.record[config.prompt_key] for row in rows]
-        lengths = _prompt_lengths_in_processes(
-            self.tokenizer,
-            config.apply_chat_template_kwargs,
-            conversations,
-            config.filter_overlong_prompts_workers,
-            self.special_token_text,
-        )
+        lengths = _prompt_lengths_in_processes(self.tokenization, conversations, config.filter_overlong_prompts_workers)
         if config.filter_overlong_prompts:
             return _drop_overlong(rows, lengths, config.max_prompt_length)
         _refuse_overlong(rows, lengths, config.max_prompt_length)
         return rows
-
-    def _answers(self, texts: Sequence[str]) -> list[list[int]]:
-        return tokenize_answers(self.tokenizer, texts, self._ends, self.special_token_text)
 
     def _rows_with_tokens(self, rows: list[Row]) -> list[Row]:
         """The rows whose answers have a token; what does not fit is reported."""
@@ -384,7 +374,7 @@ class RLHFDataset(Dataset):
         done = 0
         with _progress("answer lengths", len(rows)) as bar:
             for part in _slices([row.record[key] for row in rows], len):
-                lengths[done : done + len(part)] = [len(ids) for ids in self._answers(part)]
+                lengths[done : done + len(part)] = [len(ids) for ids in self.tokenization.answers(part)]
                 done += len(part)
                 bar.update(len(part))
         empty = lengths == 1
@@ -430,8 +420,8 @@ class RLHFDataset(Dataset):
                 stubborn += any(not set(own.values()).isdisjoint(read) for own, read in pairs)
         if not found:
             return
-        says = f"are read as {'text' if self.special_token_text == 'text' else 'the tokens'}"
-        if stubborn and self.special_token_text == "text":
+        says = f"are read as {'text' if self.tokenization.special_text == 'text' else 'the tokens'}"
+        if stubborn and self.tokenization.special_text == "text":
             says = f"{says}, which this tokenizer cannot do in {stubborn} of them"
         logger.warning(
             "%d of %d rows have the names of special tokens in their texts, the first being %s; these %s "

@@ -113,19 +113,25 @@ def _parse(line: str, number: int) -> dict[str, Any] | Unreadable:
     return record
 
 
+def refuse(faults: Sequence[str], head: str, way_out: str) -> None:
+    """ValueError with the first of the faults, if there is one; each names the row that it is of."""
+    if faults:
+        more = [f"  ... and {len(faults) - SHOWN_BAD_ROWS} more"] if len(faults) > SHOWN_BAD_ROWS else []
+        shown = [f"  {fault}" for fault in faults[:SHOWN_BAD_ROWS]]
+        raise ValueError("\n".join([f"{head} (rows of a file are counted from 0):", *shown, *more, way_out]))
+
+
 def without_faults(rows: list[Row], faults: Sequence[str | None], on_bad_row: Literal["error", "skip"]) -> list[Row]:
     """The rows without a fault; ValueError lists those with one, unless they are to be skipped, with a count."""
     bad = [(row, fault) for row, fault in zip(rows, faults, strict=True) if fault]
     if not bad:
         return rows
     if on_bad_row == "error":
-        shown = [f"  {row.unreadable or f'{row.place}: {fault}'}" for row, fault in bad[:SHOWN_BAD_ROWS]]
-        unshown = [f"  ... and {len(bad) - SHOWN_BAD_ROWS} more"] if len(bad) > SHOWN_BAD_ROWS else []
-        head = f"{len(bad)} of {len(rows)} rows cannot be used (rows of a file are counted from 0):"
-        way_out = (
-            "Correct the files, data.prompt_key or data.response_key, or leave such rows out: data.on_bad_row=skip"
+        refuse(
+            [row.unreadable or f"{row.place}: {fault}" for row, fault in bad],
+            f"{len(bad)} of {len(rows)} rows cannot be used",
+            "Correct the files, data.prompt_key or data.response_key, or leave such rows out: data.on_bad_row=skip",
         )
-        raise ValueError("\n".join([head, *shown, *unshown, way_out]))
     counts = Counter("not readable" if row.unreadable else fault for row, fault in bad).most_common()
     reasons = "; ".join(f"{count} x {fault}" for fault, count in counts[:SHOWN_BAD_ROWS])
     more = f"; and {len(counts) - SHOWN_BAD_ROWS} other reasons" if len(counts) > SHOWN_BAD_ROWS else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -151,3 +152,31 @@ def tokenize_answers(
     texts = [without_eos_text(text, ends or tokenizer.eos_token) for text in texts]
     ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=special_text == "text")["input_ids"]
     return [[*row, tokenizer.eos_token_id] for row in ids]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """How a model reads prompts and answers.
+
+    tokenizer: has a chat template and an EOS token.
+    template_kwargs: arguments of the template besides the messages.
+    ends: texts that an answer may end in (`eos_texts`); None is the tokenizer's EOS alone.
+    special_text: what a special token's name in a text is.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    ends: Sequence[str] | None = None
+    special_text: SpecialText = "text"
+
+    def prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
+        """Token ids of each conversation, see `tokenize_prompts`."""
+        return tokenize_prompts(self.tokenizer, self.template_kwargs, conversations, self.special_text)
+
+    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each answer with EOS, see `tokenize_answers`."""
+        return tokenize_answers(self.tokenizer, texts, self.ends, self.special_text)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +22,21 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.discriminator_algos import PairScores, ends_with_eos, pool_scores, score_mask, with_one_eos
 
 SCORE_NAMES = ("scores", "raw_scores", "score_tokens")
+
+
+class RowScores(NamedTuple):
+    """Of R rows: scores, the sums over the same tokens, and how many tokens these are; (R,) each."""
+
+    pooled: torch.Tensor
+    raw: torch.Tensor
+    tokens: torch.Tensor
+
+    @classmethod
+    def pool(cls, values: torch.Tensor, mask: torch.Tensor, pooling: str) -> RowScores:
+        """From values per token and the mask of the tokens that count, (R, T) each. Scores are where the values are,
+        counts where the mask is."""
+        counted = copy_to(mask, values.device)
+        return cls(pool_scores(values, counted, pooling), pool_scores(values, counted, "sum"), mask.sum(-1))
 
 
 @dataclass(frozen=True)
@@ -75,11 +91,10 @@ class DistinctAnswers:
 
     def scores(self, values: torch.Tensor, pooling: str) -> tuple[PairScores, torch.Tensor]:
         """From values per token of `rows`, (U, T): the members' scores, and their token counts (G, N + 1)."""
-        mask, members = copy_to(self.rows.response_mask, values.device), copy_to(self.members, values.device)
-        pooled = pool_scores(values, mask, pooling)[members]
-        raw = pool_scores(values, mask, "sum")[members]
+        rows, members = RowScores.pool(values, self.rows.response_mask, pooling), copy_to(self.members, values.device)
+        pooled, raw = rows.pooled[members], rows.raw[members]
         scores = PairScores(pooled[:, :-1], pooled[:, -1:], raw[:, :-1], raw[:, -1:])
-        return scores, self.rows.response_mask.sum(-1).float()[self.members]
+        return scores, rows.tokens.float()[self.members]
 
 
 class ScoreTable:

@@ -32,11 +32,12 @@ from verl.models.loading import (
     load_tokenizer,
     quiet_transformers,
 )
+from verl.models.packing import padded
 from verl.models.sharding import full_parameters
 from verl.protocol import DataProto
-from verl.tools.judge_answers import Answer, Answers, Prompt, prompt_ids
-from verl.tools.score_data import Limits, PromptAndAnswer
-from verl.tools.score_model import to_rows
+from verl.tools.judge.answers import Answer, Answers, prompt_ids
+from verl.tools.prompts import Limits, Prompt
+from verl.utils.dataset.texts import SpecialText, Tokenization
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
 from verl.utils.dump import write_jsonl
 from verl.workers.rollout import get_rollout_class
@@ -59,9 +60,10 @@ class Drawing:
     sequences: int
     memory: float
     trust_remote_code: bool
+    special_text: SpecialText = "text"
 
-    # What changes the answers no further than rounding and chance do.
-    _FREE = ("engine", "device", "dtype", "sequences", "memory", "trust_remote_code")
+    # What changes the answers no further than rounding and chance do, or by the prompts' ids alone.
+    _FREE = ("engine", "device", "dtype", "sequences", "memory", "trust_remote_code", "special_text")
 
     def shaping(self) -> dict[str, Any]:
         """What answers that are to be taken again must have been drawn with."""
@@ -101,7 +103,8 @@ def prepare(name: str, path: Path, prompts: Sequence[Prompt], drawing: Drawing) 
     tokenizer = load_tokenizer(path, drawing.trust_remote_code)
     check_tokenizer(tokenizer)
     limits = Limits(drawing.max_prompt_length, None, drawing.truncation)
-    ids = prompt_ids(prompts, tokenizer, limits, drawing.template_kwargs)
+    tokenization = Tokenization(tokenizer, drawing.template_kwargs, special_text=drawing.special_text)
+    ids = prompt_ids(prompts, tokenization, limits)
     config = load_config(path, "policy", trust_remote_code=drawing.trust_remote_code)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, ids))
@@ -234,8 +237,8 @@ def _answer(rollout, tokenizer, ends: Sequence[int], job: Job, drawing: Drawing)
     with tqdm(total=len(job.prompts), desc=f"{job.name} answers", unit="prompt", disable=None) as progress:
         for start in range(0, len(job.prompts), size):
             part = job.prompts[start : start + size]
-            rows = to_rows([PromptAndAnswer(ids, (0,)) for ids in part])
-            batch = DataProto.from_dict({"input_ids": rows.prompts, "attention_mask": rows.prompt_mask})
+            prompts, prompt_mask = padded(part, left=True)
+            batch = DataProto.from_dict({"input_ids": prompts, "attention_mask": prompt_mask})
             drawn = rollout.generate(batch, _sampling(drawing), job.seed + start).batch
             for ids, mask in zip(drawn["responses"], drawn["response_mask"].bool(), strict=True):
                 tokens = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]

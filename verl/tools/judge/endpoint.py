@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from verl.utils.console import shorten
+
 API_KEY = "OPENAI_API_KEY"
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 LONGEST_WAIT = 60.0  # seconds
@@ -147,6 +149,4 @@ def _without_key(text: str) -> str:
 
 def _clean(value: object) -> str:
     """Printable, on one line, short, without the key."""
-    text = " ".join(_without_key(str(value)).split())
-    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
-    return (text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}...") or "nothing"
+    return shorten(_without_key(str(value)), SHOWN_CHARACTERS) or "nothing"

@@ -1,4 +1,4 @@
-"""A discriminator read from disk and its scores, which are those of `dp_critic.compute_scores`, without a trainer."""
+"""A discriminator read from disk, and its scores of any sequences, without a trainer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.models.answer_models import ScoreModel
 from verl.models.loading import check_files, config_entries, is_discriminator, load_model
-from verl.models.packing import AnswerRows
 from verl.models.proof import class_verdict
-from verl.tools.score_data import PromptAndAnswer
-from verl.trainer.ppo.discriminator_algos import POOLINGS, pool_scores, score_mask
+from verl.tools.prompts import PromptAndAnswer, to_rows
+from verl.trainer.ppo.discriminator_algos import POOLINGS, score_mask
 from verl.utils.seqlen_balancing import rearrange_micro_batches
+from verl.workers.critic.groups import RowScores
 
 # Micro-batches are cut from so many sequences of like length at a time: the cost of balancing grows with the square.
 WINDOW = 256
@@ -103,21 +103,6 @@ def can_pack(hf: PreTrainedModel) -> bool:
 # Scores
 
 
-def to_rows(sequences: Sequence[PromptAndAnswer]) -> AnswerRows:
-    """Prompts left-padded, answers right-padded; masks from lengths."""
-
-    def pad(lists: Sequence[Sequence[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        width = max(map(len, lists))
-        ids, mask = torch.zeros(2, len(lists), width, dtype=torch.long)
-        for row, values in enumerate(lists):
-            place = slice(width - len(values), None) if left else slice(len(values))
-            ids[row, place], mask[row, place] = torch.tensor(values), 1
-        return ids, mask
-
-    prompts, answers = ([getattr(sequence, part) for sequence in sequences] for part in ("prompt", "answer"))
-    return AnswerRows(*pad(prompts, left=True), *pad(answers, left=False))
-
-
 def _micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Sequence numbers, the longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
@@ -153,11 +138,10 @@ def score_sequences(
     with tqdm(total=len(sequences), desc="scoring", unit="answer", dynamic_ncols=True, disable=hidden) as progress:
         for numbers in _micro_batches(lengths, max_tokens):
             rows = to_rows([sequences[number] for number in numbers])
-            values = model(rows).cpu()
             mask = score_mask(rows.responses, rows.response_mask, eos_token_id, without_eos[numbers])
-            result["score"][numbers] = pool_scores(values, mask, scoring.pooling)
-            result["raw_score"][numbers] = pool_scores(values, mask, "sum")
-            result["score_tokens"][numbers] = mask.sum(-1)
+            scores = RowScores.pool(model(rows).cpu(), mask, scoring.pooling)
+            for name, values in zip(result, scores, strict=True):
+                result[name][numbers] = values
             progress.update(len(numbers))
     unsound = int((~np.isfinite(result["score"])).sum())
     if unsound:

@@ -6,35 +6,27 @@ of answers finds its prompts whatever its order, and a prompt that was trained o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from verl.tools.score_data import ANSWER_KEYS, Limits, fit_prompt
-from verl.utils.dataset.faults import TemplateCheck, fault_of_answer, fault_of_messages, fault_of_text
+from verl.tools.prompts import (
+    ANSWER_KEYS,
+    SUFFIXES,
+    Limits,
+    Prompt,
+    as_messages,
+    find_answer_key,
+    fit_prompt,
+    read_prompt,
+)
+from verl.utils.dataset.faults import TemplateCheck, fault_of_messages, fault_of_text
 from verl.utils.dataset.rl_dataset import find_files, read_rows
-from verl.utils.dataset.rows import SHOWN_BAD_ROWS, Row
-from verl.utils.dataset.texts import Messages, tokenize_answers, tokenize_prompts
+from verl.utils.dataset.rows import Row, refuse
+from verl.utils.dataset.texts import Messages, Tokenization
 
-SUFFIXES = (".parquet", ".jsonl")
 TEACHER = "teacher"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt with its teacher answer, and the row that it stands in."""
-
-    row: Row
-    messages: Messages
-    teacher: str
-
-    @property
-    def place(self) -> str:
-        """Where it stands, for messages."""
-        return f"{self.row.path}, row {self.row.number}"
 
 
 @dataclass(frozen=True)
@@ -72,11 +64,6 @@ def identity(messages: Messages) -> tuple[tuple[str, str], ...]:
     return tuple((message["role"], " ".join(message["content"].split())) for message in spoken)
 
 
-def _messages(value: Any) -> Any:
-    """A text stands for one user message."""
-    return [{"role": "user", "content": value}] if isinstance(value, str) and value.strip() else value
-
-
 def read_prompts(data: Sequence[str], prompt_key: str, teacher_key: str) -> tuple[list[Prompt], int]:
     """The different prompts of the files, in order, and how many repeat an earlier one and are left out.
 
@@ -87,16 +74,14 @@ def read_prompts(data: Sequence[str], prompt_key: str, teacher_key: str) -> tupl
     prompts: dict[Any, Prompt] = {}
     faults = []
     for row in rows:
-        fault = next((f"there is no column {k!r}" for k in (prompt_key, teacher_key) if k not in row.record), None)
-        messages, teacher = _messages(row.record.get(prompt_key)), row.record.get(teacher_key)
-        fault = fault or fault_of_messages(messages, prompt_key) or fault_of_answer(teacher, teacher_key)
-        if fault:
-            faults.append(f"  {row.path}, row {row.number}: {fault}; it has {', '.join(map(repr, row.record))}")
+        prompt = read_prompt(row, prompt_key, teacher_key)
+        if isinstance(prompt, Prompt):
+            prompts.setdefault(identity(prompt.messages), prompt)
         else:
-            prompts.setdefault(identity(messages), Prompt(row, messages, teacher))
-    _refuse(
+            faults.append(f"{row.place}: {prompt}")
+    refuse(
         faults,
-        f"{len(faults)} of {len(rows)} rows cannot be judged on (rows of a file are counted from 0):",
+        f"{len(faults)} of {len(rows)} rows cannot be judged on",
         "Correct or leave out these rows, or name other columns: --prompt_key, --teacher_key",
     )
     return list(prompts.values()), len(rows) - len(prompts)
@@ -106,24 +91,17 @@ def refuse_trained(prompts: Sequence[Prompt], train_files: Sequence[str], prompt
     """ValueError if a prompt occurs in the training files: answers learned by heart would look like the teacher's."""
     trained: dict[Any, Row] = {}
     for row in read_rows(find_files(train_files)) if train_files else []:
-        messages = _messages(row.record.get(prompt_key))
+        messages = as_messages(row.record.get(prompt_key))
         fault = fault_of_messages(messages, prompt_key)
         if fault:
-            raise ValueError(f"--train_files: {row.path}, row {row.number}: {fault}; name the column with --prompt_key")
+            raise ValueError(f"--train_files: {row.place}: {fault}; name the column with --prompt_key")
         trained.setdefault(identity(messages), row)
     seen = [(prompt, trained[identity(prompt.messages)]) for prompt in prompts if identity(prompt.messages) in trained]
-    _refuse(
-        [f"  {prompt.place} is {row.path}, row {row.number}" for prompt, row in seen],
-        f"expected prompts that no student was trained on, got {len(seen)} of {len(prompts)} that are in --train_files "
-        "(rows of a file are counted from 0):",
+    refuse(
+        [f"{prompt.place} is {row.place}" for prompt, row in seen],
+        f"expected prompts that no student was trained on, got {len(seen)} of {len(prompts)} that are in --train_files",
         "Leave these rows out of --data, or pass prompts that were held out",
     )
-
-
-def _refuse(faults: Sequence[str], head: str, way_out: str) -> None:
-    if faults:
-        more = [f"  ... and {len(faults) - SHOWN_BAD_ROWS} more"] if len(faults) > SHOWN_BAD_ROWS else []
-        raise ValueError("\n".join([head, *faults[:SHOWN_BAD_ROWS], *more, way_out]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,9 +148,9 @@ def read_answers(source: Source, prompts: Sequence[Prompt], prompt_key: str) -> 
     """
     rows = read_rows(find_files(source.path))
     flag = f"--student {source.name}"
-    candidates = ANSWER_KEYS if source.column is None else (source.column,)
-    column = next((key for key in candidates if key in rows[0].record), None)
+    column = find_answer_key(rows[0].record, source.column)
     if column is None:
+        candidates = ANSWER_KEYS if source.column is None else (source.column,)
         raise ValueError(
             f"{flag}: expected answers in column {' or '.join(map(repr, candidates))} of {source.path}, the columns "
             f"are {', '.join(map(repr, rows[0].record))}; name it: {source.name}={source.path}:COLUMN"
@@ -182,10 +160,10 @@ def read_answers(source: Source, prompts: Sequence[Prompt], prompt_key: str) -> 
     for row in rows:
         key = row.number
         if by_prompt:
-            messages = _messages(row.record.get(prompt_key))
+            messages = as_messages(row.record.get(prompt_key))
             fault = fault_of_messages(messages, prompt_key)
             if fault:
-                raise ValueError(f"{flag}: {row.path}, row {row.number}: {fault}")
+                raise ValueError(f"{flag}: {row.place}: {fault}")
             key = identity(messages)
         found.setdefault(key, []).extend(_row_answers(row, column, flag))
     keys = [identity(prompt.messages) if by_prompt else prompt.row.index for prompt in prompts]
@@ -200,7 +178,7 @@ def read_answers(source: Source, prompts: Sequence[Prompt], prompt_key: str) -> 
 
 
 def _row_answers(row: Row, column: str, flag: str) -> list[Answer]:
-    place = f"{flag}: {row.path}, row {row.number}"
+    place = f"{flag}: {row.place}"
     texts = row.record.get(column)
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
@@ -223,34 +201,27 @@ def _row_answers(row: Row, column: str, flag: str) -> list[Answer]:
 # Tokens
 
 
-def prompt_ids(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limits: Limits, template_kwargs: dict[str, Any]
-) -> list[tuple[int, ...]]:
+def prompt_ids(prompts: Sequence[Prompt], tokenization: Tokenization, limits: Limits) -> list[tuple[int, ...]]:
     """Token ids of each prompt up to where the answer begins, cut or refused as `limits` say."""
-    template = TemplateCheck(tokenizer, template_kwargs)
+    template = TemplateCheck(tokenization.tokenizer, tokenization.template_kwargs)
     faults = [(prompt.place, template.fault(prompt.messages, prompt.teacher)) for prompt in prompts]
-    faults = [f"  {place}: {fault}" for place, fault in faults if fault]
-    _refuse(
+    faults = [f"{place}: {fault}" for place, fault in faults if fault]
+    name = tokenization.tokenizer.name_or_path
+    refuse(
         faults,
-        f"{len(faults)} of {len(prompts)} prompts cannot be put to the model in {tokenizer.name_or_path} (rows of a "
-        "file are counted from 0):",
+        f"{len(faults)} of {len(prompts)} prompts cannot be put to the model in {name}",
         "Correct or leave out these rows",
     )
-    conversations = [prompt.messages for prompt in prompts]
-    whole = tokenize_prompts(tokenizer, template_kwargs, conversations)
+    whole = tokenization.prompts([prompt.messages for prompt in prompts])
     return [fit_prompt(ids, limits, prompt.place) for ids, prompt in zip(whole, prompts, strict=True)]
 
 
-def answer_ids(
-    answers: Answers, tokenizer: PreTrainedTokenizerBase, limit: int | None, ends: Sequence[str] | None = None
-) -> list[list[tuple[int, ...]]]:
-    """Token ids of each answer with EOS behind one that ended, once also where its text ends in one of `ends`
-    (`eos_texts`; None: the tokenizer's EOS); beyond `limit` tokens they lose their end and EOS.
+def answer_ids(answers: Answers, tokenization: Tokenization, limit: int | None) -> list[list[tuple[int, ...]]]:
+    """Token ids of each answer with EOS behind one that ended; beyond `limit` tokens they lose their end and EOS.
 
     An empty answer is nothing but EOS.
     """
-    texts: Iterable[str] = [answer.text for row in answers for answer in row]
-    tokens = iter(tokenize_answers(tokenizer, list(texts), ends))
+    tokens = iter(tokenization.answers([answer.text for row in answers for answer in row]))
 
     def ids_of(answer: Answer) -> tuple[int, ...]:
         ids = tuple(next(tokens))

@@ -6,8 +6,8 @@
 Three judges: fresh discriminators that try to tell each student from the teacher (--judge_model), a strong model behind
 an OpenAI-compatible endpoint that compares answers pair by pair (--endpoint), and plain numbers (always).
 
-`judge_options.py` has the flags, `judge_answers.py` reads, `judge_generate.py` generates, `judge_two_sample.py`,
-`judge_pairwise.py` and `judge_numbers.py` judge, `judge_report.py` writes.
+`options.py` has the flags, `answers.py` reads, `generate.py` generates, `two_sample.py`,
+`pairwise.py` and `numbers.py` judge, `report.py` writes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ from verl.models.loading import (
     is_discriminator,
     load_config,
     load_tokenizer,
-    quiet_transformers,
 )
-from verl.tools.judge_answers import (
+from verl.tools.command import run_command
+from verl.tools.judge.answers import (
     TEACHER,
     Answer,
     Answers,
-    Prompt,
     Source,
     answer_ids,
     cut_flags,
@@ -44,17 +43,16 @@ from verl.tools.judge_answers import (
     read_prompts,
     refuse_trained,
 )
-from verl.tools.judge_endpoint import Endpoint
-from verl.tools.judge_generate import Drawing, Job, choose_engine, generate, kept_answers, prepare
-from verl.tools.judge_numbers import Numbers, numbers_of
-from verl.tools.judge_options import build_parser, check_options
-from verl.tools.judge_pairwise import Match, Pairwise, Verdicts, compare
-from verl.tools.judge_report import Verdict, plot, render, to_json, write_json
-from verl.tools.judge_two_sample import Ids, Judge, JudgeSettings, TwoSample, make_pairs, training_updates, two_sample
-from verl.tools.score_data import Limits
+from verl.tools.judge.endpoint import Endpoint
+from verl.tools.judge.generate import Drawing, Job, choose_engine, generate, kept_answers, prepare
+from verl.tools.judge.numbers import Numbers, numbers_of
+from verl.tools.judge.options import build_parser, check_options
+from verl.tools.judge.pairwise import Match, Pairwise, Verdicts, compare
+from verl.tools.judge.report import Verdict, plot, render, to_json, write_json
+from verl.tools.judge.two_sample import Ids, Judge, JudgeSettings, TwoSample, make_pairs, training_updates, two_sample
+from verl.tools.prompts import Limits, Prompt
 from verl.utils.checkpoint.whole import refuse_pointers
-from verl.utils.console import printable
-from verl.utils.dataset.texts import eos_texts
+from verl.utils.dataset.texts import Tokenization, eos_texts
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
 
 
@@ -72,17 +70,18 @@ def run(options: argparse.Namespace) -> str:
     prompts = prompts[: options.max_prompts]
     _check_folds(options, prompts)
     refuse_trained(prompts, options.train_files, options.prompt_key)
-    tokenizer, ends, prompt_tokens = _judges_tokens(options, prompts, sources)
+    tokenization, prompt_tokens = _judges_tokens(options, prompts, sources)
+    tokenizer = tokenization.tokenizer
 
     answers = {s.name: read_answers(s, prompts, options.prompt_key) for s in sources if not s.generates}
     answers[TEACHER] = [[Answer(prompt.teacher)] for prompt in prompts]
-    ids = {name: answer_ids(texts, tokenizer, options.max_response_length, ends) for name, texts in answers.items()}
+    ids = {name: answer_ids(texts, tokenization, options.max_response_length) for name, texts in answers.items()}
     drawing = _drawing(options)
     jobs = [prepare(s.name, s.path, prompts, drawing) for s in sources if s.generates]
     _check_context(options, prompt_tokens, ids, jobs)
 
     for name, texts in _generated(options.out, jobs, drawing, prompts).items():
-        answers[name], ids[name] = texts, answer_ids(texts, tokenizer, options.max_response_length, ends)
+        answers[name], ids[name] = texts, answer_ids(texts, tokenization, options.max_response_length)
     numbers = _numbers(answers, ids, prompts, tokenizer.eos_token_id)
     judged = [source.name for source in sources if source.name != options.against]
     tests = _two_samples(options, judged, prompt_tokens, ids, tokenizer) if options.judge_model else {}
@@ -125,8 +124,8 @@ def _check_folds(options: argparse.Namespace, prompts: Sequence[Prompt]) -> None
 
 def _judges_tokens(
     options: argparse.Namespace, prompts: Sequence[Prompt], sources: Sequence[Source]
-) -> tuple[PreTrainedTokenizerBase, tuple[str, ...], list[tuple[int, ...]]]:
-    """What lengths are counted with, what an answer ends in as text, and the prompts in its tokens."""
+) -> tuple[Tokenization, list[tuple[int, ...]]]:
+    """What lengths are counted with, and the prompts in its tokens."""
     folders = [options.judge_model, options.tokenizer, *(str(s.path) for s in sources if s.generates)]
     folder = next((folder for folder in folders if folder), None)
     if folder is None:
@@ -146,7 +145,8 @@ def _judges_tokens(
     check_tokenizer(tokenizer)
     limits = Limits(options.max_prompt_length, None, options.truncation)
     ends = eos_texts(tokenizer, all_eos_token_ids(tokenizer, folder))
-    return tokenizer, ends, prompt_ids(prompts, tokenizer, limits, options.apply_chat_template_kwargs)
+    tokenization = Tokenization(tokenizer, options.apply_chat_template_kwargs, ends, options.special_token_text)
+    return tokenization, prompt_ids(prompts, tokenization, limits)
 
 
 def _drawing(options: argparse.Namespace) -> Drawing:
@@ -164,6 +164,7 @@ def _drawing(options: argparse.Namespace) -> Drawing:
         sequences=options.max_num_seqs,
         memory=options.gpu_memory_utilization,
         trust_remote_code=options.trust_remote_code,
+        special_text=options.special_token_text,
     )
 
 
@@ -294,13 +295,8 @@ def _report(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; exits with a sentence where something is wrong with what it was given."""
-    options = build_parser(__doc__).parse_args(arguments)
-    quiet_transformers()
-    try:
-        print(printable(run(options)))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    """Run the command."""
+    run_command(build_parser(__doc__), run, arguments)
 
 
 if __name__ == "__main__":

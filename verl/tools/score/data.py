@@ -1,41 +1,29 @@
-"""Prompts, teacher answers and student answers from files, and their tokens as the trainer makes them.
+"""Groups of a teacher's and a student's answers from files, and their tokens as the trainer makes them.
 
 Nothing here needs a model: whatever is wrong with the data is found before one is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
-from verl.utils.dataset.faults import TemplateCheck, fault_of_answer, fault_of_messages
+from verl.tools.prompts import ANSWER_KEYS, Limits, Prompt, PromptAndAnswer, find_answer_key, fit_prompt, read_prompt
+from verl.utils.dataset.faults import TemplateCheck, fault_of_columns
 from verl.utils.dataset.rl_dataset import find_files, read_rows
-from verl.utils.dataset.rows import SHOWN_BAD_ROWS, Row
-from verl.utils.dataset.texts import Messages, tokenize_answers, tokenize_prompts
+from verl.utils.dataset.rows import Row, refuse
+from verl.utils.dataset.texts import Tokenization
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
-from verl.utils.torch_functional import Truncation, postprocess_data
-
-ANSWER_KEYS = ("answers", "responses", "response", "answer", "student_response")
 
 
 @dataclass(frozen=True)
-class Group:
-    """A row of the data: a prompt, the teacher's answer and the student's answers, one or several."""
+class Group(Prompt):
+    """A prompt with the teacher's answer and the student's answers, one or several."""
 
-    row: Row
-    messages: Messages
-    teacher: str
     answers: list[str]
-
-    @property
-    def place(self) -> str:
-        """Where it stands, for messages."""
-        return f"{self.row.path}, row {self.row.number}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,12 +61,12 @@ def read_groups(
         if isinstance(group, Group):
             groups.append(group)
         else:
-            faults.append(f"  {row.path}, row {row.number}: {group}")
-    if faults:
-        head = f"{len(faults)} of {len(rows)} rows cannot be scored (rows of a file are counted from 0):"
-        more = [f"  ... and {len(faults) - SHOWN_BAD_ROWS} more"] if len(faults) > SHOWN_BAD_ROWS else []
-        way_out = "Correct or leave out these rows, or name other columns: --prompt_key, --teacher_key, --answer_key"
-        raise ValueError("\n".join([head, *faults[:SHOWN_BAD_ROWS], *more, way_out]))
+            faults.append(f"{row.place}: {group}")
+    refuse(
+        faults,
+        f"{len(faults)} of {len(rows)} rows cannot be scored",
+        "Correct or leave out these rows, or name other columns: --prompt_key, --teacher_key, --answer_key",
+    )
     return groups
 
 
@@ -86,17 +74,18 @@ def _with_prompts(rows: Sequence[Row], sources: Sequence[Row], teacher_key: str)
     """Each row over the row of the training data that its `index` names."""
     merged = []
     for row in rows:
-        place, index = f"{row.path}, row {row.number}", row.record.get("index")
+        index = row.record.get("index")
         if type(index) is not int or not 0 <= index < len(sources):
             raise ValueError(
-                f"{place}: expected an `index` from 0 to {len(sources) - 1} into the {len(sources)} rows of --prompts, "
-                f"got {index!r}; pass all of data.train_files, or leave --prompts out if the rows have prompts"
+                f"{row.place}: expected an `index` from 0 to {len(sources) - 1} into the {len(sources)} rows of "
+                f"--prompts, got {index!r}; pass all of data.train_files, or leave --prompts out if the rows have "
+                "prompts"
             )
         source = sources[index].record
         if "teacher" in row.record and row.record["teacher"] != source.get(teacher_key):
             raise ValueError(
-                f"{place}: its `teacher` is not the {teacher_key!r} of row {index} of --prompts, so they do not belong "
-                "together; pass the data.train_files of that run, in the same order"
+                f"{row.place}: its `teacher` is not the {teacher_key!r} of row {index} of --prompts, so they do not "
+                "belong together; pass the data.train_files of that run, in the same order"
             )
         merged.append(Row(row.path, row.number, row.index, source | row.record))
     return merged
@@ -122,9 +111,9 @@ def _check_columns(row: Row, prompt_key: str, teacher_key: str, answer_key: str 
             f"{row.path}: expected the teacher's answers in column {teacher_key!r}, {columns}; name the column with "
             "--teacher_key"
         )
-    candidates = ANSWER_KEYS if answer_key is None else (answer_key,)
-    found = next((key for key in candidates if key in row.record), None)
+    found = find_answer_key(row.record, answer_key)
     if found is None:
+        candidates = ANSWER_KEYS if answer_key is None else (answer_key,)
         raise ValueError(
             f"{row.path}: expected the student's answers in column {' or '.join(map(repr, candidates))}, {columns}; "
             "name the column with --answer_key"
@@ -134,44 +123,24 @@ def _check_columns(row: Row, prompt_key: str, teacher_key: str, answer_key: str 
 
 def _group(row: Row, prompt_key: str, teacher_key: str, answer_key: str) -> Group | str:
     """The row as a group, or why it is none."""
-    for key in (prompt_key, teacher_key, answer_key):
-        if key not in row.record:
-            return f"there is no column {key!r}, only {', '.join(map(repr, row.record))}"
-    messages, teacher, answers = (row.record[key] for key in (prompt_key, teacher_key, answer_key))
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}] if messages.strip() else []
-    answers = [answers] if isinstance(answers, str) else answers
-    fault = fault_of_messages(messages, prompt_key) or fault_of_answer(teacher, teacher_key)
+    prompt = read_prompt(row, prompt_key, teacher_key)
+    if isinstance(prompt, str):
+        return prompt
+    fault = fault_of_columns(row.record, (answer_key,))
     if fault:
         return fault
+    answers = row.record[answer_key]
+    answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not answers:
         return f"{answer_key!r} is not a text or a list of texts but {answers!r:.40}"
     bad = next((number for number, answer in enumerate(answers) if not isinstance(answer, str)), None)
     if bad is not None:
         return f"answer {bad} in {answer_key!r} is not text but {type(answers[bad]).__name__}"
-    return Group(row, messages, teacher, answers)
+    return Group(row, prompt.messages, prompt.teacher, answers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How long prompts and answers may be, in tokens; None is no limit. `context` is the model's own."""
-
-    prompt: int | None = None
-    response: int | None = None
-    truncation: Truncation = "error"
-    context: int | None = None
-
-
-class PromptAndAnswer(NamedTuple):
-    """Ids to score; `cut_group`: the teacher's answer was cut, so no EOS of the group is scored."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    cut_group: bool = False
 
 
 @dataclass
@@ -188,15 +157,8 @@ class TokenizedGroups:
     cut_answers: int = 0
 
 
-def tokenize_groups(
-    groups: Sequence[Group],
-    tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
-    template_kwargs: Mapping[str, Any],
-    ends: Sequence[str] | None = None,
-) -> TokenizedGroups:
-    """Ids as the trainer's: chat template up to where the answer begins; answer without special tokens, and EOS, once
-    also where the text ends in one of `ends` (`eos_texts`; None: the tokenizer's EOS).
+def tokenize_groups(groups: Sequence[Group], tokenization: Tokenization, limits: Limits) -> TokenizedGroups:
+    """Ids of all prompts and answers, as the trainer makes them.
 
     Prompts beyond `limits.prompt` are cut by `limits.truncation` or refused; answers beyond `limits.response` lose
     their end and EOS, as in training. Cuts are counted.
@@ -205,8 +167,8 @@ def tokenize_groups(
         ValueError: a prompt is too long with truncation "error", a sequence exceeds the model's context, or the
             tokenizer or its template refuses a row.
     """
-    check_tokenizer(tokenizer, template_kwargs)
-    template = TemplateCheck(tokenizer, template_kwargs)
+    check_tokenizer(tokenization.tokenizer, tokenization.template_kwargs)
+    template = TemplateCheck(tokenization.tokenizer, tokenization.template_kwargs)
     result = TokenizedGroups()
     seen: dict[PromptAndAnswer, int] = {}
     for group in groups:
@@ -214,8 +176,8 @@ def tokenize_groups(
         if fault:
             raise ValueError(f"{group.place}: {fault}")
         try:
-            (prompt,) = tokenize_prompts(tokenizer, template_kwargs, [group.messages])
-            answers = tokenize_answers(tokenizer, [group.teacher, *group.answers], ends)
+            (prompt,) = tokenization.prompts([group.messages])
+            answers = tokenization.answers([group.teacher, *group.answers])
         except (TemplateError, TypeError) as error:
             raise ValueError(
                 f"{group.place}: the tokenizer or its chat template refuses it ({error}); correct its text or roles"
@@ -239,20 +201,6 @@ def tokenize_groups(
 
 def _name(number: int) -> str:
     return f"answer {number - 1}" if number else "the teacher's answer"
-
-
-def fit_prompt(prompt: list[int], limits: Limits, place: str) -> tuple[int, ...]:
-    """The prompt within its limit; ValueError if it is too long and may not be cut."""
-    if limits.prompt is None or len(prompt) <= limits.prompt:
-        return tuple(prompt)
-    if limits.truncation == "error":
-        raise ValueError(
-            f"{place}: the prompt has {len(prompt)} tokens, more than --max_prompt_length={limits.prompt}; raise it, "
-            "cut prompts with --truncation left, right or middle, or leave the row out"
-        )
-    ids = torch.tensor([prompt])
-    cut, _ = postprocess_data(ids, torch.ones_like(ids), limits.prompt, 0, truncation=limits.truncation)
-    return tuple(cut[0].tolist())
 
 
 def _check_context(prompt: tuple[int, ...], answer: tuple[int, ...], limits: Limits, place: str) -> None:

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from verl.models.answer_models import ScoreModel
 from verl.models.loading import load_model
-from verl.tools.judge_statistics import CROSS_VALIDATED, Estimate, clustered_mean
-from verl.tools.score_data import PromptAndAnswer
-from verl.tools.score_model import Scoring, can_pack, score_sequences, to_rows
+from verl.tools.judge.statistics import CROSS_VALIDATED, Estimate, clustered_mean
+from verl.tools.prompts import PromptAndAnswer, to_rows
+from verl.tools.score.model import Scoring, can_pack, score_sequences
 from verl.trainer.ppo.discriminator_algos import pool_scores
 
 SCORING = Scoring(pooling="mean", exclude_eos=False)

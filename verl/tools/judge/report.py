@@ -11,10 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from verl.tools.judge_numbers import Numbers
-from verl.tools.judge_pairwise import Pairwise
-from verl.tools.judge_statistics import CONFIDENCE, CROSS_VALIDATED, Estimate, paired_difference
-from verl.tools.judge_two_sample import MATCHES, TwoSample
+from verl.tools.judge.numbers import Numbers
+from verl.tools.judge.pairwise import Pairwise
+from verl.tools.judge.statistics import CONFIDENCE, CROSS_VALIDATED, Estimate, paired_difference
+from verl.tools.judge.two_sample import MATCHES, TwoSample
 
 INTERVAL = f"{CONFIDENCE:.0%} t-interval, clustered by prompt"
 WIDENED = f"widened {CROSS_VALIDATED:.3g} times for cross-validation"

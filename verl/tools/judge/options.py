@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from verl.tools.judge_pairwise import QUESTIONS
-from verl.tools.judge_report import check_plotting
-from verl.tools.score import check_places
+from verl.tools.command import add_column_flags, add_token_flags, check_device, command_parser, json_object, whole
+from verl.tools.judge.pairwise import QUESTIONS
+from verl.tools.judge.report import check_plotting
 
 EPILOG = """\
 --data is parquet or jsonl, one row per prompt with the teacher's answer, as for training; take prompts that no student
@@ -34,12 +32,7 @@ generates no answer and asks for no verdict again. The endpoint's key is read fr
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The flags; names of columns and limits are those of the trainer's `data` settings where it has them."""
-    parser = argparse.ArgumentParser(
-        prog="python -m verl.tools.judge",
-        description=description.splitlines()[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("judge", description, EPILOG)
     add = parser.add_argument
     add("--data", required=True, nargs="+", metavar="FILE", help="prompts with the teacher's answers")
     add(
@@ -53,7 +46,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--plot", action="store_true", help="draw DIR/judge.png too (needs matplotlib)")
     add("--train_files", nargs="+", default=[], metavar="FILE", help="refuse prompts that occur in these")
     add("--against", default="teacher", metavar="NAME", help="whom to tell the others from (default: teacher)")
-    add("--max_prompts", type=_whole(1), metavar="N", help="only the first so many prompts (default: all)")
+    add("--max_prompts", type=whole(1), metavar="N", help="only the first so many prompts (default: all)")
     _add_text(parser.add_argument_group("columns and tokens"))
     _add_generating(parser.add_argument_group("answers of model folders"))
     _add_two_sample(parser.add_argument_group("fresh discriminators"))
@@ -71,40 +64,32 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 
 def _add_text(group: argparse._ArgumentGroup) -> None:
+    add_column_flags(group)
     add = group.add_argument
-    add("--prompt_key", default="content", metavar="KEY", help="chat messages, or one user's text (default: content)")
-    add("--teacher_key", default="teacher_response", metavar="KEY", help="teacher's text (default: teacher_response)")
     add("--tokenizer", metavar="DIR", help="counts lengths (default: the judge model's, or the first student's)")
-    add("--max_prompt_length", type=_whole(1), metavar="N", help="tokens of a prompt (default: no limit)")
-    add(
-        "--truncation",
-        choices=("error", "left", "right", "middle"),
-        default="error",
-        help="what becomes of longer prompts: refused, or cut on that side (default: error)",
-    )
+    add_token_flags(group)
     add(
         "--max_response_length",
-        type=_whole(1),
+        type=whole(1),
         default=1024,
         metavar="N",
         help="tokens of an answer with EOS, to generate and to look at; longer ones of either side are cut (default: "
         "1024)",
     )
-    add("--apply_chat_template_kwargs", type=_json_object, default={}, metavar="JSON", help="as in data (default: {})")
 
 
 def _add_generating(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--temperature", type=_positive_float(0.0), default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
-    add("--samples", type=_whole(1), default=2, metavar="N", help="answers to each prompt (default: 2)")
-    add("--seed", type=_whole(0), default=0, metavar="N", help="of the draws (default: 0)")
+    add("--samples", type=whole(1), default=2, metavar="N", help="answers to each prompt (default: 2)")
+    add("--seed", type=whole(0), default=0, metavar="N", help="of the draws (default: 0)")
     add(
         "--engine",
         choices=("auto", "hf", "vllm"),
         default="auto",
         help="(default: vllm on cuda where it is installed, else hf)",
     )
-    add("--max_num_seqs", type=_whole(1), default=256, metavar="N", help="answers generated at once (default: 256)")
+    add("--max_num_seqs", type=whole(1), default=256, metavar="N", help="answers generated at once (default: 256)")
     add(
         "--gpu_memory_utilization",
         type=_share,
@@ -117,12 +102,12 @@ def _add_generating(group: argparse._ArgumentGroup) -> None:
 def _add_two_sample(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--judge_model", metavar="DIR", help="the model they start from; left out, they are not asked")
-    add("--judge_seeds", type=_whole(1), default=3, metavar="N", help="repetitions (default: 3)")
-    add("--folds", type=_whole(2), default=5, metavar="N", help="of the prompts; each is tested once (default: 5)")
-    add("--judge_epochs", type=_whole(1), default=2, metavar="N", help="(default: 2)")
+    add("--judge_seeds", type=whole(1), default=3, metavar="N", help="repetitions (default: 3)")
+    add("--folds", type=whole(2), default=5, metavar="N", help="of the prompts; each is tested once (default: 5)")
+    add("--judge_epochs", type=whole(1), default=2, metavar="N", help="(default: 2)")
     add("--judge_lr", type=_positive_float(1e-12), default=2e-5, metavar="X", help="(default: 2e-5)")
-    add("--judge_batch_size", type=_whole(1), default=16, metavar="N", help="pairs per update (default: 16)")
-    add("--max_tokens", type=_whole(1), default=8192, metavar="N", help="tokens per forward (default: 8192)")
+    add("--judge_batch_size", type=whole(1), default=16, metavar="N", help="pairs per update (default: 16)")
+    add("--max_tokens", type=whole(1), default=8192, metavar="N", help="tokens per forward (default: 8192)")
 
 
 def _add_pairwise(group: argparse._ArgumentGroup) -> None:
@@ -135,13 +120,13 @@ def _add_pairwise(group: argparse._ArgumentGroup) -> None:
         default="better",
         help="which answer is better, or closer to the teacher's, for --against a student (default: better)",
     )
-    add("--pairwise_prompts", type=_whole(1), metavar="N", help="only the first so many prompts (default: all)")
-    add("--concurrency", type=_whole(1), default=8, metavar="N", help="requests at once (default: 8)")
+    add("--pairwise_prompts", type=whole(1), metavar="N", help="only the first so many prompts (default: all)")
+    add("--concurrency", type=whole(1), default=8, metavar="N", help="requests at once (default: 8)")
     add("--timeout", type=_positive_float(1e-3), default=120.0, metavar="S", help="seconds per request (default: 120)")
-    add("--retries", type=_whole(0), default=6, metavar="N", help="after 429, 5xx, timeouts (default: 6)")
+    add("--retries", type=whole(0), default=6, metavar="N", help="after 429, 5xx, timeouts (default: 6)")
     add(
         "--endpoint_options",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help='into every request; null takes one out: {"temperature": null} (default: {})',
@@ -152,7 +137,7 @@ def check_options(options: argparse.Namespace) -> None:
     """Fill in what depends on the machine; ValueError for flags that cannot be, or not together."""
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_places(None, options.device)
+    check_device(options.device)
     options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
     out = Path(options.out).expanduser()
     if out.exists() and not out.is_dir():
@@ -177,15 +162,6 @@ def check_options(options: argparse.Namespace) -> None:
 # Types
 
 
-def _whole(lowest: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        if not text.isdecimal() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {lowest}, got {text!r}")
-        return int(text)
-
-    return whole
-
-
 def _positive_float(lowest: float) -> Callable[[str], float]:
     def number(text: str) -> float:
         try:
@@ -203,14 +179,4 @@ def _share(text: str) -> float:
     value = _positive_float(0.01)(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0.01 to 1, got {text!r}")
-    return value
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"enable_thinking": false}}, got {text!r}')
     return value

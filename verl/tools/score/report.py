@@ -1,5 +1,5 @@
-"""What scores of teacher and student answers say about the discriminator: statistics as pure functions of arrays, and
-the report as text.
+"""What scores of teacher and student answers say about the discriminator: the table of pairs, statistics as pure
+functions of arrays, and the report as text.
 
 P pairs of a teacher's and a student's answer to one prompt; d = score(teacher) - score(student).
 """
@@ -8,13 +8,50 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from verl.tools.score_data import Group
+from verl.tools.score.data import Group, TokenizedGroups
+from verl.utils.console import shorten
+from verl.utils.dump import write_jsonl
 
-SHOWN_CHARACTERS = 160
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of pairs
+
+
+def pair_table(groups: Sequence[Group], tokenized: TokenizedGroups, scores: dict[str, np.ndarray]) -> pd.DataFrame:
+    """One row per pair, in the order of the files.
+
+    Columns: `group` (the row over all files), `file`, `row` (within it), `answer` (of the row), all from 0;
+    `score_diff`, `prompt_tokens`; and for both sides `{side}_score`, `{side}_raw_score`, `{side}_score_tokens` (those
+    it is pooled over) and `{side}_tokens` (EOS included).
+    """
+    members = zip(groups, tokenized.teachers, tokenized.students, strict=True)
+    places = [
+        (group.row.index, str(group.row.path), group.row.number, answer, teacher, student)
+        for group, teacher, students in members
+        for answer, student in enumerate(students)
+    ]
+    table = pd.DataFrame(places, columns=["group", "file", "row", "answer", "teacher", "student"])
+    lengths = np.array([(len(sequence.prompt), len(sequence.answer)) for sequence in tokenized.sequences])
+    sides = {side: table.pop(side).to_numpy() for side in ("teacher", "student")}
+    teacher, student = (scores["score"][numbers].astype(np.float64) for numbers in sides.values())
+    table = table.assign(score_diff=teacher - student, prompt_tokens=lengths[sides["teacher"], 0])
+    for side, numbers in sides.items():
+        columns = {f"{side}_{name}": values[numbers] for name, values in scores.items()}
+        table = table.assign(**columns, **{f"{side}_tokens": lengths[numbers, 1]})
+    return table
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """As parquet or jsonl, by the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        table.to_parquet(path, index=False)
+    else:
+        write_jsonl(path, table.to_dict("records"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,7 +115,7 @@ def render(pairs: pd.DataFrame, groups: Sequence[Group], temperature: float, bin
     """The report.
 
     Args:
-        pairs: the table of `score.pair_table`, P rows.
+        pairs: the table of `pair_table`, P rows.
         groups: the prompts and answers that its `group` and `answer` count.
         temperature: of the loss; the calibration is that of d / temperature.
         bins: of the calibration.
@@ -146,9 +183,3 @@ def _examples(title: str, pairs: pd.DataFrame, groups: Sequence[Group]) -> str:
 def _of(score: float, tokens: int) -> str:
     """21 characters, of which the numbers seldom need more."""
     return f"{score:+9.4f} {tokens:>4} tokens"
-
-
-def shorten(text: str, characters: int = SHOWN_CHARACTERS) -> str:
-    """On one line, at most so many characters, without any that a terminal would obey."""
-    line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
-    return line if len(line) <= characters else line[:characters] + "..."

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from verl.tools.judge_endpoint import Endpoint, EndpointError
-from verl.tools.judge_statistics import Estimate, clustered_mean
+from verl.tools.judge.endpoint import Endpoint, EndpointError
+from verl.tools.judge.statistics import Estimate, clustered_mean
 
 QUESTIONS = ("better", "closer")
 MOST_UNREADABLE = 0.1

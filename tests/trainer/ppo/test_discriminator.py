@@ -1,20 +1,21 @@
-"""The discriminator's part of a step, with a real worker in this process."""
+"""The driver's handle on the discriminator, with a real worker in this process."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.tiny import write_model
 from tests.workers.updates_setup import ANSWERS, PROMPTS, batch
+from verl.batch import PROMPT_KEYS, STUDENT_KEYS, TEACHER_KEYS, Answers, Prompts, table
 from verl.single_controller.base import ClassWithInitArgs
 from verl.single_controller.local import LocalWorkerGroup
 from verl.trainer.config import compose_config
-from verl.trainer.ppo.balancing import balance
-from verl.trainer.ppo.discriminator_step import DiscriminatorStep
+from verl.trainer.ppo.discriminator import Discriminator
 from verl.workers.fsdp_workers import CriticWorker
 
 
@@ -43,7 +44,7 @@ def make_step(model, *overrides):
     worker = ClassWithInitArgs(CriticWorker, config.critic, total_steps=5, device="cpu", seed=1)
     group = LocalWorkerGroup(worker)
     group.init_model()
-    return DiscriminatorStep(config, group)
+    return Discriminator(config, group)
 
 
 @contextmanager
@@ -51,38 +52,36 @@ def untimed(name):
     yield
 
 
-def fresh():
-    data, _ = balance(batch(), PROMPTS, ranks=1, by_tokens=True)
-    return data
-
-
 def run(step, number=0):
-    data = fresh()
-    return data, step.run(data, number, untimed)
+    """The scores of a step's answers as a table, and its metrics."""
+    data, names = batch(), {"index": np.arange(PROMPTS), "teacher_text": np.full(PROMPTS, "")}
+    prompts = Prompts(**{key: data.batch[key] for key in PROMPT_KEYS + TEACHER_KEYS}, **names)
+    scores, metrics = step.score_and_learn(prompts, Answers.of(data.select(list(STUDENT_KEYS))), number, untimed)
+    return table(scores), metrics
 
 
 def weights(step):
-    return [p.detach().full_tensor().clone() for p in step.critic.worker.critic.critic_module.parameters()]
+    return [p.detach().full_tensor().clone() for p in step.workers.worker.critic.critic_module.parameters()]
 
 
 def test_rewards_are_the_scores_before_the_update_in_both_ways(model):
     """From the update's own forward, and from a pass of its own."""
     fused = make_step(model)
     separate = make_step(model, "critic.ppo_epochs=2")
-    before = {name: value for name, value in separate.critic.compute_scores(fresh()).batch.items()}
+    before = {name: value for name, value in separate.workers.compute_scores(batch()).batch.items()}
     for step in (fused, separate):
         data, metrics = run(step)
         for name, value in before.items():
             torch.testing.assert_close(data.batch[name], value, atol=1e-5, rtol=1e-5)
         assert metrics["critic/grad_norm"] > 0
-        after = step.critic.compute_scores(fresh()).batch["student_scores"]
+        after = step.workers.compute_scores(batch()).batch["student_scores"]
         assert not torch.allclose(after, before["student_scores"], atol=1e-3)
 
 
 def test_a_discriminator_that_wins_only_scores_and_one_that_loses_trains_twice(model):
     """By the accuracy of earlier steps; the rewards are the scores before the update all the same."""
     step = make_step(model)
-    before = {name: value for name, value in step.critic.compute_scores(fresh()).batch.items()}
+    before = {name: value for name, value in step.workers.compute_scores(batch()).batch.items()}
     first = weights(step)
     step.balance.accuracy = 0.9
     data, metrics = run(step)
@@ -122,13 +121,13 @@ def test_past_groups_join_the_update_and_not_the_rewards(model, split):
     """The first step has nothing to replay; at the second, half of the answers are past ones."""
     step = make_step(model, "critic.replay.capacity=24", *split)
     seen = []
-    step.critic.worker.critic.critic_module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    step.workers.worker.critic.critic_module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     _, first = run(step)
     rows_of_a_plain_step = sum(seen)
     assert first["critic/replay/fraction"] == 0.0
     assert "critic/replay/d_acc" not in first
     seen.clear()
-    before = {name: value for name, value in step.critic.compute_scores(fresh()).batch.items()}
+    before = {name: value for name, value in step.workers.compute_scores(batch()).batch.items()}
     seen.clear()
     data, second = run(step, 1)
     assert sum(seen) == 2 * rows_of_a_plain_step
@@ -145,7 +144,7 @@ def test_past_groups_join_the_update_and_not_the_rewards(model, split):
 def test_replaying_the_same_groups_gives_the_same_gradient(model):
     """The loss is a mean over pairs: every pair twice is no change."""
     plain, replaying = make_step(model), make_step(model, "critic.replay.capacity=24")
-    replaying.replay.add(fresh())
+    replaying.replay.add(batch())
     _, expected = run(plain)
     _, metrics = run(replaying)
     assert metrics["critic/replay/fraction"] == 0.5

@@ -1,0 +1,1 @@
+"""The judge, `python -m verl.tools.judge`: how close students are to the teacher."""

@@ -1,0 +1,49 @@
+"""What a run shows beside its metrics: the progress bar, and the answers of each step in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from verl.batch import Prompts, Scores
+from verl.utils.dump import dump_jsonl
+
+# What the progress bar shows, where a step has it.
+SHOWN = {
+    "actor/sft_loss": "loss",
+    "actor/soda_loss": "loss",
+    "actor/soda_acc": "acc",
+    "critic/d_acc": "d_acc",
+    "critic/score_diff": "score_diff",
+    "response_length/mean": "length",
+    "val/rouge-L/mean": "val rouge-L",
+}
+
+
+def progress_bar(stage: str, steps: int, done: int) -> tqdm:
+    """A bar of the run's steps."""
+    return tqdm(total=steps, initial=done, desc=stage, unit="step", dynamic_ncols=True)
+
+
+def show_step(bar: tqdm, metrics: Mapping[str, float]) -> None:
+    """One step further, with its metrics that matter most."""
+    shown = {label: f"{metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics}
+    bar.set_postfix(shown, refresh=False)
+    bar.update()
+
+
+def dump_answers(path: Path, prompts: Prompts, texts: list[str], scores: Scores | None) -> None:
+    """Write a step's answers, one prompt a line, beside the teacher's and with their scores, if there are any."""
+    per_prompt = len(texts) // len(prompts)
+    rows: list[dict[str, Any]] = []
+    for row, teacher in enumerate(prompts.teacher_text):
+        entry = {"index": int(prompts.index[row]), "teacher": teacher}
+        entry["answers"] = texts[row * per_prompt : (row + 1) * per_prompt]
+        if scores is not None:
+            entry["scores"] = scores.student_scores[row].tolist()
+            entry["teacher_score"] = scores.teacher_scores[row].item()
+        rows.append(entry)
+    dump_jsonl(path, rows)

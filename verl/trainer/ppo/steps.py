@@ -1,0 +1,164 @@
+"""One step of each stage, from prompts to updated weights: SeqKD, warmup and GAD, SODA.
+
+What a step makes are records (`verl/batch.py`), and each line says what comes of which. `student.py` and
+`discriminator.py` have the calls to the workers, `reward.py` has what lies between scores and advantages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from verl.batch import Answers, Prompts, Rewards, Scores, table
+from verl.config.run import Config
+from verl.trainer.ppo.core_algos import AdaptiveKLController, FixedKLController
+from verl.trainer.ppo.discriminator import Discriminator
+from verl.trainer.ppo.head_start import HeadStart
+from verl.trainer.ppo.rejected import RejectedAnswers
+from verl.trainer.ppo.reward import TaskReward, reward_answers, score_task
+from verl.trainer.ppo.student import Student
+from verl.utils.rouge import mean_rouge_l
+
+Metrics = dict[str, float]
+# `timed(name)` takes the time of what is done inside.
+Timed = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step made, and the metrics of making it."""
+
+    prompts: Prompts
+    metrics: Metrics
+    answers: Answers | None = None
+    scores: Scores | None = None
+    rewards: Rewards | None = None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Makes the steps of a run.
+
+    Args:
+        discriminator: of warmup and GAD.
+        head_start: says when the actor begins to learn.
+        rejected: of SODA.
+        task_reward: the user's own, if there is one.
+        kl_ctrl: the coefficient of the KL penalty in the reward.
+        total_steps: of the run.
+    """
+
+    config: Config
+    student: Student
+    discriminator: Discriminator | None
+    head_start: HeadStart
+    rejected: RejectedAnswers | None
+    task_reward: TaskReward | None
+    kl_ctrl: FixedKLController | AdaptiveKLController
+    total_steps: int
+
+    def make(self, prompts: Prompts, number: int, samples_seen: int, timed: Timed) -> Step:
+        """The stage's own step.
+
+        Args:
+            number: updates before this one.
+            samples_seen: training rows before these.
+            timed: see `Timed`.
+        """
+        if self.config.soda.enable:
+            return self._soda(prompts, number, samples_seen, timed)
+        return (self._adversarial if self.config.use_critic else self._sft)(prompts, number, timed)
+
+    def _sft(self, prompts: Prompts, number: int, timed: Timed) -> Step:
+        """SeqKD: one update on the teacher's answers. The student's are sampled for monitoring only."""
+        student, answers = self.student, None
+        metrics = student.shares.unbalance(table(prompts))
+        trainer = self.config.trainer
+        frequency = trainer.test_freq if trainer.sft_monitor_freq is None else trainer.sft_monitor_freq
+        if frequency > 0 and number % frequency == 0:
+            with timed("gen"):
+                answers = student.answer(prompts, number)
+            metrics["train/rouge-L/mean"] = self._sampled_rouge(prompts, answers)
+        return Step(prompts, metrics | self._imitate(prompts, answers, number, timed), answers)
+
+    def _adversarial(self, prompts: Prompts, number: int, timed: Timed) -> Step:
+        """Warmup and GAD: the student answers, the discriminator scores and learns, then the student learns."""
+        student = self.student
+        with timed("testing"):
+            metrics = self.head_start.check(number)
+        with timed("push_weights"):
+            student.push_weights()
+        with timed("gen"):
+            answers = student.answer(prompts, number)
+        metrics |= student.shares.unbalance(table(prompts, answers))
+        scores, judged = self.discriminator.score_and_learn(prompts, answers, number, timed)
+        if self.config.use_sft:
+            rewards, learned = None, self._imitate(prompts, answers, number, timed)
+        else:
+            rewards, learned = self._reward_and_learn(prompts, answers, scores, number, timed)
+        return Step(prompts, metrics | judged | learned, answers, scores, rewards)
+
+    def _imitate(self, prompts: Prompts, answers: Answers | None, number: int, timed: Timed) -> Metrics:
+        """The actor's update on the teacher's answers; the student's, if there are any, show whether the engine has its
+        weights."""
+        metrics = {}
+        if answers is not None:
+            with timed("old_log_prob"):
+                metrics = self.student.check_sync(prompts, answers, None, number)
+        with timed("update_actor"):
+            return metrics | self.student.imitate(prompts)
+
+    def _reward_and_learn(
+        self, prompts: Prompts, answers: Answers, scores: Scores, number: int, timed: Timed
+    ) -> tuple[Rewards, Metrics]:
+        """Log-probs where the reward or the update asks for them, rewards, advantages and, unless the actor is still
+        frozen, its update."""
+        config, student, old, reference = self.config, self.student, None, None
+        trains = self.head_start.actor_trains(number)
+        in_reward = config.algorithm.use_kl_in_reward
+        with timed("old_log_prob"):
+            if in_reward or (trains and config.needs_old_log_probs):
+                old = student.log_probs(prompts, answers)
+            metrics = student.check_sync(prompts, answers, old, number)
+        if in_reward or (trains and config.use_reference):
+            with timed("ref"):
+                reference = student.reference_log_probs(prompts, answers)
+        with timed("adv"):
+            task = self._score_task(prompts, answers)
+            rewards, rewarded = reward_answers(
+                answers, scores.student_scores, config.algorithm, self.kl_ctrl, task, student.eos_token_ids, old,
+                reference, kl_adapts=trains,
+            )  # fmt: skip
+        metrics |= rewarded
+        if trains:
+            with timed("update_actor"):
+                metrics |= student.learn(prompts, answers, rewards, old, reference, self._sft_anchor_coef(number))
+        return rewards, metrics
+
+    def _soda(self, prompts: Prompts, number: int, samples_seen: int, timed: Timed) -> Step:
+        """SODA: one update on pairs of the teacher's answer and one that the student wrote before."""
+        with timed("rejected"):
+            rejected, reference, metrics = self.rejected.of(prompts, samples_seen, number)
+        metrics |= self.student.shares.unbalance(table(prompts, rejected))
+        with timed("update_actor"):
+            metrics |= self.student.learn_from_pairs(prompts, rejected, reference, self.config.soda)
+        return Step(prompts, metrics, rejected)
+
+    def _score_task(self, prompts: Prompts, answers: Answers) -> torch.Tensor | None:
+        if self.task_reward is None:
+            return None
+        return score_task(self.task_reward, prompts, self.student.texts(answers.responses, answers.response_mask))
+
+    def _sft_anchor_coef(self, number: int) -> float:
+        """The weight of the teacher's answers in this step's policy update."""
+        actor = self.config.actor_rollout_ref.actor
+        start, end = actor.sft_anchor_coef, actor.sft_anchor_end_coef
+        done = number / max(1, self.total_steps - 1)
+        return start if end is None else start + (end - start) * done
+
+    def _sampled_rouge(self, prompts: Prompts, answers: Answers) -> float:
+        texts = self.student.texts(answers.responses, answers.response_mask)
+        return mean_rouge_l(texts, prompts.teacher_text.repeat(len(texts) // len(prompts)).tolist())
