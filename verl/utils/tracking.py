@@ -199,7 +199,7 @@ class FileBackend:
         self._write()
 
     def _write(self) -> None:
-        """What does not fit waits for the next step, the end of a line included."""
+        """Write the pending bytes; those that do not fit wait for the next step, within a line too."""
         while self.pending:
             self.pending = self.pending[self.file.write(self.pending) :]
 

@@ -94,7 +94,7 @@ def quoted(text: str) -> str:
 
 
 def _parse(value: str) -> tuple[Any, bool]:
-    """What Hydra's language makes of a value, and whether it is one value of that language, and of no other meaning."""
+    """The value that Hydra's language makes of a text, and whether the text is one value and not a sweep."""
     try:
         override = OverridesParser.create().parse_override(f"++key={value}")
     except HydraException:

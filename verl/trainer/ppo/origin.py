@@ -1,5 +1,5 @@
-"""What a run began with, kept in its checkpoints: one that resumes goes on with their weights and counters, whatever
-its settings say of another model, stage or data.
+"""The origin of a run, its stage, models and data, kept in its checkpoints: a run that resumes goes on with their
+weights and counters, whatever model, stage or data its own settings name.
 
 Models and data are known by their content, so that a folder may be moved or renamed between two parts of a run.
 """

@@ -1,6 +1,6 @@
-"""What keeps a row from being used: of its fields, of its text, and of what the model's chat template makes of it.
+"""Faults that keep a row from being used: of its fields, of its text, and of what the chat template makes of it.
 
-Every function gives a sentence, or None where nothing is wrong. Sentences name no place in the text, so that equal
+Every function returns a sentence, or None where nothing is wrong. Sentences name no place in the text, so that equal
 faults can be counted.
 """
 

@@ -41,7 +41,7 @@ def restore_calls(model: PreTrainedModel) -> None:
 
 
 def tensor_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    """Of its parameters and persistent buffers; tied ones come once."""
+    """The shapes of a model's parameters and persistent buffers by name; tied ones come once."""
     tensors = itertools.chain(model.named_parameters(), persistent_buffers(model))
     return {name: tensor.shape for name, tensor in tensors}
 
