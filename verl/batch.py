@@ -1,6 +1,16 @@
 """How a batch travels: one row per prompt, so that a prompt, its teacher answer and its student answers stay together.
 
-B prompts, N answers per prompt, P prompt tokens, T answer tokens.
+Letters of shapes, in every docstring of the package:
+
+    B  prompts of a batch, one row each          N  student answers to a prompt
+    P  tokens of a prompt, padded on the left    T  tokens of an answer, padded on the right
+    G  groups of a micro-batch: prompts, each with its answers
+    R  rows: the sequences that a model sees     U  distinct ones among them
+    S  tokens of rows laid end to end            K  answer tokens among them
+    D  hidden size                               V  vocabulary
+    H  attention heads of size E                 J  key and value heads
+
+The columns of a batch:
 
     input_ids, attention_mask       (B, P)     the prompt, left-padded
     teacher_response                (B, T)     the teacher's answer, right-padded

@@ -9,7 +9,7 @@ from verl.config.rollout import RolloutConfig
 
 @settings
 class PolicyLossConfig:
-    """Which registered policy loss trains the actor."""
+    """The registered policy loss that trains the actor."""
 
     loss_mode: str
 

@@ -1,4 +1,5 @@
-"""What every settings class is: a frozen dataclass whose field types are checked and whose unknown keys are refused."""
+"""The base of every settings class: a frozen dataclass whose field types are checked and whose unknown keys are
+refused."""
 
 from functools import partial
 from typing import Annotated

@@ -54,7 +54,7 @@ class AdaptiveTemperatureConfig:
 
 @settings
 class DiscriminatorConfig:
-    """Which loss, on which scores. `pooling=None` is the pooling the loss was made for."""
+    """The loss and the scores it works on. `pooling=None` is the pooling that the loss was made for."""
 
     loss: str
     pooling: Literal["last_token", "mean", "sum"] | None
@@ -91,7 +91,7 @@ class BalanceConfig:
 
 @settings
 class HeadStartConfig:
-    """When a head start of `trainer.critic_warmup=auto` is over (`HeadStart`)."""
+    """The end of a head start with `trainer.critic_warmup=auto` (`HeadStart`)."""
 
     accuracy: Fraction
     checks: Positive

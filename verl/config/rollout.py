@@ -7,7 +7,7 @@ from verl.config.base import Count, Fraction, NonNegative, Positive, PositiveFlo
 
 @settings
 class SamplingConfig:
-    """How answers are drawn. `do_sample=False` is greedy; `top_k=-1` and `top_p=1` switch the cuts off."""
+    """The way in which answers are drawn. `do_sample=False` is greedy; `top_k=-1` and `top_p=1` switch the cuts off."""
 
     n: Positive
     do_sample: bool
@@ -48,7 +48,7 @@ class RolloutConfig:
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How training answers are drawn."""
+        """The way in which training answers are drawn."""
         return SamplingConfig(self.n, self.do_sample, self.temperature, self.top_p, self.top_k)
 
     @property

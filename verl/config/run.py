@@ -109,7 +109,7 @@ class TrainerConfig:
 
 @settings
 class RayInitConfig:
-    """How to reach or start Ray."""
+    """The cluster to join or to start."""
 
     address: str | None
     num_cpus: Positive | None
@@ -157,7 +157,7 @@ class Config:
 
     @property
     def stage(self) -> str:
-        """What the run does, for people."""
+        """The stage's name, for people."""
         if self.soda.enable:
             return "SODA"
         if not self.use_critic:

@@ -1,4 +1,4 @@
-"""What a run's configuration says about the memory it will need, before models are built."""
+"""The memory estimate of a run from its configuration, before models are built."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def check_run_memory(config: Config, sizes: tuple[int, int] | None) -> None:
     """Log the estimate, and warn where it does not fit (see `check_memory`, which raises where it cannot).
 
     Args:
-        sizes: bytes of one GPU and of one machine's memory; None where training is on CPU: nothing is said then.
+        sizes: bytes of one GPU and of one machine's memory; None on CPU, where there is no estimate.
     """
     if sizes is None:
         return

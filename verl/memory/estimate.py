@@ -1,4 +1,4 @@
-"""How much memory a run will need, from its settings and the sizes of its models: an estimate, made before it starts.
+"""An estimate of the memory a run will need, from its settings and the sizes of its models, before it starts.
 
 The estimate covers the tensors that are large and whose size is known in advance. N is a model's number of parameters,
 b the bytes of a number in the type it computes in (2 for bf16), S the tokens of the largest possible micro-batch.

@@ -1,4 +1,4 @@
-"""Moving a model's sharded parameters and its optimizer's states to host memory while nobody works with them.
+"""Moving a model's sharded parameters and its optimizer's states to host memory while they are not in use.
 
 Only the memory behind a tensor comes and goes: the storage is shrunk to nothing after it was copied, and grown again
 before it is copied back. Tensors and storages stay the objects they were, so FSDP2's flat views of the shards, tied
@@ -71,7 +71,7 @@ class HostCopy:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """On the device inside, in host memory after the outermost such block.
+        """Keep the tensors on the device within the block, and in host memory after the outermost such block.
 
         After an exception everything stays where it is: it may be a half-done update.
         """
@@ -104,7 +104,7 @@ class HostCopy:
 
 
 class Offloader:
-    """Lets a model's parameters and its optimizer's states rest in host memory, each if asked for, between their uses.
+    """The place of a model's parameters and its optimizer's states: in host memory between uses, each if asked for.
 
     Without either flag nothing is ever moved. A forward, a state dict or an optimizer step while the tensors it needs
     are out raises RuntimeError instead of reading freed memory.
@@ -131,7 +131,7 @@ class Offloader:
 
     @contextmanager
     def on_device(self, optimizer: bool = False) -> Iterator[None]:
-        """The parameters, and with `optimizer` its states too, are on the device inside. Blocks may be nested.
+        """Keep the parameters, and with `optimizer` its states, on the device within the block. Blocks may be nested.
 
         A block with `optimizer` is a whole update: gradients that are left at its end are spent, and dropped where
         anything is offloaded.
@@ -149,13 +149,13 @@ class Offloader:
                 self._module.zero_grad()
 
     def rest(self) -> None:
-        """Send everything to host memory that may go there: for a model that was just built."""
+        """Send everything that may go to host memory there, after a model has been built."""
         for part in (self._params, self._states):
             if part is not None:
                 part.to_host()
 
     def _resting_parameters(self) -> Iterator[torch.Tensor]:
-        """The shards, after what a forward left whole was put away."""
+        """The shards, once the gathered weights that a forward left are freed."""
         reshard(self._module)
         for name, parameter in self._module.named_parameters():
             if parameter.grad is not None:
@@ -187,7 +187,7 @@ class Offloader:
 def build_offloader(
     module: nn.Module, optimizer: torch.optim.Optimizer | None, fsdp: FSDPConfig, device: str
 ) -> Offloader:
-    """What `param_offload` and `optimizer_offload` ask for; on CPU nothing moves, as everything is on the host."""
+    """The offloader that `param_offload` and `optimizer_offload` ask for. On CPU it moves nothing."""
     on_host = device == "cpu"
     return Offloader(
         module,

@@ -21,7 +21,7 @@ from verl.models.layers import decoder_layers, is_recomputed
 from verl.models.packing import AnswerRows, pack
 from verl.models.proof import Verdict, check_class, too_long
 
-# What families call the head of a token-classification model.
+# The names that families give the head of a token-classification model.
 SCORE_HEADS = ("score", "classifier")
 
 
@@ -51,7 +51,7 @@ class AnswerModel(nn.Module, ABC):
 
     @contextmanager
     def padded(self) -> Iterator[None]:
-        """Rows are padded inside, whatever they are outside."""
+        """Pad rows within the block instead of packing them."""
         packed, self.remove_padding = self.remove_padding, False
         self._set_attention()
         try:
@@ -61,9 +61,9 @@ class AnswerModel(nn.Module, ABC):
             self._set_attention()
 
     def train(self, mode: bool = True) -> AnswerModel:
-        """As `nn.Module.train`, but of the modules inside only layers to be computed again in the backward pass ever
-        train, and nothing within them: router jitter, dropout and dropped layers are for training mode, and old
-        log-probs, scores and the update have to see one and the same function."""
+        """Set training mode, as `nn.Module.train`, on this module and the recomputed layers alone, not on what is
+        inside them: router jitter, dropout and dropped layers belong to training mode, and old log-probs, scores and
+        the update have to see one and the same function."""
         self.training = mode
         self.hf.eval()
         for layer in decoder_layers(self.hf):
@@ -72,7 +72,7 @@ class AnswerModel(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device that the model is on."""
         return next(self.hf.parameters()).device
 
     @abstractmethod
@@ -83,7 +83,7 @@ class AnswerModel(nn.Module, ABC):
         """The same as `values`, from the class's own forward of one whole row at a time without any padding.
 
         Args:
-            noise: relative, and added to the embeddings: what becomes of it tells what rounding may come to.
+            noise: a relative disturbance of the embeddings; its effect tells how large that of rounding may be.
         """
         values = torch.zeros(rows.responses.shape, device=self.device)
         attention = self.hf.config._attn_implementation
@@ -105,7 +105,7 @@ class AnswerModel(nn.Module, ABC):
 
     @abstractmethod
     def of_logits(self, logits: torch.Tensor, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-        """The answer's values (T,), of a row's logits (P + T, V), its tokens (P + T,), and P."""
+        """The answer's values (T,), from a row's logits (P + T, V), its tokens (P + T,), and P."""
 
     def answers(self, rows: AnswerRows, before: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states (K, D) at the answer tokens, or at the token before each, in the order of the mask; the answer
@@ -139,7 +139,7 @@ class AnswerModel(nn.Module, ABC):
 
 
 def plain_attention(hf: PreTrainedModel) -> str:
-    """The attention of transformers' own that the class would choose."""
+    """The attention implementation of transformers that the class would choose itself."""
     return "sdpa" if hf._supports_sdpa else "eager"
 
 

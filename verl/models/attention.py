@@ -21,13 +21,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from verl.models.packing import Layout
 
 PACKED_ATTENTION = "verl_packed"
-# Arguments by which families pass on what changes nothing here: positions are in the keys already, and nothing is
+# Arguments that some families pass and that change nothing here: positions are in the keys already, and nothing is
 # cached, dropped out or returned besides.
 WITHOUT_EFFECT = frozenset(
     {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
 )
 LAYOUT = tuple(field.name for field in fields(Layout))
-# What the flash-attention kernels compute in, and the head sizes that they have code for.
+# The types that the flash-attention kernels compute in, and the head sizes that they have code for.
 FLASH_TYPES = (torch.bfloat16, torch.float16)
 FLASH_LARGEST_HEAD, FLASH_HEAD_STEP = 256, 8
 
@@ -42,13 +42,13 @@ def packed_attention(
     scaling: float,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each row: query (1, H, S, D), key and value (1, G, S, D) with H a multiple of G.
+    """Causal attention inside each row: query (1, H, S, E), key and value (1, J, S, E) with H a multiple of J.
 
     Args:
         arguments: the fields of `packing.Layout`; and what else the model passes.
 
     Returns:
-        (1, S, H, D) and None, as transformers expects of an attention function.
+        (1, S, H, E) and None, as transformers expects of an attention function.
 
     Raises:
         ValueError: the model asks for attention of another kind: a mask, capped scores, sinks, a window that a row can
@@ -113,7 +113,7 @@ def _on_grid(query, key, value, source: torch.Tensor, place: torch.Tensor, rows:
 
 
 class _Flash(torch.autograd.Function):
-    """Output (S, H, D) of query (S, H, D) and key, value (S, G, D); the rest as in `packing.Layout`."""
+    """Output (S, H, E) of query (S, H, E) and key, value (S, J, E); the rest as in `packing.Layout`."""
 
     @staticmethod
     def forward(
@@ -162,8 +162,8 @@ def _flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_starts: torch.Tensor, key_starts: torch.Tensor,
     longest_query: int, longest_key: int, causal: bool, scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Output (Q, H, D), and in fp32 the log-sums (H, Q) of exponentials, of query (Q, H, D) and key, value (K, G, D)
-    in segments."""
+    """Attention within segments: the output (tokens, H, E) of query (tokens, H, E) over key and value (keys, J, E), and
+    in fp32 the log-sums (H, tokens) of exponentials."""
     return _kernel_forward(query, key, value, query_starts, key_starts, longest_query, longest_key, causal, scaling)
 
 
@@ -191,7 +191,7 @@ def _(gradient, query, key, value, *rest):
 
 
 def _kernel_forward(query, key, value, query_starts, key_starts, longest_query, longest_key, causal, scaling):
-    # For segments of one query at most the kernel has a way of its own, which reads past an empty one.
+    # Where no segment has more than one query the kernel takes another path, which reads past an empty segment.
     longest_query = max(2, longest_query)
     return torch.ops.aten._flash_attention_forward(
         query, key, value, query_starts, key_starts, longest_query, longest_key, 0.0, causal, False, scale=scaling
@@ -215,7 +215,7 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 def set_attention(hf: PreTrainedModel, name: str) -> None:
-    """ValueError where the model cannot switch: transformers would warn, and go on with the attention that it has."""
+    """Switch a model's attention. ValueError where it cannot: transformers would warn and keep the attention it has."""
     hf.set_attn_implementation(name)
     if hf.config._attn_implementation != name:
         raise ValueError(

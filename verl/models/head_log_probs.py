@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 
 Entropy = Literal["none", "value", "grad"]
-# Logits of one chunk, in bytes: far more than a GPU needs to be busy, far less than it has.
+# Bytes of the logits of one chunk: far more than keeps a GPU busy, far less than it has.
 CHUNK_BYTES = 2**30
-# On a CPU nobody knows what is free for us: logits up to this size are kept.
+# On a CPU the free memory is not known: logits up to this many bytes are kept.
 KEPT_ON_CPU = 2**30
 
 

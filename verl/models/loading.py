@@ -48,7 +48,7 @@ def quiet_transformers() -> None:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's parts lie: the Hugging Face files, and the sharded weights if it is a checkpoint's."""
+    """The folders of a model's Hugging Face files and, if it is a checkpoint's, of its sharded weights."""
 
     huggingface: Path
     shards: Path | None
@@ -103,7 +103,7 @@ def hf_files(
 
 
 def config_entries(path: str | Path) -> dict[str, Any]:
-    """What the folder's config.json says; ValueError names a damaged one."""
+    """The entries of the folder's config.json. ValueError names a damaged file."""
     file = find_model(path).huggingface / "config.json"
     refuse_pointer(file)
     try:
@@ -313,7 +313,7 @@ def untied_head(path: str | Path) -> str:
 
 def check_head(path: str | Path, config: PretrainedConfig, trust_remote_code: bool = False) -> None:
     """ValueError if the config says that the LM head is the embedding, and the folder's weights have another head under
-    its name. What lies under other names `load_model` finds."""
+    its name. `load_model` finds heads under other names."""
     folder = find_model(path).huggingface
     files = list(folder.glob("*.safetensors"))
     if not is_tied(config) or not files:
@@ -356,7 +356,7 @@ def find_class(config: PretrainedConfig, kind: Kind, trust_remote_code: bool = F
 
 
 def check_labels(path: str | Path) -> None:
-    """ValueError for a token-classification model with another number of labels than one."""
+    """ValueError for a token-classification model whose number of labels is not one."""
     if not is_discriminator(path):
         return
     folder = find_model(path).huggingface
@@ -374,7 +374,7 @@ def check_labels(path: str | Path) -> None:
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a model computes with besides its parameters, and keeps in checkpoints: biases of expert routers, say."""
+    """The buffers that a model computes with and keeps in checkpoints, by name: biases of expert routers, say."""
     for prefix, child in module.named_modules():
         for name, buffer in child.named_buffers(prefix, recurse=False):
             if buffer is not None and name.rpartition(".")[2] not in child._non_persistent_buffers_set:
@@ -384,7 +384,7 @@ def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def empty_model(
     config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """The model on CPU with weights that nobody has set; its computed tables (rotary) are right, and in fp32."""
+    """The model on CPU with uninitialised weights; its computed tables (rotary) are right, and in fp32."""
     with no_init_weights():
         model = AUTO_CLASSES[kind].from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     # Tying happens in the initialisation that was left out.

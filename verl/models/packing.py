@@ -1,6 +1,6 @@
 """Rows of prompt + answer, and how they are laid end to end so that nothing is computed twice or in vain.
 
-R rows, P prompt width (left-padded), T answer width (right-padded), S tokens to compute, K answer tokens.
+R rows, P prompt tokens (left-padded), T answer tokens (right-padded), S tokens to compute, K answer tokens among them.
 
 Padding is not computed, and a prompt is computed once for all answers to it that stand next to each other: nothing in
 a prompt depends on what follows it. A *family* is such a run of rows; each of its answers continues the one prompt. The
@@ -98,7 +98,7 @@ class PackedRows:
     before_index: (K,) where the token before each of them sits, which predicts it.
     answer_ids: (K,) the answer tokens.
     grid_index: (K,) where they sit in the flattened (R * T) answers.
-    layout: what attention has to know.
+    layout: the form in which attention needs them.
     """
 
     input_ids: torch.Tensor
@@ -116,7 +116,7 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which token of S attends to which.
+    """The tokens of S that each token attends to, in two forms.
 
     As segments, each of which is causal in itself: the prompts of families of several rows, then their answers, then
     the other rows. Such answers attend to their family's prompt besides:
@@ -204,7 +204,8 @@ def pack(rows: AnswerRows) -> PackedRows:
 
 
 def _segments(prompts: torch.Tensor, answers: torch.Tensor, others: torch.Tensor, family: torch.Tensor) -> dict:
-    """Of tokens (R,) that each row has in each section, and the number of its family (R,), counted from 0."""
+    """The fields of a layout as segments, from each row's tokens in each section, (R,), and its family's number,
+    (R,)."""
     lengths = torch.cat([prompts, answers, others])
     lengths = lengths[lengths > 0]
     per_family = torch.zeros(2, int(family[-1]) + 1, dtype=torch.long)
@@ -223,7 +224,8 @@ def _segments(prompts: torch.Tensor, answers: torch.Tensor, others: torch.Tensor
 
 
 def _grid(mask: torch.Tensor, cell: torch.Tensor, token: torch.Tensor, position: torch.Tensor) -> dict:
-    """Of the (R, P + T) cells with a token in them, the token's number and position, and `cell` (S,) of each number."""
+    """The fields of a layout as a grid, from the (R, P + T) mask of cells with a token, the number and position of each
+    one's token, and the cell (S,) of each token."""
     rows, width = len(mask), int(mask.sum(-1).max())
     place = torch.arange(rows).unsqueeze(-1) * width + position
     source = torch.zeros(rows * width, dtype=torch.long).index_copy(0, place[mask], token[mask])

@@ -52,7 +52,7 @@ MISFITS = (
 
 
 class Provable(Protocol):
-    """What is proved: a model as `AnswerModel` wraps it."""
+    """A model as `AnswerModel` wraps it, whose values are to be proved."""
 
     hf: PreTrainedModel
     remove_padding: bool
@@ -60,19 +60,19 @@ class Provable(Protocol):
     def __init__(self, hf: PreTrainedModel, remove_padding: bool, proven: bool): ...
 
     def values(self, rows: AnswerRows) -> torch.Tensor:
-        """Of the answers' tokens, (R, T), as the model is used."""
+        """The values (R, T) of the answers' tokens, computed as the model is used."""
 
     def plain(self, rows: AnswerRows, noise: float = 0.0) -> torch.Tensor:
-        """The same by the class's own forward, row by row; `noise` disturbs the embeddings, relatively."""
+        """The same values from the class's own forward, row by row; `noise` disturbs the embeddings, relatively."""
 
     def padded(self) -> AbstractContextManager[None]:
-        """Inside, rows are padded instead of packed."""
+        """Pad rows within the block instead of packing them."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of a class: what is wrong with it, if anything; how many tokens a row may have, and why; and
-    whether it was compared at all."""
+    """The result of comparing a class: its fault, if it has one; the most tokens of a row, and why; and whether it was
+    compared at all."""
 
     fault: str | None = None
     longest: int | None = None
@@ -111,7 +111,7 @@ def class_verdict(
     remove_padding: bool,
     longest: int | None = None,
 ) -> Verdict:
-    """What is known of models of this class and config, with their rows packed or padded, as `head` uses them.
+    """The verdict on models of this class and config, with their rows packed or padded, as `head` uses them.
 
     A config that has no small twin, or whose twin's own forward fails, gets no fault: the proof on the real weights
     decides over it. Packed rows then keep within the smallest window that it names.
@@ -195,7 +195,7 @@ def _twin_fault(
     changes: dict[str, int],
     longest: int | None = None,
 ) -> str | None:
-    """What is wrong with the twin, in a few words, or None. NoVerdict where there is no twin that works."""
+    """The fault of the twin, in a few words, or None. NoVerdict where there is no twin that works."""
     try:
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in model_class(small_config(config, changes)).parameters())
@@ -303,7 +303,7 @@ def _fault(
     tolerance: Callable[[torch.Tensor], float],
     thorough: bool = True,
 ) -> str | None:
-    """What is wrong with the model's values, in a few words, or None.
+    """The fault of the model's values, in a few words, or None.
 
     Args:
         pick: see `_error`.

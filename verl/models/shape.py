@@ -29,7 +29,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False) -> ModelShape:
-        """Of a model that is built without memory for its weights."""
+        """The sizes of the model that `config` describes, which is built without memory for its weights."""
         with torch.device("meta"):
             hf = empty_model(config, kind, trust_remote_code)
         text = config.get_text_config()
@@ -66,8 +66,8 @@ LIMITS = {
 
 
 def attention_flops(layers: int, width: int, lengths: Iterable[int], repeated: Iterable[int] = ()) -> float:
-    """Forward pass of causal attention over sequences of these lengths, less that over prompts which are `repeated`:
-    computed once for several sequences that begin with them. `width` is heads times head size.
+    """Operations of the forward pass of causal attention over sequences of these lengths, without those over `repeated`
+    prompts, which are computed once for several sequences that begin with them. `width` is heads times head size.
 
     In one layer QK^T multiplies an (L, d) by a (d, L) matrix for each of H heads, 2 L^2 H d operations (a
     multiplication and an addition each), and PV as many again: 4 L^2 H d. A causal query sees half of the keys, so half
@@ -80,7 +80,7 @@ def attention_flops(layers: int, width: int, lengths: Iterable[int], repeated: I
 def training_flops(
     parameters: int, layers: int, width: int, lengths: Iterable[int], repeated: Iterable[int] = ()
 ) -> float:
-    """Forward and backward pass by the usual convention: 6 N T + causal attention.
+    """Operations of a forward and a backward pass by the usual convention: 6 N T + causal attention.
 
     Every parameter takes part in one multiplication and one addition per token, 2 N T; the backward pass makes two such
     products, one for the gradient of the inputs and one for that of the weights: 6 N T in all, and three times the

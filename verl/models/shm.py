@@ -31,7 +31,7 @@ OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".o
 
 
 def model_folder(model: ModelConfig, root: Path = SHARED_MEMORY) -> str:
-    """Where to read the model from: `model.path`, or with `use_shm` its copy, which is made if there is none."""
+    """The folder to read the model from: `model.path`, or with `use_shm` its copy, which is made if there is none."""
     return str(copy_to_shm(model.path, root)) if model.use_shm else model.path
 
 
@@ -63,7 +63,7 @@ def copy_to_shm(path: str | Path, root: Path = SHARED_MEMORY) -> Path:
 
 
 def _files(source: Path) -> list[Path]:
-    """What loading the model reads, relative to `source`."""
+    """The files that loading the model reads, relative to `source`."""
     model = find_model(source)
     if model.shards is None:
         files = [file for file in sorted(model.huggingface.iterdir()) if file.is_file()]

@@ -77,8 +77,7 @@ def small_twin(
 
 
 def reach_entries(config: PretrainedConfig) -> dict[str, int]:
-    """What rows may be too long for: entries with a window, a chunk or a number of positions, the smallest of equal
-    names."""
+    """The entries that rows may be too long for: windows, chunks, numbers of positions; of equal names the smallest."""
     found: dict[str, int] = {}
     for place, key in _places(config.to_dict()):
         value = place[key]
@@ -113,7 +112,7 @@ def _places(entries: Entries) -> Iterator[tuple[Entries, str]]:
 
 
 def _shrink(entries: Entries) -> None:
-    """Sizes in place, those of configs within as well."""
+    """Make sizes small, in place, and those of the configs within."""
     heads = max((value for key, value in entries.items() if ATTENTION_HEADS.search(key) and _size(value)), default=0)
     _shrink_rope(entries, heads)
     depth = next((value for key, value in entries.items() if re.search(SIZES[1][0] + "$", key) and _size(value)), 0)
@@ -166,7 +165,7 @@ def _kept_layers(entries: Entries, depth: int) -> list[int]:
 
 
 def _shrink_rope(entries: Entries, heads: int) -> None:
-    """Factors for each frequency, as many as the small head has."""
+    """Cut the lists of factors, one for each frequency, to the number that the small head has."""
     own, hidden, heads = entries.get("head_dim"), entries.get("hidden_size") or 0, max(1, heads)
     width = own or hidden // heads
     small = min(own, HEAD_DIM) if own else min(hidden, WIDTH) // min(heads, HEADS)

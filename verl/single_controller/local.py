@@ -21,7 +21,7 @@ class LocalWorkerGroup(WorkerGroup):
         self._bind_worker_methods(worker.cls)
 
     def submit(self, rank: int, method_name: str, args: tuple, kwargs: dict) -> Any:
-        """Runs the call and returns its result as the handle."""
+        """Run the call; its result is the handle."""
         return getattr(self.worker, method_name)(*args, **kwargs)
 
     def wait(self, handles: list, method_name: str) -> list:

@@ -25,7 +25,7 @@ class InProcessTrainer(RayPPOTrainer):
 
 
 class InProcessRunner(TaskRunner):
-    """Builds a run as `TaskRunner` does, and starts nothing."""
+    """A `TaskRunner` that starts no Ray."""
 
     trainer_class: ClassVar[type[RayPPOTrainer]] = InProcessTrainer
 

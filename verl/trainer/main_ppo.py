@@ -54,7 +54,8 @@ def create_rl_dataset(
 
 
 def check_resume(config: Config, rows: int) -> Origin:
-    """What this run begins with; refuses to resume from one that began with something else (`check_same_run`)."""
+    """The models and data that this run begins with. Refuses to resume a run that began with others
+    (`check_same_run`)."""
     now = Origin.of(config, rows)
     folder = find_checkpoint(config.trainer)
     if folder is not None:
@@ -63,13 +64,13 @@ def check_resume(config: Config, rows: int) -> Origin:
 
 
 class TaskRunner:
-    """Builds what a run needs and runs it; a subclass may swap parts, for instance the worker classes."""
+    """Everything that a run needs, built and run; a subclass may swap parts, for instance the worker classes."""
 
     worker_classes: ClassVar[dict[Role, type]] = {Role.ActorRollout: ActorRolloutRefWorker, Role.Critic: CriticWorker}
     trainer_class: ClassVar[type[RayPPOTrainer]] = RayPPOTrainer
 
     def run(self, config: Config) -> None:
-        """Train. Data, configs and tokenizers of all models are looked at before Ray starts."""
+        """Train. Data, configs and the tokenizers of all models are checked before Ray starts."""
         config = with_absolute_paths(config)
         with only_run_in(run_folder(config.trainer)):
             self._run(config)

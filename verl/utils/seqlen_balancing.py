@@ -136,7 +136,7 @@ def _first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]
 
 
 def _split_to_count(bins: list[list[int]], lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Halves the fullest bin of several rows until there are `count` bins: parts of a bin fit wherever it did."""
+    """Halve the fullest bin of several rows until there are `count` bins: parts of a bin fit wherever it did."""
     bins = list(bins)
     while len(bins) < count:
         fullest = max((rows for rows in bins if len(rows) > 1), key=lambda rows: sum(lengths[r] for r in rows))
@@ -147,7 +147,7 @@ def _split_to_count(bins: list[list[int]], lengths: Sequence[int], count: int) -
 
 
 class _BudgetPacker:
-    """Packs the rows of one batch under a token budget; rows that are longer than the budget stand alone."""
+    """The rows of one batch, packed under a token budget; rows that are longer than the budget stand alone."""
 
     def __init__(self, lengths: Sequence[int], budget: int):
         self.all_lengths = lengths
@@ -172,7 +172,7 @@ class _BudgetPacker:
         return len(self.alone) + next((k for k in counts if self._balanced(k)), len(self.fallback))
 
     def tokens(self, rows: Sequence[int]) -> int:
-        """Of any rows."""
+        """Total tokens of the given rows."""
         return sum(self.all_lengths[row] for row in rows)
 
     def pack(self, count: int) -> list[list[int]]:
@@ -185,14 +185,14 @@ class _BudgetPacker:
 
 
 class _RunPacker:
-    """Cuts the rows of one batch, in their order, into runs under a token budget; a row has `shared` tokens less where
-    the row before it is in the same run. A row that is longer than the budget stands alone."""
+    """Runs of one batch's rows, in their order, under a token budget. A row has `shared` tokens less if the previous
+    row is in the same run. A row that is longer than the budget stands alone."""
 
     def __init__(self, lengths: Sequence[int], shared: Sequence[int], budget: int):
         self.lengths, self.shared, self.budget = lengths, shared, budget
 
     def _runs(self, budget: int) -> list[list[int]]:
-        """As long as the budget allows, from the first row on: there are no fewer."""
+        """The fewest runs: each is as long as the budget allows, from the first row on."""
         runs: list[list[int]] = []
         tokens = 0
         for row, (length, shared) in enumerate(zip(self.lengths, self.shared, strict=True)):
@@ -219,7 +219,7 @@ class _RunPacker:
         return runs
 
     def tokens(self, run: Sequence[int]) -> int:
-        """Of rows that follow each other."""
+        """Total tokens of consecutive rows, shared prompts counted once."""
         return sum(self.lengths[row] for row in run) - sum(self.shared[row] for row in run[1:])
 
 
@@ -239,11 +239,11 @@ def rearrange_micro_batches(
     min_num_micro_batch: int = 1,
     shared: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Rows shared out over as few, and as equal, micro-batches as the token budget allows.
+    """Share rows out over as few, and as equal, micro-batches as the token budget allows.
 
     Every row is in exactly one micro-batch; no micro-batch of more than one row has more than `max_token_len` tokens,
-    and a row longer than that is alone. (The fewest possible is bin packing, NP-hard: what is reached here is the
-    better of balancing and first-fit-decreasing, which needs at most 11/9 of the optimum plus one. Where rows have
+    and a row longer than that is alone. (The fewest possible is bin packing, NP-hard: this is the better of
+    balancing and first-fit-decreasing, which needs at most 11/9 of the optimum plus one. Where rows have
     `shared` tokens they stay in their order, and the fewest possible is reached.)
 
     Args:
@@ -252,7 +252,7 @@ def rearrange_micro_batches(
         dp_group: with torch.distributed running, every rank of this group gets the same number of micro-batches, so
             that their collectives match; all its ranks must call this together.
         min_num_micro_batch: never fewer micro-batches than this.
-        shared: of each row's tokens, those that it need not have where the row before it is in the same micro-batch.
+        shared: tokens per row that are saved if the previous row is in the same micro-batch.
 
     Returns:
         Row indices per micro-batch, the one with most tokens first, so that a lack of memory shows at once.

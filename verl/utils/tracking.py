@@ -1,4 +1,4 @@
-"""Where metrics go: console, TensorBoard, a JSONL file, Weights & Biases.
+"""The places that metrics go to: console, TensorBoard, a JSONL file, Weights & Biases.
 
 A backend is a small class with `log`, `log_samples` and `close`; BACKENDS names them, and Tracking sends every step to
 those that were asked for.
@@ -41,7 +41,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What a backend may need to know about the run it records."""
+    """The facts about a run that a backend may need."""
 
     project: str
     experiment: str
@@ -199,7 +199,7 @@ class FileBackend:
         self._write()
 
     def _write(self) -> None:
-        """What does not fit waits for the next step, the end of a line included."""
+        """Write the pending bytes; those that do not fit wait for the next step, within a line too."""
         while self.pending:
             self.pending = self.pending[self.file.write(self.pending) :]
 
@@ -354,7 +354,7 @@ def _as_number(name: str, value: Any) -> float | int:
 
 
 class Tracking:
-    """Sends the metrics of every step to one or several backends.
+    """One or several backends that get the metrics of every step.
 
     Args:
         project_name, experiment_name: names of the run for wandb and for VERL_FILE_LOGGER_ROOT.
@@ -390,22 +390,22 @@ class Tracking:
         self._failing: set[Backend] = set()
 
     def log(self, data: Mapping[str, Any], step: int) -> None:
-        """Records the metrics of a step: floats, ints, 0-d tensors or numpy scalars.
+        """Record the metrics of a step: floats, ints, 0-d tensors or numpy scalars.
 
         Raises:
-            TypeError: a value is anything else; no backend has then got anything of this call.
+            TypeError: a value is anything else; no backend has got anything of this call then.
         """
         numbers = {name: _as_number(name, value) for name, value in data.items()}
         for backend in self.backends:
             self._try(backend, partial(backend.log, numbers, step), f"step {step}")
 
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
-        """Shows validation answers where a backend can."""
+        """Show validation answers in the backends that can."""
         for backend in self.backends:
             self._try(backend, partial(backend.log_samples, samples, step), f"the samples of step {step}")
 
     def finish(self) -> None:
-        """Closes all backends; calling it again does nothing."""
+        """Close all backends; calling it again does nothing."""
         for backend in self.backends:
             self._try(backend, backend.close, "the last steps")
 
@@ -431,8 +431,8 @@ class Tracking:
 
 
 class ValidationGenerationsLogger:
-    """Shows validation answers: markdown in TensorBoard, a table in wandb, a few lines on the console."""
+    """A way to show validation answers: markdown in TensorBoard, a table in wandb, a few lines on the console."""
 
     def log(self, loggers: Tracking, samples: Sequence[Sample | tuple[str, str, str, float]], step: int) -> None:
-        """Sends (prompt, answer, teacher's answer, rouge-L) rows to the backends of `loggers`."""
+        """Send (prompt, answer, teacher's answer, rouge-L) rows to the backends of `loggers`."""
         loggers.log_samples([Sample(*sample) for sample in samples], step)

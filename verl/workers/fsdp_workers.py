@@ -212,7 +212,7 @@ class ActorRolloutRefWorker(FSDPWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def push_weights(self) -> None:
-        """Bring the engine to the policy's present weights."""
+        """Give the engine the policy's present weights."""
         dtype = getattr(torch, self.config.rollout.dtype)
         with self.on_device("push_weights"):
             self.rollout.wake()
@@ -220,7 +220,7 @@ class ActorRolloutRefWorker(FSDPWorker):
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def generate_sequences(self, prompts: DataProto) -> DataProto:
-        """Answers to this rank's prompts; `meta_info` has `sampling` (SamplingConfig), `seed`, `report_log_probs`."""
+        """Answer this rank's prompts; `meta_info` has `sampling` (SamplingConfig), `seed` and `report_log_probs`."""
         sampling: SamplingConfig = prompts.meta_info["sampling"]
         # Engines hold different prompts; a seed each keeps equal prompts from getting equal answers.
         engine = self.rank // self.config.rollout.tensor_model_parallel_size

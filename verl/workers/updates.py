@@ -167,7 +167,7 @@ class MetricSums:
         self._weights: dict[str, list[float]] = defaultdict(list)
 
     def add(self, metrics: Mapping[str, torch.Tensor | float], weight: float) -> None:
-        """Means over a part that counts `weight` (tokens, sequences or pairs)."""
+        """Add the means over a part that counts `weight` (tokens, sequences or pairs)."""
         for name, value in metrics.items():
             self._values[name].append(torch.as_tensor(value).detach())
             self._weights[name].append(weight)

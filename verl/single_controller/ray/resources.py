@@ -1,4 +1,4 @@
-"""Does the cluster hold what a pool asks for? Asked before anything waits for it, and answered with the numbers."""
+"""A check that the cluster holds what a pool asks for, before anything waits for it."""
 
 import time
 
@@ -9,7 +9,7 @@ _REPORT_DELAY_S = 2.0
 
 
 def check_resources(process_on_nodes: list[int], bundle: dict[str, float]) -> None:
-    """Compares a pool's demand with the cluster.
+    """Compare a pool's demand with the cluster.
 
     Args:
         process_on_nodes: processes per node.
@@ -52,7 +52,7 @@ def _lacking(wanted: dict[str, float], there_is: dict[str, float]) -> bool:
 
 
 def _fits(process_on_nodes: list[int], bundle: dict[str, float], nodes: list[dict[str, float]]) -> bool:
-    """Places the largest demand first, each on the node with the most room for processes."""
+    """Place the largest demand first, each on the node with the most room for processes."""
     room = [int(min(node.get(name, 0) // amount for name, amount in bundle.items())) for node in nodes]
     for count in sorted(process_on_nodes, reverse=True):
         room.sort()

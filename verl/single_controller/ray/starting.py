@@ -38,7 +38,7 @@ def join_or_start(address: str | None, num_cpus: int | None) -> None:
 
 
 def session_folder() -> str | None:
-    """Where Ray keeps its sockets; None leaves it to Ray, whose choice is `ray` under RAY_TMPDIR, TMPDIR or /tmp.
+    """The folder of Ray's sockets; None leaves it to Ray, whose choice is `ray` under RAY_TMPDIR, TMPDIR or /tmp.
 
     Raises:
         ValueError: both that and `SHORT_FOLDER` cannot be used.

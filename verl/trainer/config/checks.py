@@ -225,7 +225,7 @@ def _kl(config: Config) -> Iterator[str]:
 
 
 def _loss(config: Config) -> Iterator[str]:
-    """Whether the discriminator's loss can be had, and is one: a user's may do anything."""
+    """A discriminator loss that cannot be loaded, or is none: a user's may do anything."""
     settings = config.critic.discriminator
     if not config.use_critic:
         return
@@ -252,7 +252,7 @@ def _loss(config: Config) -> Iterator[str]:
 
 
 def _loss_problem(fn: Callable, constants: dict[str, Any]) -> str | None:
-    """What keeps a function from being a discriminator loss."""
+    """The reason why a function is no discriminator loss, or None."""
     generator = torch.Generator().manual_seed(0)
     sides = [torch.randn(2, n, generator=generator, requires_grad=True) for n in (3, 1, 3, 1)]
     try:

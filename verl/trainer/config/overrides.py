@@ -46,7 +46,7 @@ def normalize_overrides(arguments: list[str]) -> list[str]:
     (`--help`), the stage and Hydra's own settings pass unchanged.
 
     Raises:
-        ConfigError: a key to be removed, or one that cannot be, or a whole group to be replaced.
+        ConfigError: a key to be removed, or one that cannot be, or a whole config group to be replaced.
     """
     return [_normalize(argument) for argument in arguments]
 
@@ -94,7 +94,7 @@ def quoted(text: str) -> str:
 
 
 def _parse(value: str) -> tuple[Any, bool]:
-    """What Hydra's language makes of a value, and whether it is one value of that language, and of no other meaning."""
+    """The value that Hydra's language makes of a text, and whether the text is one value and not a sweep."""
     try:
         override = OverridesParser.create().parse_override(f"++key={value}")
     except HydraException:

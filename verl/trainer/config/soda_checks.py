@@ -1,4 +1,4 @@
-"""What contradicts SODA: settings of the other stages, which it would ignore or which would undo it."""
+"""Settings of other stages that contradict SODA, which would ignore them or be undone by them."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ POLICY_LOSS_REGISTRY: dict[str, Callable] = {}
 
 
 class ClipConstants(Protocol):
-    """What a policy loss reads from its `config`: any object with these attributes will do."""
+    """The constants that a policy loss reads from its `config`: any object with these attributes will do."""
 
     clip_ratio: float
     clip_ratio_low: float | None

@@ -271,8 +271,8 @@ def score_regulariser(scores: PairScores, reg_on: str) -> torch.Tensor:
 
 
 def discriminator_metrics(scores: PairScores) -> dict[str, torch.Tensor]:
-    """What holds for every loss, over all pairs: `d_acc` counts the pairs whose teacher is strictly above; the
-    standard deviations are over all scores of a side."""
+    """The metrics that every loss has, over all pairs: `d_acc` is the share of pairs whose teacher is strictly above;
+    the standard deviations are over all scores of a side."""
     return {
         "critic/d_acc": (scores.difference > 0).float().mean(),
         "critic/score_diff": scores.difference.mean(),

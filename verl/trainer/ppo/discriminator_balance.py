@@ -11,11 +11,11 @@ from verl.config.critic import BalanceConfig
 
 
 class DiscriminatorBalance:
-    """Decides how often a step's batch trains the discriminator.
+    """The number of epochs that each step trains the discriminator, from its accuracy in the steps before.
 
     Args:
         config: the band and the smoothing.
-        epochs: what a step trains within the band.
+        epochs: those of a step while the accuracy is within the band.
 
     `accuracy` is the smoothed accuracy, None before the first step; it is all the state there is.
     """
@@ -26,7 +26,7 @@ class DiscriminatorBalance:
         self.accuracy: float | None = None
 
     def epochs(self) -> int:
-        """How many epochs the next step trains; 0: it only scores."""
+        """The epochs that the next step trains; 0: it only scores."""
         config = self.config
         if not config.enable or self.accuracy is None:
             return self.usual_epochs

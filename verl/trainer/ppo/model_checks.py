@@ -1,4 +1,4 @@
-"""Looking at the models of a run before any worker process starts: are they there, and do they belong together?"""
+"""Checks of a run's models before any worker process starts: they are there, whole, and belong together."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def _look_at(model: ModelConfig, kind: Kind, key: str, longest: int) -> PreTrainedTokenizerBase:
-    """Everything that a model's folder shows of whether it can be used for rows of `longest` tokens; its tokenizer."""
+    """Check all that a model's folder tells about its use for rows of `longest` tokens; returns its tokenizer."""
     refuse_pointers(find_tokenizer(model.tokenizer_path or model.path))
     tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
     check_ids(tokenizer)
@@ -111,7 +111,7 @@ def check_engine(config: Config) -> None:
 
 
 def check_models(config: Config) -> PreTrainedTokenizerBase:
-    """Look at the student and, if there is one, the discriminator; returns the student's tokenizer.
+    """Check the student and, if there is one, the discriminator; returns the student's tokenizer.
 
     Raises:
         FileNotFoundError: a folder holds no model.
@@ -145,7 +145,8 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
 
 
 def _warn_of_other_scoring(config: Config) -> None:
-    """A warmed-up discriminator whose scores are made in another way starts out from something it never learned."""
+    """Warn of a warmed-up discriminator that was trained with another pooling or EOS setting: its scores will mean
+    something else at first."""
     settings = config.critic.discriminator
     pooling = settings.pooling or get_discriminator_loss_fn(settings.loss).pooling
     now = {"pooling": pooling, "exclude_eos": settings.exclude_eos}

@@ -1,5 +1,5 @@
-"""What a run began with, kept in its checkpoints: one that resumes goes on with their weights and counters, whatever
-its settings say of another model, stage or data.
+"""The origin of a run, its stage, models and data, kept in its checkpoints: a run that resumes goes on with their
+weights and counters, whatever model, stage or data its own settings name.
 
 Models and data are known by their content, so that a folder may be moved or renamed between two parts of a run.
 """
@@ -30,7 +30,7 @@ PLACES, PIECE = 8, 1 << 16
 
 @dataclass(frozen=True)
 class Content:
-    """Where something lies, and what it is."""
+    """The path of a model or a data file, and what is in it."""
 
     where: str
     digest: int
@@ -49,7 +49,7 @@ class Origin:
 
     @classmethod
     def of(cls, config: Config, rows: int) -> Origin:
-        """What a run with these settings begins with; `rows` are those of its training set."""
+        """The origin of a run with these settings; `rows` is the size of its training set."""
         files, data = find_files(config.data.train_files), config.data
         sums = [checksums_of(file.absolute().parent, [file.name])[file.name] for file in files]
         return cls(
@@ -75,7 +75,7 @@ class Origin:
         return cls(**fields | contents)
 
     def differences(self, now: Origin) -> list[str]:
-        """What is another one `now`, each in words."""
+        """The differences to the origin `now`, each in words."""
         found = [f"stage {self.stage}, now {now.stage}"] if self.stage != now.stage else []
         pairs = {
             "actor_rollout_ref.model.path": (self.actor, now.actor),

@@ -1,6 +1,6 @@
 """Losses on pairs of answers to one prompt, one chosen and one rejected, as pure functions of tensors.
 
-R pairs. A log-prob here is a whole answer's: the sum over its tokens, or a mean where the caller wants one.
+B pairs. A log-prob here is a whole answer's: the sum over its tokens, or a mean where the caller wants one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def compute_preference_loss(
     An answer's implicit reward is beta * (log-prob - reference log-prob), in nats.
 
     Args:
-        chosen_log_prob, rejected_log_prob: (R,), with the policy's gradient.
-        chosen_ref_log_prob, rejected_ref_log_prob: (R,), the frozen reference's.
+        chosen_log_prob, rejected_log_prob: (B,), with the policy's gradient.
+        chosen_ref_log_prob, rejected_ref_log_prob: (B,), the frozen reference's.
 
     Returns:
         the loss, and its metrics as means over pairs: `actor/soda_loss`, the two rewards, `actor/soda_margin` between

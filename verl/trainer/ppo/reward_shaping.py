@@ -1,4 +1,4 @@
-"""What becomes of the rewards of a batch before answers are compared: pure functions of tensors.
+"""Changes to the rewards of a batch before its answers are compared: pure functions of tensors.
 
 B prompts, N answers each. An answer that is *left out* takes no part in its group's comparison: it has no advantage,
 and the group's mean and deviation are those of the others.

@@ -43,9 +43,10 @@ CONFIGURED = ("initial_lr", "weight_decay", "betas", "eps")
 
 
 class FSDPCheckpointManager:
-    """Saves and loads one FSDP2-wrapped Hugging Face model with its optimizer.
+    """The part of a checkpoint that is one FSDP2-wrapped Hugging Face model with its optimizer, saved and loaded.
 
-    `base` are the files of the folder that the model came from, read then: it may be gone when a checkpoint is written.
+    `base` are the files of the folder that the model came from, read at the start: the folder may be gone when a
+    checkpoint is written.
     """
 
     def __init__(

@@ -165,8 +165,8 @@ ROPE_NAMES_OF_VERSION_4 = (
 
 
 def names_of_version_4(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries that version 4 of transformers, and what was written for it, look for where version 5 has other names;
-    without them they take defaults and say nothing. None that are there already."""
+    """The entries that transformers 4, and code written for it, looks for under other names than version 5 has; without
+    them it takes defaults silently. Entries that are there already are left out."""
     wanted = _rope_names(entries.get("rope_parameters") or {})
     for key, name in OTHER_NAMES.get(entries.get("model_type"), {}).items():
         known = wanted | entries

@@ -1,6 +1,6 @@
-"""What keeps a row from being used: of its fields, of its text, and of what the model's chat template makes of it.
+"""Faults that keep a row from being used: of its fields, of its text, and of what the chat template makes of it.
 
-Every function gives a sentence, or None where nothing is wrong. Sentences name no place in the text, so that equal
+Every function returns a sentence, or None where nothing is wrong. Sentences name no place in the text, so that equal
 faults can be counted.
 """
 
@@ -46,7 +46,7 @@ def fault_of_text(text: str, name: str) -> str | None:
 
 
 def fault_of_messages(messages: Any, key: str) -> str | None:
-    """What keeps `messages` from being a conversation that an answer can follow, or None."""
+    """The reason why `messages` is no conversation that an answer can follow, or None."""
     if not isinstance(messages, list):
         return f"{key!r} is not a list of chat messages but {type(messages).__name__}"
     if not messages:
@@ -69,7 +69,7 @@ def fault_of_messages(messages: Any, key: str) -> str | None:
 
 
 def fault_of_answer(answer: Any, key: str) -> str | None:
-    """What keeps `answer` from being a text to learn from, or None."""
+    """The reason why `answer` is no text to learn from, or None."""
     if answer is None:
         return f"the answer in {key!r} is null"
     if not isinstance(answer, str):

@@ -4,7 +4,7 @@ Files are read, and every row is checked, at construction, so that bad data ends
 what the model's chat template makes of them (`faults.py`), lengths, the tokenizer (`tokenizer_checks.py`). Tokenising
 (`texts.py`) waits until a row is asked for. Shuffling and batching are the sampler's and the loader's business.
 
-Shapes: P = max_prompt_length, R = max_response_length. Masks come from lengths, never from comparing with the pad id:
+Shapes: P = max_prompt_length, T = max_response_length. Masks come from lengths, never from comparing with the pad id:
 pad and EOS are often the same token.
 """
 
@@ -55,7 +55,7 @@ COMPARED_ROWS = 200
 
 
 class DatasetConfig(Protocol):
-    """What the dataset reads of the `data` settings."""
+    """The `data` settings that the dataset reads."""
 
     prompt_key: str
     response_key: str
@@ -247,7 +247,7 @@ def _refuse_overlong(rows: Sequence[Row], lengths: Sequence[int], limit: int) ->
 
 
 def _position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Real tokens counted from 0, padding 0, (T,) -> (T,)."""
+    """Real tokens counted from 0, padding 0; as long as the mask."""
     return (attention_mask.cumsum(dim=-1) - 1) * attention_mask
 
 
@@ -256,8 +256,8 @@ class RLHFDataset(Dataset):
 
     A row is a dict of
         input_ids, attention_mask, position_ids: (P,), the prompt, left-padded; positions count real tokens from 0
-        teacher_response: (R,), the answer and EOS, right-padded; cut to R tokens, without EOS, when that does not fit
-        teacher_input_ids, teacher_attention_mask, teacher_position_ids: (P + R,), the prompt and then the answer
+        teacher_response: (T,), the answer and EOS, right-padded; cut to T tokens, without EOS, when that does not fit
+        teacher_input_ids, teacher_attention_mask, teacher_position_ids: (P + T,), the prompt and then the answer
         raw_prompt_ids: list[int], the prompt without padding
         teacher_text: the answer as it stands in the file, without an EOS text at its end
         index, uid: the row's number over all files, as int and as str, whatever was dropped
@@ -270,9 +270,9 @@ class RLHFDataset(Dataset):
         config: the `data` settings.
         processor: must be None; only text is supported.
         max_samples: only the first so many rows of the files; all when negative.
-        eos_token_ids: what ends an answer of the model (`all_eos_token_ids`), whose names at the end of an answer are
-            no part of it; the tokenizer's EOS always is one.
-        special_token_text: what the name of a special token within a text is, `data.special_token_text`.
+        eos_token_ids: the tokens that end an answer of the model (`all_eos_token_ids`); their names at the end of an
+            answer are no part of it. The tokenizer's EOS always is one.
+        special_token_text: how the name of a special token within a text is read, `data.special_token_text`.
 
     Raises:
         FileNotFoundError: a file does not exist.
@@ -350,7 +350,7 @@ class RLHFDataset(Dataset):
         return padded_ids[0], mask[0]
 
     def _answer(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask, (R,) each."""
+        """Ids and mask, (T,) each."""
         limit = self.config.max_response_length
         ids = self.tokenization.answers([text])[0][:limit]
         mask = (torch.arange(limit) < len(ids)).long()

@@ -31,7 +31,7 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Where it stands, for messages."""
+        """The file and the row's number in it, for messages."""
         return f"{self.path}, row {self.number}"
 
 

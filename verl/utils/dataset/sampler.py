@@ -1,4 +1,4 @@
-"""Which rows go into which batch: a pure function of the seed and of how many rows came before."""
+"""The rows of each batch: a pure function of the seed and of how many rows came before."""
 
 from __future__ import annotations
 

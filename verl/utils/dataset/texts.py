@@ -123,7 +123,7 @@ def _without_special_text(
 
 
 def eos_texts(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int] = ()) -> tuple[str, ...]:
-    """What an answer may end in as text: the name of the tokenizer's EOS, and of the model's others.
+    """The texts that may end an answer: the name of the tokenizer's EOS, and those of the model's others.
 
     A model may also count a word as an end; as text that is a word.
     """

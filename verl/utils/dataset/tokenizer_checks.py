@@ -1,4 +1,4 @@
-"""Whether a tokenizer serves: it has what prompts and answers need, and makes the ids that its files say."""
+"""Checks that a tokenizer serves: it has what prompts and answers need, and makes the ids that its files say."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[tuple[str, str
 
 
 def _around(text: str, tokenizer: PreTrainedTokenizerBase, got: list[int], wanted: list[int]) -> str:
-    """Where two readings of a text part."""
+    """The text around the first token in which two readings of it differ."""
     pairs = enumerate(zip(got, wanted, strict=False))
     same = next((number for number, pair in pairs if pair[0] != pair[1]), min(len(got), len(wanted)))
     start = max(0, same - 2)

@@ -89,7 +89,7 @@ class PairPolicy:
     def _loss(
         self, rows: AnswerRows, references: torch.Tensor, soda: SodaConfig
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of R pairs, given the reference's sums (R, 2), and metrics as means over the pairs."""
+        """The loss of B pairs (2B rows), given the reference's sums (B, 2), and metrics as means over the pairs."""
         log_probs = self._log_probs(rows)
         lengths = copy_to(rows.response_mask.sum(-1).view(-1, 2), log_probs.device)
         scale = 1 / lengths if soda.length_normalized else 1.0
@@ -103,7 +103,7 @@ class PairPolicy:
         return loss, means
 
     def _log_probs(self, rows: AnswerRows) -> torch.Tensor:
-        """(R, 2), the sums of log-probs of each pair's chosen and rejected answer."""
+        """(B, 2), the sums of log-probs of each pair's chosen and rejected answer."""
         log_probs, _ = self.module(rows)
         return log_probs.sum(-1).view(-1, 2)
 

@@ -55,8 +55,9 @@ class DataParallelPPOCritic:
         self.pooling = config.discriminator.pooling or self.loss.pooling
 
     def scoring(self) -> dict[str, str | bool | float]:
-        """How an answer's score is made of its values (pooling, whether EOS is left out), and what it means: under a
-        loss with a constant temperature, the teacher's is the better one with probability sigmoid(d / temperature)."""
+        """The settings that make an answer's score of its values (loss, pooling, whether EOS is left out), and the
+        temperature where it is constant: the teacher's answer is then the better one with probability
+        sigmoid(d / temperature)."""
         settings = self.config.discriminator
         scoring = {"loss": settings.loss, "pooling": self.pooling, "exclude_eos": settings.exclude_eos}
         if "temperature" in settings.constants() and not settings.adaptive_temperature.enable:
@@ -87,7 +88,7 @@ class DataParallelPPOCritic:
 
     @torch.no_grad()
     def compute_scores(self, data: DataProto) -> dict[str, torch.Tensor]:
-        """Scores as the loss pools them, of every answer in the batch; see `ScoreTable.tensors`."""
+        """The scores of every answer in the batch, pooled for the loss; see `ScoreTable.tensors`."""
         table = ScoreTable(*data.batch["responses"].shape[:2])
         for part in self._score_groups(data):
             table.add(*part)

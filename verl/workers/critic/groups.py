@@ -1,11 +1,11 @@
-"""Groups on their way through the discriminator: which rows have to be forwarded, and where their scores belong.
+"""Groups on their way through the discriminator: the rows to forward, and the members that their scores belong to.
 
 A group is one prompt with its N student answers and its teacher answer, N + 1 members, the teacher's last. Members
 whose scored tokens are the same are one row: the model sees it once, and its score is one number, whatever rounding
 two places in a batch would have given it. n equal answers so get equal rewards, and a student that wrote what the
 teacher wrote gets the teacher's score, to the last bit. The gradient is the same sum.
 
-G groups, U rows, T tokens.
+G groups, U distinct rows, T tokens.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""What a generation engine is: prompts in, answers out, and weights only through `push_weights`."""
+"""The interface of a generation engine: prompts in, answers out, and weights only through `push_weights`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from verl.config import SamplingConfig
+from verl.config import RolloutConfig, SamplingConfig
+from verl.models.loading import all_eos_token_ids
 from verl.protocol import DataProto
 
 
@@ -17,7 +19,30 @@ class BaseRollout(ABC):
     A step's order is `push_weights`, `generate` (any number of times), `sleep`. An engine whose `sleep` drops the
     weights (`RolloutConfig.drops_weights`) needs the push every time; another keeps answering from the weights pushed
     last. All ranks make the same calls: pushing is collective, and so is generating where ranks share an engine.
+
+    Args:
+        model_config: of the policy's model.
+        device: where the engine runs.
+        eos_token_ids: the tokens that end an answer; None: the tokenizer's EOS and those of `model_config`.
     """
+
+    def __init__(
+        self,
+        model_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RolloutConfig,
+        device: str,
+        trust_remote_code: bool = False,
+        eos_token_ids: Sequence[int] | None = None,
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.eos_token_ids = list(eos_token_ids or all_eos_token_ids(tokenizer, model_config))
+        self._build(model_config, device, trust_remote_code)
+
+    @abstractmethod
+    def _build(self, model_config: PretrainedConfig, device: str, trust_remote_code: bool) -> None:
+        """Build the engine, with arbitrary weights."""
 
     @abstractmethod
     def generate(self, prompts: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int = 0) -> DataProto:
@@ -31,8 +56,8 @@ class BaseRollout(ABC):
 
         Returns:
             B rows: `responses` and `response_mask` (B, N, T), the mask 1 up to and including the first EOS of any
-            kind (`all_eos_token_ids`); `rollout_log_probs`
-            (B, N, T), 0 where not reported or padded, and `rollout_log_probs_mask` (B,), 1 on the prompts reported.
+            kind (`all_eos_token_ids`); `rollout_log_probs` (B, N, T), 0 where not reported or padded, and
+            `rollout_log_probs_mask` (B,), 1 on the prompts reported.
 
         Raises:
             RuntimeError: the engine has none of the pushed weights (any more), where it can tell.
@@ -40,8 +65,11 @@ class BaseRollout(ABC):
 
     @abstractmethod
     def push_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Take over whole tensors under their Hugging Face names; every parameter and persistent buffer, once each,
-        tied ones once.
+        """Take over whole tensors by their Hugging Face names: every parameter and persistent buffer once, and tied
+        ones under one of their names.
+
+        Args:
+            weights: (name, tensor) pairs, tensors in their full shape.
 
         An engine that sleeps wakes as far as it needs to. Nothing that was computed with earlier weights outlives this.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from transformers import (
@@ -10,22 +10,21 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PretrainedConfig,
-    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from verl.config import RolloutConfig, SamplingConfig
+from verl.config import SamplingConfig
 from verl.models.answer_models import plain_attention
 from verl.models.attention import set_attention
-from verl.models.loading import all_eos_token_ids, empty_model, persistent_buffers
+from verl.models.loading import empty_model, persistent_buffers
 from verl.protocol import DataProto
 from verl.utils.torch_functional import get_response_mask
 from verl.workers.rollout.base import BaseRollout
 
 
 class LogProbRecorder(LogitsProcessor, StoppingCriteria):
-    """Notes the log-prob of every token that `generate` picks for its first `rows` rows.
+    """The log-prob of every token that `generate` picks for its first `rows` rows.
 
     As a logits processor it sees the distribution before a token is drawn, as a stopping criterion the token after.
     """
@@ -52,26 +51,12 @@ class LogProbRecorder(LogitsProcessor, StoppingCriteria):
 
 
 class HFRollout(BaseRollout):
-    """`transformers`' own batched generation with a KV cache; a row stops at an EOS.
+    """`transformers`' own batched generation with a KV cache; a row stops at an EOS."""
 
-    Args:
-        eos_token_ids: the tokens that end an answer; None: the tokenizer's EOS and those of `model_config`.
-    """
-
-    def __init__(
-        self,
-        model_config: PretrainedConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        config: RolloutConfig,
-        device: str,
-        trust_remote_code: bool = False,
-        eos_token_ids: Sequence[int] | None = None,
-    ):
-        self.config = config
-        self.tokenizer = tokenizer
-        self.eos_token_ids = list(eos_token_ids or all_eos_token_ids(tokenizer, model_config))
+    def _build(self, model_config: PretrainedConfig, device: str, trust_remote_code: bool) -> None:
         self.device = device
-        model = empty_model(model_config, "policy", trust_remote_code, getattr(torch, config.dtype)).to(device)
+        dtype = getattr(torch, self.config.dtype)
+        model = empty_model(model_config, "policy", trust_remote_code, dtype).to(device)
         set_attention(model, plain_attention(model))
         self.model = model.eval()
 
@@ -153,4 +138,4 @@ class HFRollout(BaseRollout):
         """Nothing to give up: the copy of the model is all there is."""
 
     def wake(self) -> None:
-        """Always ready."""
+        """Do nothing: the engine keeps its memory."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 from vllm import LLM, RequestOutput, SamplingParams
 
-from verl.config import RolloutConfig, SamplingConfig
-from verl.models.loading import all_eos_token_ids
+from verl.config import SamplingConfig
 from verl.protocol import DataProto
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.vllm_rollout.weights import (
@@ -55,24 +54,10 @@ class RankPrompts(NamedTuple):
 
 
 class VLLMRollout(BaseRollout):
-    """One vLLM engine per `tensor_model_parallel_size` ranks. All ranks must build theirs at the same time.
+    """One vLLM engine per `tensor_model_parallel_size` ranks. All ranks must build theirs at the same time."""
 
-    Args:
-        eos_token_ids: the tokens that end an answer; None: the tokenizer's EOS and those of `model_config`.
-    """
-
-    def __init__(
-        self,
-        model_config: PretrainedConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        config: RolloutConfig,
-        device: str,
-        trust_remote_code: bool = False,
-        eos_token_ids: Sequence[int] | None = None,
-    ):
-        self.config = config
-        self.tokenizer = tokenizer
-        self.eos_token_ids = list(eos_token_ids or all_eos_token_ids(tokenizer, model_config))
+    def _build(self, model_config: PretrainedConfig, device: str, trust_remote_code: bool) -> None:
+        config = self.config
         self.on_gpu = torch.device(device).type == "cuda"
         self.max_model_len = config.max_model_len or config.prompt_length + config.response_length
         self._join_engine()

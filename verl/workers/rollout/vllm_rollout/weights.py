@@ -41,7 +41,7 @@ def restore_calls(model: PreTrainedModel) -> None:
 
 
 def tensor_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    """Of its parameters and persistent buffers; tied ones come once."""
+    """The shapes of a model's parameters and persistent buffers by name; tied ones come once."""
     tensors = itertools.chain(model.named_parameters(), persistent_buffers(model))
     return {name: tensor.shape for name, tensor in tensors}
 
@@ -62,7 +62,7 @@ def checkpoint_tensors(model: PreTrainedModel, weights: Weights) -> Weights:
 
 
 class PushCheck:
-    """Lets exactly the expected tensors through, each once, and says afterwards what was wrong.
+    """A filter that lets exactly the expected tensors through, each once, and says afterwards what was wrong.
 
     It never raises while tensors flow: every rank must exhaust the iterator, which is collective, and an engine that is
     interrupted half way could not be loaded again.
