@@ -35,7 +35,7 @@ import torch
 from verl.models.packing import AnswerRows
 from verl.protocol import DataProto
 
-R = TypeVar("R", bound="Record")
+AnyRecord = TypeVar("AnyRecord", bound="Record")
 
 PROMPT_KEYS = ("input_ids", "attention_mask")
 TEACHER_KEYS = ("teacher_response", "teacher_attention_mask")
@@ -57,7 +57,7 @@ class Record:
         return tuple(field.name for field in fields(cls))
 
     @classmethod
-    def of(cls: type[R], data: DataProto) -> R:
+    def of(cls: type[AnyRecord], data: DataProto) -> AnyRecord:
         """From a table's columns of these names; others are left there."""
         columns = {**data.batch, **data.non_tensor_batch}
         return cls(**{name: columns[name] for name in cls.names() if name in columns})
