@@ -49,7 +49,7 @@ PAIR_REFERENCE_KEYS = ("chosen_ref_log_prob", "rejected_ref_log_prob")
 
 
 class Record:
-    """What one part of a step made. A field that is None was not made."""
+    """What one part of a step made. A field is None where it was not made."""
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -140,7 +140,7 @@ class PairLogProbs(Record):
 
 
 def table(*records: Record | None) -> DataProto:
-    """The records' tensors side by side; those that are None were not made."""
+    """The records' tensors side by side; records that are None are skipped."""
     return DataProto.from_dict({k: v for record in records if record is not None for k, v in record.tensors().items()})
 
 

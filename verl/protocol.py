@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-# Names of verl's that nothing here calls
+# Names of verl's that nothing here needs
 from verl.compat.futures import DataProtoFuture
 from verl.compat.table import (
     DataProtoConfig,

@@ -12,7 +12,7 @@ from tests.workers.updates_setup import ANCHOR, ANSWERS, EOS, LOSSES, PROMPTS, b
 from verl.batch import student_rows, teacher_response_mask, teacher_rows
 from verl.models.answer_models import PolicyModel, ScoreModel
 from verl.models.packing import AnswerRows
-from verl.trainer.ppo import balancing
+from verl.trainer.ppo import shares
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.critic.groups import DistinctAnswers
@@ -364,10 +364,10 @@ def test_an_anchored_update_shares_the_prompts():
     assert seen == [18 + 52 + 19]
 
 
-def test_balancing_counts_a_prompt_once():
+def test_shares_count_a_prompt_once():
     """Prompts of 5, 1, 9, 3 tokens, teachers of 3, 8, 2, 6, students of 12, 13, 11, 16 in all."""
-    assert balancing._tokens(batch()) == [20, 22, 22, 25]
-    assert balancing._tokens(batch().select(["attention_mask", "teacher_attention_mask"])) == [8, 9, 11, 9]
+    assert shares._tokens(batch()) == [20, 22, 22, 25]
+    assert shares._tokens(batch().select(["attention_mask", "teacher_attention_mask"])) == [8, 9, 11, 9]
 
 
 def test_a_shared_prompt_is_forwarded_once_in_the_update_and_in_the_log_prob_pass():

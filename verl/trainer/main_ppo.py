@@ -1,6 +1,6 @@
 """Entry point: `python -m verl.trainer.main_ppo stage=gad KEY=VALUE ...`.
 
-Hydra composes, the settings are typed and checked, Ray starts, the trainer runs; nothing else happens here.
+Hydra composes, the settings are typed and checked, data and models are looked at, Ray starts, the trainer runs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
 from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin, check_same_run
-from verl.trainer.ppo.ray_trainer import RayPPOTrainer, ResourcePoolManager
-from verl.trainer.ppo.utils import Role, need_critic
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.roles import ResourcePoolManager, Role
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.run_lock import only_run_in
 from verl.utils.tracking import check_loggers
@@ -53,7 +53,7 @@ def create_rl_dataset(
     )
 
 
-def look_back(config: Config, rows: int) -> Origin:
+def check_resume(config: Config, rows: int) -> Origin:
     """The models and data that this run begins with. Refuses to resume a run that began with others
     (`check_same_run`)."""
     now = Origin.of(config, rows)
@@ -88,7 +88,7 @@ class TaskRunner:
         if data.val_files is not None:
             val = create_rl_dataset(data.val_files, data, tokenizer, data.val_max_samples, ends)
         check_tokens(config, tokenizer, [train] if val is None else [train, val])
-        roles = [Role.ActorRollout] + ([Role.Critic] if need_critic(config) else [])
+        roles = [Role.ActorRollout] + ([Role.Critic] if config.use_critic else [])
         pools = ResourcePoolManager(
             {"global_pool": [trainer.n_gpus_per_node] * trainer.nnodes},
             dict.fromkeys(roles, "global_pool"),
@@ -97,7 +97,7 @@ class TaskRunner:
         # Half of a row's bytes are columns that users of verl's names know and nothing here reads.
         collate = partial(collate_fn, columns=Prompts.names())
         runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate)
-        runner.origin = look_back(config, len(train))
+        runner.origin = check_resume(config, len(train))
         self.start(config)
         policy_settings = config.actor_rollout_ref
         logger.info(

@@ -1,6 +1,6 @@
 """Which of a worker's methods the driver may call on the whole group, and how a call is dispatched to the ranks.
 
-What a dispatch mode is made of is in `shares`.
+What a dispatch mode is made of is in `dispatch`.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from verl.single_controller.base.dispatch import (
     dispatch_one_to_all,
 )
 
-# Names of verl's that nothing here calls
+# Names of verl's that nothing here needs
 from verl.single_controller.base.verl_modes import (
     dispatch_all_to_all,
     dispatch_dp_proto_with_func,

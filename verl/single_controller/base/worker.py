@@ -4,7 +4,7 @@ import os
 import random
 import socket
 
-# Names of verl's that nothing here calls
+# Names of verl's that nothing here needs
 from verl.compat.workers import WorkerMethods
 from verl.single_controller.base.decorator import Dispatch, register
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-# Names of verl's that nothing here calls
+# Names of verl's that nothing here needs
 from verl.compat.futures import PendingResult, resolved
 from verl.compat.workers import WorkerGroupMethods
 from verl.single_controller.base.decorator import REGISTRATION, Execute, Registration

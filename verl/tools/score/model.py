@@ -15,9 +15,9 @@ from verl.models.answer_models import ScoreModel
 from verl.models.loading import check_files, config_entries, is_discriminator, load_model
 from verl.models.proof import class_verdict
 from verl.tools.prompts import PromptAndAnswer, to_rows
-from verl.trainer.ppo.discriminator_algos import POOLINGS, score_mask
+from verl.trainer.ppo.discriminator_algos import POOLINGS
 from verl.utils.seqlen_balancing import rearrange_micro_batches
-from verl.workers.critic.groups import RowScores
+from verl.workers.critic.groups import RowScores, scored_rows
 
 # Micro-batches are cut from so many sequences of like length at a time: the cost of balancing grows with the square.
 WINDOW = 256
@@ -138,8 +138,9 @@ def score_sequences(
     with tqdm(total=len(sequences), desc="scoring", unit="answer", dynamic_ncols=True, disable=hidden) as progress:
         for numbers in _micro_batches(lengths, max_tokens):
             rows = to_rows([sequences[number] for number in numbers])
-            mask = score_mask(rows.responses, rows.response_mask, eos_token_id, without_eos[numbers])
-            scores = RowScores.pool(model(rows).cpu(), mask, scoring.pooling)
+            # Whole answers are forwarded. Training leaves out an EOS that is not scored: the same but for rounding.
+            scored = scored_rows(rows, eos_token_id, without_eos[numbers])
+            scores = RowScores.pool(model(rows).cpu(), scored.response_mask, scoring.pooling)
             for name, values in zip(result, scores, strict=True):
                 result[name][numbers] = values
             progress.update(len(numbers))

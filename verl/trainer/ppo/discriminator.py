@@ -95,10 +95,11 @@ class Discriminator:
 
     def _mixed(self, fresh: DataProto, past: DataProto) -> tuple[DataProto, torch.Tensor]:
         """The rows of the update, past groups behind the fresh ones of every mini-batch; and which are past ones."""
-        pairs = zip(fresh.split(self.shares.mini_batch_size), past.split(self.past_per_mini_batch), strict=True)
-        parts = [(part, is_past) for pair in pairs for part, is_past in zip(pair, (False, True), strict=True)]
-        is_past = torch.cat([torch.full((len(part),), past) for part, past in parts])
-        return DataProto.concat([part for part, _ in parts]), is_past
+        parts, is_past = [], []
+        for pair in zip(fresh.split(self.shares.mini_batch_size), past.split(self.past_per_mini_batch), strict=True):
+            parts.extend(pair)
+            is_past.extend([torch.zeros(len(pair[0]), dtype=torch.bool), torch.ones(len(pair[1]), dtype=torch.bool)])
+        return DataProto.concat(parts), torch.cat(is_past)
 
     def _replay_metrics(self, scores: DataProto, is_past: torch.Tensor) -> dict[str, float]:
         metrics = {"critic/replay/fraction": is_past.float().mean().item(), "critic/replay/groups": len(self.replay)}

@@ -80,6 +80,7 @@ def marked_timer(name: str, timing: dict[str, float]) -> Iterator[None]:
     timing[name] = timing.get(name, 0.0) + time.perf_counter() - start
 
 
+# A name of verl's that nothing here calls.
 def compute_response_mask(data: DataProto) -> torch.Tensor:
     """The last columns of `attention_mask`, as wide as `responses`: 1 on real answer tokens."""
     return data.batch["attention_mask"][:, -data.batch["responses"].shape[-1] :]
@@ -144,7 +145,7 @@ class RayPPOTrainer:
     # ------------------------------------------------------------ workers
 
     def init_workers(self) -> None:
-        """Start one process per rank with every role in it, build the models there, and take them in hand."""
+        """Start one process per rank with every role in it, build the models there, and wrap them in handles."""
         config, eos_token_ids = self.config, all_eos_token_ids(self.tokenizer, self.config.actor_rollout_ref.model.path)
         groups = self.spawn(self._roles(eos_token_ids))
         actor_rollout, critic = groups[str(Role.ActorRollout)], groups.get(str(Role.Critic))
@@ -235,12 +236,12 @@ class RayPPOTrainer:
                     if ends:
                         return tracking.log(metrics, self.global_step)
                 with timed("step"):
-                    step = self._make_step(prompts, timed)
+                    made = self._make_step(prompts, timed)
                 done, written = self.global_step + 1, None
                 if done == self.total_steps or (config.save_freq > 0 and done % config.save_freq == 0):
                     with timed("save_checkpoint"):
                         written = self.write_checkpoint(done)
-                metrics |= self._step_metrics(step, timing)
+                metrics |= self._step_metrics(made, timing)
                 # First, because a run that goes on from the checkpoint does not make this step again.
                 tracking.log(metrics, self.global_step)
                 if written is not None:
@@ -251,7 +252,7 @@ class RayPPOTrainer:
                 tracking.log(self._validate(tracking, partial(marked_timer, timing={}))[0], self.global_step)
 
     def _make_step(self, prompts: Prompts, timed: Timed) -> Step:
-        """One step; what a discriminator has learned that ends the run in its head start is kept."""
+        """One step. If the discriminator's head start gives up, a checkpoint is saved before the run ends."""
         try:
             return self.steps.make(prompts, self.global_step, self.samples_seen, timed)
         except DiscriminatorCouldNotLearn:
@@ -324,7 +325,6 @@ class RayPPOTrainer:
         if folder is None:
             return
         state = self.checkpoints.load(folder)
-        self.student.weights_changed()
         if self.discriminator is not None:
             self.discriminator.balance.accuracy = state.d_acc
         self.global_step, self.samples_seen = state.global_step, state.samples_seen
@@ -343,7 +343,7 @@ class RayPPOTrainer:
         self.checkpoints.publish(self.write_checkpoint(step, only_as_best))
 
     def write_checkpoint(self, step: int, only_as_best: bool = False) -> RunState:
-        """The same, all but its name; returns what to publish."""
+        """Write that checkpoint as `global_step_N.tmp`; returns the state to pass to `Checkpoints.publish`."""
         state = RunState(
             global_step=step,
             samples_seen=self.samples_seen + (step - self.global_step) * self.config.data.train_batch_size,
@@ -370,7 +370,7 @@ class RayPPOTrainer:
         )
 
     def _step_metrics(self, step: Step, timing: dict[str, float]) -> Metrics:
-        """The step's own metrics, those of what it made, and what it took."""
+        """The step's own metrics, those of what it made, and what it took; its answers go to `rollout_data_dir`."""
         made = table(step.prompts, step.answers, step.scores, step.rewards)
         metrics = step.metrics | compute_data_metrics(made, use_critic=step.rewards is not None)
         if step.scores is not None:

@@ -1,4 +1,4 @@
-"""Which rank gets which rows of a call, and their way back: the order of rows is a matter of transport alone."""
+"""Which rank gets which rows of a call, and how they come back: only transport has an order of its own."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ class Shares:
         shares: list[list[np.ndarray]] = [[] for _ in range(self.ranks)]
         for start in range(0, len(data), self.mini_batch_size):
             rows = np.arange(start, min(start + self.mini_batch_size, len(data)))
-            parts = np.split(np.arange(len(rows)), self.ranks)
             if self.by_tokens:
                 parts = get_seqlen_balanced_partitions([lengths[row] for row in rows], self.ranks, equal_size=True)
+            else:
+                parts = np.split(np.arange(len(rows)), self.ranks)
             for share, part in zip(shares, parts, strict=True):
                 share.append(rows[part])
         return [np.concatenate(share) for share in shares], lengths

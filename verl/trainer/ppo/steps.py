@@ -1,7 +1,7 @@
 """One step of each stage, from prompts to updated weights: SeqKD, warmup and GAD, SODA.
 
-What a step makes are records (`verl/batch.py`), and each line says what comes of which. `student.py` and
-`discriminator.py` have the calls to the workers, `reward.py` has what lies between scores and advantages.
+Each line computes one record (`verl/batch.py`) from others. `student.py` and `discriminator.py` call the workers;
+`reward.py` turns scores into advantages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from verl.trainer.ppo.student import Student
 from verl.utils.rouge import mean_rouge_l
 
 Metrics = dict[str, float]
-# `timed(name)` takes the time of what is done inside.
+# `timed(name)` times the block inside.
 Timed = Callable[[str], AbstractContextManager[None]]
 
 
@@ -60,69 +60,69 @@ class Steps:
     kl_ctrl: FixedKLController | AdaptiveKLController
     total_steps: int
 
-    def make(self, prompts: Prompts, number: int, samples_seen: int, timed: Timed) -> Step:
+    def make(self, prompts: Prompts, step: int, samples_seen: int, timed: Timed) -> Step:
         """The stage's own step.
 
         Args:
-            number: updates before this one.
+            step: its number, the updates before it.
             samples_seen: training rows before these.
             timed: see `Timed`.
         """
         if self.config.soda.enable:
-            return self._soda(prompts, number, samples_seen, timed)
-        return (self._adversarial if self.config.use_critic else self._sft)(prompts, number, timed)
+            return self._soda(prompts, step, samples_seen, timed)
+        return (self._adversarial if self.config.use_critic else self._sft)(prompts, step, timed)
 
-    def _sft(self, prompts: Prompts, number: int, timed: Timed) -> Step:
+    def _sft(self, prompts: Prompts, step: int, timed: Timed) -> Step:
         """SeqKD: one update on the teacher's answers. The student's are sampled for monitoring only."""
         student, answers = self.student, None
         metrics = student.shares.unbalance(table(prompts))
         trainer = self.config.trainer
         frequency = trainer.test_freq if trainer.sft_monitor_freq is None else trainer.sft_monitor_freq
-        if frequency > 0 and number % frequency == 0:
+        if frequency > 0 and step % frequency == 0:
             with timed("gen"):
-                answers = student.answer(prompts, number)
+                answers = student.answer(prompts, step)
             metrics["train/rouge-L/mean"] = self._sampled_rouge(prompts, answers)
-        return Step(prompts, metrics | self._imitate(prompts, answers, number, timed), answers)
+        return Step(prompts, metrics | self._imitate(prompts, answers, step, timed), answers)
 
-    def _adversarial(self, prompts: Prompts, number: int, timed: Timed) -> Step:
+    def _adversarial(self, prompts: Prompts, step: int, timed: Timed) -> Step:
         """Warmup and GAD: the student answers, the discriminator scores and learns, then the student learns."""
         student = self.student
         with timed("testing"):
-            metrics = self.head_start.check(number)
+            metrics = self.head_start.check(step)
         with timed("push_weights"):
             student.push_weights()
         with timed("gen"):
-            answers = student.answer(prompts, number)
+            answers = student.answer(prompts, step)
         metrics |= student.shares.unbalance(table(prompts, answers))
-        scores, judged = self.discriminator.score_and_learn(prompts, answers, number, timed)
+        scores, judged = self.discriminator.score_and_learn(prompts, answers, step, timed)
         if self.config.use_sft:
-            rewards, learned = None, self._imitate(prompts, answers, number, timed)
+            rewards, learned = None, self._imitate(prompts, answers, step, timed)
         else:
-            rewards, learned = self._reward_and_learn(prompts, answers, scores, number, timed)
+            rewards, learned = self._reward_and_learn(prompts, answers, scores, step, timed)
         return Step(prompts, metrics | judged | learned, answers, scores, rewards)
 
-    def _imitate(self, prompts: Prompts, answers: Answers | None, number: int, timed: Timed) -> Metrics:
+    def _imitate(self, prompts: Prompts, answers: Answers | None, step: int, timed: Timed) -> Metrics:
         """The actor's update on the teacher's answers; the student's, if there are any, show whether the engine has its
         weights."""
         metrics = {}
         if answers is not None:
             with timed("old_log_prob"):
-                metrics = self.student.check_sync(prompts, answers, None, number)
+                metrics = self.student.check_sync(prompts, answers, None, step)
         with timed("update_actor"):
             return metrics | self.student.imitate(prompts)
 
     def _reward_and_learn(
-        self, prompts: Prompts, answers: Answers, scores: Scores, number: int, timed: Timed
+        self, prompts: Prompts, answers: Answers, scores: Scores, step: int, timed: Timed
     ) -> tuple[Rewards, Metrics]:
         """Log-probs where the reward or the update asks for them, rewards, advantages and, unless the actor is still
         frozen, its update."""
         config, student, old, reference = self.config, self.student, None, None
-        trains = self.head_start.actor_trains(number)
+        trains = self.head_start.actor_trains(step)
         in_reward = config.algorithm.use_kl_in_reward
         with timed("old_log_prob"):
             if in_reward or (trains and config.needs_old_log_probs):
                 old = student.log_probs(prompts, answers)
-            metrics = student.check_sync(prompts, answers, old, number)
+            metrics = student.check_sync(prompts, answers, old, step)
         if in_reward or (trains and config.use_reference):
             with timed("ref"):
                 reference = student.reference_log_probs(prompts, answers)
@@ -134,14 +134,16 @@ class Steps:
             )  # fmt: skip
         metrics |= rewarded
         if trains:
+            # Omitted where the update's own forward gives the same values, to the last bit.
+            old = old if config.needs_old_log_probs else None
             with timed("update_actor"):
-                metrics |= student.learn(prompts, answers, rewards, old, reference, self._sft_anchor_coef(number))
+                metrics |= student.learn(prompts, answers, rewards, old, reference, self._sft_anchor_coef(step))
         return rewards, metrics
 
-    def _soda(self, prompts: Prompts, number: int, samples_seen: int, timed: Timed) -> Step:
+    def _soda(self, prompts: Prompts, step: int, samples_seen: int, timed: Timed) -> Step:
         """SODA: one update on pairs of the teacher's answer and one that the student wrote before."""
         with timed("rejected"):
-            rejected, reference, metrics = self.rejected.of(prompts, samples_seen, number)
+            rejected, reference, metrics = self.rejected.of(prompts, samples_seen, step)
         metrics |= self.student.shares.unbalance(table(prompts, rejected))
         with timed("update_actor"):
             metrics |= self.student.learn_from_pairs(prompts, rejected, reference, self.config.soda)
@@ -152,11 +154,11 @@ class Steps:
             return None
         return score_task(self.task_reward, prompts, self.student.texts(answers.responses, answers.response_mask))
 
-    def _sft_anchor_coef(self, number: int) -> float:
+    def _sft_anchor_coef(self, step: int) -> float:
         """The weight of the teacher's answers in this step's policy update."""
         actor = self.config.actor_rollout_ref.actor
         start, end = actor.sft_anchor_coef, actor.sft_anchor_end_coef
-        done = number / max(1, self.total_steps - 1)
+        done = step / max(1, self.total_steps - 1)
         return start if end is None else start + (end - start) * done
 
     def _sampled_rouge(self, prompts: Prompts, answers: Answers) -> float:

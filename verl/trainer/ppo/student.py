@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Student:
-    """What a stage asks of the student, and the only one who knows whether the engine has the policy's weights.
+    """What a stage asks of the student. The only object that tracks whether the engine has the policy's weights.
 
     Args:
         config: the run's.
@@ -61,7 +61,6 @@ class Student:
         self.shares = Shares(
             config.trainer.ranks, config.trainer.balance_batch, config.actor_rollout_ref.actor.ppo_mini_batch_size
         )
-        self.takes_old_log_probs = config.needs_old_log_probs
         self._engine_is_current = False
 
     # ------------------------------------------------------------ the engine
@@ -71,10 +70,6 @@ class Student:
         if not self._engine_is_current:
             self.workers.push_weights()
             self._engine_is_current = True
-
-    def weights_changed(self) -> None:
-        """The engine does not have the policy's weights any more."""
-        self._engine_is_current = False
 
     def answer(self, prompts: Prompts, step: int) -> Answers:
         """Answers to train on, drawn from the present weights; the step is part of the draw's seed."""
@@ -158,8 +153,6 @@ class Student:
         sft_anchor_coef: float,
     ) -> dict[str, float]:
         """One update on the student's answers and, by `sft_anchor_coef`, the teacher's; returns its metrics."""
-        # Left out where they are the update's own, to the last bit.
-        old = old if self.takes_old_log_probs else None
         keys = PROMPT_KEYS + STUDENT_KEYS + POLICY_KEYS + (TEACHER_KEYS if sft_anchor_coef > 0 else ())
         rows = table(prompts, answers, rewards, old, reference)
         return self._update(rows, keys, **{ANCHOR_COEF: sft_anchor_coef})
@@ -168,13 +161,13 @@ class Student:
         self, prompts: Prompts, rejected: Answers, reference: PairLogProbs, soda: SodaConfig
     ) -> dict[str, float]:
         """One update that prefers the teacher's answers to the student's; returns its metrics."""
-        self.weights_changed()
+        self._engine_is_current = False
         rows = table(prompts, rejected, reference)
         keys = GROUP_KEYS + PAIR_REFERENCE_KEYS
         return self.shares.call(self.workers.update_actor_on_pairs, rows, keys, soda=soda)[0]
 
     def _update(self, rows: DataProto, keys: Sequence[str], **meta: float) -> dict[str, float]:
-        self.weights_changed()
+        self._engine_is_current = False
         return self.shares.call(self.workers.update_actor, rows, keys, **meta)[0]
 
     # ------------------------------------------------------------ memory

@@ -24,6 +24,13 @@ from verl.trainer.ppo.discriminator_algos import PairScores, ends_with_eos, pool
 SCORE_NAMES = ("scores", "raw_scores", "score_tokens")
 
 
+def scored_rows(rows: AnswerRows, eos_token_id: int | Sequence[int], without_eos: torch.Tensor) -> AnswerRows:
+    """Rows as the discriminator reads them: the first of several EOS, the tokenizer's first, closes all answers that
+    ended (`with_one_eos`), and the mask holds the scored tokens, without that EOS where `without_eos` (R,)."""
+    rows = replace(rows, responses=with_one_eos(rows.responses, rows.response_mask, eos_token_id))
+    return replace(rows, response_mask=score_mask(rows.responses, rows.response_mask, eos_token_id, without_eos))
+
+
 class RowScores(NamedTuple):
     """Of R rows: scores, the sums over the same tokens, and how many tokens these are; (R,) each."""
 
@@ -52,8 +59,7 @@ class DistinctAnswers:
 
     @classmethod
     def of(cls, data: DataProto, eos_token_id: int | Sequence[int], exclude_eos: bool) -> DistinctAnswers:
-        """From a batch with one row per group. Of several EOS, the tokenizer's first, answers are read with the first
-        at their end (`with_one_eos`).
+        """From a batch with one row per group.
 
         Where the teacher's answer was cut, how the students' answers end says nothing about how the teacher would have
         ended: the group is compared without any EOS, whatever `exclude_eos` says.
@@ -63,18 +69,16 @@ class DistinctAnswers:
         # Member (g, n) of all rows, students first, as (G, N + 1).
         order = torch.arange(groups * answers).view(groups, answers)
         order = torch.cat([order, groups * answers + torch.arange(groups).unsqueeze(-1)], dim=-1).flatten()
-        rows = AnswerRows.join([students, teachers]).select(order)
-        rows = replace(rows, responses=with_one_eos(rows.responses, rows.response_mask, eos_token_id))
         cut_teacher = ~ends_with_eos(teachers.responses, teachers.response_mask, eos_token_id)
         without_eos = (cut_teacher | exclude_eos).repeat_interleave(answers + 1)
-        mask = score_mask(rows.responses, rows.response_mask, eos_token_id, without_eos)
-        texts = rows.responses.masked_fill(mask == 0, -1).numpy()
+        rows = scored_rows(AnswerRows.join([students, teachers]).select(order), eos_token_id, without_eos)
+        texts = rows.responses.masked_fill(rows.response_mask == 0, -1).numpy()
 
         seen: dict[tuple[int, bytes], int] = {}
         members = [seen.setdefault((i // (answers + 1), text.tobytes()), len(seen)) for i, text in enumerate(texts)]
         members = torch.tensor(members)
         first = torch.full((len(seen),), len(members)).scatter_reduce(0, members, torch.arange(len(members)), "amin")
-        return cls(replace(rows, response_mask=mask).select(first), members.view(groups, answers + 1))
+        return cls(rows.select(first), members.view(groups, answers + 1))
 
     def lengths(self, share_prompts: bool) -> list[int]:
         """Tokens to forward for each group: its distinct answers', and its prompt's once or for each of these."""
