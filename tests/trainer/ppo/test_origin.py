@@ -10,7 +10,7 @@ import torch
 
 from tests.tiny import causal_lm, write_data, write_model
 from verl.trainer.config import compose_config
-from verl.trainer.main_ppo import look_back
+from verl.trainer.main_ppo import check_resume
 from verl.trainer.ppo.origin import Origin
 from verl.utils.checkpoint.checkpoint_manager import commit_checkpoint, start_checkpoint
 from verl.utils.checkpoint.sharded import write_sharded
@@ -46,19 +46,20 @@ def save(folder, origin, parts=("actor",), files=()):
 
 
 def test_the_same_run_resumes(folder):
-    first = look_back(config(folder), 8)
+    first = check_resume(config(folder), 8)
     checkpoint = save(folder, first)
     assert Origin.read(checkpoint) == first
     assert (
-        look_back(config(folder, "trainer.total_training_steps=9", "actor_rollout_ref.actor.optim.lr=1e-3"), 8) == first
+        check_resume(config(folder, "trainer.total_training_steps=9", "actor_rollout_ref.actor.optim.lr=1e-3"), 8)
+        == first
     )
 
 
 def test_folders_and_files_may_be_moved(folder):
-    save(folder, look_back(config(folder), 8))
+    save(folder, check_resume(config(folder), 8))
     (folder / "a").rename(folder / "moved")
     (folder / "train.jsonl").rename(folder / "same.jsonl")
-    look_back(config(folder, model="moved", data="same.jsonl"), 8)
+    check_resume(config(folder, model="moved", data="same.jsonl"), 8)
 
 
 CHANGES = {
@@ -74,41 +75,41 @@ CHANGES = {
 def test_another_run_in_the_same_folder_is_refused(folder, change, caplog):
     how, rows, says = CHANGES[change]
     write_data(folder / "other.jsonl", 9)
-    checkpoint = save(folder, look_back(config(folder), 8), files=("rejected.safetensors",))
+    checkpoint = save(folder, check_resume(config(folder), 8), files=("rejected.safetensors",))
     overrides = [f"data.seed={how['seed']}"] if "seed" in how else []
     how = {key: value for key, value in how.items() if key != "seed"}
     with pytest.raises(
         ValueError, match=f"{says}.*experiment_name.*resume_mode=disable.*resume_from_path={checkpoint}"
     ):
-        look_back(config(folder, *overrides, **how), rows)
-    look_back(config(folder, *overrides, "trainer.resume_mode=disable", **how), rows)
+        check_resume(config(folder, *overrides, **how), rows)
+    check_resume(config(folder, *overrides, "trainer.resume_mode=disable", **how), rows)
     assert caplog.text == ""
     meant = ("trainer.resume_mode=resume_path", f"trainer.resume_from_path={checkpoint}")
-    look_back(config(folder, *overrides, *meant, **how), rows)
+    check_resume(config(folder, *overrides, *meant, **how), rows)
     assert "began otherwise" in caplog.text
 
 
 @pytest.mark.parametrize("change", ["model", "data"])
 def test_the_same_path_with_another_content_is_another_one(folder, change):
-    save(folder, look_back(config(folder), 8))
+    save(folder, check_resume(config(folder), 8))
     if change == "model":
         write_model(folder / "a", seed=1)
     else:
         file = folder / "train.jsonl"
         file.write_text(file.read_text().replace("It is 1", "It is 2"))
     with pytest.raises(ValueError, match="has another content now"):
-        look_back(config(folder), 8)
+        check_resume(config(folder), 8)
 
 
 def test_a_look_at_a_checkpoint_is_only_warned(folder, caplog):
-    save(folder, look_back(config(folder), 8))
-    look_back(config(folder, "trainer.val_only=True", "data.val_files=x", model="b"), 8)
+    save(folder, check_resume(config(folder), 8))
+    check_resume(config(folder, "trainer.val_only=True", "data.val_files=x", model="b"), 8)
     assert "began otherwise" in caplog.text
 
 
 def test_a_checkpoint_of_an_older_trainer_says_nothing(folder, caplog):
     save(folder, None)
-    look_back(config(folder, model="b"), 8)
+    check_resume(config(folder, model="b"), 8)
     assert caplog.text == ""
 
 
@@ -116,18 +117,18 @@ def test_another_discriminator_and_one_that_is_missing(folder):
     warmup = ("trainer.critic_warmup=10",)
     save(
         folder,
-        look_back(config(folder, f"critic.model.path={folder}/a", *warmup, stage="warmup"), 8),
+        check_resume(config(folder, f"critic.model.path={folder}/a", *warmup, stage="warmup"), 8),
         ("actor", "critic"),
     )
-    look_back(config(folder, f"critic.model.path={folder}/a", *warmup, stage="warmup"), 8)
+    check_resume(config(folder, f"critic.model.path={folder}/a", *warmup, stage="warmup"), 8)
     with pytest.raises(ValueError, match=r"critic\.model\.path=.*/a, now .*/b"):
-        look_back(config(folder, f"critic.model.path={folder}/b", *warmup, stage="warmup"), 8)
+        check_resume(config(folder, f"critic.model.path={folder}/b", *warmup, stage="warmup"), 8)
     with pytest.raises(ValueError, match="stage warmup, now GAD"):
-        look_back(config(folder, f"critic.model.path={folder}/a", stage="gad"), 8)
+        check_resume(config(folder, f"critic.model.path={folder}/a", stage="gad"), 8)
     shutil.rmtree(folder / "run")
-    save(folder, look_back(config(folder), 8))
+    save(folder, check_resume(config(folder), 8))
     with pytest.raises(FileNotFoundError, match="it has no critic; was it another stage's"):
-        look_back(config(folder, f"critic.model.path={folder}/a", *warmup, stage="warmup"), 8)
+        check_resume(config(folder, f"critic.model.path={folder}/a", *warmup, stage="warmup"), 8)
 
 
 def write_actor(folder, seed, checksums):
@@ -145,20 +146,20 @@ def write_actor(folder, seed, checksums):
 @pytest.mark.parametrize("checksums", [True, False])
 def test_a_checkpoints_folder_is_known_by_its_weights_too(folder, checksums):
     models = [write_actor(folder / f"run{seed}", seed, checksums) for seed in (3, 3, 4)]
-    save(folder, look_back(config(folder, model=models[0]), 8))
-    look_back(config(folder, model=models[1]), 8)
+    save(folder, check_resume(config(folder, model=models[0]), 8))
+    check_resume(config(folder, model=models[1]), 8)
     with pytest.raises(ValueError, match=r"model\.path"):
-        look_back(config(folder, model=models[2]), 8)
+        check_resume(config(folder, model=models[2]), 8)
 
 
 def test_weights_in_many_files_are_all_looked_at(folder):
     model = causal_lm()
     model.save_pretrained(folder / "a", max_shard_size="40KB")
     (folder / "a" / "model.safetensors").unlink()
-    first = look_back(config(folder), 8)
+    first = check_resume(config(folder), 8)
     with torch.no_grad():
         model.model.norm.weight[3] += 1
     model.save_pretrained(folder / "a", max_shard_size="40KB")
-    assert look_back(config(folder), 8).actor.digest != first.actor.digest
+    assert check_resume(config(folder), 8).actor.digest != first.actor.digest
     index = folder / "a" / "model.safetensors.index.json"
     assert len(set(json.loads(index.read_text())["weight_map"].values())) >= 3
