@@ -26,7 +26,7 @@ model sees are taken out of it: B*N student rows, or B teacher rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TypeVar
 
 import numpy as np
@@ -58,8 +58,15 @@ class Record:
 
     @classmethod
     def of(cls: type[AnyRecord], data: DataProto) -> AnyRecord:
-        """From a table's columns of these names; others are left there."""
+        """From a table's columns of these names; others are left there. ValueError: one that is needed is missing."""
         columns = {**data.batch, **data.non_tensor_batch}
+        optional = {field.name for field in fields(cls) if field.default is not MISSING}
+        missing = [name for name in cls.names() if name not in columns and name not in optional]
+        if missing:
+            raise ValueError(
+                f"{cls.__name__}: expected the columns {', '.join(cls.names())}, got none named {', '.join(missing)} "
+                f"among {', '.join(columns)}; a dataset's rows and its collate_fn have to make them"
+            )
         return cls(**{name: columns[name] for name in cls.names() if name in columns})
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -204,6 +204,7 @@ class Trainer(RayPPOTrainer):
         self.best = open_best(self.config)
         self.weights = Weights()
         self.checkpoints = Checkpoints(self.config.trainer, self.weights, None, {})
+        self.student = SimpleNamespace(weights_changed=lambda: None)
         self.validation = SimpleNamespace(run=self._look_up)
         self.kl_ctrl = type("Fixed", (), {"value": 0.0})
         self.head_start = HeadStart(self.config, None, len(values) - 1)

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from verl.batch import Prompts, table
+from verl.batch import Prompts
 from verl.config.run import Config
 from verl.memory.check import check_run_memory
 from verl.models.loading import all_eos_token_ids
@@ -34,12 +34,7 @@ from verl.trainer.ppo.discriminator import Discriminator
 from verl.trainer.ppo.display import dump_answers, progress_bar, show_step
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs
-from verl.trainer.ppo.metric_utils import (
-    compute_data_metrics,
-    compute_discriminator_metrics,
-    compute_throughout_metrics,
-    compute_timing_metrics,
-)
+from verl.trainer.ppo.metric_utils import compute_throughout_metrics, compute_timing_metrics
 from verl.trainer.ppo.origin import Origin
 from verl.trainer.ppo.rejected import RejectedAnswers
 from verl.trainer.ppo.reward import (
@@ -224,8 +219,8 @@ class RayPPOTrainer:
             self.held_out.store(self.global_step)
         if self.global_step == 0:
             self.head_start.warn_of_a_blind_critic()
-        bar = progress_bar(self.config.stage, self.total_steps, self.global_step)
-        with self._open_tracking() as tracking, bar:
+        stage = self.config.stage
+        with self._open_tracking() as tracking, progress_bar(stage, self.total_steps, self.global_step) as bar:
             if config.val_only:
                 return tracking.log(self.validation.run(self.global_step, tracking), self.global_step)
             for prompts in self._batches():
@@ -325,6 +320,7 @@ class RayPPOTrainer:
         if folder is None:
             return
         state = self.checkpoints.load(folder)
+        self.student.weights_changed()
         if self.discriminator is not None:
             self.discriminator.balance.accuracy = state.d_acc
         self.global_step, self.samples_seen = state.global_step, state.samples_seen
@@ -370,17 +366,14 @@ class RayPPOTrainer:
         )
 
     def _step_metrics(self, step: Step, timing: dict[str, float]) -> Metrics:
-        """The step's own metrics, those of what it made, and what it took; its answers go to `rollout_data_dir`."""
-        made = table(step.prompts, step.answers, step.scores, step.rewards)
-        metrics = step.metrics | compute_data_metrics(made, use_critic=step.rewards is not None)
-        if step.scores is not None:
-            metrics |= compute_discriminator_metrics(made)
+        """The step's metrics and what it took; its answers go to `rollout_data_dir`."""
+        made = step.table()
         dumps = self.config.trainer.rollout_data_dir
         if dumps is not None and step.answers is not None:
             texts = self.student.texts(step.answers.responses, step.answers.response_mask)
             dump_answers(Path(dumps) / f"{self.global_step}.jsonl", step.prompts, texts, step.scores)
         return {
-            **metrics,
+            **step.metrics,
             **compute_timing_metrics(made, timing),
             **compute_throughout_metrics(made, timing, self.config.trainer.ranks),
             **self.student.peak_memory(),

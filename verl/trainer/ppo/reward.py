@@ -205,9 +205,6 @@ def compute_advantage(
         norm_adv_by_std_in_grpo=norm_adv_by_std_in_grpo,
         **asked,
     )
-    if left_out is not None:
-        # Of a group of one an estimator may make anything.
-        advantages, returns = (made.masked_fill(left_out.view(-1, 1), 0.0) for made in (advantages, returns))
     data.batch["advantages"], data.batch["returns"] = advantages.view_as(rewards), returns.view_as(rewards)
     return data
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from verl.batch import Answers, Prompts, Rewards, Scores, table
 from verl.config.run import Config
+from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import AdaptiveKLController, FixedKLController
 from verl.trainer.ppo.discriminator import Discriminator
 from verl.trainer.ppo.head_start import HeadStart
+from verl.trainer.ppo.metric_utils import compute_data_metrics, compute_discriminator_metrics
 from verl.trainer.ppo.rejected import RejectedAnswers
 from verl.trainer.ppo.reward import TaskReward, reward_answers, score_task
 from verl.trainer.ppo.student import Student
@@ -36,6 +38,10 @@ class Step:
     answers: Answers | None = None
     scores: Scores | None = None
     rewards: Rewards | None = None
+
+    def table(self) -> DataProto:
+        """Everything that it made, side by side."""
+        return table(self.prompts, self.answers, self.scores, self.rewards)
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,13 @@ class Steps:
             timed: see `Timed`.
         """
         if self.config.soda.enable:
-            return self._soda(prompts, step, samples_seen, timed)
-        return (self._adversarial if self.config.use_critic else self._sft)(prompts, step, timed)
+            made = self._soda(prompts, step, samples_seen, timed)
+        else:
+            made = (self._adversarial if self.config.use_critic else self._sft)(prompts, step, timed)
+        metrics = made.metrics | compute_data_metrics(made.table(), use_critic=made.rewards is not None)
+        if made.scores is not None:
+            metrics |= compute_discriminator_metrics(made.table())
+        return replace(made, metrics=metrics)
 
     def _sft(self, prompts: Prompts, step: int, timed: Timed) -> Step:
         """SeqKD: one update on the teacher's answers. The student's are sampled for monitoring only."""

@@ -71,6 +71,10 @@ class Student:
             self.workers.push_weights()
             self._engine_is_current = True
 
+    def weights_changed(self) -> None:
+        """Note that the engine does not have the policy's weights any more."""
+        self._engine_is_current = False
+
     def answer(self, prompts: Prompts, step: int) -> Answers:
         """Answers to train on, drawn from the present weights; the step is part of the draw's seed."""
         rollout = self.config.rollout
@@ -161,13 +165,13 @@ class Student:
         self, prompts: Prompts, rejected: Answers, reference: PairLogProbs, soda: SodaConfig
     ) -> dict[str, float]:
         """One update that prefers the teacher's answers to the student's; returns its metrics."""
-        self._engine_is_current = False
+        self.weights_changed()
         rows = table(prompts, rejected, reference)
         keys = GROUP_KEYS + PAIR_REFERENCE_KEYS
         return self.shares.call(self.workers.update_actor_on_pairs, rows, keys, soda=soda)[0]
 
     def _update(self, rows: DataProto, keys: Sequence[str], **meta: float) -> dict[str, float]:
-        self._engine_is_current = False
+        self.weights_changed()
         return self.shares.call(self.workers.update_actor, rows, keys, **meta)[0]
 
     # ------------------------------------------------------------ memory

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from verl.config import RolloutConfig, SamplingConfig
-from verl.models.loading import all_eos_token_ids
 from verl.protocol import DataProto
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 class BaseRollout(ABC):
@@ -35,6 +37,9 @@ class BaseRollout(ABC):
         trust_remote_code: bool = False,
         eos_token_ids: Sequence[int] | None = None,
     ):
+        # Here, because settings are checked against the engines' names long before a model's code is wanted.
+        from verl.models.loading import all_eos_token_ids
+
         self.config = config
         self.tokenizer = tokenizer
         self.eos_token_ids = list(eos_token_ids or all_eos_token_ids(tokenizer, model_config))
