@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,6 @@ from verl.trainer.ppo.best import BestState
 from verl.trainer.ppo.origin import Origin
 from verl.utils.checkpoint.best_link import behind_best, point_best
 from verl.utils.checkpoint.checkpoint_manager import (
-    find_latest_ckpt_path,
     mark_only_as_best,
     prune_checkpoints,
     publish_checkpoint,
@@ -25,6 +24,7 @@ from verl.utils.checkpoint.checkpoint_manager import (
     step_of,
     verify_checkpoint,
 )
+from verl.utils.checkpoint.recovery import newest_whole, refuse_damaged
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Checkpoints:
 
     def find(self) -> Path | None:
         """See `find_checkpoint`."""
-        return find_checkpoint(self.config)
+        return find_checkpoint(self.config, self.parts)
 
 
 def run_folder(config: TrainerConfig) -> Path:
@@ -161,18 +161,21 @@ def run_folder(config: TrainerConfig) -> Path:
     return Path(config.default_local_dir).expanduser().absolute()
 
 
-def find_checkpoint(config: TrainerConfig) -> Path | None:
-    """The checkpoint that `trainer.resume_mode` asks for; None if training starts afresh.
+def find_checkpoint(config: TrainerConfig, parts: Collection[str]) -> Path | None:
+    """The checkpoint that `trainer.resume_mode` asks for, whole; None if training starts afresh.
+
+    With `auto` it is the newest that is whole, and damaged ones on the way to it are set aside (`newest_whole`).
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError, ValueError: it is not there or damaged, or it cannot be told which one it is.
     """
     if config.resume_mode == "disable":
         return None
-    if config.resume_mode == "resume_path":
-        folder = Path(config.resume_from_path).expanduser().absolute()
-        if not folder.is_dir():
-            raise FileNotFoundError(f"trainer.resume_from_path={folder} does not exist")
-        return behind_best(folder)
-    latest = find_latest_ckpt_path(run_folder(config))
-    return None if latest is None else Path(latest)
+    if config.resume_mode == "auto":
+        return newest_whole(run_folder(config), parts)
+    folder = Path(config.resume_from_path).expanduser().absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"trainer.resume_from_path={folder} does not exist")
+    folder = behind_best(folder)
+    refuse_damaged(folder)
+    return folder
