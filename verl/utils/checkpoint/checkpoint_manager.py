@@ -126,7 +126,14 @@ def start_checkpoint(root: str | Path, step: int) -> Path:
 
 def seal_checkpoint(temporary: Path, parts: Sequence[str] = ()) -> None:
     """Checksum what was written and have the disk take it. Each of `parts` (`actor`, `critic`) gets its own checksums
-    beside the whole folder's, so that it can be checked where it was copied alone."""
+    beside the whole folder's, so that it can be checked where it was copied alone.
+
+    Raises:
+        ValueError: one of the parts was not written.
+    """
+    missing = [part for part in parts if not _files(temporary / part)]
+    if missing:
+        raise ValueError(f"{temporary} has no {', '.join(missing)}, which was to be saved: it is no checkpoint")
     names = [str(file.relative_to(temporary)) for file in _files(temporary)]
     sums = checksums_of(temporary, names, sync=True, shown=False)
     for part in parts:
