@@ -27,6 +27,7 @@ from verl.trainer.ppo.model_checks import check_engine, check_models, check_toke
 from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.roles import ResourcePoolManager, Role
+from verl.utils.checkpoint.recovery import clear_up
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.run_lock import only_run_in
 from verl.utils.tracking import check_loggers
@@ -57,7 +58,7 @@ def check_resume(config: Config, rows: int) -> Origin:
     """The models and data that this run begins with. Refuses to resume a run that began with others
     (`check_same_run`)."""
     now = Origin.of(config, rows)
-    folder = find_checkpoint(config.trainer)
+    folder = find_checkpoint(config.trainer, ("actor", "critic") if config.use_critic else ("actor",))
     if folder is not None:
         check_same_run(folder, now, config)
     return now
@@ -72,7 +73,9 @@ class TaskRunner:
     def run(self, config: Config) -> None:
         """Train. Data, configs and the tokenizers of all models are checked before Ray starts."""
         config = with_absolute_paths(config)
-        with only_run_in(run_folder(config.trainer)):
+        folder = run_folder(config.trainer)
+        with only_run_in(folder):
+            clear_up(folder)
             self._run(config)
 
     def _run(self, config: Config) -> None:

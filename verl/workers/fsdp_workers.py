@@ -138,6 +138,11 @@ class FSDPWorker(Worker):
         return torch.cuda.get_device_properties(self.device).total_memory, host_memory()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def checkpoint_bytes(self) -> int:
+        """Bytes of this model's part of a checkpoint, written by all ranks."""
+        return self.checkpoint.size()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, folder: str) -> None:
         """Write this model's part of a checkpoint."""
         with self.offloader.on_device(optimizer=True):

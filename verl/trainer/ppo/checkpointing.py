@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,6 @@ from verl.trainer.ppo.best import BestState
 from verl.trainer.ppo.origin import Origin
 from verl.utils.checkpoint.best_link import behind_best, point_best
 from verl.utils.checkpoint.checkpoint_manager import (
-    find_latest_ckpt_path,
     mark_only_as_best,
     prune_checkpoints,
     publish_checkpoint,
@@ -25,6 +24,8 @@ from verl.utils.checkpoint.checkpoint_manager import (
     step_of,
     verify_checkpoint,
 )
+from verl.utils.checkpoint.recovery import newest_whole, refuse_damaged
+from verl.utils.checkpoint.room import bytes_in, check_room, explain_full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Checkpoints:
         actor, critic: the workers whose models are saved.
         files: what else is saved, by the name of its file.
         origin: what the run began with; None: checkpoints keep nothing of it.
+        size: bytes of a checkpoint, as far as is known before there is one.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Checkpoints:
         critic: WorkerGroup | None,
         files: Mapping[str, Kept],
         origin: Origin | None = None,
+        size: int = 0,
     ):
         self.config = config
         self.origin = origin
@@ -84,13 +87,24 @@ class Checkpoints:
         self.root = run_folder(config)
         # Of the newest checkpoint in `root` that this run wrote or began with.
         self.saved_step: int | None = None
+        # Bytes of the next one: as many as the last one's.
+        self.size = size
 
     def write(self, state: RunState, only_as_best: bool = False) -> None:
         """Write the folder of `global_step_N`, all but its name, which `publish` gives it.
 
         `only_as_best`: the checkpoint is not one of those that are due anyway.
+
+        Raises:
+            OSError: there is no room for it; seen before anything is written, as far as it can be.
         """
+        check_room(self.root, self.size)
         folder = start_checkpoint(self.root, state.global_step)
+        with explain_full_disk(folder):
+            self._write(folder, state, only_as_best)
+        self.size = bytes_in(folder)
+
+    def _write(self, folder: Path, state: RunState, only_as_best: bool) -> None:
         for name, group in self.parts.items():
             group.save_checkpoint(str(folder / name))
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1))
@@ -107,7 +121,9 @@ class Checkpoints:
 
         Then `best` becomes what the state says, and only then what it was may go.
         """
-        final = publish_checkpoint(self.root / f"global_step_{state.global_step}.tmp")
+        folder = self.root / f"global_step_{state.global_step}.tmp"
+        with explain_full_disk(folder):
+            final = publish_checkpoint(folder)
         self.saved_step = state.global_step
         if state.best is not None and state.best.step is not None:
             self.point_best(state.best.step)
@@ -153,7 +169,7 @@ class Checkpoints:
 
     def find(self) -> Path | None:
         """See `find_checkpoint`."""
-        return find_checkpoint(self.config)
+        return find_checkpoint(self.config, self.parts)
 
 
 def run_folder(config: TrainerConfig) -> Path:
@@ -161,18 +177,21 @@ def run_folder(config: TrainerConfig) -> Path:
     return Path(config.default_local_dir).expanduser().absolute()
 
 
-def find_checkpoint(config: TrainerConfig) -> Path | None:
-    """The checkpoint that `trainer.resume_mode` asks for; None if training starts afresh.
+def find_checkpoint(config: TrainerConfig, parts: Collection[str]) -> Path | None:
+    """The checkpoint that `trainer.resume_mode` asks for, whole; None if training starts afresh.
+
+    With `auto` it is the newest that is whole, and damaged ones on the way to it are set aside (`newest_whole`).
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError, ValueError: it is not there or damaged, or it cannot be told which one it is.
     """
     if config.resume_mode == "disable":
         return None
-    if config.resume_mode == "resume_path":
-        folder = Path(config.resume_from_path).expanduser().absolute()
-        if not folder.is_dir():
-            raise FileNotFoundError(f"trainer.resume_from_path={folder} does not exist")
-        return behind_best(folder)
-    latest = find_latest_ckpt_path(run_folder(config))
-    return None if latest is None else Path(latest)
+    if config.resume_mode == "auto":
+        return newest_whole(run_folder(config), parts)
+    folder = Path(config.resume_from_path).expanduser().absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"trainer.resume_from_path={folder} does not exist")
+    folder = behind_best(folder)
+    refuse_damaged(folder)
+    return folder

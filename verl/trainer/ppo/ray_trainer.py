@@ -177,7 +177,9 @@ class RayPPOTrainer:
             config, self.student, self.val_dataset, self.collate_fn, self.task_reward, self.discriminator,
             self.held_out, VALIDATION_SEED,
         )  # fmt: skip
-        self.checkpoints = Checkpoints(config.trainer, actor_rollout, critic, files, self.origin)
+        groups = [group for group in (actor_rollout, critic) if group is not None]
+        size = sum(group.checkpoint_bytes()[0] for group in groups)
+        self.checkpoints = Checkpoints(config.trainer, actor_rollout, critic, files, self.origin, size)
         self.student.peak_memory()  # What building took is not the first step's.
 
     def _roles(self, eos_token_ids: tuple[int, ...]) -> dict[str, RayClassWithInitArgs]:

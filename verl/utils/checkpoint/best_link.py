@@ -10,6 +10,8 @@ import os
 import re
 from pathlib import Path
 
+from verl.utils.checkpoint.checksums import sync_to_disk
+
 BEST = "best"
 
 
@@ -26,6 +28,7 @@ def point_best(root: str | Path, step: int) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(f"global_step_{step}", target_is_directory=True)
     os.replace(temporary, Path(root) / BEST)
+    sync_to_disk(Path(root))
 
 
 def try_best_link(root: str | Path) -> None:

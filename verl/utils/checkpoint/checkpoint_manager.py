@@ -3,7 +3,7 @@
 A checkpoint is written to `global_step_N.tmp`, checksummed and renamed; the tracker file, which names the newest
 one, changes last. What a crash leaves behind is a `.tmp` folder that nothing reads. Where a step replaces an earlier
 checkpoint of the same step, a crash between the two renames leaves the earlier one as `global_step_N.old`, whole.
-Resuming then says that `global_step_N` is gone, and either folder can be renamed to it.
+`recovery.py` clears up after a crash and says which checkpoint a run goes on from.
 
 A checkpoint may be there only for being the best (`ONLY_AS_BEST` in it): it goes when it no longer is.
 """
@@ -19,12 +19,15 @@ from pathlib import Path
 from verl.utils.checkpoint.best_link import behind_best, best_step
 from verl.utils.checkpoint.checksums import CHECKSUMS, checksums_of, read_checksums, sync_to_disk, write_checksums
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, OPTIM_FOLDER
+from verl.utils.checkpoint.whole import changed_files
 
 ONLY_AS_BEST = "only_as_best.txt"
 # What a run with a discriminator keeps beside the models; of no use without it.
 REPLAY_FILE, HELD_OUT_FILE = "replay.safetensors", "held_out.safetensors"
 # What SODA keeps beside the actor.
 REJECTED_FILE = "rejected.safetensors"
+# The suffix of what is being removed.
+PRUNED = ".pruned"
 # The parts that can be pruned, each with the files that go with it.
 PARTS = {"actor": (REJECTED_FILE,), "critic": (REPLAY_FILE, HELD_OUT_FILE)}
 
@@ -34,20 +37,69 @@ def get_checkpoint_tracker_filename(root_path: str | Path) -> str:
     return str(Path(root_path) / "latest_checkpointed_iteration.txt")
 
 
+def tracked_step(root: str | Path) -> int | None:
+    """The step that the tracker names; None without a tracker.
+
+    Raises:
+        ValueError: it names none.
+    """
+    tracker = Path(get_checkpoint_tracker_filename(root))
+    if not tracker.is_file():
+        return None
+    text = tracker.read_bytes().decode(errors="replace").strip()
+    if not re.fullmatch(r"[0-9]+", text):
+        raise ValueError(f"{tracker} is damaged: it should hold the newest checkpoint's step; {ways_out(root)}")
+    return int(text)
+
+
+def track(root: str | Path, step: int) -> None:
+    """Let the tracker name this step; at every moment, a loss of power included, it names the one or the other."""
+    _announce(root, step)
+    follow_announcement(root)
+
+
+def announcement(root: str | Path) -> Path:
+    """What the tracker will be: there from before a sealed checkpoint gets its name until the tracker names it."""
+    return Path(get_checkpoint_tracker_filename(root)).with_suffix(".tmp")
+
+
+def _announce(root: str | Path, step: int) -> None:
+    announcement(root).write_text(str(step))
+    sync_to_disk(announcement(root))
+    sync_to_disk(Path(root))
+
+
+def follow_announcement(root: str | Path) -> None:
+    """Let the tracker name what was announced."""
+    os.replace(announcement(root), get_checkpoint_tracker_filename(root))
+    sync_to_disk(Path(root))
+
+
+def ways_out(root: str | Path) -> str:
+    """What a user can do who has no tracker to go by."""
+    steps = [step_of(folder) for folder in checkpoints_in(root)]
+    there = f"one of the steps that lie there ({', '.join(map(str, steps))})" if steps else "an existing step"
+    return (
+        f"write {there} into that file, name a checkpoint with trainer.resume_mode=resume_path "
+        "trainer.resume_from_path=..., or begin afresh with trainer.resume_mode=disable"
+    )
+
+
 def find_latest_ckpt_path(path: str | Path | None, directory_format: str = "global_step_{}") -> str | None:
-    """The newest complete checkpoint under `path`, or None if there is none.
+    """The newest complete checkpoint under `path`, or None if there is none. Its content is not looked at.
 
     Raises:
         FileNotFoundError: the tracker file names a checkpoint that is gone.
+        ValueError: the tracker file is damaged.
     """
-    if path is None or not Path(get_checkpoint_tracker_filename(path)).is_file():
+    step = None if path is None else tracked_step(path)
+    if step is None:
         return None
-    step = Path(get_checkpoint_tracker_filename(path)).read_text().strip()
     folder = Path(path) / directory_format.format(step)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{get_checkpoint_tracker_filename(path)} names step {step}, but {folder} does not exist: "
-            "restore it, write an existing step into that file, or set trainer.resume_mode=disable"
+            f"{get_checkpoint_tracker_filename(path)} names step {step}, but {folder} does not exist: restore it, or "
+            f"{ways_out(path)}"
         )
     return str(folder)
 
@@ -74,7 +126,14 @@ def start_checkpoint(root: str | Path, step: int) -> Path:
 
 def seal_checkpoint(temporary: Path, parts: Sequence[str] = ()) -> None:
     """Checksum what was written and have the disk take it. Each of `parts` (`actor`, `critic`) gets its own checksums
-    beside the whole folder's, so that it can be checked where it was copied alone."""
+    beside the whole folder's, so that it can be checked where it was copied alone.
+
+    Raises:
+        ValueError: one of the parts was not written.
+    """
+    missing = [part for part in parts if not _files(temporary / part)]
+    if missing:
+        raise ValueError(f"{temporary} has no {', '.join(missing)}, which was to be saved: it is no checkpoint")
     names = [str(file.relative_to(temporary)) for file in _files(temporary)]
     sums = checksums_of(temporary, names, sync=True, shown=False)
     for part in parts:
@@ -86,21 +145,20 @@ def seal_checkpoint(temporary: Path, parts: Sequence[str] = ()) -> None:
 
 
 def publish_checkpoint(temporary: Path) -> Path:
-    """Give a sealed folder its name, and make it the newest checkpoint."""
-    final = temporary.with_suffix("")
-    replaced = temporary.with_suffix(".old")
-    shutil.rmtree(replaced, ignore_errors=True)
+    """Give a sealed folder its name, and make it the newest checkpoint.
+
+    The disk has each of these before the next: the announcement, the name, the tracker. Only then may go what the
+    folder replaced.
+    """
+    final, replaced = temporary.with_suffix(""), temporary.with_suffix(".old")
+    _announce(final.parent, step_of(final))
     if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     temporary.rename(final)
     sync_to_disk(final.parent)
+    follow_announcement(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    tracker = Path(get_checkpoint_tracker_filename(final.parent))
-    replacement = tracker.with_suffix(".tmp")
-    replacement.write_text(str(step_of(final)))
-    sync_to_disk(replacement)
-    os.replace(replacement, tracker)
-    sync_to_disk(tracker.parent)
     return final
 
 
@@ -111,35 +169,43 @@ def commit_checkpoint(temporary: Path) -> Path:
 
 
 def verify_checkpoint(folder: str | Path) -> None:
-    """Compare a checkpoint with its checksums.
+    """Compare a checkpoint with its checksums; a process reads the same files once.
 
     Raises:
+        FileNotFoundError: it has none.
         ValueError: names the files that are missing or damaged.
     """
     folder = Path(folder)
     if not (folder / CHECKSUMS).is_file():
         raise FileNotFoundError(
             f"{folder / CHECKSUMS} is missing, and nothing else tells whether the checkpoint is whole: copy it again, "
-            "or resume from another one with trainer.resume_mode=resume_path trainer.resume_from_path=..."
+            f"or {_ANOTHER}"
         )
     expected = read_checksums(folder / CHECKSUMS)
+    if not expected:
+        raise ValueError(f"{folder / CHECKSUMS} is damaged: it lists no file; copy the checkpoint again, or {_ANOTHER}")
     # A whole part may have been pruned; whoever needs it will say that it is missing.
     pruned = {name for part, files in PARTS.items() if not (folder / part).exists() for name in (part, *files)}
     present = {name: value for name, value in expected.items() if Path(name).parts[0] not in pruned}
-    there = [name for name in present if (folder / name).is_file()]
-    found = checksums_of(folder, there)
-    damaged = [name for name, value in present.items() if found.get(name) != value]
+    there = {name: value for name, value in present.items() if (folder / name).is_file()}
+    damaged = {*(present.keys() - there.keys()), *changed_files(folder, there)}
     if damaged:
-        raise ValueError(
-            f"checkpoint {folder} is damaged: {', '.join(damaged)} missing or changed since it was written; "
-            "resume from an older one with trainer.resume_mode=resume_path trainer.resume_from_path=..."
-        )
+        named = ", ".join(name for name in present if name in damaged)
+        raise ValueError(f"checkpoint {folder} is damaged: {named} missing or changed since it was written; {_ANOTHER}")
     foreign = [name for part in PARTS for name in _shards(folder, part) if name not in expected]
     if foreign:
         raise ValueError(
             f"checkpoint {folder} holds shards that it was written without, and would read them: remove "
             f"{', '.join(foreign)}"
         )
+
+
+_ANOTHER = "resume from another one with trainer.resume_mode=resume_path trainer.resume_from_path=..."
+
+
+def promised_parts(folder: Path) -> set[str]:
+    """The parts (`actor`, `critic`) that a whole checkpoint was written with; one that is gone now included."""
+    return {Path(name).parts[0] for name in read_checksums(folder / CHECKSUMS)} & PARTS.keys()
 
 
 def _shards(folder: Path, part: str) -> list[str]:
@@ -153,10 +219,15 @@ def mark_only_as_best(folder: str | Path) -> None:
     (Path(folder) / ONLY_AS_BEST).write_text("Saved for being the best so far; removed after a better one is saved.\n")
 
 
+def checkpoints_in(root: str | Path) -> list[Path]:
+    """All `global_step_N` folders, by step."""
+    folders = Path(root).glob("global_step_*")
+    return sorted((f for f in folders if re.fullmatch(r"global_step_\d+", f.name) and f.is_dir()), key=step_of)
+
+
 def _checkpoints(root: str | Path, newest: int) -> list[Path]:
     """Those up to step `newest`, by step. Later ones stem from an earlier run in the same folder and are left alone."""
-    folders = [folder for folder in Path(root).glob("global_step_*") if re.fullmatch(r"global_step_\d+", folder.name)]
-    return sorted((folder for folder in folders if step_of(folder) <= newest), key=step_of)
+    return [folder for folder in checkpoints_in(root) if step_of(folder) <= newest]
 
 
 def prune_checkpoints(root: str | Path, part: str, keep: int | None, newest: int) -> None:
@@ -170,15 +241,21 @@ def prune_checkpoints(root: str | Path, part: str, keep: int | None, newest: int
     for folder in regular[:-keep]:
         if step_of(folder) == best_step(root):
             continue
-        shutil.rmtree(folder / part, ignore_errors=True)
+        if (folder / part).is_dir():
+            _remove(folder / part)
         for name in PARTS[part]:
             (folder / name).unlink(missing_ok=True)
         if not any(child.is_dir() for child in folder.iterdir()):
-            shutil.rmtree(folder)
+            _remove(folder)
 
 
 def remove_former_bests(root: str | Path, newest: int) -> None:
     """Remove the checkpoints up to step `newest` that were there only for being the best, unless `best` names them."""
     for folder in _checkpoints(root, newest):
         if (folder / ONLY_AS_BEST).exists() and step_of(folder) != best_step(root):
-            shutil.rmtree(folder)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder whose name goes first: what a crash leaves of it is then not taken for a damaged one."""
+    shutil.rmtree(folder.rename(folder.with_name(folder.name + PRUNED)))

@@ -65,6 +65,12 @@ class FSDPCheckpointManager:
         self.compute_dtype = compute_dtype
         self.base = base
 
+    def size(self) -> int:
+        """Bytes that `save_checkpoint` writes, small files left out."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        tensors = [*self._weights().values(), *(value for value in states if isinstance(value, torch.Tensor))]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def save_checkpoint(self, folder: str | Path) -> None:
         """Write everything into `folder`; collective over all ranks."""
         folder = Path(folder)

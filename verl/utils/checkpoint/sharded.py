@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 MODEL_FOLDER, OPTIM_FOLDER = "model", "optim"
@@ -19,9 +20,17 @@ SHARD = re.compile(r"shard-(\d{5})-.*\.safetensors")
 
 
 def write_sharded(tensors: dict[str, torch.Tensor], folder: str | Path) -> None:
-    """Every rank writes its own shards of `tensors` into `folder`; collective."""
+    """Every rank writes its own shards of `tensors` into `folder`; collective.
+
+    Raises:
+        RuntimeError: a rank could not.
+    """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    try:
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        # No Exception: a Ray worker would die of it, and its reason with it.
+        raise RuntimeError(f"{folder} could not be written: {error}") from error
 
 
 def read_sharded(tensors: dict[str, torch.Tensor], folder: str | Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +29,8 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# Nanoseconds between two times that a file system tells apart, generously.
+GRAIN_OF_TIME = 50_000_000
 LFS_POINTER = b"version https://git-lfs"
 # Of what stands beside the weights, whatever Git LFS may hold and a model or tokenizer is read from.
 READ_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".py")
@@ -68,8 +72,8 @@ def check_part(part: Path, contents: bool = True) -> None:
         used = {name: value for name, value in sums.items() if name == FSDP_CONFIG or _top(name) in _READ}
         faults = _missing(part, used) | _foreign(part, used)
         if contents:
-            present = tuple(sorted((name, value) for name, value in used.items() if (part / name).is_file()))
-            faults |= dict.fromkeys(_changed(part, present, _stamps(part, present)), "changed since it was written")
+            present = {name: value for name, value in used.items() if (part / name).is_file()}
+            faults |= dict.fromkeys(changed_files(part, present), "changed since it was written")
         if faults:
             raise ValueError(_sentence(part, faults))
     check_shards(part)
@@ -103,15 +107,19 @@ def _foreign(part: Path, sums: dict[str, int]) -> dict[str, str]:
     return {name: "not this checkpoint's" for name in there if name not in sums}
 
 
-def _stamps(part: Path, sums: tuple[tuple[str, int], ...]) -> tuple[tuple[int, int], ...]:
-    stats = [(part / name).stat() for name, _ in sums]
-    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+def changed_files(folder: Path, sums: Mapping[str, int]) -> list[str]:
+    """The names of those files in `folder` whose content has another checksum; a process reads the same files once."""
+    names = tuple(sorted(sums.items()))
+    stats = [(folder / name).stat() for name, _ in names]
+    stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    # A file as young as this might change once more without getting another time.
+    settled = all(time.time_ns() - written > GRAIN_OF_TIME for _, written in stamps)
+    return (_changed if settled else _changed.__wrapped__)(folder, names, stamps)
 
 
 @lru_cache(maxsize=64)
-def _changed(part: Path, sums: tuple[tuple[str, int], ...], stamps: tuple[tuple[int, int], ...]) -> list[str]:
-    """The files whose content has another checksum; a process reads the same files once."""
-    found = checksums_of(part, (name for name, _ in sums))
+def _changed(folder: Path, sums: tuple[tuple[str, int], ...], stamps: tuple[tuple[int, int], ...]) -> list[str]:
+    found = checksums_of(folder, (name for name, _ in sums))
     return [name for name, value in sums if found[name] != value]
 
 
