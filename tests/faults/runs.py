@@ -41,7 +41,7 @@ def arguments(folder: Path, run: Path, *overrides: str) -> list[str]:
 
 
 class Run:
-    """A command at work, all of whose processes carry a mark in their environment.
+    """A command at work in a group of its own, all of whose processes carry a mark in their environment.
 
     Args:
         log: the file that its output goes to.
@@ -55,8 +55,9 @@ class Run:
         marked = own | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", MARK: self.mark} | environment
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=marked, cwd=log.parent
-            )
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=marked, cwd=log.parent,
+                start_new_session=True,
+            )  # fmt: skip
 
     def processes(self) -> list[psutil.Process]:
         """Those that live, whoever is their parent by now."""

@@ -29,6 +29,7 @@ from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.roles import ResourcePoolManager, Role
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.run_lock import only_run_in
+from verl.utils.signals import EndedBySignal, RunSignals, out_of_reach
 from verl.utils.tracking import check_loggers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
@@ -70,12 +71,17 @@ class TaskRunner:
     trainer_class: ClassVar[type[RayPPOTrainer]] = RayPPOTrainer
 
     def run(self, config: Config) -> None:
-        """Train. Data, configs and the tokenizers of all models are checked before Ray starts."""
-        config = with_absolute_paths(config)
-        with only_run_in(run_folder(config.trainer)):
-            self._run(config)
+        """Train. Data, configs and the tokenizers of all models are checked before Ray starts.
 
-    def _run(self, config: Config) -> None:
+        Raises:
+            EndedBySignal: the run was told to end before its last step; between steps it has saved a checkpoint.
+        """
+        config = with_absolute_paths(config)
+        signals = RunSignals()
+        with only_run_in(run_folder(config.trainer)), signals.taken():
+            self._run(config, signals)
+
+    def _run(self, config: Config, signals: RunSignals) -> None:
         data, trainer = config.data, config.trainer
         if config.custom_reward_function.path is not None:
             data = replace(data, return_raw_chat=True)
@@ -98,6 +104,7 @@ class TaskRunner:
         collate = partial(collate_fn, columns=Prompts.names())
         runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate)
         runner.origin = check_resume(config, len(train))
+        runner.signals = signals
         self.start(config)
         policy_settings = config.actor_rollout_ref
         logger.info(
@@ -117,7 +124,8 @@ def start_ray(config: Config) -> None:
     if ray.is_initialized():
         return
     settings = config.ray_kwargs.ray_init
-    join_or_start(settings.address, settings.num_cpus)
+    with out_of_reach():
+        join_or_start(settings.address, settings.num_cpus)
     if config.trainer.device == "cpu" and ray.cluster_resources().get("GPU"):
         logger.warning(
             "the cluster has %d GPUs and trainer.device=cpu leaves them idle (it is cuda by itself only where the "
@@ -143,7 +151,11 @@ def _hydra_main(composed: DictConfig) -> None:
         config = to_config(composed)
     except ConfigError as error:
         sys.exit(str(error))
-    run_ppo(config)
+    try:
+        run_ppo(config)
+    except EndedBySignal as end:
+        logger.info("%s", end)
+        sys.exit(end.exit_code)
 
 
 def main() -> None:
