@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar
@@ -156,6 +157,16 @@ def _hydra_main(composed: DictConfig) -> None:
     except EndedBySignal as end:
         logger.info("%s", end)
         sys.exit(end.exit_code)
+    finally:
+        say_what_is_waited_for()
+
+
+def say_what_is_waited_for() -> None:
+    """Name the threads that keep this process from ending: those of a user's code that goes on."""
+    own = threading.main_thread()
+    others = [thread.name for thread in threading.enumerate() if thread is not own and not thread.daemon]
+    if others:
+        logger.warning("the run is over; this process ends when its other threads do: %s", ", ".join(others))
 
 
 def main() -> None:
