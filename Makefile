@@ -12,12 +12,13 @@ PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: help install quickstart test test-fast test-vllm lint format clean
+.PHONY: help install quickstart test test-fast test-faults test-vllm lint format clean
 
 help:
 	@echo "make quickstart   distil a tiny student through all three stages on CPU"
-	@echo "make test         all tests but those of vLLM"
+	@echo "make test         all tests but those of vLLM and of disturbed runs"
 	@echo "make test-fast    the tests that start no training run and no Ray"
+	@echo "make test-faults  runs that are killed, listened to and led astray"
 	@echo "make test-vllm    the tests of the vLLM engine, on vLLM's CPU build"
 	@echo "make lint         ruff, check and format"
 	@echo "make format       let ruff mend what it can"
@@ -48,7 +49,10 @@ test: install
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not distributed and not e2e and not vllm and not gpu" $(PARALLEL)
+	$(BIN)/python -m pytest -m "not distributed and not e2e and not vllm and not gpu and not faults" $(PARALLEL)
+
+test-faults: install
+	$(BIN)/python -m pytest -m faults tests/faults
 
 # vLLM compiles a helper of its log-probs even when told to be eager: a quarter of a minute for a tiny model's first answer.
 test-vllm: $(VLLM_VENV)/.installed

@@ -1,4 +1,5 @@
-# Shared by the stage scripts: TensorBoard in the background for as long as the script runs. Not run on its own.
+# Shared by the stage scripts: TensorBoard in the background for as long as the script, and the trainer that takes its
+# place, runs. Not run on its own.
 
 # Where the runs are: TENSORBOARD_LOGDIR, or what the settings say, the last of them, or the scripts' own folder.
 runs_folder() {
@@ -20,7 +21,7 @@ start_tensorboard() {
     "${PYTHON:-python3}" -m tensorboard.main --logdir "$folder" --host "$host" --port "$port" \
         >"$folder/tensorboard.log" 2>&1 &
     local server=$!
-    trap "kill $server 2>/dev/null || true" EXIT
+    (while kill -0 $$ 2>/dev/null; do sleep 1; done; kill "$server" 2>/dev/null || true) >/dev/null 2>&1 &
     for _ in {1..60}; do
         grep -q "http://" "$folder/tensorboard.log" && { echo "TensorBoard: http://$host:$port (runs under $folder)"; return 0; }
         kill -0 "$server" 2>/dev/null || break

@@ -96,6 +96,7 @@ class TrainerConfig:
     validation_data_dir: str | None
     rollout_data_dir: str | None
     save_freq: int
+    save_on_signal: bool
     max_actor_ckpt_to_keep: Positive | None
     max_critic_ckpt_to_keep: Positive | None
     resume_mode: Literal["auto", "disable", "resume_path"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar
@@ -30,6 +31,7 @@ from verl.trainer.ppo.roles import ResourcePoolManager, Role
 from verl.utils.checkpoint.recovery import clear_up
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.run_lock import only_run_in
+from verl.utils.signals import EndedBySignal, RunSignals, out_of_reach
 from verl.utils.tracking import check_loggers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
@@ -71,14 +73,18 @@ class TaskRunner:
     trainer_class: ClassVar[type[RayPPOTrainer]] = RayPPOTrainer
 
     def run(self, config: Config) -> None:
-        """Train. Data, configs and the tokenizers of all models are checked before Ray starts."""
-        config = with_absolute_paths(config)
-        folder = run_folder(config.trainer)
-        with only_run_in(folder):
-            clear_up(folder)
-            self._run(config)
+        """Train. Data, configs and the tokenizers of all models are checked before Ray starts.
 
-    def _run(self, config: Config) -> None:
+        Raises:
+            EndedBySignal: the run was told to end before its last step; between steps it has saved a checkpoint.
+        """
+        config = with_absolute_paths(config)
+        folder, signals = run_folder(config.trainer), RunSignals()
+        with only_run_in(folder), signals.taken():
+            clear_up(folder)
+            self._run(config, signals)
+
+    def _run(self, config: Config, signals: RunSignals) -> None:
         data, trainer = config.data, config.trainer
         if config.custom_reward_function.path is not None:
             data = replace(data, return_raw_chat=True)
@@ -101,6 +107,7 @@ class TaskRunner:
         collate = partial(collate_fn, columns=Prompts.names())
         runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate)
         runner.origin = check_resume(config, len(train))
+        runner.signals = signals
         self.start(config)
         policy_settings = config.actor_rollout_ref
         logger.info(
@@ -120,7 +127,8 @@ def start_ray(config: Config) -> None:
     if ray.is_initialized():
         return
     settings = config.ray_kwargs.ray_init
-    join_or_start(settings.address, settings.num_cpus)
+    with out_of_reach():
+        join_or_start(settings.address, settings.num_cpus)
     if config.trainer.device == "cpu" and ray.cluster_resources().get("GPU"):
         logger.warning(
             "the cluster has %d GPUs and trainer.device=cpu leaves them idle (it is cuda by itself only where the "
@@ -146,7 +154,21 @@ def _hydra_main(composed: DictConfig) -> None:
         config = to_config(composed)
     except ConfigError as error:
         sys.exit(str(error))
-    run_ppo(config)
+    try:
+        run_ppo(config)
+    except EndedBySignal as end:
+        logger.info("%s", end)
+        sys.exit(end.exit_code)
+    finally:
+        say_what_is_waited_for()
+
+
+def say_what_is_waited_for() -> None:
+    """Name the threads that keep this process from ending: those of a user's code that goes on."""
+    own = threading.main_thread()
+    others = [thread.name for thread in threading.enumerate() if thread is not own and not thread.daemon]
+    if others:
+        logger.warning("the run is over; this process ends when its other threads do: %s", ", ".join(others))
 
 
 def main() -> None:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
+
+from verl.utils.signals import EndedBySignal
+
+
+class _Left(BaseException):
+    """`os._exit` was called where it must not end the process."""
 
 
 def is_user_function(name: str) -> bool:
@@ -19,8 +28,39 @@ def with_absolute_path(name: str) -> str:
     return f"{Path(path).expanduser().absolute()}:{function}"
 
 
+@contextmanager
+def cannot_end_the_run(what: str) -> Iterator[None]:
+    """Within the block, which is `what`'s own code, the process does not end by Python's means.
+
+    Neither by `exit()`, nor by any other exception that is not an Exception, nor by `os._exit`: with the code that it
+    names, a run would be over without a word, as if it were done.
+
+    Raises:
+        RuntimeError: it tried to.
+    """
+    process, leave = os.getpid(), os._exit
+
+    def refuse(code: int) -> NoReturn:
+        if os.getpid() != process:
+            # A child that it forked ends like this.
+            leave(code)
+        raise _Left(f"os._exit({code})")
+
+    os._exit = refuse
+    try:
+        yield
+    except (Exception, EndedBySignal):
+        raise
+    except BaseException as error:
+        said = str(error) if isinstance(error, _Left) else f"{type(error).__name__}({error})"
+        raise RuntimeError(f"{what} tried to end the process by {said}: let it raise an Exception instead") from error
+    finally:
+        os._exit = leave
+
+
 def load_user_function(name: str) -> Callable:
-    """The function that `path/to/file.py:function` names. A file is run once per process.
+    """The function that `path/to/file.py:function` names, to be called in `cannot_end_the_run`. A file is run once per
+    process.
 
     Raises:
         ValueError: there is no such file, it fails when it is run, or it has no such function.
@@ -35,7 +75,8 @@ def load_user_function(name: str) -> Callable:
         # Registered first, as imports are: dataclasses in the file look themselves up.
         sys.modules[module_name] = module
         try:
-            spec.loader.exec_module(module)
+            with cannot_end_the_run(path):
+                spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[module_name]
             raise ValueError(f"{name}: running {path} failed with {type(error).__name__}: {error}") from error

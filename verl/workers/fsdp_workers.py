@@ -35,6 +35,7 @@ from verl.protocol import DataProto
 from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+from verl.utils.rendezvous import meeting_store
 from verl.utils.units import GIB
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.pairs import PairPolicy
@@ -68,7 +69,10 @@ class FSDPWorker(Worker):
             backend = "cpu:gloo,cuda:nccl"
         quiet_transformers()
         if not dist.is_initialized():
-            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT)
+            store = meeting_store(self.rank, self.world_size, COLLECTIVE_TIMEOUT)
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT
+            )
         # Fresh score heads are drawn from this; every draw during training has a seed of its own.
         torch.manual_seed(seed)
 

@@ -403,6 +403,43 @@ def test_a_loss_from_a_file(tmp_path):
     assert get_discriminator_loss_fn(f"{file}:named").fn is get_discriminator_loss_fn(tmp_path.name).fn
 
 
+BAD_LOSSES = """
+def leaves(scores):
+    import sys
+    sys.exit(0)
+
+def nothing(scores):
+    pass
+
+def wide(scores):
+    return scores.difference.square(), {}
+
+def detached(scores):
+    return scores.difference.square().mean().detach(), {}
+
+def plain_metric(scores):
+    return scores.difference.mean(), {"critic/mine": 1.0}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("leaves", RuntimeError, r"own.py:leaves tried to end the process by SystemExit\(0\)"),
+        ("nothing", TypeError, r"own.py:nothing: expected a tuple \(tensor, dict\), got NoneType"),
+        ("wide", TypeError, r"own.py:wide: expected a 0-d tensor with a gradient, got shape \(1,\)"),
+        ("detached", TypeError, r"own.py:detached: expected a 0-d tensor with a gradient, .*requires_grad=False"),
+        ("plain_metric", TypeError, r"own.py:plain_metric: expected 0-d tensors as metrics; \['critic/mine'\] are not"),
+    ],
+)
+def test_what_a_loss_from_a_file_may_not_do_in_the_middle_of_a_run(tmp_path, name, error, message):
+    (tmp_path / "own.py").write_text(BAD_LOSSES)
+    scores = pairs([3.0])
+    scores.student.requires_grad_()
+    with pytest.raises(error, match=message):
+        get_discriminator_loss_fn(f"{tmp_path}/own.py:{name}")(scores)
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("x = 1", "no function 'loss'"), ("1 / 0", "ZeroDivisionError"), (None, "no file")]
 )

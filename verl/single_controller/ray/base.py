@@ -291,8 +291,9 @@ def _environments(bundles: list[tuple[PlacementGroup, int]], use_gpu: bool) -> l
         "TOKENIZERS_PARALLELISM": "false",
     }
     if one_node and sys.platform == "linux":
-        # By default gloo listens where the host's name points to, which may be a public address or nowhere.
-        shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+        # By default gloo listens where the host's name points to, which may be a public address or nowhere, and NCCL on
+        # any interface but the loopback.
+        shared |= {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     environments = []
     for rank, node in enumerate(nodes):
         # Ray shows a GPU process only its own GPU, as device 0, and torch and vLLM take LOCAL_RANK for the device.

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
+from ray._private import ray_constants
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +20,7 @@ logger = logging.getLogger(__name__)
 LONGEST_FOLDER = 107 - 64
 SHORT_FOLDER = "/tmp/ray"
 HEALTH_CHECK_SECONDS = 20
+LOOPBACK = "127.0.0.1"
 
 
 def join_or_start(address: str | None, num_cpus: int | None) -> None:
@@ -27,14 +32,51 @@ def join_or_start(address: str | None, num_cpus: int | None) -> None:
     origin = "ray_kwargs.ray_init.address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
-        ray.init(
-            address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1",
-            _temp_dir=session_folder(),
-        )  # fmt: skip
+        start_alone(num_cpus)
         return
     if address not in ("auto", "local") and "://" not in address:
         check_answers(address, origin)
     ray.init(address=address)
+
+
+def start_alone(num_cpus: int | None) -> None:
+    """Start Ray on this machine: it listens on loopback alone, and answers those who have the run's token.
+
+    The token is this start's own and lives in the environment of the run's processes, which only their owner can read,
+    unless RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names another.
+
+    Raises:
+        RuntimeError: this version of Ray listens elsewhere all the same; it has been stopped.
+    """
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with _one_machine():
+        ray.init(
+            address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address=LOOPBACK,
+            _temp_dir=session_folder(),
+        )  # fmt: skip
+    address = ray.util.get_node_ip_address()
+    if address != LOOPBACK:
+        ray.shutdown()
+        raise RuntimeError(
+            f"Ray {ray.__version__} listens on {address} where {LOOPBACK} was asked for, open to the network: install "
+            "one of the versions in requirements.txt"
+        )
+
+
+@contextmanager
+def _one_machine() -> Iterator[None]:
+    """Within the block Ray takes this machine for one that can be in no cluster, as it does on macOS and Windows.
+
+    By itself it puts the machine's own address in the place of 127.0.0.1 (`services.resolve_ip_for_localhost`), and
+    listens on every interface unless a node's address is exactly that.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def session_folder() -> str | None:

@@ -14,6 +14,7 @@ import socket
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from verl.tools.prompts import Limits, Prompt
 from verl.utils.dataset.texts import SpecialText, Tokenization
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
 from verl.utils.dump import write_jsonl
+from verl.utils.rendezvous import meeting_store
 from verl.workers.rollout import get_rollout_class
 
 
@@ -209,7 +211,8 @@ def _generate_alone(folder: Path, jobs: Sequence[Job], drawing: Drawing, prompts
     }  # fmt: skip
     if drawing.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(drawing.device).index or 0)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if drawing.device.startswith("cuda") else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if drawing.device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, store=meeting_store(0, 1, timedelta(minutes=1)), rank=0, world_size=1)
     _generate_group(folder, jobs, drawing, prompts)
 
 

@@ -19,10 +19,10 @@ from verl.trainer.ppo.core_algos import (
     POLICY_LOSS_REGISTRY,
     kl_penalty_forward,
 )
-from verl.trainer.ppo.discriminator_algos import PairScores, get_discriminator_loss_fn
+from verl.trainer.ppo.discriminator_algos import PairScores, get_discriminator_loss_fn, loss_problem
 from verl.trainer.ppo.replay import past_groups
 from verl.utils.tracking import BACKENDS
-from verl.utils.user_code import is_user_function, load_user_function
+from verl.utils.user_code import cannot_end_the_run, is_user_function, load_user_function
 from verl.workers.rollout import ROLLOUTS
 
 
@@ -256,18 +256,17 @@ def _loss_problem(fn: Callable, constants: dict[str, Any]) -> str | None:
     generator = torch.Generator().manual_seed(0)
     sides = [torch.randn(2, n, generator=generator, requires_grad=True) for n in (3, 1, 3, 1)]
     try:
-        value, metrics = fn(PairScores(*sides), **constants)
-        if not (isinstance(value, torch.Tensor) and isinstance(metrics, dict)):
-            return f"expected (tensor, dict), got ({type(value).__name__}, {type(metrics).__name__})"
-        parts = [fn(PairScores(*(side[i : i + 1] for side in sides)), **constants)[0] for i in (0, 1)]
+        with cannot_end_the_run("it"):
+            made = fn(PairScores(*sides), **constants)
+            problem = loss_problem(made, PairScores(*sides))
+            if problem is not None:
+                return problem
+            parts = [fn(PairScores(*(side[i : i + 1] for side in sides)), **constants)[0] for i in (0, 1)]
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    if value.shape != () or not value.requires_grad:
-        return f"expected a 0-d tensor with a gradient, got shape {tuple(value.shape)}, {value.requires_grad=}"
-    if not torch.allclose(value, sum(parts) / 2, atol=1e-5):
+    if not torch.allclose(made[0], sum(parts) / 2, atol=1e-5):
         return "it is not a mean over pairs: the mean of the two groups' losses differs from the loss of both"
-    wrong = [name for name, metric in metrics.items() if not (isinstance(metric, torch.Tensor) and metric.shape == ())]
-    return f"expected 0-d tensors as metrics; {wrong} are not" if wrong else None
+    return None
 
 
 def _replay(config: Config) -> Iterator[str]:

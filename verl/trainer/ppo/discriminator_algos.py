@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from verl.utils.torch_functional import masked_mean, masked_sum
-from verl.utils.user_code import is_user_function, load_user_function
+from verl.utils.user_code import cannot_end_the_run, is_user_function, load_user_function
 
 POOLINGS = ("last_token", "mean", "sum")
 REGULARISERS = ("raw", "pooled", "centre")
@@ -131,6 +131,30 @@ class DiscriminatorLoss:
 
     fn: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
     pooling: str
+    name: str
+
+    def __call__(self, scores: PairScores, **constants: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What `fn` returns for these scores. Raises TypeError where that is no loss: a user's may return anything."""
+        with cannot_end_the_run(f"the discriminator loss {self.name}"):
+            result = self.fn(scores, **constants)
+        problem = loss_problem(result, scores)
+        if problem is not None:
+            raise TypeError(f"the discriminator loss {self.name}: {problem}")
+        return result
+
+
+def loss_problem(result: Any, scores: PairScores) -> str | None:
+    """The reason why something is not what a discriminator loss of these scores is, or None. Values are not looked at,
+    only types and shapes."""
+    if not (isinstance(result, tuple) and len(result) == 2):
+        return f"expected a tuple (tensor, dict), got {type(result).__name__}"
+    value, metrics = result
+    if not (isinstance(value, torch.Tensor) and isinstance(metrics, dict)):
+        return f"expected (tensor, dict), got ({type(value).__name__}, {type(metrics).__name__})"
+    if value.shape != () or (scores.difference.requires_grad and not value.requires_grad):
+        return f"expected a 0-d tensor with a gradient, got shape {tuple(value.shape)}, {value.requires_grad=}"
+    wrong = [name for name, metric in metrics.items() if not (isinstance(metric, torch.Tensor) and metric.shape == ())]
+    return f"expected 0-d tensors as metrics; {wrong} are not" if wrong else None
 
 
 DISCRIMINATOR_LOSS_REGISTRY: dict[str, DiscriminatorLoss] = {}
@@ -149,7 +173,7 @@ def register_discriminator_loss(name: str, pooling: str = "mean") -> Callable[[C
         known = DISCRIMINATOR_LOSS_REGISTRY.get(name)
         if known is not None and known.fn is not fn:
             raise ValueError(f"discriminator loss {name!r} is already registered; pick another name")
-        DISCRIMINATOR_LOSS_REGISTRY[name] = DiscriminatorLoss(fn, pooling)
+        DISCRIMINATOR_LOSS_REGISTRY[name] = DiscriminatorLoss(fn, pooling, name)
         return fn
 
     return decorate
@@ -166,7 +190,7 @@ def get_discriminator_loss_fn(name: str) -> DiscriminatorLoss:
     if is_user_function(name):
         fn = load_user_function(name)
         registered = [loss for loss in DISCRIMINATOR_LOSS_REGISTRY.values() if loss.fn is fn]
-        return registered[0] if registered else DiscriminatorLoss(fn, "mean")
+        return registered[0] if registered else DiscriminatorLoss(fn, "mean", name)
     if name not in DISCRIMINATOR_LOSS_REGISTRY:
         known = ", ".join(sorted(DISCRIMINATOR_LOSS_REGISTRY))
         raise ValueError(f"unknown discriminator loss {name!r}: use one of {known}, or path/to/file.py:function")
@@ -314,7 +338,7 @@ def compute_discriminator_loss(
     scores = PairScores.pool(student_vpreds, teacher_vpreds, response_mask, teacher_response_mask, pooling)
     if adaptive_temperature:
         constants["temperature"] = adapted_temperature(scores.difference.mean().item())
-    value, parts = spec.fn(scores, **constants)
+    value, parts = spec(scores, **constants)
     metrics = {
         "critic/d_loss": value,
         **parts,

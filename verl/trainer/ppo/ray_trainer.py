@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from verl.batch import Prompts
@@ -48,6 +49,7 @@ from verl.trainer.ppo.student import Student
 from verl.trainer.ppo.validation import Validation
 from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
 from verl.utils.dataset.sampler import EpochBatches
+from verl.utils.signals import RunSignals
 from verl.utils.tracking import Tracking
 
 __all__ = [
@@ -95,6 +97,8 @@ class RayPPOTrainer:
 
     # What the run began with, which its checkpoints keep; None: they keep nothing of it.
     origin: Origin | None = None
+    # Those that may end the run; these never arrive.
+    signals: RunSignals = RunSignals()
 
     def __init__(
         self,
@@ -225,28 +229,47 @@ class RayPPOTrainer:
         with self._open_tracking() as tracking, progress_bar(stage, self.total_steps, self.global_step) as bar:
             if config.val_only:
                 return tracking.log(self.validation.run(self.global_step, tracking), self.global_step)
-            for prompts in self._batches():
-                metrics, timing = {}, {}
-                timed = partial(marked_timer, timing=timing)
-                if self._validation_is_due():
-                    metrics, ends = self._validate(tracking, timed)
-                    if ends:
-                        return tracking.log(metrics, self.global_step)
-                with timed("step"):
-                    made = self._make_step(prompts, timed)
-                done, written = self.global_step + 1, None
-                if done == self.total_steps or (config.save_freq > 0 and done % config.save_freq == 0):
-                    with timed("save_checkpoint"):
-                        written = self.write_checkpoint(done)
-                metrics |= self._step_metrics(made, timing)
-                # First, because a run that goes on from the checkpoint does not make this step again.
-                tracking.log(metrics, self.global_step)
-                if written is not None:
-                    self.checkpoints.publish(written)
-                show_step(bar, metrics)
-                self.global_step = done
-            if config.test_freq > 0 and self.val_dataset is not None:
+            with self.signals.at_step_ends(config.save_on_signal):
+                complete = self._make_steps(tracking, bar)
+            if complete and config.test_freq > 0 and self.val_dataset is not None:
                 tracking.log(self._validate(tracking, partial(marked_timer, timing={}))[0], self.global_step)
+
+    def _make_steps(self, tracking: Tracking, bar: tqdm) -> bool:
+        """Make the steps that are left, validating and saving on the way; whether all of them were made. A signal or an
+        early stop ends them before, with a checkpoint."""
+        save_freq = self.config.trainer.save_freq
+        for prompts in self._batches():
+            metrics, timing = {}, {}
+            timed = partial(marked_timer, timing=timing)
+            if self._validation_is_due():
+                metrics, ends = self._validate(tracking, timed)
+                if ends or self.signals.received is not None:
+                    tracking.log(metrics, self.global_step)
+                    self._save_unless_saved()
+                    return False
+            with timed("step"):
+                made = self._make_step(prompts, timed)
+            done, written = self.global_step + 1, None
+            is_due = done == self.total_steps or (save_freq > 0 and done % save_freq == 0)
+            if is_due or self.signals.received is not None:
+                with timed("save_checkpoint"):
+                    written = self.write_checkpoint(done)
+            metrics |= self._step_metrics(made, timing)
+            # First, because a run that goes on from the checkpoint does not make this step again.
+            tracking.log(metrics, self.global_step)
+            if written is not None:
+                self.checkpoints.publish(written)
+            show_step(bar, metrics)
+            self.global_step = done
+            if self.signals.received is not None:
+                self._save_unless_saved()
+                return False
+        return True
+
+    def _save_unless_saved(self) -> None:
+        """Save the present weights, where a step has been made since the newest checkpoint."""
+        if self.global_step not in (0, self.checkpoints.saved_step):
+            self.save(self.global_step)
 
     def _make_step(self, prompts: Prompts, timed: Timed) -> Step:
         """One step. If the discriminator's head start gives up, a checkpoint is saved before the run ends."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from inspect import signature
 from typing import Any
 
@@ -23,7 +24,7 @@ from verl.trainer.ppo.core_algos import kl_penalty as estimate_kl
 from verl.trainer.ppo.discriminator_algos import ends_with_eos
 from verl.trainer.ppo.metric_utils import correlation, mean_max_min
 from verl.trainer.ppo.reward_shaping import flat_groups, settle_cut_answers, without_length
-from verl.utils.user_code import load_user_function
+from verl.utils.user_code import cannot_end_the_run, load_user_function
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class TaskReward:
 
         Raises:
             RuntimeError: the function raised; it is the cause.
-            TypeError, ValueError: what it returned is not one finite number.
+            TypeError, ValueError: what it returned is not one finite number that fp32 has.
         """
         per_prompt = len(answers) // len(prompts)
         rewards = torch.zeros(len(prompts), per_prompt)
@@ -59,7 +60,9 @@ class TaskReward:
             row, number = divmod(i, per_prompt)
             where = f"custom_reward_function {self.name}, data row {rows[row]}, answer {number}"
             try:
-                value = self.fn(prompts[row], answer, teachers[row])
+                # A copy: the messages are the data's own, and the next answer's reward gets them too.
+                with cannot_end_the_run("it"):
+                    value = self.fn(deepcopy(prompts[row]), answer, teachers[row])
             except Exception as error:
                 raise RuntimeError(f"{where}: raised {type(error).__name__}: {error}") from error
             rewards[row, number] = _as_number(value, where)
@@ -71,9 +74,14 @@ def _as_number(value: Any, where: str) -> float:
     if not is_scalar and (not isinstance(value, int | float)):
         shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
         raise TypeError(f"{where}: expected one number, got {type(value).__name__}{shape}: {value!r:.200}")
-    number = float(value)
+    try:
+        number = float(value)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: expected a number that fp32 has, got {value!r:.60}: {error}") from error
     if not math.isfinite(number):
         raise ValueError(f"{where}: expected a finite number, got {number}")
+    if abs(number) > torch.finfo(torch.float32).max:
+        raise ValueError(f"{where}: expected a number that fp32 has, got {number}")
     return number
 
 

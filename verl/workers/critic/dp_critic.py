@@ -127,7 +127,7 @@ class DataParallelPPOCritic:
         metrics, table = MetricSums(), ScoreTable(*data.batch["responses"].shape[:2])
         constants = self._constants(data, metrics)
         for index, scores, tokens in self._score_groups(data):
-            loss, parts = self.loss.fn(scores, **constants)
+            loss, parts = self.loss(scores, **constants)
             metrics.add({"critic/d_loss": loss, **parts}, float(len(index)))
             table.add(index, scores, tokens)
         reshard(self.critic_module)
@@ -139,7 +139,7 @@ class DataParallelPPOCritic:
         constants = self._constants(mini_batch, metrics)
         self.critic_optimizer.zero_grad()
         for index, scores, tokens in self._score_groups(mini_batch):
-            loss, parts = self.loss.fn(scores, **constants)
+            loss, parts = self.loss(scores, **constants)
             # The loss is a mean over this part's pairs; every group has as many.
             (loss * (len(index) / all_groups * data_parallel_size())).backward()
             means = {"critic/d_loss": loss, **parts}

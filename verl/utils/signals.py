@@ -1,0 +1,104 @@
+"""Signals that end a run: SIGTERM, SIGINT and SIGHUP, at the end of the step at hand or at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class EndedBySignal(KeyboardInterrupt):
+    """The run has ended because it was told to.
+
+    A KeyboardInterrupt, because Ray aborts the process when a handler raises anything else within one of its calls.
+    """
+
+    def __init__(self, number: int):
+        self.number = signal.Signals(number)
+        super().__init__(f"ended by {self.number.name}")
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the signal's number, as shells have it."""
+        return 128 + self.number
+
+
+class RunSignals:
+    """The signals that a run gets, and what is made of them: nothing, until `taken`."""
+
+    def __init__(self) -> None:
+        # The first of them.
+        self.received: signal.Signals | None = None
+        self._waits = False
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Within the block a signal ends the block, or what `at_step_ends` encloses; its end then raises EndedBySignal.
+
+        Outside the main thread, which alone gets signals, nothing changes; nor for signals that are ignored, as SIGHUP
+        is under nohup.
+        """
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.getsignal(number) for number in ENDING}
+        # None: a handler that is not Python's.
+        before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+        for number in before:
+            signal.signal(number, self._handle)
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.received is None:
+                raise
+            # Ray raises one of its own where the handler raised within its calls.
+            raise EndedBySignal(self.received) from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.received is not None:
+            raise EndedBySignal(self.received)
+
+    @contextmanager
+    def at_step_ends(self, waits: bool) -> Iterator[None]:
+        """Within the block, where it `waits`, a first signal is noted in `received`, for the loop to ask after it."""
+        self._waits = waits
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.received is None and self._waits:
+            self.received = signal.Signals(number)
+            said = "the run ends after this step, with a checkpoint; a second signal ends it at once"
+            # What is said by other means may be in the middle of a line of its own; nobody may be there to read it.
+            with suppress(OSError):
+                os.write(2, f"\n{self.received.name}: {said}\n".encode())
+            return
+        self.received = self.received or signal.Signals(number)
+        for other in ENDING:
+            # Whatever keeps the end from coming, one more is obeyed by the system.
+            signal.signal(other, signal.SIG_DFL)
+        raise EndedBySignal(self.received)
+
+
+@contextmanager
+def out_of_reach() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP wait, and what is started there never gets them.
+
+    For Ray: its processes are in the driver's group, and who ends a whole group or job (`timeout`, systemd, Slurm)
+    would take them from a driver that still has to save. Ray's own handler of SIGTERM is taken back.
+    """
+    held = {signal.SIGTERM, signal.SIGHUP}
+    handler = signal.getsignal(signal.SIGTERM)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
