@@ -43,7 +43,7 @@ from verl.trainer.ppo.reward import (
     compute_advantage,
     get_custom_reward_fn,
 )
-from verl.trainer.ppo.roles import ResourcePoolManager, Role
+from verl.trainer.ppo.roles import ResourcePoolManager, Role, worker_roles
 from verl.trainer.ppo.steps import Metrics, Step, Steps, Timed
 from verl.trainer.ppo.student import Student
 from verl.trainer.ppo.validation import Validation
@@ -146,7 +146,7 @@ class RayPPOTrainer:
     def init_workers(self) -> None:
         """Start one process per rank with every role in it, build the models there, and wrap them in handles."""
         config, eos_token_ids = self.config, all_eos_token_ids(self.tokenizer, self.config.actor_rollout_ref.model.path)
-        groups = self.spawn(self._roles(eos_token_ids))
+        groups = self.spawn(worker_roles(config, self.role_worker_mapping, self.total_steps, eos_token_ids))
         actor_rollout, critic = groups[str(Role.ActorRollout)], groups.get(str(Role.Critic))
         check_run_memory(config, actor_rollout.memory_sizes()[0])
         logger.info("%d ranks are up; building models", config.trainer.ranks)
@@ -185,29 +185,6 @@ class RayPPOTrainer:
         size = sum(group.checkpoint_bytes()[0] for group in groups)
         self.checkpoints = Checkpoints(config.trainer, actor_rollout, critic, files, self.origin, size)
         self.student.peak_memory()  # What building took is not the first step's.
-
-    def _roles(self, eos_token_ids: tuple[int, ...]) -> dict[str, RayClassWithInitArgs]:
-        """Each role's worker class and what it is built with."""
-        config = self.config
-        common = {"device": config.trainer.device, "seed": config.data.seed}
-        roles = {
-            str(Role.ActorRollout): RayClassWithInitArgs(
-                self.role_worker_mapping[Role.ActorRollout],
-                config.actor_rollout_ref,
-                use_reference=config.use_reference,
-                total_steps=max(1, self.total_steps - config.frozen_actor_steps),
-                **common,
-            )
-        }
-        if config.use_critic:
-            roles[str(Role.Critic)] = RayClassWithInitArgs(
-                self.role_worker_mapping[Role.Critic],
-                config.critic,
-                total_steps=self.total_steps,
-                eos_token_ids=eos_token_ids,
-                **common,
-            )
-        return roles
 
     def spawn(self, roles: dict[str, RayClassWithInitArgs]) -> dict[str, WorkerGroup]:
         """One worker group per role, the roles of a rank in one process."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from verl.single_controller.ray import RayResourcePool
+from verl.config.run import Config
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool
 
 
 class Role(Enum):
@@ -41,3 +43,28 @@ class ResourcePoolManager:
     def get_n_gpus(self) -> int:
         """Processes of all pools; on GPU nodes each has a GPU."""
         return sum(sum(processes) for processes in self.resource_pool_spec.values())
+
+
+def worker_roles(
+    config: Config, classes: Mapping[Role, type], total_steps: int, eos_token_ids: tuple[int, ...]
+) -> dict[str, RayClassWithInitArgs]:
+    """Each role's worker class (`classes`) with what it is built with.
+
+    Args:
+        total_steps: of the run; the discriminator's schedule has so many, the actor's those in which it trains.
+    """
+    common = {"device": config.trainer.device, "seed": config.data.seed}
+    roles = {
+        str(Role.ActorRollout): RayClassWithInitArgs(
+            classes[Role.ActorRollout],
+            config.actor_rollout_ref,
+            use_reference=config.use_reference,
+            total_steps=max(1, total_steps - config.frozen_actor_steps),
+            **common,
+        )
+    }
+    if config.use_critic:
+        roles[str(Role.Critic)] = RayClassWithInitArgs(
+            classes[Role.Critic], config.critic, total_steps=total_steps, eos_token_ids=eos_token_ids, **common
+        )
+    return roles
