@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import psutil
@@ -28,7 +28,7 @@ from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup, create_colocated_worker_cls
 from verl.trainer.ppo.best import first_that_counts, open_best
-from verl.trainer.ppo.checkpointing import Checkpoints, RunState
+from verl.trainer.ppo.checkpointing import Checkpoints, RunState, run_folder
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator import Discriminator
 from verl.trainer.ppo.display import dump_answers, progress_bar, show_step
@@ -48,6 +48,7 @@ from verl.trainer.ppo.reward import (
     get_custom_reward_fn,
 )
 from verl.trainer.ppo.roles import ResourcePoolManager, Role
+from verl.trainer.ppo.skipped import SkippedSteps
 from verl.trainer.ppo.steps import Metrics, Step, Steps, Timed
 from verl.trainer.ppo.student import Student
 from verl.trainer.ppo.validation import Validation
@@ -236,11 +237,13 @@ class RayPPOTrainer:
                 if self._validation_is_due():
                     metrics, ends = self._validate(tracking, timed)
                     if ends:
+                        self._prune()
                         return tracking.log(metrics, self.global_step)
                 with timed("step"):
                     made = self._make_step(prompts, timed)
                 done, written = self.global_step + 1, None
-                if done == self.total_steps or (config.save_freq > 0 and done % config.save_freq == 0):
+                self._prune()
+                if self._save_is_due(done):
                     with timed("save_checkpoint"):
                         written = self.write_checkpoint(done)
                 metrics |= self._step_metrics(made, timing)
@@ -248,18 +251,28 @@ class RayPPOTrainer:
                 tracking.log(metrics, self.global_step)
                 if written is not None:
                     self.checkpoints.publish(written)
+                self.skipped.end_if_too_many(metrics, done == self.total_steps)
                 show_step(bar, metrics)
                 self.global_step = done
+            self._prune()
             if config.test_freq > 0 and self.val_dataset is not None:
                 tracking.log(self._validate(tracking, partial(marked_timer, timing={}))[0], self.global_step)
 
     def _make_step(self, prompts: Prompts, timed: Timed) -> Step:
         """One step. If the discriminator's head start gives up, a checkpoint is saved before the run ends."""
         try:
-            return self.steps.make(prompts, self.global_step, self.samples_seen, timed)
+            made = self.steps.make(prompts, self.global_step, self.samples_seen, timed)
         except DiscriminatorCouldNotLearn:
             self.save(self.global_step)
             raise
+        self.skipped.see(made, self.global_step)
+        return made
+
+    @cached_property
+    def skipped(self) -> SkippedSteps:
+        """The steps whose update was left out."""
+        trainer = self.config.trainer
+        return SkippedSteps(run_folder(trainer), trainer.max_skipped_steps)
 
     def _batches(self) -> Iterator[Prompts]:
         """Batches from the first row not seen yet to the last step's."""
@@ -282,6 +295,17 @@ class RayPPOTrainer:
             self.samples_seen += data.train_batch_size
 
     # ------------------------------------------------------------ around the loop
+
+    def _save_is_due(self, done: int) -> bool:
+        """Whether a checkpoint is to be written after so many steps. While updates are skipped the weights are those of
+        an earlier step, and may be what is wrong: only the run's end saves them."""
+        frequency = self.config.trainer.save_freq
+        return done == self.total_steps or (not self.skipped.in_a_row and frequency > 0 and done % frequency == 0)
+
+    def _prune(self) -> None:
+        """Remove older checkpoints, unless the newest one's weights have made no step that could be taken."""
+        if not self.skipped.in_a_row:
+            self.checkpoints.prune()
 
     def _due(self, frequency: int) -> bool:
         return frequency > 0 and self.global_step % frequency == 0
