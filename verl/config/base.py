@@ -11,6 +11,7 @@ settings = partial(dataclass, frozen=True, config=ConfigDict(extra="forbid", coe
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0)]
 AtLeastMinusOne = Annotated[int, Field(ge=-1)]
 Count = Annotated[int, Field(ge=0)]

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from verl.config.base import AtLeastMinusOne, BelowOne, Fraction, NonNegative, Positive, PositiveFloat, settings
+from verl.config.base import AtLeastMinusOne, BelowOne, Finite, Fraction, Positive, PositiveFloat, settings
 
 
 @settings
@@ -37,10 +37,10 @@ class FSDPConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule. `lr_warmup_steps` of -1 means `lr_warmup_steps_ratio` of the total."""
 
-    lr: NonNegative
+    lr: Finite
     betas: tuple[BelowOne, BelowOne]
     eps: PositiveFloat
-    weight_decay: NonNegative
+    weight_decay: Finite
     lr_scheduler_type: Literal["constant", "cosine", "wsd"]
     lr_warmup_steps: AtLeastMinusOne
     lr_warmup_steps_ratio: Fraction

@@ -95,6 +95,7 @@ class TrainerConfig:
     log_val_generations: Count
     validation_data_dir: str | None
     rollout_data_dir: str | None
+    max_skipped_steps: Positive
     save_freq: int
     save_on_signal: bool
     max_actor_ckpt_to_keep: Positive | None

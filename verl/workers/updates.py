@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -17,12 +18,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from verl.config import OptimizerConfig
 from verl.models.answer_models import AnswerModel
 from verl.models.packing import AnswerRows
+from verl.utils.finite import non_finite_names
 from verl.utils.seqlen_balancing import rearrange_micro_batches
 from verl.utils.torch_functional import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_wsd_schedule_with_warmup,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def build_optimizer(
@@ -71,21 +75,59 @@ def _make_states(optimizer: torch.optim.AdamW) -> None:
             }
 
 
-def optimizer_step(module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-    """Clip the gradients' total norm over all ranks, step, and return the norm before clipping.
+def optimizer_step(
+    module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, loss: torch.Tensor | float = 0.0
+) -> float:
+    """Clip the gradients' total norm over all ranks, step, and return the norm before clipping; collective.
+
+    Args:
+        loss: this rank's, whose gradients these are.
 
     Raises:
-        FloatingPointError: the norm is not finite; the weights are left as they were.
+        FloatingPointError: the norm, or the loss of any rank, is not finite. The weights are left as they were, on
+            every rank, and so is the optimizer.
     """
-    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
     value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if not math.isfinite(value):
+    losses, broken = sum_over_ranks([float(loss), not (math.isfinite(value) and math.isfinite(loss))])
+    if broken:
         raise FloatingPointError(
-            f"the gradient norm is {value}, so the update was not applied: lower the learning rate, or look for "
-            "non-finite losses in the last logged step; the newest checkpoint is from before"
+            f"the loss is {losses / data_parallel_size():.6g} and the gradient norm {value:.6g}, so the update was not "
+            f"applied; {_what_is_not_finite(module)}"
         )
+    nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
     optimizer.step()
     return value
+
+
+def _what_is_not_finite(module: nn.Module) -> str:
+    """The weights, or the gradients where all weights are finite, in words; collective."""
+    weights = dict(module.named_parameters())
+    gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+    for kind, tensors in (("weights", weights), ("gradients", gradients)):
+        if names := non_finite_names(tensors):
+            return f"{len(names)} of {len(tensors)} {kind} are not finite, e.g. {names[0]}"
+    return "all weights and gradients are finite"
+
+
+def step_or_skip(
+    name: str,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_norm: float,
+    loss: torch.Tensor | float,
+    metrics: MetricSums,
+) -> None:
+    """`optimizer_step`, left out on all ranks where it would not be finite. It counts as one of `{name}/skipped_steps`
+    then; otherwise its norm is in `{name}/grad_norm`. `name` is the model's, `actor` or `critic`."""
+    try:
+        norm = optimizer_step(module, optimizer, max_norm, loss)
+    except FloatingPointError as error:
+        metrics.count(f"{name}/skipped_steps")
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            logger.warning("%s: %s", name, error)
+        return
+    metrics.add({f"{name}/grad_norm": norm}, 1.0)
 
 
 def split_micro_batches(
@@ -165,6 +207,11 @@ class MetricSums:
     def __init__(self) -> None:
         self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._weights: dict[str, list[float]] = defaultdict(list)
+        self._counts: dict[str, float] = defaultdict(float)
+
+    def count(self, name: str) -> None:
+        """Count one more of what happens on all ranks at once."""
+        self._counts[name] += 1
 
     def add(self, metrics: Mapping[str, torch.Tensor | float], weight: float) -> None:
         """Add the means over a part that counts `weight` (tokens, sequences or pairs)."""
@@ -173,8 +220,8 @@ class MetricSums:
             self._weights[name].append(weight)
 
     def means(self) -> dict[str, float]:
-        """The means over everything added on all ranks; collective. A metric that some ranks or parts do not have is
-        the mean over those that do."""
+        """The means over everything added on all ranks, and what was counted; collective. A metric that some ranks or
+        parts do not have is the mean over those that do."""
         names = _names_on_any_rank(self._values)
         sums = []
         for name in names:
@@ -182,4 +229,4 @@ class MetricSums:
             values = torch.stack(self._values[name]).double().cpu() if len(weights) else torch.zeros(0).double()
             sums.append((values @ weights).item())
         totals = sum_over_ranks([*sums, *(sum(self._weights[name]) for name in names)])
-        return {name: totals[i] / totals[len(names) + i] for i, name in enumerate(names)}
+        return {name: totals[i] / totals[len(names) + i] for i, name in enumerate(names)} | dict(self._counts)

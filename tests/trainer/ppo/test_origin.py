@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -87,6 +89,35 @@ def test_another_run_in_the_same_folder_is_refused(folder, change, caplog):
     meant = ("trainer.resume_mode=resume_path", f"trainer.resume_from_path={checkpoint}")
     check_resume(config(folder, *overrides, *meant, **how), rows)
     assert "began otherwise" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("began", "now", "says"),
+    [
+        ((), ("data.train_batch_size=4",), r"data\.train_batch_size=\d+, now 4: the rows go on where they were"),
+        (("data.shuffle=False",), ("data.shuffle=False", "data.seed=5"), r"data\.seed=\d+, now 5: answers are other"),
+    ],
+)
+def test_a_run_that_goes_on_otherwise_is_warned_of(folder, caplog, began, now, says):
+    save(folder, check_resume(config(folder, *began), 8))
+    check_resume(config(folder, *now), 8)
+    assert re.search(rf"{says}.*\. What may change as you like: learning rates", caplog.text)
+
+
+def test_what_may_change_is_not_warned_of(folder, caplog):
+    save(folder, check_resume(config(folder), 8))
+    free = ("actor_rollout_ref.actor.optim.lr=1e-3", "trainer.total_training_steps=9", "trainer.save_freq=1")
+    check_resume(config(folder, *free, "actor_rollout_ref.actor.optim.weight_decay=0.1"), 8)
+    assert caplog.text == ""
+
+
+def test_an_origin_of_an_older_trainer_has_no_batch_size(folder, caplog):
+    checkpoint = save(folder, None)
+    fields = json.loads(json.dumps(asdict(Origin.of(config(folder), 8))))
+    old = {name: value for name, value in fields.items() if name not in ("batch_size", "seed")}
+    (checkpoint / "origin.json").write_text(json.dumps(old))
+    check_resume(config(folder, "data.train_batch_size=4"), 8)
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("change", ["model", "data"])

@@ -87,6 +87,8 @@ class Checkpoints:
         self.root = run_folder(config)
         # Of the newest checkpoint in `root` that this run wrote or began with.
         self.saved_step: int | None = None
+        # The newest checkpoint's step when the older ones were pruned.
+        self.pruned_step: int | None = None
         # Bytes of the next one: as many as the last one's.
         self.size = size
 
@@ -119,7 +121,7 @@ class Checkpoints:
     def publish(self, state: RunState) -> None:
         """Let what was written for this state exist as `global_step_N`.
 
-        Then `best` becomes what the state says, and only then what it was may go.
+        Then `best` becomes what the state says, and only then what it was may go. Others go with `prune`.
         """
         folder = self.root / f"global_step_{state.global_step}.tmp"
         with explain_full_disk(folder):
@@ -127,10 +129,16 @@ class Checkpoints:
         self.saved_step = state.global_step
         if state.best is not None and state.best.step is not None:
             self.point_best(state.best.step)
-        prune_checkpoints(self.root, "actor", self.config.max_actor_ckpt_to_keep, state.global_step)
-        prune_checkpoints(self.root, "critic", self.config.max_critic_ckpt_to_keep, state.global_step)
         remove_former_bests(self.root, state.global_step)
         logger.info("saved %s", final)
+
+    def prune(self) -> None:
+        """Remove what is not to be kept beside the newest checkpoint; to be called when that has proven to be good."""
+        if self.saved_step == self.pruned_step:
+            return
+        prune_checkpoints(self.root, "actor", self.config.max_actor_ckpt_to_keep, self.saved_step)
+        prune_checkpoints(self.root, "critic", self.config.max_critic_ckpt_to_keep, self.saved_step)
+        self.pruned_step = self.saved_step
 
     def point_best(self, step: int) -> bool:
         """Let `best` name the checkpoint of this step, if it is there; whether it is."""
@@ -177,7 +185,7 @@ def run_folder(config: TrainerConfig) -> Path:
     return Path(config.default_local_dir).expanduser().absolute()
 
 
-def find_checkpoint(config: TrainerConfig, parts: Collection[str]) -> Path | None:
+def find_checkpoint(config: TrainerConfig, parts: Collection[str] = ("actor",)) -> Path | None:
     """The checkpoint that `trainer.resume_mode` asks for, whole; None if training starts afresh.
 
     With `auto` it is the newest that is whole, and damaged ones on the way to it are set aside (`newest_whole`).

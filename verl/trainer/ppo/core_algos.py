@@ -381,7 +381,9 @@ class AdaptiveKLController:
         self.horizon = horizon
 
     def update(self, current_kl: float, n_steps: int) -> None:
-        """Adapt to the KL seen in the last `n_steps` samples."""
+        """Adapt to the KL seen in the last `n_steps` samples; one that is not finite says nothing."""
+        if not math.isfinite(current_kl):
+            return
         error = float(np.clip(current_kl / self.target - 1, -0.2, 0.2))
         self.value *= 1 + error * n_steps / self.horizon
 

@@ -24,6 +24,11 @@ from verl.utils.dataset.rl_dataset import find_files
 logger = logging.getLogger(__name__)
 
 ORIGIN_FILE = "origin.json"
+# What a run that resumes may change, in words.
+FREE = (
+    "learning rates and schedules (*.optim.*), losses and their coefficients, micro-batches and token budgets, nnodes, "
+    "n_gpus_per_node, total_training_steps, total_epochs, and when and where it saves, validates and logs"
+)
 # Of a file of weights, so many bytes in so many places: training moves all of them.
 PLACES, PIECE = 8, 1 << 16
 
@@ -46,6 +51,9 @@ class Origin:
     data: Content
     rows: int
     order: str
+    # None in a checkpoint of an older trainer.
+    batch_size: int | None = None
+    seed: int | None = None
 
     @classmethod
     def of(cls, config: Config, rows: int) -> Origin:
@@ -59,6 +67,8 @@ class Origin:
             data=Content(", ".join(map(str, files)), _digest(sums)),
             rows=rows,
             order=f"shuffled with seed {data.seed}" if data.shuffle else "as in the files",
+            batch_size=data.train_batch_size,
+            seed=data.seed,
         )
 
     def write(self, folder: Path) -> None:
@@ -92,6 +102,18 @@ class Origin:
             found.append(f"rows {self.order}, now {now.order}")
         return found
 
+    def doubts(self, now: Origin) -> list[str]:
+        """The differences with which a run may go on, though it is not the one that it would have been."""
+        found = []
+        if self.batch_size not in (None, now.batch_size):
+            found.append(
+                f"data.train_batch_size={self.batch_size}, now {now.batch_size}: the rows go on where they were, and "
+                "from here on a step, by which schedules and all frequencies count, is of another size"
+            )
+        if self.seed not in (None, now.seed) and self.order == now.order:
+            found.append(f"data.seed={self.seed}, now {now.seed}: answers are other draws, rows keep their order")
+        return found
+
 
 def check_same_run(folder: Path, now: Origin, config: Config) -> None:
     """Look at the checkpoint that a run is about to resume from.
@@ -106,6 +128,8 @@ def check_same_run(folder: Path, now: Origin, config: Config) -> None:
     if config.soda.enable:
         refuse_another_stage(folder / REJECTED_FILE)
     before = Origin.read(folder)
+    for doubt in [] if before is None else before.doubts(now):
+        logger.warning("%s is of a run that began with %s. What may change as you like: %s", folder, doubt, FREE)
     differences = [] if before is None else before.differences(now)
     if not differences:
         return
@@ -116,7 +140,7 @@ def check_same_run(folder: Path, now: Origin, config: Config) -> None:
         f"{folder} is of a run that began otherwise: {'; '.join(differences)}. Going on from it would keep its weights "
         "and its place in the data. Give this run another trainer.experiment_name (--exp_name), or begin afresh here "
         "with trainer.resume_mode=disable; if it is meant, trainer.resume_mode=resume_path "
-        f"trainer.resume_from_path={folder}"
+        f"trainer.resume_from_path={folder}. What may change as you like: {FREE}"
     )
 
 

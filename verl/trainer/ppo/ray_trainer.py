@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import psutil
@@ -29,7 +29,7 @@ from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup, create_colocated_worker_cls
 from verl.trainer.ppo.best import first_that_counts, open_best
-from verl.trainer.ppo.checkpointing import Checkpoints, RunState
+from verl.trainer.ppo.checkpointing import Checkpoints, RunState, run_folder
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator import Discriminator
 from verl.trainer.ppo.display import dump_answers, progress_bar, show_step
@@ -44,6 +44,7 @@ from verl.trainer.ppo.reward import (
     get_custom_reward_fn,
 )
 from verl.trainer.ppo.roles import ResourcePoolManager, Role, worker_roles
+from verl.trainer.ppo.skipped import SkippedSteps
 from verl.trainer.ppo.steps import Metrics, Step, Steps, Timed
 from verl.trainer.ppo.student import Student
 from verl.trainer.ppo.validation import Validation
@@ -208,13 +209,13 @@ class RayPPOTrainer:
                 return tracking.log(self.validation.run(self.global_step, tracking), self.global_step)
             with self.signals.at_step_ends(config.save_on_signal):
                 complete = self._make_steps(tracking, bar)
+            self._prune()
             if complete and config.test_freq > 0 and self.val_dataset is not None:
                 tracking.log(self._validate(tracking, partial(marked_timer, timing={}))[0], self.global_step)
 
     def _make_steps(self, tracking: Tracking, bar: tqdm) -> bool:
         """Make the steps that are left, validating and saving on the way; whether all of them were made. A signal or an
         early stop ends them before, with a checkpoint."""
-        save_freq = self.config.trainer.save_freq
         for prompts in self._batches():
             metrics, timing = {}, {}
             timed = partial(marked_timer, timing=timing)
@@ -227,8 +228,8 @@ class RayPPOTrainer:
             with timed("step"):
                 made = self._make_step(prompts, timed)
             done, written = self.global_step + 1, None
-            is_due = done == self.total_steps or (save_freq > 0 and done % save_freq == 0)
-            if is_due or self.signals.received is not None:
+            self._prune()
+            if self._save_is_due(done) or self.signals.received is not None:
                 with timed("save_checkpoint"):
                     written = self.write_checkpoint(done)
             metrics |= self._step_metrics(made, timing)
@@ -236,6 +237,7 @@ class RayPPOTrainer:
             tracking.log(metrics, self.global_step)
             if written is not None:
                 self.checkpoints.publish(written)
+            self.skipped.end_if_too_many(metrics, done == self.total_steps)
             show_step(bar, metrics)
             self.global_step = done
             if self.signals.received is not None:
@@ -251,10 +253,18 @@ class RayPPOTrainer:
     def _make_step(self, prompts: Prompts, timed: Timed) -> Step:
         """One step. If the discriminator's head start gives up, a checkpoint is saved before the run ends."""
         try:
-            return self.steps.make(prompts, self.global_step, self.samples_seen, timed)
+            made = self.steps.make(prompts, self.global_step, self.samples_seen, timed)
         except DiscriminatorCouldNotLearn:
             self.save(self.global_step)
             raise
+        self.skipped.see(made, self.global_step)
+        return made
+
+    @cached_property
+    def skipped(self) -> SkippedSteps:
+        """The steps whose update was left out."""
+        trainer = self.config.trainer
+        return SkippedSteps(run_folder(trainer), trainer.max_skipped_steps)
 
     def _batches(self) -> Iterator[Prompts]:
         """Batches from the first row not seen yet to the last step's."""
@@ -277,6 +287,17 @@ class RayPPOTrainer:
             self.samples_seen += data.train_batch_size
 
     # ------------------------------------------------------------ around the loop
+
+    def _save_is_due(self, done: int) -> bool:
+        """Whether a checkpoint is to be written after so many steps. While updates are skipped the weights are those of
+        an earlier step, and may be what is wrong: only the run's end saves them."""
+        frequency = self.config.trainer.save_freq
+        return done == self.total_steps or (not self.skipped.in_a_row and frequency > 0 and done % frequency == 0)
+
+    def _prune(self) -> None:
+        """Remove older checkpoints, unless the newest one's weights have made no step that could be taken."""
+        if not self.skipped.in_a_row:
+            self.checkpoints.prune()
 
     def _due(self, frequency: int) -> bool:
         return frequency > 0 and self.global_step % frequency == 0

@@ -36,6 +36,7 @@ from verl.utils.checkpoint.sharded import (
     write_sharded,
 )
 from verl.utils.checkpoint.whole import FSDP_CONFIG, HUGGINGFACE
+from verl.utils.finite import non_finite_names
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # Optimizer settings that come from the configuration, not from the checkpoint.
@@ -72,14 +73,33 @@ class FSDPCheckpointManager:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def save_checkpoint(self, folder: str | Path) -> None:
-        """Write everything into `folder`; collective over all ranks."""
+        """Write everything into `folder`; collective over all ranks.
+
+        Raises:
+            FloatingPointError: weights or optimizer are not finite; nothing is written.
+        """
         folder = Path(folder)
+        self._refuse_non_finite(folder)
         write_sharded(self._weights(), folder / MODEL_FOLDER)
         tensors, scalars = self._optimizer_state()
         write_sharded(tensors, folder / OPTIM_FOLDER)
         if not dist.is_initialized() or dist.get_rank() == 0:
             self._write_small_files(folder, scalars)
             _check_all_are_seen(folder)
+
+    def _refuse_non_finite(self, folder: Path) -> None:
+        named = dict(self.model.named_parameters())
+        states = {
+            f"{key} of {name}": value
+            for name, parameter in named.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if key != "step"
+        }
+        if broken := non_finite_names(named | states):
+            raise FloatingPointError(
+                f"{len(broken)} tensors of the {folder.name} are not finite, e.g. {broken[0]}, so they are not "
+                "saved: lower its learning rate, and go on from an earlier checkpoint"
+            )
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Restore everything from `folder`; collective over all ranks."""

@@ -19,8 +19,8 @@ from verl.workers.updates import (
     MetricSums,
     Work,
     data_parallel_size,
-    optimizer_step,
     split_rows,
+    step_or_skip,
     sum_over_ranks,
 )
 
@@ -103,12 +103,13 @@ class DataParallelPPOActor:
         prompts_per_rank = self.config.ppo_mini_batch_size // data_parallel_size()
         for _ in range(self.config.ppo_epochs):
             for mini_batch in data.split(prompts_per_rank):
-                self._accumulate_gradients(mini_batch, metrics)
-                norm = optimizer_step(self.actor_module, self.actor_optimizer, self.config.grad_clip)
-                metrics.add({"actor/grad_norm": norm}, 1.0)
+                loss = self._accumulate_gradients(mini_batch, metrics)
+                clip = self.config.grad_clip
+                step_or_skip("actor", self.actor_module, self.actor_optimizer, clip, loss, metrics)
         return metrics.means()
 
-    def _accumulate_gradients(self, mini_batch: DataProto, metrics: MetricSums) -> None:
+    def _accumulate_gradients(self, mini_batch: DataProto, metrics: MetricSums) -> torch.Tensor:
+        """Add up the gradients of a mini-batch; returns this rank's loss."""
         sft, module = self.config.use_sft_mode, self.actor_module
         coef = 0.0 if sft else mini_batch.meta_info.get(ANCHOR_COEF, 0.0)
         update = update_rows(mini_batch, sft, anchor=coef > 0)
@@ -119,7 +120,7 @@ class DataParallelPPOActor:
             policy_inputs = {key: mini_batch.batch[key].flatten(0, 1) for key in POLICY_KEYS if key in mini_batch.batch}
 
         self.actor_optimizer.zero_grad()
-        losses: dict[str, torch.Tensor] = {}
+        total, losses = torch.zeros((), device=module.device), {}
         micro_batches = split_rows(
             rows,
             module,
@@ -137,6 +138,7 @@ class DataParallelPPOActor:
                 given = {key: copy_to(value[answers], module.device) for key, value in policy_inputs.items()}
                 loss, shares, means = self._policy_loss(micro, student >= 0, given, totals, coef)
             loss.backward()
+            total += loss.detach()
             for side, values in means.items():
                 metrics.add(values, float(micro.response_mask[(student >= 0) == (side == "student")].sum()))
             for name, share in shares.items():
@@ -145,6 +147,7 @@ class DataParallelPPOActor:
         metrics.add(losses, 1.0)
         if coef > 0:
             metrics.add({"actor/sft_anchor_coef": coef}, 1.0)
+        return total
 
     def _totals(self, update: UpdateRows) -> dict[str, dict[str, float]]:
         """The sizes of the mini-batch over all ranks that `agg_loss` needs, for the students' answers and the

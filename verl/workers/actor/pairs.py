@@ -19,8 +19,8 @@ from verl.workers.updates import (
     MetricSums,
     Work,
     data_parallel_size,
-    optimizer_step,
     split_micro_batches,
+    step_or_skip,
     sum_over_ranks,
 )
 
@@ -65,12 +65,12 @@ class PairPolicy:
         config, metrics, self.work = self.actor.config, MetricSums(), Work()
         for _ in range(config.ppo_epochs):
             for mini_batch in data.split(config.ppo_mini_batch_size // data_parallel_size()):
-                self._accumulate_gradients(mini_batch, soda, metrics)
-                norm = optimizer_step(self.module, self.actor.actor_optimizer, config.grad_clip)
-                metrics.add({"actor/grad_norm": norm}, 1.0)
+                loss = self._accumulate_gradients(mini_batch, soda, metrics)
+                step_or_skip("actor", self.module, self.actor.actor_optimizer, config.grad_clip, loss, metrics)
         return metrics.means()
 
-    def _accumulate_gradients(self, mini_batch: DataProto, soda: SodaConfig, metrics: MetricSums) -> None:
+    def _accumulate_gradients(self, mini_batch: DataProto, soda: SodaConfig, metrics: MetricSums) -> torch.Tensor:
+        """Add up the gradients of a mini-batch; returns this rank's loss."""
         rows, config, device = pair_rows(mini_batch), self.actor.config, self.module.device
         self.work.add(rows)
         references = torch.stack([mini_batch.batch[key] for key in PAIR_REFERENCE_KEYS], dim=-1)
@@ -79,12 +79,16 @@ class PairPolicy:
             rows, config.use_dynamic_bsz, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu
         )
         self.actor.actor_optimizer.zero_grad()
+        total = torch.zeros((), device=device)
         for index in with_gradient_sync(self.module, micro_batches, config.fsdp_config.sync_gradients_once):
             micro = select_pairs(rows, index)
             loss, means = self._loss(micro, copy_to(references[index], device), soda)
             # The loss is a mean over this part's pairs.
-            (loss * (len(index) / all_pairs * data_parallel_size())).backward()
+            share = loss * (len(index) / all_pairs * data_parallel_size())
+            share.backward()
+            total += share.detach()
             metrics.add(means, float(len(index)))
+        return total
 
     def _loss(
         self, rows: AnswerRows, references: torch.Tensor, soda: SodaConfig

@@ -28,9 +28,9 @@ from verl.workers.updates import (
     MetricSums,
     Work,
     data_parallel_size,
-    optimizer_step,
     split_micro_batches,
     split_rows,
+    step_or_skip,
     sum_over_ranks,
 )
 
@@ -138,16 +138,18 @@ class DataParallelPPOCritic:
         (all_groups,) = sum_over_ranks([float(len(mini_batch))])
         constants = self._constants(mini_batch, metrics)
         self.critic_optimizer.zero_grad()
+        total = torch.zeros((), device=self.critic_module.device)
         for index, scores, tokens in self._score_groups(mini_batch):
             loss, parts = self.loss(scores, **constants)
             # The loss is a mean over this part's pairs; every group has as many.
-            (loss * (len(index) / all_groups * data_parallel_size())).backward()
+            share = loss * (len(index) / all_groups * data_parallel_size())
+            share.backward()
+            total += share.detach()
             means = {"critic/d_loss": loss, **parts}
             metrics.add({name: value.detach() for name, value in means.items()}, float(len(index)))
             if table is not None:
                 table.add(index, scores, tokens)
-        norm = optimizer_step(self.critic_module, self.critic_optimizer, self.config.grad_clip)
-        metrics.add({"critic/grad_norm": norm}, 1.0)
+        step_or_skip("critic", self.critic_module, self.critic_optimizer, self.config.grad_clip, total, metrics)
 
     def _count(self, mini_batch: DataProto) -> None:
         """Every answer counts, those that are alike too; a prompt counts once, with its teacher's answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import (
@@ -83,12 +84,13 @@ class HFRollout(BaseRollout):
                 "logits_processor": LogitsProcessorList([recorder]),
                 "stopping_criteria": StoppingCriteriaList([recorder]),
             }
-        output = self.model.generate(
-            input_ids=ids[:, -width:].to(self.device),
-            attention_mask=mask[:, -width:].to(self.device),
-            generation_config=self._generation_config(sampling),
-            **hooks,
-        )
+        with _explain_non_finite():
+            output = self.model.generate(
+                input_ids=ids[:, -width:].to(self.device),
+                attention_mask=mask[:, -width:].to(self.device),
+                generation_config=self._generation_config(sampling),
+                **hooks,
+            )
         answers = output[:, width:].clone().cpu()
         generated = answers.shape[1]
 
@@ -139,3 +141,18 @@ class HFRollout(BaseRollout):
 
     def wake(self) -> None:
         """Do nothing: the engine keeps its memory."""
+
+
+@contextmanager
+def _explain_non_finite() -> Iterator[None]:
+    """What torch says when it cannot draw a token becomes a FloatingPointError about the student."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise FloatingPointError(
+            "the student cannot answer, its probabilities of the next token are not finite: its weights diverged, or "
+            "held inf or nan from the start (actor_rollout_ref.model.path). Lower actor_rollout_ref.actor.optim.lr and "
+            "go on from a checkpoint before that"
+        ) from error
