@@ -44,7 +44,8 @@ def find_latest_ckpt_path(path: str | Path | None, directory_format: str = "glob
         return None
     step = Path(get_checkpoint_tracker_filename(path)).read_text().strip()
     folder = Path(path) / directory_format.format(step)
-    if not folder.is_dir():
+    # A number and nothing else: a path in its place would lead elsewhere.
+    if re.fullmatch(r"[0-9]+", step) is None or not folder.is_dir():
         raise FileNotFoundError(
             f"{get_checkpoint_tracker_filename(path)} names step {step}, but {folder} does not exist: "
             "restore it, write an existing step into that file, or set trainer.resume_mode=disable"
