@@ -30,7 +30,8 @@ def test_a_reward_that_ends_the_process_in_the_second_step(folder, tmp_path, way
 
 
 def test_a_file_that_ends_the_process_when_it_is_run(folder, tmp_path):
-    (tmp_path / "mine.py").write_text("exit()\n")
+    """And whose message has what a terminal would obey."""
+    (tmp_path / "mine.py").write_text("print('it runs')\nexit('\\x1b]0;title\\x07')\n")
     run = trainer(folder, tmp_path / "run", "stage=seqkd", f"custom_reward_function.path={tmp_path}/mine.py")
     assert run.end() == 1
-    assert "mine.py tried to end the process by SystemExit(None)" in run.log.read_text()
+    assert "mine.py tried to end the process by SystemExit(\ufffd]0;title\ufffd)" in run.log.read_text()

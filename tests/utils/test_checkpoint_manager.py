@@ -124,6 +124,16 @@ def test_the_tracker_may_end_with_a_newline(tmp_path):
     assert find_latest_ckpt_path(tmp_path) == str(tmp_path / "global_step_4")
 
 
+def test_the_tracker_leads_nowhere_else(tmp_path):
+    elsewhere = tmp_path / "others" / "global_step_7"
+    for folder in (elsewhere, tmp_path / "run" / "global_step_5"):
+        folder.mkdir(parents=True)
+    for step in ("5/../../others/global_step_7", "5/", "٥", "5\n5"):
+        Path(get_checkpoint_tracker_filename(tmp_path / "run")).write_text(step)
+        with pytest.raises(ValueError, match="is damaged"):
+            find_latest_ckpt_path(tmp_path / "run")
+
+
 def test_the_tracker_names_a_folder_that_is_gone(tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
     (tmp_path / "global_step_8.tmp").mkdir()

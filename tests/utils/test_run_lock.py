@@ -1,9 +1,11 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from verl.utils.run_lock import only_run_in
+from verl.utils.run_lock import check_writable, only_run_in
 
 HOLD = """
 import sys, time
@@ -40,3 +42,25 @@ def test_a_failure_inside_is_not_the_locks(tmp_path, caplog):
     assert caplog.text == ""
     with only_run_in(tmp_path):
         pass
+
+
+@pytest.fixture
+def nobody():
+    """This process without root's rights, for which no folder is closed."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+@pytest.mark.parametrize("folder", ["/proc/none/run", "/usr"])
+def test_a_folder_that_cannot_be_written_is_named_at_once(nobody, folder):
+    with (
+        pytest.raises(OSError, match=rf"^trainer.default_local_dir: {folder} cannot be written \(.*: choose another"),
+        only_run_in(Path(folder)),
+    ):
+        pass
+    with pytest.raises(OSError, match=rf"^trainer\.rollout_data_dir: {folder} cannot"):
+        check_writable(Path(folder), "trainer.rollout_data_dir")

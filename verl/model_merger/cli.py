@@ -50,4 +50,4 @@ def main(arguments: list[str] | None = None) -> None:
             count = compare(options.local_dir, options.test_hf_dir, options.is_value_model, options.trust_remote_code)
             print(f"{count} tensors are equal")
     except (ConnectionError, FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))

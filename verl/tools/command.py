@@ -25,7 +25,7 @@ def run_command(
     try:
         print(printable(run(options)))
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
 
 
 def command_parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import sys
 import threading
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import hydra
@@ -29,8 +30,9 @@ from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.roles import ResourcePoolManager, Role
 from verl.utils.checkpoint.recovery import clear_up
+from verl.utils.console import PrintableFormatter, print_exception, printable
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
-from verl.utils.run_lock import only_run_in
+from verl.utils.run_lock import check_writable, only_run_in
 from verl.utils.signals import EndedBySignal, RunSignals, out_of_reach
 from verl.utils.tracking import check_loggers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
@@ -66,6 +68,17 @@ def check_resume(config: Config, rows: int) -> Origin:
     return now
 
 
+def check_folders(config: Config) -> None:
+    """OSError for a folder beside the run's own that the run is to write and cannot."""
+    trainer = config.trainer
+    folders = {"rollout_data_dir": trainer.rollout_data_dir, "validation_data_dir": trainer.validation_data_dir}
+    if "tensorboard" in trainer.logger:
+        folders["default_tensorboard_dir"] = trainer.default_tensorboard_dir
+    for setting, folder in folders.items():
+        if folder is not None:
+            check_writable(Path(folder).expanduser(), f"trainer.{setting}")
+
+
 class TaskRunner:
     """Everything that a run needs, built and run; a subclass may swap parts, for instance the worker classes."""
 
@@ -89,6 +102,7 @@ class TaskRunner:
         if config.custom_reward_function.path is not None:
             data = replace(data, return_raw_chat=True)
         check_loggers(trainer.logger)
+        check_folders(config)
         check_engine(config)
         tokenizer = check_models(config)
         ends = all_eos_token_ids(tokenizer, config.actor_rollout_ref.model.path)
@@ -148,12 +162,14 @@ def run_ppo(config: Config, task_runner_class: type[TaskRunner] | None = None) -
 
 @hydra.main(config_path="config", config_name="ppo_trainer", version_base="1.3")
 def _hydra_main(composed: DictConfig) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[to_stderr], force=True)
     quiet_transformers()
     try:
         config = to_config(composed)
     except ConfigError as error:
-        sys.exit(str(error))
+        sys.exit(printable(str(error)))
     try:
         run_ppo(config)
     except EndedBySignal as end:
@@ -175,10 +191,11 @@ def main() -> None:
     """The command line."""
     # A failure shows its whole traceback, the worker's first.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.excepthook = print_exception
     try:
         sys.argv[1:] = normalize_overrides(sys.argv[1:])
     except ConfigError as error:
-        sys.exit(str(error))
+        sys.exit(printable(str(error)))
     _hydra_main()
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from filelock import FileLock, Timeout
 
@@ -14,14 +15,30 @@ logger = logging.getLogger(__name__)
 LOCK = "run.lock"
 
 
+def check_writable(folder: Path, setting: str) -> None:
+    """Make the folder, if it is not there, and a file in it that goes again.
+
+    Raises:
+        OSError: either fails; names the setting that the folder is from.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(f"{setting}: {folder} cannot be written ({why}): choose another folder") from error
+
+
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
     """Hold the folder, which is made if it is not there; the system gives it back however the process ends.
 
     Raises:
         BlockingIOError: another process holds it.
+        OSError: it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "trainer.default_local_dir")
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from verl.utils.console import printable
+from verl.utils.console import printable, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +84,11 @@ class ConsoleBackend:
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
         for sample in samples[: self.shown_samples]:
             texts = zip(("prompt", "answer", "teacher"), sample, strict=False)
-            lines = [f"  {name}: {self._shorten(text)}" for name, text in texts]
+            lines = [f"  {name}: {shorten(text, self.shown_characters)}" for name, text in texts]
             self._write("\n".join([f"step:{step} - sample with rouge-L {sample.rouge:.3f}", *lines]))
 
     def close(self) -> None:
         pass
-
-    def _shorten(self, text: str) -> str:
-        line = " ".join(text.split())
-        return line if len(line) <= self.shown_characters else line[: self.shown_characters] + "..."
 
     def _write(self, text: str) -> None:
         tqdm.write(printable(text))  # print would run into a progress bar's line

@@ -52,6 +52,7 @@ from verl.tools.judge.report import Verdict, plot, render, to_json, write_json
 from verl.tools.judge.two_sample import Ids, Judge, JudgeSettings, TwoSample, make_pairs, training_updates, two_sample
 from verl.tools.prompts import Limits, Prompt
 from verl.utils.checkpoint.whole import refuse_pointers
+from verl.utils.console import printable
 from verl.utils.dataset.texts import Tokenization, eos_texts
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
 
@@ -200,7 +201,7 @@ def _generated(out: str, jobs: Sequence[Job], drawing: Drawing, prompts: Sequenc
     found, missing = {}, []
     for job in jobs:
         found[job.name], says = kept_answers(folder, job, drawing)
-        print(f"answers of {job.name}: {says}", file=sys.stderr)
+        print(printable(f"answers of {job.name}: {says}"), file=sys.stderr)
         if found[job.name] is None:
             missing.append(job)
     generate(folder, missing, drawing, prompts)

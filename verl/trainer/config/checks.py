@@ -25,6 +25,9 @@ from verl.utils.tracking import BACKENDS
 from verl.utils.user_code import cannot_end_the_run, is_user_function, load_user_function
 from verl.workers.rollout import ROLLOUTS
 
+# What file systems take, 255 bytes, less what is appended for files named after the run.
+LONGEST_NAME = 200
+
 
 def find_conflicts(config: Config) -> list[str]:
     """Everything wrong with the combination of settings, as sentences."""
@@ -41,6 +44,7 @@ def find_conflicts(config: Config) -> list[str]:
         _loss,
         _replay,
         _task_reward,
+        _run_names,
         _resume,
         _best,
         _engine,
@@ -296,6 +300,20 @@ def _task_reward(config: Config) -> Iterator[str]:
             load_user_function(f"{custom.path}:{custom.name}")
         except ValueError as error:
             yield f"custom_reward_function: {error}"
+
+
+def _run_names(config: Config) -> Iterator[str]:
+    """Names that folders cannot have, or that lead out of the one for checkpoints."""
+    for key in ("project_name", "experiment_name"):
+        name = getattr(config.trainer, key)
+        parts = name.split("/")
+        if not name.isprintable() or any(part.strip() in ("", ".", "..") for part in parts):
+            yield (
+                f"trainer.{key}={name!r:.80} is no name for a folder below that of all runs: use letters, digits, "
+                "dashes, and a slash between folders, without '.' or '..' and without line breaks"
+            )
+        elif max(len(part.encode(errors="surrogateescape")) for part in parts) > LONGEST_NAME:
+            yield f"trainer.{key}={name[:20]!r}... is too long for a folder: use at most {LONGEST_NAME} bytes"
 
 
 def _resume(config: Config) -> Iterator[str]:

@@ -1,15 +1,18 @@
-"""What a run shows beside its metrics: the progress bar, and the answers of each step in files."""
+"""What a run shows: its trackers, the progress bar, and the answers of each step in files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from verl.batch import Prompts, Scores
+from verl.config.run import Config
 from verl.utils.dump import dump_jsonl
+from verl.utils.tracking import Tracking
 
 # What the progress bar shows, where a step has it.
 SHOWN = {
@@ -21,6 +24,22 @@ SHOWN = {
     "response_length/mean": "length",
     "val/rouge-L/mean": "val rouge-L",
 }
+
+
+def open_tracking(config: Config, step: int) -> Tracking:
+    """The trackers of a run that begins, or goes on, with this step."""
+    trainer = config.trainer
+    return Tracking(
+        trainer.project_name,
+        trainer.experiment_name,
+        trainer.logger,
+        config=asdict(config),
+        log_dir=trainer.default_local_dir,
+        resumed=step > 0,
+        # A look at an earlier checkpoint makes no step again.
+        first_step=None if trainer.val_only else step,
+        tensorboard_dir=trainer.default_tensorboard_dir,
+    )
 
 
 def progress_bar(stage: str, steps: int, done: int) -> tqdm:

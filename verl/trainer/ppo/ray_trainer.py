@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from verl.trainer.ppo.best import first_that_counts, open_best
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState, run_folder
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator import Discriminator
-from verl.trainer.ppo.display import dump_answers, progress_bar, show_step
+from verl.trainer.ppo.display import dump_answers, open_tracking, progress_bar, show_step
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.metric_utils import compute_throughout_metrics, compute_timing_metrics
@@ -375,18 +374,7 @@ class RayPPOTrainer:
         return state
 
     def _open_tracking(self) -> Tracking:
-        trainer = self.config.trainer
-        return Tracking(
-            trainer.project_name,
-            trainer.experiment_name,
-            trainer.logger,
-            config=asdict(self.config),
-            log_dir=trainer.default_local_dir,
-            resumed=self.global_step > 0,
-            # A look at an earlier checkpoint makes no step again.
-            first_step=None if trainer.val_only else self.global_step,
-            tensorboard_dir=trainer.default_tensorboard_dir,
-        )
+        return open_tracking(self.config, self.global_step)
 
     def _step_metrics(self, step: Step, timing: dict[str, float]) -> Metrics:
         """The step's metrics and what it took; its answers go to `rollout_data_dir`."""

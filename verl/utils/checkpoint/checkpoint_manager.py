@@ -47,6 +47,7 @@ def tracked_step(root: str | Path) -> int | None:
     if not tracker.is_file():
         return None
     text = tracker.read_bytes().decode(errors="replace").strip()
+    # A number and nothing else: a path in its place would lead elsewhere.
     if not re.fullmatch(r"[0-9]+", text):
         raise ValueError(f"{tracker} is damaged: it should hold the newest checkpoint's step; {ways_out(root)}")
     return int(text)
