@@ -254,9 +254,9 @@ class RayPPOTrainer:
                 self.skipped.end_if_too_many(metrics, done == self.total_steps)
                 show_step(bar, metrics)
                 self.global_step = done
-            self._prune()
             if config.test_freq > 0 and self.val_dataset is not None:
                 tracking.log(self._validate(tracking, partial(marked_timer, timing={}))[0], self.global_step)
+            self._prune()
 
     def _make_step(self, prompts: Prompts, timed: Timed) -> Step:
         """One step. If the discriminator's head start gives up, a checkpoint is saved before the run ends."""
