@@ -1,4 +1,4 @@
-"""Runs that diverge, on one rank in this process: what is skipped, kept, saved and said."""
+"""Runs that diverge, most on one rank in this process: what is skipped, kept, saved and said."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 from safetensors import safe_open
 
-from tests.e2e.running import read_metrics
+from tests.e2e.running import read_metrics, train
 from verl.trainer.config import ConfigError
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, step_of
 from verl.utils.checkpoint.recovery import newest_whole
@@ -23,6 +23,17 @@ def compute(scores, **constants):
     steps[0] += len(scores.student) == 4
     loss = torch.nn.functional.softplus(scores.student - scores.teacher).mean()
     return (loss * float("nan") if steps[0] in SPOILT else loss), {}
+"""
+# The same on two ranks, two groups each: nan on rank 1 alone, from step 2 on.
+LOSS_OF_ONE_RANK = """
+import torch
+steps = [-1]
+def compute(scores, **constants):
+    at_work = torch.distributed.is_initialized() and len(scores.student) == 2
+    steps[0] += at_work
+    loss = torch.nn.functional.softplus(scores.student - scores.teacher).mean()
+    bad = at_work and torch.distributed.get_rank() == 1 and steps[0] >= 2
+    return (loss * float("nan") if bad else loss), {}
 """
 
 
@@ -72,6 +83,23 @@ def test_a_run_does_not_end_well_with_a_skipped_step(folder, run, spoilt):
     path = folder / "runs" / "last"
     assert (path / "global_step_2" / "actor").is_dir(), "what it began with is not pruned for it"
     assert newest_whole(path, ("actor", "critic")) == path / "global_step_3"
+
+
+@pytest.mark.distributed
+def test_one_ranks_loss_is_everyones_verdict(folder):
+    """On Ray; with one checkpoint kept, the one before the newest is there until the newest has proven itself."""
+    (folder / "one_rank.py").write_text(LOSS_OF_ONE_RANK)
+    with pytest.raises(FloatingPointError, match=r"the last 2 steps.*global_step_1, global_step_2;"):
+        train(
+            folder, "two", "stage=warmup", "trainer.critic_warmup=1", "trainer.n_gpus_per_node=2",
+            f"critic.model.path={folder}/base", f"critic.discriminator.loss={folder}/one_rank.py:compute",
+            "critic.balance.enable=False", "trainer.val_before_train=False", "trainer.test_freq=-1",
+            "trainer.save_freq=1", "trainer.total_training_steps=6", "trainer.max_skipped_steps=2",
+            "trainer.max_actor_ckpt_to_keep=1", "trainer.max_critic_ckpt_to_keep=1",
+        )  # fmt: skip
+    path = folder / "runs" / "two"
+    assert saved(path) == [1, 2]
+    assert [data.get("critic/skipped_steps") for data in read_metrics(path).values()] == [None, None, 1, 1]
 
 
 @pytest.mark.parametrize("keep", ["1", "null"])

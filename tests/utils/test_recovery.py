@@ -1,5 +1,6 @@
 """Where a run goes on after a crash or damage: real folders, damaged and interrupted on purpose."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_a_damaged_newest_one_is_set_aside_and_passed_over(run, damage, caplog):
     assert names(run) == ["global_step_3", "global_step_4.damaged", TRACKER]
     assert (run / TRACKER).read_text() == "3"
     assert f"set aside as {run / 'global_step_4.damaged'}" in caplog.text
-    assert "going on from" in caplog.text
+    assert "going on from" in caplog.text and "resume_path" not in caplog.text
     assert newest_whole(run, ("actor",)) == run / "global_step_3"
 
 
@@ -98,6 +99,25 @@ def test_an_older_one_without_its_critic_is_passed_over(run, caplog):
 def test_another_stages_newest_one_is_not_damaged(tmp_path):
     save(tmp_path, 4, {"actor/x": b"x"})
     assert newest_whole(tmp_path, ("actor", "critic")) == tmp_path / "global_step_4"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_only_a_disk_that_fails_is_damage(run, monkeypatch, number):
+    """A server that is away for a moment, or a folder that may not be read, says nothing about the checkpoint."""
+    newest, opened = str(run / "global_step_4" / SHARD), Path.open
+
+    def fail(path, *args, **kwargs):
+        if str(path) == newest:
+            raise OSError(number, os.strerror(number))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", fail)
+    if number == errno.EIO:
+        assert newest_whole(run, ("actor",)) == run / "global_step_3"
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            newest_whole(run, ("actor",))
+        assert (run / "global_step_4").is_dir()
 
 
 # ---- the tracker

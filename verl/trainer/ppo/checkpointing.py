@@ -92,6 +92,13 @@ class Checkpoints:
         # Bytes of the next one: as many as the last one's.
         self.size = size
 
+    def warn_of_little_room(self) -> None:
+        """Say it at the start if there is no room for a checkpoint yet."""
+        try:
+            check_room(self.root, self.size)
+        except OSError as error:
+            logger.warning("as it is, nothing can be saved: %s", error.strerror)
+
     def write(self, state: RunState, only_as_best: bool = False) -> None:
         """Write the folder of `global_step_N`, all but its name, which `publish` gives it.
 

@@ -184,6 +184,7 @@ class RayPPOTrainer:
         groups = [group for group in (actor_rollout, critic) if group is not None]
         size = sum(group.checkpoint_bytes()[0] for group in groups)
         self.checkpoints = Checkpoints(config.trainer, actor_rollout, critic, files, self.origin, size)
+        self.checkpoints.warn_of_little_room()
         self.student.peak_memory()  # What building took is not the first step's.
 
     def spawn(self, roles: dict[str, RayClassWithInitArgs]) -> dict[str, WorkerGroup]:
@@ -208,9 +209,9 @@ class RayPPOTrainer:
                 return tracking.log(self.validation.run(self.global_step, tracking), self.global_step)
             with self.signals.at_step_ends(config.save_on_signal):
                 complete = self._make_steps(tracking, bar)
-            self._prune()
             if complete and config.test_freq > 0 and self.val_dataset is not None:
                 tracking.log(self._validate(tracking, partial(marked_timer, timing={}))[0], self.global_step)
+            self._prune()
 
     def _make_steps(self, tracking: Tracking, bar: tqdm) -> bool:
         """Make the steps that are left, validating and saving on the way; whether all of them were made. A signal or an

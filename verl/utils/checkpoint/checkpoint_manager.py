@@ -21,6 +21,8 @@ from verl.utils.checkpoint.checksums import CHECKSUMS, checksums_of, read_checks
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, OPTIM_FOLDER
 from verl.utils.checkpoint.whole import changed_files
 
+# How a user names the checkpoint to resume from.
+NAMING = "trainer.resume_mode=resume_path trainer.resume_from_path=..."
 ONLY_AS_BEST = "only_as_best.txt"
 # What a run with a discriminator keeps beside the models; of no use without it.
 REPLAY_FILE, HELD_OUT_FILE = "replay.safetensors", "held_out.safetensors"
@@ -81,8 +83,8 @@ def ways_out(root: str | Path) -> str:
     steps = [step_of(folder) for folder in checkpoints_in(root)]
     there = f"one of the steps that lie there ({', '.join(map(str, steps))})" if steps else "an existing step"
     return (
-        f"write {there} into that file, name a checkpoint with trainer.resume_mode=resume_path "
-        "trainer.resume_from_path=..., or begin afresh with trainer.resume_mode=disable"
+        f"write {there} into that file, name a checkpoint with {NAMING}, "
+        "or begin afresh with trainer.resume_mode=disable"
     )
 
 
@@ -176,15 +178,22 @@ def verify_checkpoint(folder: str | Path) -> None:
         FileNotFoundError: it has none.
         ValueError: names the files that are missing or damaged.
     """
-    folder = Path(folder)
+    damage = damage_of(Path(folder))
+    if damage is not None:
+        error = ValueError if (Path(folder) / CHECKSUMS).is_file() else FileNotFoundError
+        raise error(f"{damage}; copy it again, or resume from another one with {NAMING}")
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, None if it is whole."""
     if not (folder / CHECKSUMS).is_file():
-        raise FileNotFoundError(
-            f"{folder / CHECKSUMS} is missing, and nothing else tells whether the checkpoint is whole: copy it again, "
-            f"or {_ANOTHER}"
-        )
-    expected = read_checksums(folder / CHECKSUMS)
+        return f"{folder / CHECKSUMS} is missing, and nothing else tells whether the checkpoint is whole"
+    try:
+        expected = read_checksums(folder / CHECKSUMS)
+    except ValueError as error:
+        return str(error)
     if not expected:
-        raise ValueError(f"{folder / CHECKSUMS} is damaged: it lists no file; copy the checkpoint again, or {_ANOTHER}")
+        return f"{folder / CHECKSUMS} is damaged: it lists no file"
     # A whole part may have been pruned; whoever needs it will say that it is missing.
     pruned = {name for part, files in PARTS.items() if not (folder / part).exists() for name in (part, *files)}
     present = {name: value for name, value in expected.items() if Path(name).parts[0] not in pruned}
@@ -192,16 +201,14 @@ def verify_checkpoint(folder: str | Path) -> None:
     damaged = {*(present.keys() - there.keys()), *changed_files(folder, there)}
     if damaged:
         named = ", ".join(name for name in present if name in damaged)
-        raise ValueError(f"checkpoint {folder} is damaged: {named} missing or changed since it was written; {_ANOTHER}")
+        return f"checkpoint {folder} is damaged: {named} missing or changed since it was written"
     foreign = [name for part in PARTS for name in _shards(folder, part) if name not in expected]
     if foreign:
-        raise ValueError(
+        return (
             f"checkpoint {folder} holds shards that it was written without, and would read them: remove "
             f"{', '.join(foreign)}"
         )
-
-
-_ANOTHER = "resume from another one with trainer.resume_mode=resume_path trainer.resume_from_path=..."
+    return None
 
 
 def promised_parts(folder: Path) -> set[str]:

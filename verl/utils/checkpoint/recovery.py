@@ -8,6 +8,7 @@ not meet it, and is never deleted.
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import shutil
@@ -15,16 +16,17 @@ from collections.abc import Collection
 from pathlib import Path
 
 from verl.utils.checkpoint.checkpoint_manager import (
+    NAMING,
     PRUNED,
     announcement,
     checkpoints_in,
+    damage_of,
     follow_announcement,
     get_checkpoint_tracker_filename,
     promised_parts,
     step_of,
     track,
     tracked_step,
-    verify_checkpoint,
     ways_out,
 )
 from verl.utils.checkpoint.checksums import sync_to_disk
@@ -74,7 +76,7 @@ def _settle_replaced(replaced: Path) -> None:
     """Of two checkpoints of one step, the later one stays if it is there and whole."""
     final = replaced.with_suffix("")
     if final.exists():
-        cause = damage_of(final)
+        cause = _damage_of(final)
         if cause is None:
             logger.info("removing %s, which %s has replaced", replaced, final.name)
             shutil.rmtree(replaced)
@@ -133,7 +135,7 @@ def _first_whole(candidates: list[Path], tracked: int, parts: Collection[str]) -
     """The first of these that is whole and has the parts, and what is wrong with the damaged ones before it."""
     damaged = {}
     for folder in candidates:
-        cause = damage_of(folder)
+        cause = _damage_of(folder)
         lacking = [part for part in parts if not (folder / part).is_dir()]
         if cause is None and lacking and step_of(folder) != tracked:
             logger.info("passing over %s: it has no %s any more", folder, lacking[0])
@@ -157,8 +159,7 @@ def _say_why(chosen: Path, tracked: int, folders: list[Path]) -> None:
     if later:
         logger.warning(
             "going on from %s, not from %s: %s names step %d, which was written last. To go on from a later step, name "
-            "its folder with trainer.resume_mode=resume_path trainer.resume_from_path=...",
-            chosen.name, ", ".join(later), tracker, tracked,
+            "its folder with %s", chosen.name, ", ".join(later), tracker, tracked, NAMING,
         )  # fmt: skip
 
 
@@ -169,27 +170,26 @@ def refuse_damaged(folder: Path) -> None:
         ValueError: it is damaged; names whole ones beside it.
     """
     step_of(folder)
-    cause = damage_of(folder)
+    cause = _damage_of(folder)
     if cause is None:
         return
     whole = []
     for other in reversed(checkpoints_in(folder.parent)):
-        if other != folder and len(whole) < NAMED and damage_of(other) is None:
+        if other != folder and len(whole) < NAMED and _damage_of(other) is None:
             whole.append(other.name)
     beside = f"whole beside it: {', '.join(whole)}" if whole else "none beside it is whole"
     raise ValueError(f"{cause} ({beside})")
 
 
-def damage_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, None if it is whole. A folder that may not be read raises PermissionError: that
-    says nothing about it."""
+def _damage_of(folder: Path) -> str | None:
+    """`damage_of`, for which a place that the disk cannot read is damage. Any other OSError says nothing about the
+    checkpoint, and is raised."""
     try:
-        verify_checkpoint(folder)
-    except PermissionError:
-        raise
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
+        return damage_of(folder)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return f"checkpoint {folder} cannot be read: {error}"
 
 
 def set_aside(folder: Path, cause: str) -> None:
