@@ -154,5 +154,6 @@ def _explain_non_finite() -> Iterator[None]:
         raise FloatingPointError(
             "the student cannot answer, its probabilities of the next token are not finite: its weights diverged, or "
             "held inf or nan from the start (actor_rollout_ref.model.path). Lower actor_rollout_ref.actor.optim.lr and "
-            "go on from a checkpoint before that"
+            "go on from a checkpoint before that (trainer.resume_mode=resume_path), or begin afresh "
+            "(trainer.resume_mode=disable)"
         ) from error
