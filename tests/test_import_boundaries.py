@@ -108,7 +108,7 @@ PURE = {
     "verl/trainer/ppo/preference_algos.py": set(),
     "verl/trainer/ppo/discriminator_algos.py": {"verl.utils.torch_functional", "verl.utils.user_code"},
     "verl/utils/user_code.py": {"contextlib", "importlib", "os", "pathlib", "sys", "verl.utils.signals"},
-    "verl/utils/signals.py": {"contextlib", "os", "signal", "threading"},
+    "verl/utils/signals.py": {"contextlib", "os", "signal", "threading", "time"},
     "verl/trainer/ppo/metric_utils.py": {
         "verl.protocol",
         "verl.trainer.ppo.core_algos",

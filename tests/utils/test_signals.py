@@ -48,6 +48,19 @@ def test_a_first_one_waits_for_the_step_and_a_second_does_not(capfd):
     assert "SIGTERM: the run ends after this step" in capfd.readouterr().err
 
 
+def test_an_order_that_arrives_twice_is_one(monkeypatch):
+    """`timeout` signals a process, and then the group that it is in."""
+    done = []
+    with pytest.raises(EndedBySignal), (signals := RunSignals()).taken(), signals.at_step_ends(True):
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        done.append("step")
+        monkeypatch.setattr("verl.utils.signals.ONE_ORDER_S", 0.0)
+        send(signal.SIGTERM)
+        done.append("went on")
+    assert done == ["step"]
+
+
 def test_a_run_that_comes_to_its_end_after_a_signal_still_says_so():
     signals = RunSignals()
     with pytest.raises(EndedBySignal), signals.taken(), signals.at_step_ends(True):
@@ -109,3 +122,21 @@ def test_what_is_started_out_of_reach_outlives_a_signal_and_the_starter_gets_it_
         assert child.returncode == 0
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+STUBBORN = """
+import os, signal
+from verl.utils import signals
+signals.ONE_ORDER_S = 0.0
+with signals.RunSignals().taken():
+    while True:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            print("not yet", flush=True)
+"""
+
+
+def test_an_end_that_does_not_come_is_the_systems_at_the_next_signal():
+    done = subprocess.run([sys.executable, "-c", STUBBORN], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "not yet\n")

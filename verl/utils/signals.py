@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Who signals a process and then its group (`timeout`) means it once.
+ONE_ORDER_S = 1.0
 
 
 class EndedBySignal(KeyboardInterrupt):
@@ -33,7 +36,8 @@ class RunSignals:
     def __init__(self) -> None:
         # The first of them.
         self.received: signal.Signals | None = None
-        self._waits = False
+        self._waits = self._ends = False
+        self._latest: tuple[int, float] = (0, 0.0)
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -72,17 +76,22 @@ class RunSignals:
             self._waits = False
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.received is None and self._waits:
-            self.received = signal.Signals(number)
+        (latest, when), now = self._latest, time.monotonic()
+        self._latest = number, now
+        if number == latest and now - when < ONE_ORDER_S:
+            return
+        first, self.received = self.received is None, self.received or signal.Signals(number)
+        if first and self._waits:
             said = "the run ends after this step, with a checkpoint; a second signal ends it at once"
             # What is said by other means may be in the middle of a line of its own; nobody may be there to read it.
             with suppress(OSError):
                 os.write(2, f"\n{self.received.name}: {said}\n".encode())
             return
-        self.received = self.received or signal.Signals(number)
-        for other in ENDING:
-            # Whatever keeps the end from coming, one more is obeyed by the system.
-            signal.signal(other, signal.SIG_DFL)
+        if self._ends:
+            # Whatever keeps the end from coming: the system obeys.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._ends = True
         raise EndedBySignal(self.received)
 
 

@@ -29,13 +29,15 @@ def wait_for_a_step(run, folder):
 
 
 def test_sigterm_to_the_whole_group_saves_and_the_run_goes_on_as_if_nothing_had_been(folder, tmp_path):
-    """The group has Ray's processes too: `timeout`, systemd and Slurm end all of a job at once. Two ranks."""
+    """The group has Ray's processes too: systemd and Slurm end all of a job at once, `timeout` one process and then the
+    group. Two ranks."""
     ended, whole = tmp_path / "ended", tmp_path / "whole"
     ranks = (*LONG, "trainer.n_gpus_per_node=2")
     run = trainer(folder, ended, *ranks)
     try:
         wait_for_a_step(run, ended)
         start = time.monotonic()
+        run.process.send_signal(signal.SIGTERM)
         os.killpg(run.process.pid, signal.SIGTERM)
         assert run.end() == 128 + signal.SIGTERM, run.log.read_text()
         assert time.monotonic() - start < SOON_S
