@@ -109,6 +109,11 @@ class RuleCritic(Worker):
     def init_model(self) -> None:
         """There is no model."""
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def checkpoint_bytes(self) -> int:
+        """Nothing is saved."""
+        return 0
+
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def score_and_update_critic(self, data: DataProto) -> DataProto:
         """The scores of all answers, under the names that the discriminator's have."""

@@ -652,7 +652,7 @@ def test_all_gather(tmp_path):
 def test_future():
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False)
     try:
         future = DataProtoFuture.concat([ray.put(make(4)[:2]), ray.put(make(4)[2:])])
         assert xs(future.get()) == [0, 1, 2, 3]

@@ -1,47 +1,4 @@
 """Names of verl's that nothing here calls: the settings are in `verl.config`."""
 
-from verl.config import (
-    ActorConfig,
-    ActorRolloutRefConfig,
-    AdaptiveTemperatureConfig,
-    BalanceConfig,
-    BradleyTerryConfig,
-    CriticConfig,
-    DiscriminatorConfig,
-    FSDPConfig,
-    HeadStartConfig,
-    HingeConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PolicyLossConfig,
-    RankingConfig,
-    RefConfig,
-    ReplayConfig,
-    RolloutConfig,
-    SamplingConfig,
-    SodaConfig,
-    TwoSidedHingeConfig,
-)
-
-__all__ = [
-    "ActorConfig",
-    "ActorRolloutRefConfig",
-    "AdaptiveTemperatureConfig",
-    "BalanceConfig",
-    "BradleyTerryConfig",
-    "CriticConfig",
-    "DiscriminatorConfig",
-    "FSDPConfig",
-    "HeadStartConfig",
-    "HingeConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PolicyLossConfig",
-    "RankingConfig",
-    "RefConfig",
-    "ReplayConfig",
-    "RolloutConfig",
-    "SamplingConfig",
-    "SodaConfig",
-    "TwoSidedHingeConfig",
-]
+from verl.config import *  # noqa: F403
+from verl.config import __all__ as __all__
