@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from verl.utils.dump import dump_jsonl
 from verl.utils.tracking import Tracking, ValidationGenerationsLogger, check_loggers
@@ -25,6 +26,12 @@ def no_logger_environment(monkeypatch):
         "WANDB_API_KEY",
     ):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def numbered_from_zero(monkeypatch):
+    """TensorBoard numbers a process' files and reads those of one second in the order of their names: 10 before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def read_lines(path):
