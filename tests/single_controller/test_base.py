@@ -1,7 +1,6 @@
-"""What needs no worker process: ports, registration, the node fit, and that `base` does not know Ray."""
+"""What needs no worker process: registration, the node fit, and that `base` does not know Ray."""
 
 import ast
-import socket
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from verl.single_controller.base.decorator import (
     register_dispatch_mode,
     update_dispatch_mode,
 )
-from verl.single_controller.base.worker import find_free_port
 from verl.single_controller.ray.resources import _fits
 
 
@@ -50,11 +48,6 @@ def test_worker_places(monkeypatch):
     assert worker.query_dispatch_info("actor") == (2, True)
     with pytest.raises(ValueError, match="'actor' is registered already"):
         worker.register_dispatch_collect_info("actor", dp_rank=0, is_collect=True)
-
-
-def test_free_port_can_be_bound():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", find_free_port("127.0.0.1")))
 
 
 def test_register_refuses_what_cannot_work():

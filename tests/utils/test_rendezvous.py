@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import psutil
@@ -9,21 +11,44 @@ import pytest
 import torch.distributed as dist
 
 from tests.faults.runs import listeners
-from verl.single_controller.base.worker import find_free_port
-from verl.utils.rendezvous import meeting_store
+from verl.utils.rendezvous import PORTS, meeting_store, reserve_port
 
 SHORT = timedelta(seconds=20)
 
 
+def own_listeners() -> set[tuple[str, int]]:
+    return {(listener.address, listener.port) for listener in listeners([psutil.Process()])}
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
 def test_rank_0_listens_at_the_address_that_it_was_given_alone(monkeypatch, host):
-    port = find_free_port(host)
+    before = own_listeners()
+    port = reserve_port(host)
     monkeypatch.setenv("MASTER_ADDR", host)
     monkeypatch.setenv("MASTER_PORT", str(port))
-    before = set(listeners([psutil.Process()]))
-    store = meeting_store(0, 1, SHORT)
-    new = {(listener.address, listener.port) for listener in set(listeners([psutil.Process()])) - before}
-    assert new == {(host, port)}
-    guest = dist.TCPStore(host, port, is_master=False, timeout=SHORT)
+    assert own_listeners() == before
+    with ThreadPoolExecutor() as pool:
+        store, guest = pool.map(lambda rank: meeting_store(rank, 2, SHORT), range(2))
+    assert own_listeners() - before == {(host, port)}
     guest.set("key", "value")
     assert store.get("key") == b"value"
+
+
+def test_a_reserved_port_is_nobody_elses():
+    port = reserve_port("127.0.0.1")
+    assert port in PORTS
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    assert len({port, *(reserve_port("127.0.0.1") for _ in range(20))}) == 21
+    # Code of the same process that meets in torch's own way listens there.
+    store = dist.TCPStore("127.0.0.1", port, 1, is_master=True, timeout=SHORT)
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+
+
+def test_a_rank_alone_listens_nowhere(monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    before = own_listeners()
+    store = meeting_store(0, 1, SHORT)
+    store.set("key", "value")
+    assert store.get("key") == b"value" and own_listeners() == before

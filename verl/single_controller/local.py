@@ -4,9 +4,6 @@ import os
 from typing import Any
 
 from verl.single_controller.base import ClassWithInitArgs, WorkerGroup
-from verl.single_controller.base.worker import find_free_port
-
-HOST = "127.0.0.1"
 
 
 class LocalWorkerGroup(WorkerGroup):
@@ -15,8 +12,7 @@ class LocalWorkerGroup(WorkerGroup):
     def __init__(self, worker: ClassWithInitArgs):
         super().__init__(world_size=1)
         # Whatever a launcher has set: this is a group of one.
-        port = str(find_free_port(HOST))
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR=HOST, MASTER_PORT=port)
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         self.worker = worker()
         self._bind_worker_methods(worker.cls)
 

@@ -3,22 +3,59 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from datetime import timedelta
 
 import torch.distributed as dist
 
+# Below the range from which Linux hands out ports for outgoing connections (32768 upwards).
+PORTS = range(20000, 32768)
+_TRIES = 200
+
+# Bound sockets that do not listen yet, by address.
+_reserved: dict[tuple[str, int], socket.socket] = {}
+
+
+def reserve_port(host: str) -> int:
+    """A TCP port at `host` that is this process's from now on, for `meeting_store` or for whoever else in it listens
+    there: a port that is only looked up can be another's before it is used. Raises RuntimeError if none is free."""
+    # Not the seeded global generator: two runs with one seed on one machine would try the same ports.
+    for port in random.SystemRandom().sample(PORTS, _TRIES):
+        try:
+            _reserved[host, port] = _bound(host, port)
+        except OSError:
+            continue
+        return port
+    raise RuntimeError(f"no free TCP port on {host}: tried {_TRIES} between {PORTS[0]} and {PORTS[-1]}")
+
 
 def meeting_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """The store at MASTER_ADDR:MASTER_PORT, for `init_process_group`. Rank 0 listens at that address and no other.
+    """The store at MASTER_ADDR:MASTER_PORT, for `init_process_group`. Rank 0 listens at that address and no other; a
+    rank alone needs none.
 
     What torch makes by itself listens on every interface, and whoever reaches it may read and write without a word of
     who he is.
     """
+    if world_size == 1:
+        return dist.HashStore()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if rank != 0:
         return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
-    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listening = socket.create_server(address[:2], family=family, backlog=max(128, world_size))
+    listening = _reserved.pop((host, port), None) or _bound(host, port)
+    listening.listen(max(128, world_size))
     # The store closes the socket it is given.
     return dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listening.detach())
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        # Others of this process may still bind to it, for as long as it does not listen.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound

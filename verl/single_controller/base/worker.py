@@ -1,32 +1,10 @@
 """What every worker process knows about itself: its rank, its node, where rank 0 listens, its data-parallel places."""
 
 import os
-import random
-import socket
 
 # Names of verl's that nothing here needs
 from verl.compat.workers import WorkerMethods
 from verl.single_controller.base.decorator import Dispatch, register
-
-# Below the range from which Linux hands out ports for outgoing connections (32768 upwards), so that none of the many
-# connections that start with the worker processes takes the port between the search and its use.
-_PORT_RANGE = range(20000, 32768)
-_PORT_TRIES = 200
-
-
-def find_free_port(host: str) -> int:
-    """Returns a TCP port on which nothing listens at `host` now. Raises RuntimeError if none is found."""
-    # Not the seeded global generator: two runs with one seed on one machine would race for the same port.
-    for port in random.SystemRandom().sample(_PORT_RANGE, _PORT_TRIES):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            try:
-                probe.bind((host, port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError(
-        f"no free TCP port on {host}: tried {_PORT_TRIES} between {_PORT_RANGE[0]} and {_PORT_RANGE[-1]}"
-    )
 
 
 def _from_environment(name: str) -> str:

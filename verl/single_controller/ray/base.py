@@ -16,8 +16,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.base import ClassWithInitArgs, ResourcePool, Worker, WorkerGroup
-from verl.single_controller.base.worker import find_free_port
 from verl.single_controller.ray.resources import check_resources, describe
+from verl.utils.rendezvous import reserve_port
 
 logger = logging.getLogger(__name__)
 
@@ -118,15 +118,26 @@ def create_colocated_worker_cls(class_dict: dict[str, RayClassWithInitArgs]) -> 
 class WorkerHost:
     """The Ray actor: one process, holding one worker object per role."""
 
-    def __init__(self, roles: dict[str, RayClassWithInitArgs]) -> None:
-        self._workers = {role: cls_with_args() for role, cls_with_args in roles.items()}
+    def __init__(self, roles: dict[str, RayClassWithInitArgs], one_node: bool) -> None:
+        self._roles, self._one_node = roles, one_node
+
+    def meeting_place(self) -> tuple[str, int]:
+        """An address and a port of this process, rank 0's."""
+        # One node needs no other address than the loopback's.
+        address = "127.0.0.1" if self._one_node else ray.util.get_node_ip_address()
+        return address, reserve_port(address)
+
+    def build(self, address: str, port: int) -> None:
+        """Construct the workers, whose ranks meet there."""
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+        self._workers = {role: cls_with_args() for role, cls_with_args in self._roles.items()}
 
     def call(self, role: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._workers[role], method_name)(*args, **kwargs)
 
     def __repr__(self) -> str:
         # Ray puts this before each line the process prints and into its tracebacks.
-        return f"{'+'.join(self._workers)}[rank {os.environ['RANK']}]"
+        return f"{'+'.join(self._roles)}[rank {os.environ['RANK']}]"
 
 
 class RayWorkerGroup(WorkerGroup):
@@ -141,7 +152,8 @@ class RayWorkerGroup(WorkerGroup):
 
     Raises:
         ValueError: the cluster is too small, or the pool is in use by as many groups as it allows.
-        RayActorError: a worker's constructor failed (its traceback is in the message) or its process died.
+        Exception: what a worker's constructor raised.
+        RayActorError: a process died; the message says which.
     """
 
     def __init__(
@@ -156,7 +168,8 @@ class RayWorkerGroup(WorkerGroup):
             self._bind_worker_methods(ray_cls_with_init.cls)
         self._actors = _start_actors(resource_pool, self._roles)
         try:
-            self.wait([actor.__ray_ready__.remote() for actor in self._actors], "__init__")
+            [place] = self.wait([self._actors[0].meeting_place.remote()], "__init__")
+            self.wait([actor.build.remote(*place) for actor in self._actors], "__init__")
         except BaseException:
             self.shutdown()
             raise
@@ -259,11 +272,14 @@ def _start_actors(pool: RayResourcePool, roles: dict[str, RayClassWithInitArgs])
             f"the pool is in use by {in_use} worker groups, as many as its max_colocate_count allows. "
             "Raise it, shut a group down, or put the roles into one group with create_colocated_worker_cls."
         )
+    nodes = [placement_group_table(group)["bundles_to_node_id"][index] for group, index in bundles]
     gpus = 1 / pool.max_colocate_count if pool.use_gpu else 0
     host = ray.remote(num_cpus=1, num_gpus=gpus)(WorkerHost)
     actors = [
-        host.options(scheduling_strategy=_place(*bundle), runtime_env={"env_vars": env}).remote(roles)
-        for bundle, env in zip(bundles, _environments(bundles, pool.use_gpu), strict=True)
+        host.options(scheduling_strategy=_place(*bundle), runtime_env={"env_vars": env}).remote(
+            roles, len(set(nodes)) == 1
+        )
+        for bundle, env in zip(bundles, _environments(nodes, pool.use_gpu), strict=True)
     ]
     pool.tenants.append(actors)
     return actors
@@ -273,24 +289,12 @@ def _place(group: PlacementGroup, index: int) -> PlacementGroupSchedulingStrateg
     return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
 
 
-def _environments(bundles: list[tuple[PlacementGroup, int]], use_gpu: bool) -> list[dict[str, str]]:
-    """The environment variables of each rank."""
-    nodes = [placement_group_table(group)["bundles_to_node_id"][index] for group, index in bundles]
+def _environments(nodes: list[str], use_gpu: bool) -> list[dict[str, str]]:
+    """The environment variables of each rank, given its node."""
     per_node = Counter(nodes)
     cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 1)) for node in ray.nodes()}
-    one_node = len(per_node) == 1
-    if nodes[0] == ray.get_runtime_context().get_node_id():
-        address, port = _find_master(one_node)
-    else:
-        find_master = ray.remote(num_cpus=0, scheduling_strategy=_place(*bundles[0]))(_find_master)
-        address, port = ray.get(find_master.remote(one_node))
-    shared = {
-        "WORLD_SIZE": str(len(bundles)),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if one_node and sys.platform == "linux":
+    shared = {"WORLD_SIZE": str(len(nodes)), "TOKENIZERS_PARALLELISM": "false"}
+    if len(per_node) == 1 and sys.platform == "linux":
         # By default gloo listens where the host's name points to, which may be a public address or nowhere, and NCCL on
         # any interface but the loopback.
         shared |= {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
@@ -302,12 +306,6 @@ def _environments(bundles: list[tuple[PlacementGroup, int]], use_gpu: bool) -> l
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cpus[node] // per_node[node])))
         environments.append(shared | {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "OMP_NUM_THREADS": threads})
     return environments
-
-
-def _find_master(one_node: bool) -> tuple[str, int]:
-    """Runs on rank 0's node. One node needs no other address than the loopback's."""
-    address = "127.0.0.1" if one_node else ray.util.get_node_ip_address()
-    return address, find_free_port(address)
 
 
 # ---- names of verl's that nothing here calls ----

@@ -10,7 +10,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import socket
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -203,12 +202,7 @@ def generate(folder: Path, jobs: Sequence[Job], drawing: Drawing, prompts: Seque
 def _generate_alone(folder: Path, jobs: Sequence[Job], drawing: Drawing, prompts: Sequence[Prompt]) -> None:
     """In a process of its own: a group of one rank, as the engine expects."""
     quiet_transformers()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-    }  # fmt: skip
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     if drawing.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(drawing.device).index or 0)
     backend = "cpu:gloo,cuda:nccl" if drawing.device.startswith("cuda") else "gloo"
