@@ -1,8 +1,13 @@
-"""Child of test_merge_classic: folders as verl's classic trainer writes them, by torch's own FSDP on real ranks."""
+"""Child of test_merge_classic: folders as verl's classic trainer writes them, by torch's own FSDP on real ranks.
+
+Run as a program, it forks its ranks: what takes longest is to import torch, and once is enough.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -85,6 +90,8 @@ def run(rank: int, folder: Path) -> None:
     """One rank of each case in which there are so many; the files go to `folder`/CASE."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    # That FSDP1 is old.
+    warnings.simplefilter("ignore")
     for case, (wrapped, name, world) in CASES.items():
         if rank >= world:
             continue
@@ -98,3 +105,7 @@ def run(rank: int, folder: Path) -> None:
         dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{folder}/end", rank=rank, world_size=RANKS)
     leave()
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(run, args=(Path(sys.argv[1]),), nprocs=RANKS, start_method="fork")

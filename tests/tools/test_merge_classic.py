@@ -36,10 +36,13 @@ from verl.utils.checkpoint.classic import RankFiles, rank_files
 OF_TORCH_2_6 = Path(__file__).parent / "classic_of_torch_2_6"
 
 
+pytestmark = pytest.mark.distributed
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classic")
-    torch.multiprocessing.spawn(classic_ranks.run, args=(folder,), nprocs=classic_ranks.RANKS)
+    subprocess.run([sys.executable, "-m", classic_ranks.__name__, folder], check=True)
     for case, (_, name, world) in CASES.items():
         config = classic_ranks.model(name).config
         config.architectures = ["Qwen2ForCausalLM"]
