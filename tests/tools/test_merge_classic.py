@@ -142,7 +142,7 @@ def test_experts_come_out_one_by_one(tmp_path, names):
 
 
 def test_memory_holds_a_file_and_not_the_model(written, tmp_path):
-    """206 MB of weights in files of 20 MB: what a file is made of, the file and a copy of it are 60 MB."""
+    """202 MB of weights in files of 20 MB: what a file is made of, the file and a copy of it are 60 MB."""
     command = [sys.executable, "-m", "tests.tools.merging_with_little_memory"]
     child = subprocess.run(
         [*command, written / "fsdp2-3", written / "large-2", tmp_path], capture_output=True, text=True, check=True

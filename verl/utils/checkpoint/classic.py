@@ -235,7 +235,7 @@ def read_rank(file: Path) -> dict[str, torch.Tensor]:
             f"{file} is refused, and nothing of it was run: expected tensors as FSDP shards them, got {what}; if the "
             "file is yours, save its state dict again without that"
         ) from error
-    except (RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except Exception as error:  # whatever a damaged pickle leads to
         raise ValueError(f"{file} is no state dict of FSDP's, or damaged ({error}); copy it again") from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ValueError(f"expected a state dict of tensors in {file}, got something else: take a checkpoint's model_*")
