@@ -213,7 +213,15 @@ def test_a_damaged_folder_is_named_with_what_to_do(actor, tmp_path):
     merger(list(merge_flags))
 
 
-def test_files_of_another_world_under_these_names(written, actor, tmp_path):
+def test_one_rank_twice_is_no_other_rank(written, tmp_path):
+    """Of FSDP1, in which the parts are of one size."""
+    old = shutil.copytree(written / "fsdp1-2", tmp_path / "old")
+    shutil.copy(old / "model_world_size_2_rank_0.pt", old / "model_world_size_2_rank_1.pt")
+    said = refused("merge", *flags(old, tmp_path / "out"))
+    assert "expected a tensor of (260, 32)" in said and "got parts that begin at [0, 0]" in said
+
+
+def test_files_of_another_world_under_these_names(written, tmp_path):
     """Two of four ranks' files of FSDP1, renamed."""
     old = shutil.copytree(written / "fsdp1-critic-4", tmp_path / "critic")
     (old / "fsdp_config.json").unlink()

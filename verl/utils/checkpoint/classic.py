@@ -278,13 +278,13 @@ class RankFiles:
         if len(kinds) != 1:
             raise self._wrong(name, shape, "parts of several kinds")
         kind = kinds.pop()
-        if issubclass(kind, ShardedRecord) and None in parts:
-            raise self._wrong(name, shape, f"nothing in {self.files[parts.index(None)].name}")
+        lacking = [file.name for file, part in zip(self.files, parts, strict=True) if part is None]
+        if issubclass(kind, ShardedRecord) and lacking:
+            raise self._wrong(name, shape, f"nothing in {lacking[0]}")
         if kind is DTensorRecord:
             found, dim = self._of_mesh(name, parts)
         elif kind is ShardedTensorRecord:
-            shards = sorted((shard for part in parts for shard in part.shards), key=lambda shard: shard[0])
-            found, dim = [tensor for _, tensor in shards], 0
+            found, dim = self._by_offsets(name, parts), 0
         else:
             found, dim = _plain([part for part in parts if part is not None], shape), 0
         if shape.numel():
@@ -313,6 +313,16 @@ class RankFiles:
             return [first[0].local], 0
         ordered = sorted(first, key=lambda part: part.coordinate[cut[0]])
         return [part.local for part in ordered], placements[cut[0]].dim
+
+    def _by_offsets(self, name: str, parts: list[ShardedTensorRecord]) -> list[torch.Tensor]:
+        """In the order of the places that they have with them, which have to lie end to end."""
+        shards = sorted((shard for part in parts for shard in part.shards), key=lambda shard: shard[0])
+        end = 0
+        for offset, tensor in shards:
+            if offset != end:
+                raise self._wrong(name, parts[0].shape, f"parts that begin at {[place for place, _ in shards]}")
+            end += tensor.shape[0]
+        return [tensor for _, tensor in shards]
 
     def _check(self, name: str, parts: list[torch.Tensor], dim: int, shape: torch.Size) -> None:
         if not shape and len(parts) == 1 and parts[0].numel() == 1:
