@@ -8,8 +8,12 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from verl.model_merger.classic import compare_classic, find_huggingface, merge_classic
 from verl.models.loading import Kind, find_model, hf_files, is_discriminator, load_model, load_tokenizer
+from verl.utils.checkpoint.best_link import behind_best
+from verl.utils.checkpoint.classic import is_classic
 from verl.utils.checkpoint.hf_files import write_hf_files
+from verl.utils.checkpoint.whole import FSDP_CONFIG
 
 
 def _checkpoint_kind(local_dir: Path, is_value_model: bool) -> Kind:
@@ -22,19 +26,31 @@ def _checkpoint_kind(local_dir: Path, is_value_model: bool) -> Kind:
 
 
 def load_checkpoint_model(
-    local_dir: str | Path, is_value_model: bool = False, trust_remote_code: bool = False
+    local_dir: str | Path,
+    is_value_model: bool = False,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """A checkpoint's model, whole, in the precision it was trained to compute in."""
+    """A checkpoint's model, whole; without `dtype` in the precision it was trained to compute in."""
     local_dir = Path(local_dir)
     kind = _checkpoint_kind(local_dir, is_value_model)
-    dtype = json.loads((local_dir / "fsdp_config.json").read_text())["dtype"]
-    return load_model(local_dir, kind, trust_remote_code=trust_remote_code, dtype=getattr(torch, dtype))
+    if dtype is None:
+        dtype = getattr(torch, json.loads((local_dir / FSDP_CONFIG).read_text())["dtype"])
+    return load_model(local_dir, kind, trust_remote_code=trust_remote_code, dtype=dtype)
 
 
 def merge(
-    local_dir: str | Path, target_dir: str | Path, is_value_model: bool = False, trust_remote_code: bool = False
+    local_dir: str | Path,
+    target_dir: str | Path,
+    is_value_model: bool = False,
+    trust_remote_code: bool = False,
+    hf_model_path: str | Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write the checkpoint in `local_dir` to `target_dir` as safetensors with config and tokenizer.
+
+    A folder of verl's classic trainer (`model_world_size_W_rank_R.pt`) is merged too, with config and tokenizer of
+    `hf_model_path` where it has none.
 
     The result opens with `AutoModelForCausalLM`, or `AutoModelForTokenClassification` for a critic; outside of this
     package, for one whose family has such a class in transformers (see `register_score_class`).
@@ -42,7 +58,11 @@ def merge(
     Raises:
         FileNotFoundError, ValueError: `local_dir` is not a checkpoint's actor or critic folder, or not whole.
     """
-    model = load_checkpoint_model(local_dir, is_value_model, trust_remote_code)
+    local_dir = behind_best(Path(local_dir).expanduser())
+    if is_classic(local_dir):
+        huggingface = find_huggingface(local_dir, hf_model_path)
+        return merge_classic(local_dir, Path(target_dir), huggingface, is_value_model, trust_remote_code, dtype)
+    model = load_checkpoint_model(local_dir, is_value_model, trust_remote_code, dtype)
     tokenizer = load_tokenizer(local_dir, trust_remote_code)
     base = hf_files(local_dir, trust_remote_code=trust_remote_code)
     generation_config = getattr(model, "generation_config", None)
@@ -60,15 +80,23 @@ def merge(
 
 
 def compare(
-    local_dir: str | Path, test_hf_dir: str | Path, is_value_model: bool = False, trust_remote_code: bool = False
+    local_dir: str | Path,
+    test_hf_dir: str | Path,
+    is_value_model: bool = False,
+    trust_remote_code: bool = False,
+    hf_model_path: str | Path | None = None,
 ) -> int:
     """Check that `test_hf_dir` holds exactly the checkpoint's weights; returns how many tensors were compared.
 
     Raises:
         ValueError: names the tensors that differ or are missing.
     """
+    local_dir = behind_best(Path(local_dir).expanduser())
+    if is_classic(local_dir):
+        huggingface = find_huggingface(local_dir, hf_model_path)
+        return compare_classic(local_dir, Path(test_hf_dir), huggingface, is_value_model, trust_remote_code)
     model = load_checkpoint_model(local_dir, is_value_model, trust_remote_code)
-    kind = _checkpoint_kind(Path(local_dir), is_value_model)
+    kind = _checkpoint_kind(local_dir, is_value_model)
     expected, actual = (
         model.state_dict(),
         load_model(test_hf_dir, kind, trust_remote_code=trust_remote_code, dtype=model.dtype).state_dict(),

@@ -29,6 +29,7 @@ from transformers.utils import logging as hf_logging
 
 from verl.models.answer_models import SCORE_HEADS
 from verl.utils.checkpoint.best_link import behind_best
+from verl.utils.checkpoint.classic import is_classic
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, is_dropout
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
 from verl.utils.checkpoint.whole import check_huggingface, check_part, refuse_pointer
@@ -59,7 +60,7 @@ def find_model(path: str | Path) -> ModelSource:
 
     Raises:
         FileNotFoundError: the folder is neither; says what was looked for, and what to pass instead where that can be
-            seen (a whole `global_step_N` folder, for instance).
+            seen (a whole `global_step_N` folder, or one of verl's classic trainer, which has to be merged first).
     """
     folder = behind_best(Path(path).expanduser())
     if (folder / "huggingface" / "config.json").is_file() and (folder / MODEL_FOLDER).is_dir():
@@ -68,6 +69,11 @@ def find_model(path: str | Path) -> ModelSource:
         return ModelSource(folder, None)
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder {folder} does not exist: give a local Hugging Face or checkpoint folder")
+    if is_classic(folder):
+        raise FileNotFoundError(
+            f"{folder} was written by verl's classic trainer and has to be merged first: run `python -m "
+            f"verl.model_merger merge --backend fsdp --local_dir {folder} --target_dir OUT`, and give OUT instead"
+        )
     inside = [name for name in ("actor", "critic") if (folder / name).is_dir()]
     hint = f"; did you mean {folder / inside[0]}?" if inside else ""
     raise FileNotFoundError(

@@ -26,6 +26,7 @@ from verl.utils.checkpoint.checkpoint_manager import (
 )
 from verl.utils.checkpoint.recovery import newest_whole, refuse_damaged
 from verl.utils.checkpoint.room import bytes_in, check_room, explain_full_disk
+from verl.utils.checkpoint.whole import FSDP_CONFIG
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ class Checkpoints:
             if not (folder / name).is_dir():
                 raise FileNotFoundError(f"cannot resume from {folder}: it has no {name}; was it another stage's?")
             group.load_checkpoint(str(folder / name))
+        self._warn_of_another_world(folder)
         state = RunState.read(folder / STATE_FILE)
         for name, kept in self.files.items():
             kept.load(folder / name)
@@ -181,6 +183,19 @@ class Checkpoints:
         if folder.parent.resolve() == self.root.resolve():
             self.saved_step = state.global_step
         return state
+
+    def _warn_of_another_world(self, folder: Path) -> None:
+        """Say it if another number of ranks wrote the checkpoint, and what that changes."""
+        how = folder / "actor" / FSDP_CONFIG
+        if not how.is_file():
+            return
+        written, ranks = json.loads(how.read_text())["world_size"], self.parts["actor"].world_size
+        if written != ranks:
+            logger.warning(
+                "%s was written by %d ranks, and this run has %d: weights, optimizers, schedules, data and replay are "
+                "the same; sums are rounded otherwise, and answers from here on are other draws, as each rank draws "
+                "its own", folder, written, ranks,
+            )  # fmt: skip
 
     def find(self) -> Path | None:
         """See `find_checkpoint`."""

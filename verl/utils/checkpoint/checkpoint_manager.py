@@ -18,6 +18,7 @@ from pathlib import Path
 
 from verl.utils.checkpoint.best_link import behind_best, best_step
 from verl.utils.checkpoint.checksums import CHECKSUMS, checksums_of, read_checksums, sync_to_disk, write_checksums
+from verl.utils.checkpoint.classic import is_classic
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, OPTIM_FOLDER
 from verl.utils.checkpoint.whole import changed_files
 
@@ -187,6 +188,11 @@ def verify_checkpoint(folder: str | Path) -> None:
 def damage_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None if it is whole."""
     if not (folder / CHECKSUMS).is_file():
+        if any(is_classic(folder / part) for part in PARTS):
+            return (
+                f"{folder} was written by verl's classic trainer, whose runs cannot be gone on with: merge its models "
+                "(python -m verl.model_merger merge) and begin a run of another name with them"
+            )
         return f"{folder / CHECKSUMS} is missing, and nothing else tells whether the checkpoint is whole"
     try:
         expected = read_checksums(folder / CHECKSUMS)

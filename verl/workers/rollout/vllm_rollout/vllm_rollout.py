@@ -21,11 +21,11 @@ from transformers import PretrainedConfig
 from vllm import LLM, RequestOutput, SamplingParams
 
 from verl.config import SamplingConfig
+from verl.models.published import checkpoint_tensors
 from verl.protocol import DataProto
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.vllm_rollout.weights import (
     PushCheck,
-    checkpoint_tensors,
     copy_weights,
     keeps_checkpoint_layout,
     reload_weights,

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterator
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
 from verl.models.loading import empty_model, persistent_buffers
-
-# A name up to the number of its layer; whole, if there is none.
-LAYER = re.compile(r".*?\.\d+\.|.*")
-Weights = Iterator[tuple[str, torch.Tensor]]
+from verl.models.published import Weights
 
 
 def structure(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
@@ -44,21 +37,6 @@ def tensor_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
     """The shapes of a model's parameters and persistent buffers by name; tied ones come once."""
     tensors = itertools.chain(model.named_parameters(), persistent_buffers(model))
     return {name: tensor.shape for name, tensor in tensors}
-
-
-def checkpoint_tensors(model: PreTrainedModel, weights: Weights) -> Weights:
-    """The tensors as a checkpoint of the class has them, which is how vLLM knows them: transformers keeps experts in
-    one tensor, say, and calls some parts otherwise.
-
-    Args:
-        weights: under the names that they have in `model`; those of a layer follow each other. A layer's are held
-            together where there is anything to convert.
-    """
-    if not get_model_conversion_mapping(model, add_legacy=False):
-        yield from weights
-        return
-    for _, group in itertools.groupby(weights, key=lambda item: LAYER.match(item[0]).group()):
-        yield from revert_weight_conversion(model, dict(group)).items()
 
 
 class PushCheck:
