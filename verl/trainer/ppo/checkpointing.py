@@ -200,9 +200,14 @@ class Checkpoints:
         # Every group is asked, so that none keeps its error for the next checkpoint.
         return all([all(group.checkpoint_is_written()) for group in self.parts.values()])
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._writing is not None and self._writing.at_work
+
     def settle(self) -> None:
         """See what has become of a checkpoint in the background. Raises what it failed of; returns if it goes on."""
-        if self._writing is not None and not self._writing.at_work:
+        if not self.is_writing:
             self.wait()
 
     def wait(self) -> None:
@@ -234,7 +239,7 @@ class Checkpoints:
     def _wait_while_it_grows(self) -> None:
         size, since = -1, time.monotonic()
         try:
-            while self._writing is not None and self._writing.at_work:
+            while self.is_writing:
                 now = sum(bytes_in(folder) for folder in self.root.glob("global_step_*.tmp"))
                 if now != size:
                     size, since = now, time.monotonic()
