@@ -189,9 +189,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.layers:
         shape = replace(shape, layers=args.layers)
     parts = 2 if args.parts == "both" else 1
-    say(
-        f"{shape.parameters / 1e9:.3f} billion parameters; a checkpoint of about {12e-9 * parts * shape.parameters:.1f} GB"
-    )
+    size = 12e-9 * parts * shape.parameters
+    say(f"{shape.parameters / 1e9:.3f} billion parameters; a checkpoint of about {size:.1f} GB")
     report = Report("saving", args, COLUMNS)
     with (
         model_folder(shape, args.device) as models,
