@@ -92,7 +92,8 @@ class FSDPCheckpointManager:
         tensors, scalars = self._optimizer_state()
         write_sharded(tensors, folder / OPTIM_FOLDER)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            self._write_small_files(folder, scalars)
+            self._write_scalars(folder, scalars)
+            self._write_hf_files(folder)
             check_all_are_seen(folder)
 
     def reserve(self) -> None:
@@ -114,8 +115,8 @@ class FSDPCheckpointManager:
         for name in shards:
             (folder / name).mkdir(parents=True, exist_ok=True)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            self._write_small_files(folder, scalars)
-        self._writing = Background(partial(_write_all, shards, folder), f"writing {folder}")
+            self._write_scalars(folder, scalars)
+        self._writing = Background(partial(self._write_copies, shards, folder), f"writing {folder}")
 
     def is_written(self) -> bool:
         """Whether this rank has written its part of what was begun last, if anything was. Raises what kept it."""
@@ -175,12 +176,23 @@ class FSDPCheckpointManager:
         tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         return tensors, {key: value for key, value in state.items() if key not in tensors}
 
-    def _write_small_files(self, folder: Path, scalars: dict[str, Any]) -> None:
+    def _write_copies(self, shards: Mapping[str, Shard], folder: Path) -> None:
+        for name, shard in shards.items():
+            shard.write(folder / name)
+            if shard.chunks:
+                sync_to_disk(folder / name / shard.file)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            # Training does not change them, and a large tokenizer takes seconds.
+            self._write_hf_files(folder)
+
+    def _write_scalars(self, folder: Path, scalars: dict[str, Any]) -> None:
         extra = {"optimizer": scalars, "lr_scheduler": self.lr_scheduler.state_dict()}
         (folder / "extra_state.json").write_text(json.dumps(extra, indent=1))
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         how = {"FSDP_version": 2, "world_size": world_size, "dtype": str(self.compute_dtype).removeprefix("torch.")}
         (folder / FSDP_CONFIG).write_text(json.dumps(how, indent=1))
+
+    def _write_hf_files(self, folder: Path) -> None:
         write_hf_files(folder / HUGGINGFACE, self.model, self.tokenizer, self.compute_dtype, self.base)
 
 
@@ -192,10 +204,3 @@ def tied_names(model: nn.Module) -> set[str]:
     for name in sorted(names, key=lambda name: name not in sources):
         kept.setdefault(id(names[name]), name)
     return {name for name, parameter in names.items() if kept[id(parameter)] != name}
-
-
-def _write_all(shards: Mapping[str, Shard], folder: Path) -> None:
-    for name, shard in shards.items():
-        shard.write(folder / name)
-        if shard.chunks:
-            sync_to_disk(folder / name / shard.file)
