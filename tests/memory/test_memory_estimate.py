@@ -51,6 +51,7 @@ def run_of(*overrides: str) -> RunSettings:
         config.trainer.ranks,
         config.trainer.n_gpus_per_node,
         pairs=config.soda.enable,
+        async_save=config.trainer.async_save,
     )
 
 
@@ -275,6 +276,17 @@ def test_offloading_moves_parts_to_the_host_while_others_work(actor, critic):
         "actor's optimizer states": 4 * PARAMETERS,
         "critic's optimizer states": 4 * (PARAMETERS + 1537),
         "reference's weights": PARAMETERS,
+        "reading a model": 4 * (PARAMETERS + 1537),
+    }
+
+
+def test_background_writing_keeps_a_copy_of_what_a_machines_ranks_hold(actor, critic):
+    machines = ["trainer.nnodes=2", "trainer.n_gpus_per_node=2", "trainer.async_save=True"]
+    estimate = estimate_memory(run_of(*machines), actor, critic, 80 * GIB)
+    assert estimate.host == {
+        # 12 bytes a parameter on two machines.
+        "copy of the actor for checkpoints": 6 * PARAMETERS,
+        "copy of the critic for checkpoints": 6 * (PARAMETERS + 1537),
         "reading a model": 4 * (PARAMETERS + 1537),
     }
 

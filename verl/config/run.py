@@ -98,6 +98,7 @@ class TrainerConfig:
     max_skipped_steps: Positive
     save_freq: int
     save_on_signal: bool
+    async_save: bool
     max_actor_ckpt_to_keep: Positive | None
     max_critic_ckpt_to_keep: Positive | None
     resume_mode: Literal["auto", "disable", "resume_path"]

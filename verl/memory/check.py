@@ -25,6 +25,7 @@ def check_run_memory(config: Config, sizes: tuple[int, int] | None) -> None:
         config.trainer.ranks,
         config.trainer.n_gpus_per_node,
         pairs=config.soda.enable,
+        async_save=config.trainer.async_save,
     )
     critic_shape = None if critic is None else _shape(critic.model, "score")
     check_memory(run, _shape(config.actor_rollout_ref.model, "policy"), critic_shape, *sizes)

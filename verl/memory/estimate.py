@@ -15,6 +15,9 @@ b the bytes of a number in the type it computes in (2 for bf16), S the tokens of
 | vLLM's weights and KV cache | gpu_memory_utilization of the card | generating; always, without free_cache_engine |
 | CUDA, NCCL, cuBLAS, fragments | OVERHEAD_BYTES | always |
 
+In the memory of each machine are offloaded weights and states, and with `trainer.async_save` a copy of what checkpoints
+hold: 12 N bytes, N / ranks of it for each rank there.
+
 The forward passes without gradients need less than the update that follows them, and are left out.
 """
 
@@ -68,6 +71,8 @@ class RunSettings:
     ranks_per_machine: int
     # Whether the actor is trained on pairs of a teacher's and a student's answer.
     pairs: bool = False
+    # Whether checkpoints are copied to host memory, to be written in the background.
+    async_save: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,8 @@ def check_memory(
     if sum(estimate.host.values()) > host_bytes:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in estimate.host.items())
         logger.warning(
-            "About %.1f GiB of host memory are needed on each machine, which has %.1f GiB (%s): offload less, or "
-            "spread the run over more machines",
+            "About %.1f GiB of host memory are needed on each machine, which has %.1f GiB (%s): offload less, "
+            "leave trainer.async_save off, or spread the run over more machines",
             sum(estimate.host.values()) / GIB, host_bytes / GIB, parts,
         )  # fmt: skip
     return estimate
@@ -304,6 +309,8 @@ def _host(run: RunSettings, actor: ModelShape, critic: ModelShape | None) -> Siz
             parts[f"{name}'s weights"] = MASTER * shape.parameters * here
         if fsdp.optimizer_offload:
             parts[f"{name}'s optimizer states"] = MOMENTS * shape.parameters * here
+        if run.async_save:
+            parts[f"copy of the {name} for checkpoints"] = (MASTER + MOMENTS) * shape.parameters * here
     if run.use_reference and run.actor_rollout_ref.ref.fsdp_config.param_offload:
         parts["reference's weights"] = _reference(run, actor) * run.ranks_per_machine
     parts["reading a model"] = MASTER * max(shape.parameters for _, shape, _ in _trained(run, actor, critic))

@@ -7,8 +7,6 @@ weights and the optimizer's references need no care.
 
 from __future__ import annotations
 
-import mmap
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,9 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from verl.config import FSDPConfig
 from verl.models.sharding import reshard
-
-# Where parts of the host buffer begin: what any copy engine is content with.
-ALIGNMENT = 512
+from verl.utils.host_memory import ALIGNMENT, host_buffer
 
 
 class HostCopy:
@@ -99,7 +95,7 @@ class HostCopy:
                 torch.cuda.synchronize()
             # The old one goes first: both at once may be more than the host has.
             del self._buffer
-            self._buffer = _host_buffer(total, pinned)
+            self._buffer = host_buffer(total, pinned)
         return [self._buffer[start : start + s.nbytes()] for start, s in zip(starts, storages, strict=True)]
 
 
@@ -204,21 +200,3 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
 
 def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _host_buffer(size: int, pinned: bool) -> torch.Tensor:
-    """`size` bytes of host memory.
-
-    PyTorch's allocator of pinned memory rounds up to a power of two, up to twice what is needed, and keeps what is
-    freed. So the pages are taken from the system and registered with CUDA.
-    """
-    if size == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    buffer = torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
-    if pinned:
-        cudart = torch.cuda.cudart()
-        torch.cuda.check_error(cudart.cudaHostRegister(buffer.data_ptr(), size, 0))
-        unregister = weakref.finalize(buffer, cudart.cudaHostUnregister, buffer.data_ptr())
-        # At the end of the process CUDA may be gone before this runs, and takes the registration with it.
-        unregister.atexit = False
-    return buffer

@@ -153,6 +153,23 @@ class FSDPWorker(Worker):
             self.checkpoint.save_checkpoint(folder)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def reserve_for_checkpoints(self) -> None:
+        """Take the host memory that checkpoints are copied into before they are written in the background."""
+        with self.offloader.on_device(optimizer=True):
+            self.checkpoint.reserve()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def begin_checkpoint(self, folder: str) -> None:
+        """Copy this model's part of a checkpoint, and begin to write the copy in the background."""
+        with self.offloader.on_device(optimizer=True):
+            self.checkpoint.begin_checkpoint(folder)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def checkpoint_is_written(self) -> bool:
+        """Whether this rank has written what `begin_checkpoint` began. Raises what kept it from it."""
+        return self.checkpoint.is_written()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, folder: str) -> None:
         """Restore this model's part of a checkpoint."""
         with self.offloader.on_device(optimizer=True):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +16,7 @@ from verl.config.run import TrainerConfig
 from verl.single_controller.base import WorkerGroup
 from verl.trainer.ppo.best import BestState
 from verl.trainer.ppo.origin import Origin
+from verl.utils.background import Background
 from verl.utils.checkpoint.best_link import behind_best, point_best
 from verl.utils.checkpoint.checkpoint_manager import (
     mark_only_as_best,
@@ -26,11 +30,16 @@ from verl.utils.checkpoint.checkpoint_manager import (
 )
 from verl.utils.checkpoint.recovery import newest_whole, refuse_damaged
 from verl.utils.checkpoint.room import bytes_in, check_room, explain_full_disk
+from verl.utils.checkpoint.sharded import check_all_are_seen
 from verl.utils.checkpoint.whole import FSDP_CONFIG
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
+# Between two looks at what is being written in the background.
+LOOK_S = 0.2
+# A checkpoint that has not grown for so long after an error is not waited for: its ranks no longer answer.
+STANDSTILL_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,9 @@ class Kept(Protocol):
 class Checkpoints:
     """The checkpoints of one run, under `trainer.default_local_dir`.
 
+    With `trainer.async_save` the models are copied to host memory, and all else about a checkpoint happens in the
+    background, one at a time and in the same order. A failure there is raised by `settle` or `wait`.
+
     Args:
         actor, critic: the workers whose models are saved.
         files: what else is saved, by the name of its file.
@@ -92,6 +104,14 @@ class Checkpoints:
         self.pruned_step: int | None = None
         # Bytes of the next one: as many as the last one's.
         self.size = size
+        self._writing: Background | None = None
+        self._given_up = False
+
+    def reserve(self) -> None:
+        """Let the workers take the host memory that background writing needs."""
+        if self.config.async_save:
+            for group in self.parts.values():
+                group.reserve_for_checkpoints()
 
     def warn_of_little_room(self) -> None:
         """Say it at the start if there is no room for a checkpoint yet."""
@@ -101,22 +121,26 @@ class Checkpoints:
             logger.warning("as it is, nothing can be saved: %s", error.strerror)
 
     def write(self, state: RunState, only_as_best: bool = False) -> None:
-        """Write the folder of `global_step_N`, all but its name, which `publish` gives it.
+        """Write the folder of `global_step_N`, all but its name, which `publish` gives it; or only begin to, in the
+        background, where what is written is the state at this moment. What was begun before is waited for.
 
         `only_as_best`: the checkpoint is not one of those that are due anyway.
 
         Raises:
             OSError: there is no room for it; seen before anything is written, as far as it can be.
         """
+        self.wait()
         check_room(self.root, self.size)
         folder = start_checkpoint(self.root, state.global_step)
         with explain_full_disk(folder):
             self._write(folder, state, only_as_best)
-        self.size = bytes_in(folder)
+            if not self.config.async_save:
+                self._seal(folder)
 
     def _write(self, folder: Path, state: RunState, only_as_best: bool) -> None:
         for name, group in self.parts.items():
-            group.save_checkpoint(str(folder / name))
+            save = group.begin_checkpoint if self.config.async_save else group.save_checkpoint
+            save(str(folder / name))
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1))
         if self.origin is not None:
             self.origin.write(folder)
@@ -124,25 +148,116 @@ class Checkpoints:
             mark_only_as_best(folder)
         for name, kept in self.files.items():
             kept.save(folder / name)
+
+    def _seal(self, folder: Path) -> None:
         seal_checkpoint(folder, tuple(self.parts))
+        self.size = bytes_in(folder)
 
     def publish(self, state: RunState) -> None:
-        """Let what was written for this state exist as `global_step_N`.
+        """Let what was written for this state exist as `global_step_N`, in the background as soon as it is written.
 
         Then `best` becomes what the state says, and only then what it was may go. Others go with `prune`.
         """
         folder = self.root / f"global_step_{state.global_step}.tmp"
+        if self.config.async_save:
+            self._writing = Background(partial(self._finish_in_background, folder, state), f"saving {folder}")
+        else:
+            self._publish(folder, state)
+
+    def _publish(self, folder: Path, state: RunState) -> None:
         with explain_full_disk(folder):
             final = publish_checkpoint(folder)
-        self.saved_step = state.global_step
         if state.best is not None and state.best.step is not None:
             self.point_best(state.best.step)
         remove_former_bests(self.root, state.global_step)
+        self.saved_step = state.global_step
         logger.info("saved %s", final)
 
+    # ------------------------------------------------------------ in the background
+
+    def _finish_in_background(self, folder: Path, state: RunState) -> None:
+        """All that `write` has left, once every rank has written its part."""
+        start = time.monotonic()
+        try:
+            with explain_full_disk(folder):
+                while not self._given_up and not self._all_written():
+                    time.sleep(LOOK_S)
+                if self._given_up:
+                    return
+                for name in self.parts:
+                    check_all_are_seen(folder / name)
+                self._seal(folder)
+            self._publish(folder, state)
+        except OSError as error:
+            # Of a full disk, with the folder's name.
+            if error.filename == str(folder):
+                raise
+            raise _not_written(folder, error) from error
+        except Exception as error:
+            raise _not_written(folder, error) from error
+        logger.info("writing it took %.1f s in the background", time.monotonic() - start)
+
+    def _all_written(self) -> bool:
+        # Every group is asked, so that none keeps its error for the next checkpoint.
+        return all([all(group.checkpoint_is_written()) for group in self.parts.values()])
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._writing is not None and self._writing.at_work
+
+    def settle(self) -> None:
+        """See what has become of a checkpoint in the background. Raises what it failed of; returns if it goes on."""
+        if not self.is_writing:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when no checkpoint is being written any more. Raises what the last one failed of, once."""
+        if self._writing is not None:
+            self._writing.join()
+            done, self._writing = self._writing, None
+            done.wait()
+
+    @contextmanager
+    def all_written(self) -> Iterator[None]:
+        """See that nothing is being written when the block is left.
+
+        An error in the block is raised when the checkpoint is there that was being written, or cannot be any more. Only
+        the end of a run at once, by a signal, leaves it half written.
+        """
+        try:
+            yield
+            self.wait()
+        except Exception:
+            self._wait_while_it_grows()
+            raise
+        finally:
+            # No rank is asked any more: whoever asks Ray after its end starts another one.
+            self._given_up = True
+            if self._writing is not None:
+                self._writing.join(2 * LOOK_S)
+
+    def _wait_while_it_grows(self) -> None:
+        size, since = -1, time.monotonic()
+        try:
+            while self.is_writing:
+                now = sum(bytes_in(folder) for folder in self.root.glob("global_step_*.tmp"))
+                if now != size:
+                    size, since = now, time.monotonic()
+                elif time.monotonic() - since > STANDSTILL_S:
+                    logger.error("the checkpoint that was being written is not finished: its ranks do not answer")
+                    return
+                self._writing.join(LOOK_S)
+            self.wait()
+        except Exception as error:
+            logger.error("%s", error)
+
     def prune(self) -> None:
-        """Remove what is not to be kept beside the newest checkpoint; to be called when that has proven to be good."""
-        if self.saved_step == self.pruned_step:
+        """Remove what is not to be kept beside the newest checkpoint; to be called when that has proven to be good.
+
+        Nothing while one is being written: it is left to the next call.
+        """
+        if self._writing is not None or self.saved_step == self.pruned_step:
             return
         prune_checkpoints(self.root, "actor", self.config.max_actor_ckpt_to_keep, self.saved_step)
         prune_checkpoints(self.root, "critic", self.config.max_critic_ckpt_to_keep, self.saved_step)
@@ -200,6 +315,12 @@ class Checkpoints:
     def find(self) -> Path | None:
         """See `find_checkpoint`."""
         return find_checkpoint(self.config, self.parts)
+
+
+def _not_written(folder: Path, error: Exception) -> RuntimeError:
+    # A rank's error has its traceback in it, and the reason last.
+    reason = (str(error).strip() or repr(error)).splitlines()[-1]
+    return RuntimeError(f"{folder} could not be written in the background, so it is no checkpoint: {reason}")
 
 
 def run_folder(config: TrainerConfig) -> Path:

@@ -185,6 +185,7 @@ class RayPPOTrainer:
         size = sum(group.checkpoint_bytes()[0] for group in groups)
         self.checkpoints = Checkpoints(config.trainer, actor_rollout, critic, files, self.origin, size)
         self.checkpoints.warn_of_little_room()
+        self.checkpoints.reserve()
         self.student.peak_memory()  # What building took is not the first step's.
 
     def spawn(self, roles: dict[str, RayClassWithInitArgs]) -> dict[str, WorkerGroup]:
@@ -204,19 +205,25 @@ class RayPPOTrainer:
         if self.global_step == 0:
             self.head_start.warn_of_a_blind_critic()
         stage = self.config.stage
-        with self._open_tracking() as tracking, progress_bar(stage, self.total_steps, self.global_step) as bar:
+        with (
+            self._open_tracking() as tracking,
+            progress_bar(stage, self.total_steps, self.global_step) as bar,
+            self.checkpoints.all_written(),
+        ):
             if config.val_only:
                 return tracking.log(self.validation.run(self.global_step, tracking), self.global_step)
             with self.signals.at_step_ends(config.save_on_signal):
                 complete = self._make_steps(tracking, bar)
             if complete and config.test_freq > 0 and self.val_dataset is not None:
                 tracking.log(self._validate(tracking, partial(marked_timer, timing={}))[0], self.global_step)
+            self.checkpoints.wait()
             self._prune()
 
     def _make_steps(self, tracking: Tracking, bar: tqdm) -> bool:
         """Make the steps that are left, validating and saving on the way; whether all of them were made. A signal or an
         early stop ends them before, with a checkpoint."""
         for prompts in self._batches():
+            self.checkpoints.settle()
             metrics, timing = {}, {}
             timed = partial(marked_timer, timing=timing)
             if self._validation_is_due():
@@ -228,10 +235,14 @@ class RayPPOTrainer:
             with timed("step"):
                 made = self._make_step(prompts, timed)
             done, written = self.global_step + 1, None
-            self._prune()
             if self._save_is_due(done) or self.signals.received is not None:
                 with timed("save_checkpoint"):
+                    # First, so that older ones go before there is a further one.
+                    self.checkpoints.wait()
+                    self._prune()
                     written = self.write_checkpoint(done)
+            else:
+                self._prune()
             metrics |= self._step_metrics(made, timing)
             # First, because a run that goes on from the checkpoint does not make this step again.
             tracking.log(metrics, self.global_step)
@@ -246,7 +257,8 @@ class RayPPOTrainer:
         return True
 
     def _save_unless_saved(self) -> None:
-        """Save the present weights, where a step has been made since the newest checkpoint."""
+        """Save the present weights, where a step has been made since the newest checkpoint, which may be on its way."""
+        self.checkpoints.wait()
         if self.global_step not in (0, self.checkpoints.saved_step):
             self.save(self.global_step)
 
@@ -331,6 +343,8 @@ class RayPPOTrainer:
         if ends:
             verdict = best.verdict(metrics[best.state.metric])
             logger.info("early stop after %d of %d steps: %s", step, self.total_steps, verdict)
+        if is_best or ends:
+            self.checkpoints.wait()
         if (is_best or ends) and self.checkpoints.saved_step != step:
             with timed("save_checkpoint"):
                 self.save(step, only_as_best=not ends)
@@ -358,8 +372,10 @@ class RayPPOTrainer:
             logger.info("%d of %d steps are done already: nothing is left to train", self.global_step, self.total_steps)
 
     def save(self, step: int, only_as_best: bool = False) -> None:
-        """Write `global_step_N` of the present weights, which `step` updates made; between steps or at a step's end."""
+        """Write `global_step_N` of the present weights, which `step` updates made, between steps or at a step's end; it
+        is on the disk on return."""
         self.checkpoints.publish(self.write_checkpoint(step, only_as_best))
+        self.checkpoints.wait()
 
     def write_checkpoint(self, step: int, only_as_best: bool = False) -> RunState:
         """Write that checkpoint as `global_step_N.tmp`; returns the state to pass to `Checkpoints.publish`."""

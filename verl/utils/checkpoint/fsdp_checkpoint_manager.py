@@ -12,6 +12,8 @@ Any number of ranks can load what any other number wrote.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,16 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from verl.utils.background import Background
+from verl.utils.checkpoint.checksums import sync_to_disk
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, write_hf_files
 from verl.utils.checkpoint.sharded import (
     MODEL_FOLDER,
     OPTIM_FOLDER,
-    check_chunks,
-    read_layout,
+    HostShards,
+    Shard,
+    check_all_are_seen,
+    own_shard,
     read_sharded,
     write_sharded,
 )
@@ -65,6 +71,8 @@ class FSDPCheckpointManager:
         self.tokenizer = tokenizer
         self.compute_dtype = compute_dtype
         self.base = base
+        self._host = HostShards()
+        self._writing: Background | None = None
 
     def size(self) -> int:
         """Bytes that `save_checkpoint` writes, small files left out."""
@@ -84,8 +92,44 @@ class FSDPCheckpointManager:
         tensors, scalars = self._optimizer_state()
         write_sharded(tensors, folder / OPTIM_FOLDER)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            self._write_small_files(folder, scalars)
-            _check_all_are_seen(folder)
+            self._write_scalars(folder, scalars)
+            self._write_hf_files(folder)
+            check_all_are_seen(folder)
+
+    def reserve(self) -> None:
+        """Take the host memory that `begin_checkpoint` copies into, which then need not wait for it; collective."""
+        self._copy_to_host()
+
+    def begin_checkpoint(self, folder: str | Path) -> None:
+        """Copy everything to host memory, and begin to write it into `folder` in the background; collective, the
+        writing not. It holds what the model is now, whatever comes after. `is_written` says when it is done.
+
+        Raises:
+            FloatingPointError: weights or optimizer are not finite; nothing is written.
+        """
+        folder = Path(folder)
+        if self._writing is not None:
+            self._writing.wait()
+        self._refuse_non_finite(folder)
+        shards, scalars = self._copy_to_host()
+        for name in shards:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            self._write_scalars(folder, scalars)
+        self._writing = Background(partial(self._write_copies, shards, folder), f"writing {folder}")
+
+    def is_written(self) -> bool:
+        """Whether this rank has written its part of what was begun last, if anything was. Raises what kept it."""
+        if self._writing is not None and not self._writing.at_work:
+            done, self._writing = self._writing, None
+            done.wait()
+        return self._writing is None
+
+    def _copy_to_host(self) -> tuple[dict[str, Shard], dict[str, Any]]:
+        """This rank's shards by their folder, and the optimizer's scalars."""
+        tensors, scalars = self._optimizer_state()
+        shards = {MODEL_FOLDER: own_shard(self._weights()), OPTIM_FOLDER: own_shard(tensors)}
+        return self._host.copy(shards), scalars
 
     def _refuse_non_finite(self, folder: Path) -> None:
         named = dict(self.model.named_parameters())
@@ -132,12 +176,23 @@ class FSDPCheckpointManager:
         tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         return tensors, {key: value for key, value in state.items() if key not in tensors}
 
-    def _write_small_files(self, folder: Path, scalars: dict[str, Any]) -> None:
+    def _write_copies(self, shards: Mapping[str, Shard], folder: Path) -> None:
+        for name, shard in shards.items():
+            shard.write(folder / name)
+            if shard.chunks:
+                sync_to_disk(folder / name / shard.file)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            # Training does not change them, and a large tokenizer takes seconds.
+            self._write_hf_files(folder)
+
+    def _write_scalars(self, folder: Path, scalars: dict[str, Any]) -> None:
         extra = {"optimizer": scalars, "lr_scheduler": self.lr_scheduler.state_dict()}
         (folder / "extra_state.json").write_text(json.dumps(extra, indent=1))
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         how = {"FSDP_version": 2, "world_size": world_size, "dtype": str(self.compute_dtype).removeprefix("torch.")}
         (folder / FSDP_CONFIG).write_text(json.dumps(how, indent=1))
+
+    def _write_hf_files(self, folder: Path) -> None:
         write_hf_files(folder / HUGGINGFACE, self.model, self.tokenizer, self.compute_dtype, self.base)
 
 
@@ -149,15 +204,3 @@ def tied_names(model: nn.Module) -> set[str]:
     for name in sorted(names, key=lambda name: name not in sources):
         kept.setdefault(id(names[name]), name)
     return {name for name, parameter in names.items() if kept[id(parameter)] != name}
-
-
-def _check_all_are_seen(folder: Path) -> None:
-    """ValueError if what all ranks have just written is not whole here: nodes that each have a folder of their own."""
-    for shards in (folder / MODEL_FOLDER, folder / OPTIM_FOLDER):
-        try:
-            check_chunks(shards, read_layout(shards))
-        except ValueError as error:
-            raise ValueError(
-                "what all ranks have just written is not whole in the first one's sight, so no checkpoint is made: "
-                f"trainer.default_local_dir has to be one folder that all nodes share ({error})"
-            ) from error
