@@ -120,11 +120,19 @@ def _files(folder: Path) -> list[Path]:
 
 
 def start_checkpoint(root: str | Path, step: int) -> Path:
-    """An empty folder for writing step `step`; remains of an earlier attempt are removed."""
+    """An empty folder for writing step `step`; remains of an earlier attempt are removed. Of a link in its place only
+    the link."""
     folder = Path(root) / f"global_step_{step}.tmp"
-    shutil.rmtree(folder, ignore_errors=True)
+    _make_way(folder)
     folder.mkdir(parents=True)
     return folder
+
+
+def _make_way(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def seal_checkpoint(temporary: Path, parts: Sequence[str] = ()) -> None:
@@ -155,13 +163,13 @@ def publish_checkpoint(temporary: Path) -> Path:
     """
     final, replaced = temporary.with_suffix(""), temporary.with_suffix(".old")
     _announce(final.parent, step_of(final))
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(final):
+        _make_way(replaced)
         final.rename(replaced)
     temporary.rename(final)
     sync_to_disk(final.parent)
     follow_announcement(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _make_way(replaced)
     return final
 
 
