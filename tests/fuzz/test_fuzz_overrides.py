@@ -32,8 +32,8 @@ scalars = st.one_of(
     st.floats().map(str),
     st.sampled_from(
         ["nan", "inf", "-inf", "1e400", "1e308", "1e38", "-0", "9" * 400, "9" * 5000, "null", "true", "???", "''", "[]",
-         "{}", "a,b", "${x}", "${trainer.device}", "${oc.env:NO_SUCH}", "${", "glob(*)", "range(1,3)", "choice(1,2)", "\x00",
-         "\ud800", "红色", " ", "1_000", "0x10", "2026-01-01", "{a:{b:[1]}}", "[[[]]]"]
+         "{}", "a,b", "${x}", "${trainer.device}", "${oc.env:NO_SUCH}", "${", "glob(*)", "range(1,3)", "choice(1,2)",
+         "\x00", "\ud800", "红色", " ", "1_000", "0x10", "2026-01-01", "{a:{b:[1]}}", "[[[]]]"]
     ),
     st.text(max_size=20),
 )  # fmt: skip
