@@ -1,7 +1,8 @@
 """One run in one process, killed with -9 again and again and started by the same settings until it is done.
 
-`python -m tests.faults.killed_runs FOLDER chosen|random SEED` makes an undisturbed run (`FOLDER/whole`) and a killed one
-(`FOLDER/killed`) and prints a line of JSON for each of its lives. Lives are forks, so that each need not import torch.
+`python -m tests.faults.killed_runs FOLDER chosen|random SEED` makes an undisturbed run (`whole`) and a killed one
+(`killed`) in FOLDER/runs and prints a line of JSON for each of its lives.
+Lives are forks, so that each need not import torch.
 
 Chosen moments are system calls on the run's folder: before a file is opened for writing, before it reaches the disk,
 before anything is renamed or removed. A kill before a call is one after the call before it.
