@@ -194,6 +194,17 @@ def test_verify_names_the_damaged_file(tmp_path, damage):
     assert "resume_from_path" in message
 
 
+def test_a_checkpoint_under_another_ones_name_is_refused(tmp_path):
+    for step in (1, 2):
+        folder = start_checkpoint(tmp_path, step)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        commit_checkpoint(folder)
+        verify_checkpoint(tmp_path / f"global_step_{step}")
+    (tmp_path / "global_step_2").rename(tmp_path / "global_step_3")
+    with pytest.raises(ValueError, match=r"global_step_3 is not of step 3: it was written as global_step_2"):
+        verify_checkpoint(tmp_path / "global_step_3")
+
+
 def test_verify_names_all_damaged_files(tmp_path):
     folder = save(tmp_path, 1)
     remove(folder)

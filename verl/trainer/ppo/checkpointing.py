@@ -15,6 +15,7 @@ from verl.trainer.ppo.best import BestState
 from verl.trainer.ppo.origin import Origin
 from verl.utils.checkpoint.best_link import behind_best, point_best
 from verl.utils.checkpoint.checkpoint_manager import (
+    STATE_FILE,
     mark_only_as_best,
     prune_checkpoints,
     publish_checkpoint,
@@ -28,8 +29,6 @@ from verl.utils.checkpoint.recovery import newest_whole, refuse_damaged
 from verl.utils.checkpoint.room import bytes_in, check_room, explain_full_disk
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE = "trainer_state.json"
 
 
 @dataclass(frozen=True)

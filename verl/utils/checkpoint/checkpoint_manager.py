@@ -10,6 +10,7 @@ A checkpoint may be there only for being the best (`ONLY_AS_BEST` in it): it goe
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from verl.utils.checkpoint.whole import changed_files
 # How a user names the checkpoint to resume from.
 NAMING = "trainer.resume_mode=resume_path trainer.resume_from_path=..."
 ONLY_AS_BEST = "only_as_best.txt"
+# Where the run was, its step among it.
+STATE_FILE = "trainer_state.json"
 # What a run with a discriminator keeps beside the models; of no use without it.
 REPLAY_FILE, HELD_OUT_FILE = "replay.safetensors", "held_out.safetensors"
 # What SODA keeps beside the actor.
@@ -216,7 +219,21 @@ def damage_of(folder: Path) -> str | None:
             f"checkpoint {folder} holds shards that it was written without, and would read them: remove "
             f"{', '.join(foreign)}"
         )
-    return None
+    return _wrong_name(folder)
+
+
+def _wrong_name(folder: Path) -> str | None:
+    """A sentence where a whole checkpoint is not of the step that its folder's name says."""
+    named = re.fullmatch(r"global_step_(\d+)", folder.name)
+    if named is None or not (folder / STATE_FILE).is_file():
+        return None
+    try:
+        step = json.loads((folder / STATE_FILE).read_bytes())["global_step"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    if step == int(named[1]):
+        return None
+    return f"checkpoint {folder} is not of step {named[1]}: it was written as global_step_{step}; give it its name back"
 
 
 def promised_parts(folder: Path) -> set[str]:
