@@ -43,7 +43,9 @@ def test_twenty_kills_of_one_process(tmp_path, way):
     for part in PARTS:
         found, expected = (read_full_tensors(run / f"global_step_{STEPS}" / part) for run in (killed, whole))
         assert_equal_tensors(found, expected)
-    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
+    # A fresh start, after a kill before the first save, moves the metrics of the one before aside.
+    left = {path.name for path in killed.iterdir() if not path.match("metrics.*.jsonl")}
+    assert left == {path.name for path in whole.iterdir()}
     metrics = [
         {step: {name: value for name, value in data.items() if name.startswith(("actor/", "critic/", "val/"))}
          for step, data in read_metrics(run).items()}
