@@ -12,13 +12,14 @@ PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --max-
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: help install quickstart test test-fast test-faults test-vllm lint format clean
+.PHONY: help install quickstart test test-fast test-faults test-faults-short test-vllm lint format clean
 
 help:
 	@echo "make quickstart   distil a tiny student through all three stages on CPU"
 	@echo "make test         all tests but those of vLLM and of disturbed runs"
 	@echo "make test-fast    the tests that start no training run and no Ray"
-	@echo "make test-faults  runs that are killed, listened to and led astray"
+	@echo "make test-faults  runs that are killed, listened to and led astray, and much more of the fuzz test"
+	@echo "make test-faults-short  those of them that take a few minutes"
 	@echo "make test-vllm    the tests of the vLLM engine, on vLLM's CPU build"
 	@echo "make lint         ruff, check and format"
 	@echo "make format       let ruff mend what it can"
@@ -51,8 +52,13 @@ test: install
 test-fast: install
 	$(BIN)/python -m pytest -m "not distributed and not e2e and not vllm and not gpu and not faults" $(PARALLEL)
 
+# FUZZ: how many times as much as in the suite, and anything, not always the same.
 test-faults: install
 	$(BIN)/python -m pytest -m faults tests/faults
+	FUZZ=20 $(BIN)/python -m pytest tests/fuzz
+
+test-faults-short: install
+	$(BIN)/python -m pytest -m faults tests/faults/test_listening.py tests/faults/test_kills.py -k "not each_kind"
 
 # vLLM compiles a helper of its log-probs even when told to be eager: a quarter of a minute for a tiny model's first answer.
 test-vllm: $(VLLM_VENV)/.installed

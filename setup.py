@@ -20,7 +20,17 @@ setup(
     package_data={"verl": ["trainer/config/**/*.yaml", "trainer/config/*.yaml"]},
     install_requires=(here / "requirements.txt").read_text().split(),
     extras_require={
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "rouge-score", "scipy", "wandb", "matplotlib"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "rouge-score",
+            "scipy",
+            "wandb",
+            "matplotlib",
+        ],
         "examples": ["matplotlib"],
         "gpu": ["vllm>=0.26,<0.33"],
         "wandb": ["wandb"],

@@ -232,7 +232,17 @@ def test_a_stage_is_chosen_with_or_without_plus(argument):
     assert normalize_overrides([argument]) == ["stage=seqkd"]
 
 
-@pytest.mark.parametrize(("argument", "said"), [("~data.seed", "only set"), ("data=x.parquet", "one by one")])
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("~data.seed", "only set"),
+        ("data=x.parquet", "one by one"),
+        ("algorithm=5", "one by one"),
+        ("reward_model=[]", "one by one"),
+        ("gad", "expected KEY=VALUE"),
+        ("=5", "expected KEY=VALUE"),
+    ],
+)
 def test_keys_are_not_removed_and_groups_not_replaced(argument, said):
     with pytest.raises(ConfigError, match=said):
         normalize_overrides([argument])
@@ -440,6 +450,16 @@ def test_unknown_key_like_nothing():
     assert problems("+zzz.qqq=1") == ["unknown key zzz.qqq"]
 
 
+def test_what_is_not_to_be_left_open():
+    assert problems(f"{ACTOR}.entropy_coeff=???") == [f"{ACTOR}.entropy_coeff is not set: give it a value"]
+
+
+@pytest.mark.parametrize("value", ["${", "a${b", "[${,:}]"])
+def test_a_reference_that_is_none_is_a_sentence(value):
+    (problem,) = problems(f"trainer.logger={value}")
+    assert problem.startswith("Error merging override ++trainer.logger=")
+
+
 def test_what_is_missing():
     found = problems(required=False)
     assert len(found) == 3
@@ -484,7 +504,6 @@ def test_several_problems_are_listed_together():
         ("trainer.early_stop_patience=0", ["greater than 0"]),
         ("trainer.total_training_steps=0", ["greater than 0"]),
         ("trainer.device=tpu", ["cuda", "'tpu'"]),
-        ("algorithm=5", ["dictionary"]),
     ],
 )
 def test_type_errors(override, parts):
@@ -621,6 +640,23 @@ CONFLICTS: dict[str, tuple[list[str], list[str]]] = {
     "patience without validation": (
         ["trainer.early_stop_patience=3", "trainer.best_metric=val/x", "data.val_files=v", "trainer.test_freq=-1"],
         ["early_stop_patience=3", "test_freq=-1"],
+    ),
+    "a number that is none": ([f"{ACTOR}.entropy_coeff=nan"], [f"{ACTOR}.entropy_coeff=nan", "fp32"]),
+    "a number beyond fp32": (["soda.beta=1e39"], ["soda.beta=1e+39", "3.4e+38"]),
+    "an infinite number": ([f"{ACTOR}.clip_ratio_c=inf"], [f"{ACTOR}.clip_ratio_c=inf", "3.4e+38"]),
+    "an integer beyond 64 bits": (
+        [f"trainer.total_training_steps={2**63}"],
+        ["total_training_steps=9223372036854775808", "64 bits"],
+    ),
+    # AdamW's first step is 10 * lr: 3.5e37 * 10 is above the largest number of fp32, 3.4028e38.
+    "a rate whose steps are beyond fp32": (
+        [f"{ACTOR}.optim.lr=3.5e37"],
+        [f"{ACTOR}.optim.lr=3.5e+37", "below 3.4e+37"],
+    ),
+    "a critic's rate": (["critic.optim.lr=1e38"], ["critic.optim.lr=1e+38", "below 3.4e+37"]),
+    "a decay beyond fp32": (
+        [f"{ACTOR}.optim.lr=1e30", f"{ACTOR}.optim.weight_decay=1e9"],
+        [f"{ACTOR}.optim.lr=1e+30", "weight_decay=1000000000.0", "below 3.4e+29"],
     ),
     "hdfs": (["trainer.default_hdfs_dir=hdfs://x"], ["default_hdfs_dir=hdfs://x", "null"]),
     "gamma": (["algorithm.gamma=0.9"], ["algorithm.gamma=0.9", "1.0"]),

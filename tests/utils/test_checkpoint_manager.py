@@ -63,6 +63,29 @@ def test_start_removes_an_earlier_attempt(tmp_path):
     assert list(start_checkpoint(tmp_path, 7).iterdir()) == []
 
 
+@pytest.mark.parametrize("suffix", [".tmp", "", ".old"])
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
+def test_a_link_in_the_place_of_a_folder_goes_and_its_target_stays(tmp_path, suffix, target):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "mine").touch()
+    (run / f"global_step_1{suffix}").symlink_to(tmp_path / target)
+    if suffix == ".old":
+        save(run, 1)
+    save(run, 1)
+    assert names(run) == ["global_step_1", "latest_checkpointed_iteration.txt"]
+    assert not (run / "global_step_1").is_symlink()
+    assert [path.name for path in elsewhere.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("suffix", [".tmp", ""])
+def test_a_file_in_the_place_of_a_folder_goes(tmp_path, suffix):
+    (tmp_path / f"global_step_1{suffix}").touch()
+    save(tmp_path, 1)
+    assert names(tmp_path) == ["global_step_1", "latest_checkpointed_iteration.txt"]
+
+
 def test_commit(tmp_path):
     folder = save(tmp_path, 7)
     assert folder == tmp_path / "global_step_7"
@@ -169,6 +192,17 @@ def test_verify_names_the_damaged_file(tmp_path, damage):
     assert str(folder) in message
     assert "critic/model/b.safetensors" not in message
     assert "resume_from_path" in message
+
+
+def test_a_checkpoint_under_another_ones_name_is_refused(tmp_path):
+    for step in (1, 2):
+        folder = start_checkpoint(tmp_path, step)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        commit_checkpoint(folder)
+        verify_checkpoint(tmp_path / f"global_step_{step}")
+    (tmp_path / "global_step_2").rename(tmp_path / "global_step_3")
+    with pytest.raises(ValueError, match=r"global_step_3 is not of step 3: it was written as global_step_2"):
+        verify_checkpoint(tmp_path / "global_step_3")
 
 
 def test_verify_names_all_damaged_files(tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import time
 
 import pytest
 
 from tests.tiny import byte_tokenizer
 from tests.utils.word_rows import make_config
+from verl.utils.dataset import faults
 from verl.utils.dataset.faults import MAX_DEPTH, fault_of_depth
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
@@ -50,6 +52,11 @@ def deep(levels: int):
 BAD_ROWS = {
     "the template raises": (NO_SYSTEM, row(("system", "s"), ("user", "q")), "refuses it (TemplateError: System role"),
     "the template fails": (NO_SYSTEM, row(("user", "[1]")), "the chat template refuses it (UndefinedError"),
+    "the template reaches for the system": (
+        "{{ cycler.__init__.__globals__.os.popen('true').read() }}",
+        row(("user", "q")),
+        "the chat template refuses it (SecurityError",
+    ),
     "human": (KNOWN_ROLES, row(("human", "q")), "leaves out messages of the role 'human'"),
     "developer": (KNOWN_ROLES, row(("developer", "d"), ("user", "q")), "leaves out messages of the role 'developer'"),
     "a word that is elsewhere": (KNOWN_ROLES, row(("tool", "q"), ("user", "q")), "messages of the role 'tool'"),
@@ -79,12 +86,16 @@ BAD_ROWS = {
 }
 
 
+# Templates with which no row is good.
+ALL_BAD = ("{{ '' }}", BAD_ROWS["the template reaches for the system"][0])
+
+
 @pytest.mark.parametrize("truncation", ["error", "left"])
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_named_or_left_out(tmp_path, name, truncation, caplog):
     template, bad, fault = BAD_ROWS[name]
     good = row(("user", "p"))
-    rows = [good, bad, good] if template != "{{ '' }}" else [bad]
+    rows = [good, bad, good] if template not in ALL_BAD else [bad]
     with pytest.raises(ValueError) as error:
         open_rows(tmp_path, rows, template, truncation=truncation)
     place = f"{tmp_path / 'data.jsonl'}, row {rows.index(bad)}: "
@@ -106,6 +117,24 @@ def test_what_is_fine_passes(tmp_path):
         {"content": [{"role": "user", "content": "q", "tool_calls": None}], "teacher_response": "y"},
     ]
     assert len(open_rows(tmp_path, rows, KNOWN_ROLES, truncation="left")) == 5
+
+
+def test_a_template_that_does_not_end_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "TEMPLATE_SECONDS", 0.2)
+    loops = "".join(f"{{% for {name} in range(99999) %}}" for name in "ab") + "{% endfor %}" * 2 + "<bot>"
+    for on_bad_row in ("error", "skip"):
+        with pytest.raises(ValueError, match=r"chat template of .* does not end: .*after 0\.2 s; use another"):
+            open_rows(tmp_path, [GOOD], loops, on_bad_row=on_bad_row)
+
+
+def test_a_text_of_100_mb_is_a_bad_row(tmp_path, caplog):
+    """Which would take minutes to tokenise, and is not."""
+    rows = [row(("user", "q"), answer="a" * 100_000_000), row(("user", "a" * 10_000_001)), GOOD]
+    start = time.process_time()
+    assert len(open_rows(tmp_path, rows, on_bad_row="skip")) == 1
+    assert time.process_time() - start < 20
+    assert "1 x the answer in 'teacher_response' has more than 10,000,000 characters" in caplog.text
+    assert "1 x a message of 'content' has more than 10,000,000 characters" in caplog.text
 
 
 def test_depth():

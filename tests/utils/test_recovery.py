@@ -239,6 +239,13 @@ def test_leftovers_go_with_a_line_and_what_is_not_ours_stays(run, tmp_path_facto
     assert f"removing {run / 'global_step_2.pruned'}, which a run that ended left half removed" in caplog.text
 
 
+def test_a_file_or_a_link_in_the_place_of_what_was_replaced_stays(run):
+    (run / "global_step_4.old").touch()
+    (run / "global_step_3.old").symlink_to(run / "global_step_4")
+    clear_up(run)
+    assert {"global_step_4.old", "global_step_3.old", "global_step_4"} <= set(names(run))
+
+
 def test_a_checkpoint_may_be_published_over_a_leftover(run):
     temporary = start_checkpoint(run, 4)
     write(temporary, FILES)

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from tests.e2e.running import assert_equal_tensors
 from tests.tiny import causal_lm, scorer, write_data, write_model
 from tests.utils import checkpoint_on_three_ranks
 from verl.model_merger.cli import main as merger
@@ -253,6 +254,13 @@ def run_config(checkpoint, base, *overrides):
             *overrides,
         ]
     )
+
+
+def test_a_stray_file_beside_a_checkpoints_config_is_not_read(checkpoint):
+    for part, kind in (("actor", "policy"), ("critic", "score")):
+        expected = load_model(checkpoint / part, kind).state_dict()
+        (checkpoint / part / "huggingface" / "model.safetensors").write_bytes(b"no tensors at all")
+        assert_equal_tensors(load_model(checkpoint / part, kind).state_dict(), expected)
 
 
 def test_a_run_looks_before_it_starts(checkpoint, tmp_path):

@@ -320,8 +320,7 @@ def untied_head(path: str | Path) -> str:
 def check_head(path: str | Path, config: PretrainedConfig, trust_remote_code: bool = False) -> None:
     """ValueError if the config says that the LM head is the embedding, and the folder's weights have another head under
     its name. `load_model` finds heads under other names."""
-    folder = find_model(path).huggingface
-    files = list(folder.glob("*.safetensors"))
+    files = _weights_beside_config(path)
     if not is_tied(config) or not files:
         return
     with torch.device("meta"):
@@ -334,6 +333,13 @@ def check_head(path: str | Path, config: PretrainedConfig, trust_remote_code: bo
             found += [tensors.get_tensor(name) for name in names & set(tensors.keys())]
     if any(not torch.equal(tensor, found[0]) for tensor in found[1:]):
         raise ValueError(untied_head(path))
+
+
+def _weights_beside_config(path: str | Path) -> list[Path]:
+    """The files of weights of a Hugging Face folder. A checkpoint's are its shards: what lies beside its config is not
+    read."""
+    source = find_model(path)
+    return sorted(source.huggingface.glob("*.safetensors")) if source.shards is None else []
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -368,7 +374,7 @@ def check_labels(path: str | Path) -> None:
     folder = find_model(path).huggingface
     # The head says it where there is one; a config is silent about its labels if they are two.
     labels = len(json.loads((folder / "config.json").read_text()).get("id2label") or [None])
-    for file in folder.glob("*.safetensors"):
+    for file in _weights_beside_config(path):
         with safe_open(file, framework="pt") as tensors:
             for name in {f"{head}.weight" for head in SCORE_HEADS} & set(tensors.keys()):
                 labels = tensors.get_slice(name).get_shape()[0]

@@ -23,6 +23,7 @@ from verl.batch import Prompts
 from verl.models.loading import all_eos_token_ids, quiet_transformers
 from verl.single_controller.ray.starting import join_or_start
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
+from verl.trainer.config.loading import explain_refusals
 from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
 from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens
@@ -194,9 +195,10 @@ def main() -> None:
     sys.excepthook = print_exception
     try:
         sys.argv[1:] = normalize_overrides(sys.argv[1:])
+        with explain_refusals():
+            _hydra_main()
     except ConfigError as error:
         sys.exit(printable(str(error)))
-    _hydra_main()
 
 
 if __name__ == "__main__":

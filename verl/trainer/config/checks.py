@@ -13,6 +13,7 @@ import torch
 
 from verl.config import ActorConfig, CriticConfig, FSDPConfig
 from verl.config.run import Config
+from verl.trainer.config.number_checks import number_conflicts
 from verl.trainer.config.soda_checks import soda_conflicts
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
@@ -32,6 +33,7 @@ LONGEST_NAME = 200
 def find_conflicts(config: Config) -> list[str]:
     """Everything wrong with the combination of settings, as sentences."""
     checks = (
+        number_conflicts,
         _batches,
         _token_budgets,
         _names,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, get_type_hints
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
@@ -76,14 +79,14 @@ REQUIRED = {
 }
 
 
-def _type_problems(error: ValidationError, known: list[str]) -> list[str]:
+def _type_problems(error: ValidationError, known: list[str], missing: list[str]) -> list[str]:
     problems: dict[str, str] = {}
     for item in error.errors():
         # A value of several allowed types is reported once for each; the key is the longest known part of the place.
         parts = [str(part) for part in item["loc"]]
         key = next(k for k in (".".join(parts[:end]) for end in range(len(parts), 0, -1)) if k in known)
         problems.setdefault(key, f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
-    return list(problems.values())
+    return [problem for key, problem in problems.items() if key not in missing]
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -95,7 +98,8 @@ def to_config(composed: DictConfig) -> Config:
     """
     known = known_keys()
     tree = OmegaConf.to_container(composed, resolve=False)
-    problems = [f"{key} is not set: give {REQUIRED[key]}" for key in _take_missing(tree)]
+    missing = _take_missing(tree)
+    problems = [f"{key} is not set: give {REQUIRED.get(key, 'it a value')}" for key in missing]
     problems += [f"unknown key {key}{_nearest(key, known)}" for key in _take_unknown(tree, known)]
     try:
         values = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
@@ -103,7 +107,7 @@ def to_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         problems.append(str(error).splitlines()[0])
     except ValidationError as error:
-        problems += _type_problems(error, known)
+        problems += _type_problems(error, known, missing)
     if problems:
         raise ConfigError(problems)
     conflicts = find_conflicts(config)
@@ -112,7 +116,19 @@ def to_config(composed: DictConfig) -> Config:
     return config
 
 
+@contextmanager
+def explain_refusals() -> Iterator[None]:
+    """Hydra's errors, of an override that it cannot take, become ConfigErrors with its words and their cause."""
+    try:
+        yield
+    except HydraException as error:
+        said = dict.fromkeys(" ".join(str(each).split()) for each in (error, error.__cause__) if each is not None)
+        raise ConfigError([": ".join(said)]) from error
+
+
 def compose_config(overrides: list[str]) -> Config:
     """The configuration that `python -m verl.trainer.main_ppo OVERRIDES` would run with."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return to_config(compose("ppo_trainer", overrides=normalize_overrides(overrides)))
+        with explain_refusals():
+            composed = compose("ppo_trainer", overrides=normalize_overrides(overrides))
+        return to_config(composed)

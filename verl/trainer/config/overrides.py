@@ -46,21 +46,28 @@ def normalize_overrides(arguments: list[str]) -> list[str]:
     (`--help`), the stage and Hydra's own settings pass unchanged.
 
     Raises:
-        ConfigError: a key to be removed, or one that cannot be, or a whole config group to be replaced.
+        ConfigError: an argument that sets nothing, a key to be removed, or one that cannot be, or a whole config group
+            to be replaced.
     """
-    return [_normalize(argument) for argument in arguments]
+    before = ["", *arguments]
+    return [_normalize(argument, previous) for previous, argument in zip(before, arguments, strict=False)]
 
 
-def _normalize(argument: str) -> str:
+def _normalize(argument: str, previous: str) -> str:
     match = ARGUMENT.fullmatch(argument)
     if argument.startswith("~"):
         raise ConfigError([f"{argument}: keys cannot be removed, only set"])
-    if match is None or match["key"].startswith("hydra"):
+    if match is None:
+        # A flag, or what follows one: `--config-dir FOLDER`.
+        if argument.startswith("-") or (previous.startswith("-") and "=" not in previous):
+            return argument
+        raise ConfigError([f"{argument!r} sets nothing: expected KEY=VALUE"])
+    if match["key"].startswith("hydra"):
         return argument
     key, value = _resolve_alias(match["key"]), match["value"]
     if key == "stage":
         return f"stage={value}"
-    if key in GROUPS:
+    if key in GROUPS or (key in _group_keys() and not value.startswith("{")):
         raise ConfigError([f"{argument}: {key} is a group; set its keys one by one, {key}.KEY=VALUE"])
     return f"++{_checked(key)}={as_hydra_reads_it(value, key in _text_keys())}"
 
@@ -121,6 +128,20 @@ def _checked(key: str) -> str:
     if not KEY.fullmatch(key):
         raise ConfigError([f"unknown key {key}: keys are of Latin letters, digits, '_', '-' and '.'"])
     return key
+
+
+@cache
+def _group_keys() -> frozenset[str]:
+    return frozenset(_find_group_keys(Config, ""))
+
+
+def _find_group_keys(settings: type, prefix: str) -> list[str]:
+    """The dotted keys that hold other keys."""
+    keys = []
+    for name, kind in get_type_hints(settings).items():
+        if dataclasses.is_dataclass(kind):
+            keys += [prefix + name, *_find_group_keys(kind, f"{prefix}{name}.")]
+    return keys
 
 
 @cache

@@ -19,6 +19,7 @@ from verl.trainer.ppo.origin import Origin
 from verl.utils.background import Background
 from verl.utils.checkpoint.best_link import behind_best, point_best
 from verl.utils.checkpoint.checkpoint_manager import (
+    STATE_FILE,
     mark_only_as_best,
     prune_checkpoints,
     publish_checkpoint,
@@ -35,7 +36,6 @@ from verl.utils.checkpoint.whole import FSDP_CONFIG
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"
 # Between two looks at what is being written in the background.
 LOOK_S = 0.2
 # A checkpoint that has not grown for so long after an error is not waited for: its ranks no longer answer.

@@ -10,6 +10,7 @@ A checkpoint may be there only for being the best (`ONLY_AS_BEST` in it): it goe
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,8 @@ from verl.utils.checkpoint.whole import changed_files
 # How a user names the checkpoint to resume from.
 NAMING = "trainer.resume_mode=resume_path trainer.resume_from_path=..."
 ONLY_AS_BEST = "only_as_best.txt"
+# Where the run was, its step among it.
+STATE_FILE = "trainer_state.json"
 # What a run with a discriminator keeps beside the models; of no use without it.
 REPLAY_FILE, HELD_OUT_FILE = "replay.safetensors", "held_out.safetensors"
 # What SODA keeps beside the actor.
@@ -121,11 +124,19 @@ def _files(folder: Path) -> list[Path]:
 
 
 def start_checkpoint(root: str | Path, step: int) -> Path:
-    """An empty folder for writing step `step`; remains of an earlier attempt are removed."""
+    """An empty folder for writing step `step`; remains of an earlier attempt are removed. Of a link in its place only
+    the link."""
     folder = Path(root) / f"global_step_{step}.tmp"
-    shutil.rmtree(folder, ignore_errors=True)
+    _make_way(folder)
     folder.mkdir(parents=True)
     return folder
+
+
+def _make_way(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def seal_checkpoint(temporary: Path, parts: Sequence[str] = ()) -> None:
@@ -156,13 +167,13 @@ def publish_checkpoint(temporary: Path) -> Path:
     """
     final, replaced = temporary.with_suffix(""), temporary.with_suffix(".old")
     _announce(final.parent, step_of(final))
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(final):
+        _make_way(replaced)
         final.rename(replaced)
     temporary.rename(final)
     sync_to_disk(final.parent)
     follow_announcement(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _make_way(replaced)
     return final
 
 
@@ -214,7 +225,21 @@ def damage_of(folder: Path) -> str | None:
             f"checkpoint {folder} holds shards that it was written without, and would read them: remove "
             f"{', '.join(foreign)}"
         )
-    return None
+    return _wrong_name(folder)
+
+
+def _wrong_name(folder: Path) -> str | None:
+    """A sentence where a whole checkpoint is not of the step that its folder's name says."""
+    named = re.fullmatch(r"global_step_(\d+)", folder.name)
+    if named is None or not (folder / STATE_FILE).is_file():
+        return None
+    try:
+        step = json.loads((folder / STATE_FILE).read_bytes())["global_step"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    if step == int(named[1]):
+        return None
+    return f"checkpoint {folder} is not of step {named[1]}: it was written as global_step_{step}; give it its name back"
 
 
 def promised_parts(folder: Path) -> set[str]:

@@ -46,7 +46,9 @@ def clear_up(root: Path) -> None:
     and remove what is half written or half removed."""
     _finish_publishing(root)
     for replaced in sorted(root.glob("global_step_*.old")):
-        _settle_replaced(replaced)
+        # A file or a link of that name is none of a run's making.
+        if replaced.is_dir() and not replaced.is_symlink():
+            _settle_replaced(replaced)
     for left in (*root.glob("global_step_*"), *root.glob(f"global_step_*/*{PRUNED}")):
         leftover = re.fullmatch(rf"global_step_\d+(\.tmp|{PRUNED})", left.name) or left.suffix == PRUNED
         if leftover and left.is_dir() and not left.is_symlink():

@@ -13,11 +13,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from verl.utils.dataset.texts import Messages, render_prompt
+from verl.utils.time_limit import at_most
 
 # What data calls whoever answers.
 ANSWERING_ROLES = frozenset({"assistant", "model", "gpt", "bot", "chatbot", "ai"})
 # Deeper fields cannot be sent from one process to another.
 MAX_DEPTH = 100
+# Of one text: more than any model reads, and what takes minutes to tokenise.
+MAX_CHARACTERS = 10_000_000
+# For one prompt, of which a chat template makes thousands in this time.
+TEMPLATE_SECONDS = 20
 PROBE = "verl{}probe"
 # A tag such as <think>, [THINK] or ◁think▷ at the end of a prompt.
 _CLOSING_TAG = re.compile(r"(?P<open><|\[|◁)(?P<slash>/?)(?P<name>[^<>\[\]◁▷\s/]{1,40})(?P<close>>|\]|▷)$")
@@ -35,7 +40,9 @@ def fault_of_columns(record: Mapping[str, Any], keys: Iterable[str]) -> str | No
 
 
 def fault_of_text(text: str, name: str) -> str | None:
-    """Half a surrogate pair, as broken emoji leave it, is no character: tokenizers and files refuse it."""
+    """A text that is too long, or has half a surrogate pair, as broken emoji leave it, which tokenizers refuse."""
+    if len(text) > MAX_CHARACTERS:
+        return f"{name} has more than {MAX_CHARACTERS:,} characters, which no model reads: split it up"
     if text.isascii():
         return None
     try:
@@ -114,7 +121,14 @@ class TemplateCheck:
     def fault(self, messages: Messages, answer: str | None = None) -> str | None:
         """Why no prompt can be made of sound messages, or not one for this answer."""
         try:
-            prompt = render_prompt(self.tokenizer, self.template_kwargs, messages)
+            with at_most(TEMPLATE_SECONDS, "a chat template"):
+                prompt = render_prompt(self.tokenizer, self.template_kwargs, messages)
+        except TimeoutError as error:
+            # No row's fault, and the next one would take as long.
+            raise ValueError(
+                f"the chat template of {self.tokenizer.name_or_path!r} does not end: it was to make a prompt of one "
+                f"conversation, and {error}; use another template"
+            ) from error
         # A template is a program that came with the model, and fails in any way that programs do.
         except Exception as error:
             return f"the chat template refuses it ({type(error).__name__}: {error}){_null_fields(messages)}"
