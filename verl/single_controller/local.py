@@ -5,6 +5,7 @@ from typing import Any
 
 from verl.single_controller.base import ClassWithInitArgs, WorkerGroup
 from verl.single_controller.base.worker import find_free_port
+from verl.utils.stalls import waiting
 
 HOST = "127.0.0.1"
 
@@ -22,7 +23,8 @@ class LocalWorkerGroup(WorkerGroup):
 
     def submit(self, rank: int, method_name: str, args: tuple, kwargs: dict) -> Any:
         """Run the call; its result is the handle."""
-        return getattr(self.worker, method_name)(*args, **kwargs)
+        with waiting(f"{type(self.worker).__name__} has not finished {method_name}"):
+            return getattr(self.worker, method_name)(*args, **kwargs)
 
     def wait(self, handles: list, method_name: str) -> list:
         """The handles are the results."""

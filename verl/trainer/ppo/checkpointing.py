@@ -26,6 +26,7 @@ from verl.utils.checkpoint.checkpoint_manager import (
 )
 from verl.utils.checkpoint.recovery import newest_whole, refuse_damaged
 from verl.utils.checkpoint.room import bytes_in, check_room, explain_full_disk
+from verl.utils.stalls import doing
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class Checkpoints:
         """
         check_room(self.root, self.size)
         folder = start_checkpoint(self.root, state.global_step)
-        with explain_full_disk(folder):
+        with explain_full_disk(folder), doing(f"writing {folder}"):
             self._write(folder, state, only_as_best)
         self.size = bytes_in(folder)
 
@@ -131,7 +132,7 @@ class Checkpoints:
         Then `best` becomes what the state says, and only then what it was may go. Others go with `prune`.
         """
         folder = self.root / f"global_step_{state.global_step}.tmp"
-        with explain_full_disk(folder):
+        with explain_full_disk(folder), doing(f"completing {folder}"):
             final = publish_checkpoint(folder)
         self.saved_step = state.global_step
         if state.best is not None and state.best.step is not None:
