@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.batch import Prompts
 from verl.models.loading import all_eos_token_ids, quiet_transformers
-from verl.single_controller.ray.starting import join_or_start
+from verl.single_controller.ray.starting import join_or_start, stop
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
 from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
@@ -161,7 +161,7 @@ def run_ppo(config: Config, task_runner_class: type[TaskRunner] | None = None) -
         (task_runner_class or TaskRunner)().run(config)
     finally:
         if not callers:
-            ray.shutdown()
+            stop()
 
 
 @hydra.main(config_path="config", config_name="ppo_trainer", version_base="1.3")

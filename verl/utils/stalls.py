@@ -177,12 +177,17 @@ class StallWatch:
     def _leave(self) -> None:
         """End the process and those that it has started. It is in code that no exception gets it out of."""
         logger.critical("%s. It did not end when told to, and the process ends without it", self._error)
-        children = psutil.Process().children(recursive=True)
-        for child in children:
-            with suppress(psutil.Error):
-                child.kill()
-        psutil.wait_procs(children, timeout=5)
+        end_children()
         os._exit(1)
+
+
+def end_children() -> None:
+    """Kill the processes that this one has started, and those that they have; return when they are gone."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with suppress(psutil.Error):
+            child.kill()
+    psutil.wait_procs(children, timeout=5)
 
 
 def all_stacks() -> str:
