@@ -80,6 +80,23 @@ def test_other_errors_pass_as_they_are(error):
     assert caught.value is error and error.__cause__ is None
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")],
+)
+def test_the_machines_memory(error, monkeypatch):
+    """Offloading fills it; on a run without a GPU all work is done in it."""
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        with pytest.raises(MemoryError) as caught, explain_out_of_memory("update_actor", config_of().actor_rollout_ref):
+            raise error
+        message = str(caught.value)
+        assert message.startswith("The machine's memory is full in update_actor: ") and message.endswith(str(error))
+        assert "use fewer processes on this machine (trainer.n_gpus_per_node)" in message
+        assert (f"set {ACTOR}.ppo_max_token_len_per_gpu=8192 (now 16384)" in message) is not gpu
+        assert ("offload" in message) is gpu
+
+
 def test_without_an_error_nothing_happens():
     with explain_out_of_memory("generate", config_of().actor_rollout_ref):
         pass

@@ -10,7 +10,7 @@ from ray.cluster_utils import Cluster
 
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
-from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, processes
 
 pytestmark = pytest.mark.distributed
 
@@ -44,7 +44,7 @@ def two_nodes(monkeypatch):
     cluster.shutdown()
 
 
-def test_two_nodes(two_nodes):
+def test_two_nodes(two_nodes, monkeypatch):
     # The cluster has four CPUs, but no node has three.
     with pytest.raises(ValueError, match=r"per node: CPU \[3\].*Each node's processes must fit on one node"):
         RayResourcePool([3], use_gpu=False).get_placement_groups()
@@ -58,3 +58,8 @@ def test_two_nodes(two_nodes):
     # Two CPUs on each node for the one process there.
     assert (threads0, threads1) == ("2", "2")
     assert group.all_reduce() == [3.0, 3.0]
+
+    # Both nodes are this machine; what the driver cannot see itself, it has the nodes say.
+    monkeypatch.setattr(processes, "_ranks_here", lambda mark: {})
+    for rank, text in enumerate(group._processes.reports()):
+        assert text.startswith(f"rank {rank} of 2: process ") and "most recent call first" in text

@@ -625,6 +625,11 @@ CONFLICTS: dict[str, tuple[list[str], list[str]]] = {
         [f"trainer.experiment_name={'a' * 300}"],
         ["trainer.experiment_name", "at most 200 bytes"],
     ),
+    "a warning after the end": (
+        ["trainer.stall_timeout=600"],
+        ["trainer.stall_warning=600 warns of nothing", "trainer.stall_timeout=600"],
+    ),
+    "no time at all": (["trainer.stall_timeout=0"], ["trainer.stall_timeout=0: expected a number of seconds, or -1"]),
     "resume without a path": (["trainer.resume_mode=resume_path"], ["resume_path", "trainer.resume_from_path"]),
     "path without resume": (["trainer.resume_from_path=/x"], ["resume_from_path", "resume_mode=auto"]),
     "best without data": (["trainer.best_metric=val/x"], ["best_metric=val/x", "data.val_files"]),

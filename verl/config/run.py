@@ -1,5 +1,6 @@
 """The whole configuration as frozen dataclasses. Defaults and a line on each key are in `verl/trainer/config`."""
 
+from datetime import timedelta
 from typing import Any, Literal
 
 from verl.config import ActorRolloutRefConfig, CriticConfig, SodaConfig
@@ -99,6 +100,8 @@ class TrainerConfig:
     save_freq: int
     save_on_signal: bool
     async_save: bool
+    stall_warning: AtLeastMinusOne
+    stall_timeout: AtLeastMinusOne
     max_actor_ckpt_to_keep: Positive | None
     max_critic_ckpt_to_keep: Positive | None
     resume_mode: Literal["auto", "disable", "resume_path"]
@@ -108,6 +111,13 @@ class TrainerConfig:
     def ranks(self) -> int:
         """Processes of the run."""
         return self.nnodes * self.n_gpus_per_node
+
+    @property
+    def collective_timeout(self) -> timedelta:
+        """How long a rank waits for the others: longer than the driver does, which can say who keeps them waiting."""
+        if self.stall_timeout == -1:
+            return timedelta(days=7)
+        return timedelta(seconds=self.stall_timeout, minutes=10)
 
 
 @settings

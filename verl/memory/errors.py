@@ -11,7 +11,7 @@ from verl.config import ActorRolloutRefConfig, CriticConfig
 from verl.memory.knobs import Phase, knobs
 from verl.utils.units import GIB
 
-OPENING = "The GPU's memory is full in "
+OPENINGS = GPU, HOST = "The GPU's memory is full in ", "The machine's memory is full in "
 
 
 @contextmanager
@@ -23,18 +23,41 @@ def explain_out_of_memory(phase: Phase, settings: ActorRolloutRefConfig | Critic
     Raises:
         torch.OutOfMemoryError: with the phase, settings by key and present value, what is allocated, and the original
             text; the original error is its cause. Other errors pass as they are.
+        MemoryError: the same, where it is the machine's memory that is full.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         text = str(error)
-        if text.startswith(OPENING) or not _is_out_of_memory(error):
+        if any(opening in text for opening in OPENINGS):
             raise
-        raise torch.OutOfMemoryError(f"{OPENING}{phase}: {_advice(phase, settings)}. {_allocated()}{text}") from error
+        if _is_of_the_host(error):
+            raise MemoryError(f"{HOST}{phase}: {_host_advice(phase, settings)}. {text}") from error
+        if not _is_out_of_memory(error):
+            raise
+        raise torch.OutOfMemoryError(f"{GPU}{phase}: {_advice(phase, settings)}. {_allocated()}{text}") from error
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def _is_of_the_host(error: RuntimeError | MemoryError) -> bool:
+    # PyTorch's allocator, and C++'s own.
+    said = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in said)
+
+
+def _host_advice(phase: Phase, settings: ActorRolloutRefConfig | CriticConfig) -> str:
+    advice = ["use fewer processes on this machine (trainer.n_gpus_per_node)"]
+    if torch.cuda.is_available():
+        advice.append("let less rest in its memory (fsdp_config: param_offload, optimizer_offload)")
+        return ", or ".join(advice)
+    found = (
+        knobs(phase, settings, None) if isinstance(settings, ActorRolloutRefConfig) else knobs(phase, None, settings)
+    )
+    # Offloading is from a GPU to this memory.
+    return ", or ".join([*(f"set {knob}" for knob in found if "_offload" not in knob.key), *advice])
 
 
 def _advice(phase: Phase, settings: ActorRolloutRefConfig | CriticConfig) -> str:

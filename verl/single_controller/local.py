@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from verl.single_controller.base import ClassWithInitArgs, WorkerGroup
+from verl.utils.stalls import waiting
 
 
 class LocalWorkerGroup(WorkerGroup):
@@ -18,7 +19,8 @@ class LocalWorkerGroup(WorkerGroup):
 
     def submit(self, rank: int, method_name: str, args: tuple, kwargs: dict) -> Any:
         """Run the call; its result is the handle."""
-        return getattr(self.worker, method_name)(*args, **kwargs)
+        with waiting(f"{type(self.worker).__name__} has not finished {method_name}"):
+            return getattr(self.worker, method_name)(*args, **kwargs)
 
     def wait(self, handles: list, method_name: str) -> list:
         """The handles are the results."""

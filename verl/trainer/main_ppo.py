@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.batch import Prompts
 from verl.models.loading import all_eos_token_ids, quiet_transformers
-from verl.single_controller.ray.starting import join_or_start
+from verl.single_controller.ray.starting import join_or_start, stop
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
 from verl.trainer.config.loading import explain_refusals
 from verl.trainer.config.paths import with_absolute_paths
@@ -35,6 +35,7 @@ from verl.utils.console import PrintableFormatter, print_exception, printable
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.run_lock import check_writable, only_run_in
 from verl.utils.signals import EndedBySignal, RunSignals, out_of_reach
+from verl.utils.stalls import StallWatch, doing
 from verl.utils.tracking import check_loggers
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
@@ -91,10 +92,12 @@ class TaskRunner:
 
         Raises:
             EndedBySignal: the run was told to end before its last step; between steps it has saved a checkpoint.
+            StallError: nothing came of something for `trainer.stall_timeout` seconds.
         """
         config = with_absolute_paths(config)
         folder, signals = run_folder(config.trainer), RunSignals()
-        with only_run_in(folder), signals.taken():
+        watch = StallWatch(config.trainer.stall_warning, config.trainer.stall_timeout)
+        with only_run_in(folder), signals.taken(), watch.at_work():
             clear_up(folder)
             self._run(config, signals)
 
@@ -123,7 +126,8 @@ class TaskRunner:
         runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate)
         runner.origin = check_resume(config, len(train))
         runner.signals = signals
-        self.start(config)
+        with doing("starting Ray"):
+            self.start(config)
         policy_settings = config.actor_rollout_ref
         logger.info(
             "training on %d x %s in %s, answers by %s",
@@ -158,7 +162,7 @@ def run_ppo(config: Config, task_runner_class: type[TaskRunner] | None = None) -
         (task_runner_class or TaskRunner)().run(config)
     finally:
         if not callers:
-            ray.shutdown()
+            stop()
 
 
 @hydra.main(config_path="config", config_name="ppo_trainer", version_base="1.3")

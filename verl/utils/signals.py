@@ -14,11 +14,15 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ONE_ORDER_S = 1.0
 
 
-class EndedBySignal(KeyboardInterrupt):
-    """The run has ended because it was told to.
+class Interruption(KeyboardInterrupt):
+    """What a handler of the run's own raises, through whatever the main thread is at.
 
     A KeyboardInterrupt, because Ray aborts the process when a handler raises anything else within one of its calls.
     """
+
+
+class EndedBySignal(Interruption):
+    """The run has ended because it was told to."""
 
     def __init__(self, number: int):
         self.number = signal.Signals(number)

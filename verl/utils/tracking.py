@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from verl.utils.console import printable, shorten
+from verl.utils.stalls import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -409,7 +410,8 @@ class Tracking:
         """A run is worth more than its log. Said when it begins to fail and when it is over, not at every step."""
         name = type(backend).__name__
         try:
-            write()
+            with waiting(f"trainer.logger {name} has not written {what}"):
+                write()
         except OSError as error:
             if backend not in self._failing:
                 logger.error("%s could not write %s (%s): the run goes on, and it is tried again", name, what, error)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from verl.utils.signals import EndedBySignal
+from verl.utils.signals import Interruption
 
 
 class _Left(BaseException):
@@ -49,7 +49,7 @@ def cannot_end_the_run(what: str) -> Iterator[None]:
     os._exit = refuse
     try:
         yield
-    except (Exception, EndedBySignal):
+    except (Exception, Interruption):
         raise
     except BaseException as error:
         said = str(error) if isinstance(error, _Left) else f"{type(error).__name__}({error})"

@@ -43,12 +43,13 @@ from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.rollout import get_rollout_class
 from verl.workers.updates import Work, build_optimizer, data_parallel_size, sum_over_ranks
 
-# A process group's default half hour is short for the slowest rank of a large generation.
-COLLECTIVE_TIMEOUT = timedelta(hours=2)
-
 
 class FSDPWorker(Worker):
-    """The part that the actor's and the critic's worker share."""
+    """The part that the actor's and the critic's worker share.
+
+    Args:
+        collective_timeout: how long ranks wait for each other. The first worker of a process decides.
+    """
 
     config: ActorRolloutRefConfig | CriticConfig
     optimizer: torch.optim.Optimizer
@@ -58,7 +59,7 @@ class FSDPWorker(Worker):
     shape: ModelShape
     update_seconds: float
 
-    def __init__(self, device: str, seed: int):
+    def __init__(self, device: str, seed: int, collective_timeout: timedelta):
         super().__init__()
         self.device = device
         backend = "gloo"
@@ -69,9 +70,9 @@ class FSDPWorker(Worker):
             backend = "cpu:gloo,cuda:nccl"
         quiet_transformers()
         if not dist.is_initialized():
-            store = meeting_store(self.rank, self.world_size, COLLECTIVE_TIMEOUT)
+            store = meeting_store(self.rank, self.world_size, collective_timeout)
             dist.init_process_group(
-                backend, store=store, rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT
+                backend, store=store, rank=self.rank, world_size=self.world_size, timeout=collective_timeout
             )
         # Fresh score heads are drawn from this; every draw during training has a seed of its own.
         torch.manual_seed(seed)
@@ -182,8 +183,16 @@ class ActorRolloutRefWorker(FSDPWorker):
     # Bytes that PyTorch counts as allocated for an engine that sleeps through training.
     engine_bytes = 0
 
-    def __init__(self, config: ActorRolloutRefConfig, device: str, seed: int, total_steps: int, use_reference: bool):
-        super().__init__(device, seed)
+    def __init__(
+        self,
+        config: ActorRolloutRefConfig,
+        device: str,
+        seed: int,
+        total_steps: int,
+        use_reference: bool,
+        collective_timeout: timedelta = timedelta(hours=2),
+    ):
+        super().__init__(device, seed, collective_timeout)
         self.config = config
         self.total_steps = total_steps
         self.use_reference = use_reference
@@ -226,6 +235,24 @@ class ActorRolloutRefWorker(FSDPWorker):
             self.engine_bytes = torch.cuda.memory_allocated() - before
         self.rollout.sleep()
 
+    @contextmanager
+    def _engine_at_work(self, phase: Phase, call: str) -> Iterator[None]:
+        """Within the block an error says in one line, which a user reads last, whose it is and in which call.
+
+        Raises:
+            torch.OutOfMemoryError, MemoryError: with the settings to lower.
+            RuntimeError: any other error of the engine, which is its cause.
+        """
+        try:
+            with explain_out_of_memory(phase, self.config):
+                yield
+        except Exception as error:
+            full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            kind, said = (type(error), "") if full else (RuntimeError, f"{type(error).__name__}: ")
+            said += " ".join(str(error).split())
+            engine = f"the {self.config.rollout.name} engine of rank {self.rank} of {self.world_size}"
+            raise kind(f"{engine} failed in {call}: {said}") from error
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def peak_memory(self) -> dict[str, float]:
         """Peak GiB that PyTorch held on this rank's GPU since the last call, for all roles of this process, without the
@@ -240,7 +267,7 @@ class ActorRolloutRefWorker(FSDPWorker):
     def push_weights(self) -> None:
         """Give the engine the policy's present weights."""
         dtype = getattr(torch, self.config.rollout.dtype)
-        with self.on_device("push_weights"):
+        with self.on_device("push_weights"), self._engine_at_work("push_weights", "push_weights"):
             self.rollout.wake()
             self.rollout.push_weights(full_parameters(self.actor.actor_module.hf, dtype))
 
@@ -251,9 +278,9 @@ class ActorRolloutRefWorker(FSDPWorker):
         # Engines hold different prompts; a seed each keeps equal prompts from getting equal answers.
         engine = self.rank // self.config.rollout.tensor_model_parallel_size
         seed = prompts.meta_info["seed"] * self.world_size + engine
-        with explain_out_of_memory("generate", self.config):
+        with self._engine_at_work("generate", "generate_sequences"):
             answers = self.rollout.generate(prompts, sampling, seed, prompts.meta_info["report_log_probs"])
-        self.rollout.sleep()
+            self.rollout.sleep()
         return answers
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
@@ -318,8 +345,9 @@ class CriticWorker(FSDPWorker):
         seed: int,
         total_steps: int,
         eos_token_ids: tuple[int, ...] | None = None,
+        collective_timeout: timedelta = timedelta(hours=2),
     ):
-        super().__init__(device, seed)
+        super().__init__(device, seed, collective_timeout)
         self.config = config
         self.total_steps = total_steps
         self.eos_token_ids = eos_token_ids

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.base import ClassWithInitArgs, ResourcePool, Worker, WorkerGroup
+from verl.single_controller.ray.processes import MARK, RankProcesses
 from verl.single_controller.ray.resources import check_resources, describe
 from verl.utils.rendezvous import reserve_port
+from verl.utils.stacks import answer_when_asked
+from verl.utils.stalls import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,13 @@ logger = logging.getLogger(__name__)
 _PLACEMENT_TIMEOUT_S = 30
 # When a rank dies, its neighbours' collectives fail too, and their error may arrive first.
 _CAUSE_GRACE_S = 2.0
+# What ends a process from outside. The second one is Ray's own, before the kernel does it.
+_DEATHS = (RayActorError, OutOfMemoryError)
+_OUT_OF_MEMORY_ADVICE = (
+    "Where a process ends without a word of its own, the machine's memory was full most often (`dmesg` says so): use "
+    "fewer ranks on a machine (trainer.n_gpus_per_node), shorter or smaller batches, or let less rest in its memory "
+    "(fsdp_config: param_offload, optimizer_offload)"
+)
 
 
 class RayResourcePool(ResourcePool):
@@ -119,6 +129,7 @@ class WorkerHost:
     """The Ray actor: one process, holding one worker object per role."""
 
     def __init__(self, roles: dict[str, RayClassWithInitArgs], one_node: bool) -> None:
+        answer_when_asked()
         self._roles, self._one_node = roles, one_node
 
     def meeting_place(self) -> tuple[str, int]:
@@ -166,7 +177,7 @@ class RayWorkerGroup(WorkerGroup):
             self._role = ray_cls_with_init.cls.__name__
             self._roles = {self._role: ray_cls_with_init}
             self._bind_worker_methods(ray_cls_with_init.cls)
-        self._actors = _start_actors(resource_pool, self._roles)
+        self._actors, self._processes = _start_actors(resource_pool, self._roles)
         try:
             [place] = self.wait([self._actors[0].meeting_place.remote()], "__init__")
             self.wait([actor.build.remote(*place) for actor in self._actors], "__init__")
@@ -189,7 +200,7 @@ class RayWorkerGroup(WorkerGroup):
     def _view(self, role: str) -> "RayWorkerGroup":
         view = object.__new__(type(self))
         WorkerGroup.__init__(view, self.world_size)
-        view._role, view._roles, view._actors = role, self._roles, self._actors
+        view._role, view._roles, view._actors, view._processes = role, self._roles, self._actors, self._processes
         view._bind_worker_methods(self._roles[role].cls)
         return view
 
@@ -211,33 +222,50 @@ class RayWorkerGroup(WorkerGroup):
         """
         ranks = {handle: rank for rank, handle in enumerate(handles)}
         results: dict[int, Any] = {}
-        pending = handles
-        while pending:
-            (ready,), pending = ray.wait(pending, num_returns=1)
-            try:
-                results[ranks[ready]] = ray.get(ready)
-            except Exception as error:
-                raise self._cause(
-                    ranks[ready], error, {ranks[handle]: handle for handle in pending}, method_name
-                ) from None
+        with waiting(lambda: self._unanswered(sorted(set(ranks.values()) - results.keys()), method_name)):
+            pending = handles
+            while pending:
+                (ready,), pending = ray.wait(pending, num_returns=1)
+                try:
+                    results[ranks[ready]] = ray.get(ready)
+                except Exception as error:
+                    raise self._cause(
+                        ranks[ready], error, {ranks[handle]: handle for handle in pending}, method_name
+                    ) from None
         return [results[rank] for rank in range(len(handles))]
+
+    @property
+    def _name(self) -> str:
+        return "+".join(self._roles) if self._role is None else self._role
+
+    def _unanswered(self, ranks: list[int], method_name: str) -> str:
+        """That these ranks have not answered; first those whose processes stand still, as others may wait for them."""
+        stuck = self._processes.stuck(ranks)
+        first = sorted(stuck) or ranks
+        states = f" ({', '.join(stuck[rank] for rank in first)})" if stuck else ""
+        have = f"{_number(first)} of {self.world_size}{states} {'has' if len(first) == 1 else 'have'}"
+        others = sorted(set(ranks) - set(first))
+        nor = f", nor {'has' if len(others) == 1 else 'have'} {_number(others)}," if others else ""
+        return f"{self._name} {have} not answered {method_name}{nor}"
 
     def _cause(self, rank: int, error: Exception, pending: dict[int, ray.ObjectRef], method_name: str) -> Exception:
         """Picks what to raise when a rank has failed: a rank's death before all else, since it makes others fail."""
         errors = {rank: error}
-        if not isinstance(error, RayActorError):
+        if not isinstance(error, _DEATHS):
             errors |= _errors_soon(pending)
-        name = "+".join(self._roles) if self._role is None else self._role
-        deaths = [rank for rank, error in errors.items() if isinstance(error, RayActorError)]
+        name = self._name
+        deaths = [rank for rank, error in errors.items() if isinstance(error, _DEATHS)]
         for other in errors.keys() - {rank}:
             last_line = str(errors[other]).strip().splitlines()[-1]
             logger.error("%s rank %d failed in %s as well: %s", name, other, method_name, last_line)
         if not deaths:
             return error
         death = errors[deaths[0]]
-        return RayActorError(
-            death.actor_id, f"{name} rank {deaths[0]} of {self.world_size} died in {method_name}: {death.error_msg}"
-        )
+        said = f"{name} rank {deaths[0]} of {self.world_size} died in {method_name}"
+        text, last = str(death), ""
+        if isinstance(death, OutOfMemoryError) or "worker process has died" in text:
+            last = f"\n{said}. {_OUT_OF_MEMORY_ADVICE}"
+        return RayActorError(getattr(death, "actor_id", None), f"{said}: {text}{last}")
 
     def shutdown(self) -> None:
         """Kills the processes, those of all roles, and frees their places in the pool."""
@@ -245,6 +273,10 @@ class RayWorkerGroup(WorkerGroup):
             ray.kill(actor)
         # The list is shared with the pool and with the groups that `spawn` made.
         self._actors.clear()
+
+
+def _number(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _errors_soon(pending: dict[int, ray.ObjectRef]) -> dict[int, Exception]:
@@ -263,7 +295,7 @@ def _errors_soon(pending: dict[int, ray.ObjectRef]) -> dict[int, Exception]:
     return errors
 
 
-def _start_actors(pool: RayResourcePool, roles: dict[str, RayClassWithInitArgs]) -> list:
+def _start_actors(pool: RayResourcePool, roles: dict[str, RayClassWithInitArgs]) -> tuple[list, RankProcesses]:
     """Starts one WorkerHost per bundle, in rank order."""
     bundles = [(group, index) for group in pool.get_placement_groups() for index in range(group.bundle_count)]
     in_use = sum(bool(actors) for actors in pool.tenants)
@@ -272,17 +304,18 @@ def _start_actors(pool: RayResourcePool, roles: dict[str, RayClassWithInitArgs])
             f"the pool is in use by {in_use} worker groups, as many as its max_colocate_count allows. "
             "Raise it, shut a group down, or put the roles into one group with create_colocated_worker_cls."
         )
-    nodes = [placement_group_table(group)["bundles_to_node_id"][index] for group, index in bundles]
     gpus = 1 / pool.max_colocate_count if pool.use_gpu else 0
     host = ray.remote(num_cpus=1, num_gpus=gpus)(WorkerHost)
+    nodes = [placement_group_table(group)["bundles_to_node_id"][index] for group, index in bundles]
+    mark = uuid.uuid4().hex
     actors = [
-        host.options(scheduling_strategy=_place(*bundle), runtime_env={"env_vars": env}).remote(
+        host.options(scheduling_strategy=_place(*bundle), runtime_env={"env_vars": env | {MARK: mark}}).remote(
             roles, len(set(nodes)) == 1
         )
         for bundle, env in zip(bundles, _environments(nodes, pool.use_gpu), strict=True)
     ]
     pool.tenants.append(actors)
-    return actors
+    return actors, RankProcesses(mark, nodes)
 
 
 def _place(group: PlacementGroup, index: int) -> PlacementGroupSchedulingStrategy:

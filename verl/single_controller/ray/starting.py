@@ -7,11 +7,14 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
 from ray._private import ray_constants
+
+from verl.utils.stalls import end_children
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +23,7 @@ logger = logging.getLogger(__name__)
 LONGEST_FOLDER = 107 - 64
 SHORT_FOLDER = "/tmp/ray"
 HEALTH_CHECK_SECONDS = 20
+END_S = 30
 LOOPBACK = "127.0.0.1"
 
 
@@ -62,6 +66,23 @@ def start_alone(num_cpus: int | None) -> None:
             f"Ray {ray.__version__} listens on {address} where {LOOPBACK} was asked for, open to the network: install "
             "one of the versions in requirements.txt"
         )
+
+
+def stop() -> None:
+    """Leave the cluster, and end it where `start_alone` began it. Its processes are killed if they do not end: one that
+    is stopped would be waited for for ever."""
+    killer = threading.Timer(END_S, _end_by_force)
+    killer.daemon = True
+    killer.start()
+    try:
+        ray.shutdown()
+    finally:
+        killer.cancel()
+
+
+def _end_by_force() -> None:
+    logger.error("Ray has not ended for %d s: its processes on this machine are killed", END_S)
+    end_children()
 
 
 @contextmanager

@@ -48,6 +48,7 @@ def find_conflicts(config: Config) -> list[str]:
         _task_reward,
         _run_names,
         _resume,
+        _stalls,
         _best,
         _engine,
         _left_out,
@@ -326,6 +327,18 @@ def _resume(config: Config) -> Iterator[str]:
         yield (
             f"trainer.resume_from_path is set but trainer.resume_mode={trainer.resume_mode} would not use it: "
             "set trainer.resume_mode=resume_path"
+        )
+
+
+def _stalls(config: Config) -> Iterator[str]:
+    warning, timeout = config.trainer.stall_warning, config.trainer.stall_timeout
+    for key, seconds in (("stall_warning", warning), ("stall_timeout", timeout)):
+        if seconds == 0:
+            yield f"trainer.{key}=0: expected a number of seconds, or -1 for never"
+    if timeout > 0 and warning >= timeout:
+        yield (
+            f"trainer.stall_warning={warning} warns of nothing, because trainer.stall_timeout={timeout} ends the run "
+            "before: make it less, or -1"
         )
 
 

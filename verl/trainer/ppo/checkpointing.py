@@ -33,6 +33,7 @@ from verl.utils.checkpoint.recovery import newest_whole, refuse_damaged
 from verl.utils.checkpoint.room import bytes_in, check_room, explain_full_disk
 from verl.utils.checkpoint.sharded import check_all_are_seen
 from verl.utils.checkpoint.whole import FSDP_CONFIG
+from verl.utils.stalls import doing
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class Checkpoints:
         self.wait()
         check_room(self.root, self.size)
         folder = start_checkpoint(self.root, state.global_step)
-        with explain_full_disk(folder):
+        with explain_full_disk(folder), doing(f"writing {folder}"):
             self._write(folder, state, only_as_best)
             if not self.config.async_save:
                 self._seal(folder)
@@ -165,7 +166,7 @@ class Checkpoints:
             self._publish(folder, state)
 
     def _publish(self, folder: Path, state: RunState) -> None:
-        with explain_full_disk(folder):
+        with explain_full_disk(folder), doing(f"completing {folder}"):
             final = publish_checkpoint(folder)
         if state.best is not None and state.best.step is not None:
             self.point_best(state.best.step)
@@ -214,7 +215,8 @@ class Checkpoints:
     def wait(self) -> None:
         """Return when no checkpoint is being written any more. Raises what the last one failed of, once."""
         if self._writing is not None:
-            self._writing.join()
+            with doing("writing a checkpoint in the background"):
+                self._writing.join()
             done, self._writing = self._writing, None
             done.wait()
 

@@ -50,6 +50,7 @@ from verl.trainer.ppo.validation import Validation
 from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
 from verl.utils.dataset.sampler import EpochBatches
 from verl.utils.signals import RunSignals
+from verl.utils.stalls import doing
 from verl.utils.tracking import Tracking
 
 __all__ = [
@@ -294,7 +295,12 @@ class RayPPOTrainer:
             num_workers=data.dataloader_num_workers,
             collate_fn=self.collate_fn,
         )
-        for rows in loader:
+        batches = iter(loader)
+        while True:
+            with doing("reading the next batch"):
+                rows = next(batches, None)
+            if rows is None:
+                return
             yield Prompts.of(DataProto.from_single_dict(rows))
             self.samples_seen += data.train_batch_size
 

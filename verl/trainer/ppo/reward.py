@@ -24,6 +24,7 @@ from verl.trainer.ppo.core_algos import kl_penalty as estimate_kl
 from verl.trainer.ppo.discriminator_algos import ends_with_eos
 from verl.trainer.ppo.metric_utils import correlation, mean_max_min
 from verl.trainer.ppo.reward_shaping import flat_groups, settle_cut_answers, without_length
+from verl.utils.stalls import waiting
 from verl.utils.user_code import cannot_end_the_run, load_user_function
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class TaskReward:
             where = f"custom_reward_function {self.name}, data row {rows[row]}, answer {number}"
             try:
                 # A copy: the messages are the data's own, and the next answer's reward gets them too.
-                with cannot_end_the_run("it"):
+                with cannot_end_the_run("it"), waiting(f"{where}: has not returned"):
                     value = self.fn(deepcopy(prompts[row]), answer, teachers[row])
             except Exception as error:
                 raise RuntimeError(f"{where}: raised {type(error).__name__}: {error}") from error

@@ -53,7 +53,8 @@ def worker_roles(
     Args:
         total_steps: of the run; the discriminator's schedule has so many, the actor's those in which it trains.
     """
-    common = {"device": config.trainer.device, "seed": config.data.seed}
+    trainer = config.trainer
+    common = {"device": trainer.device, "seed": config.data.seed, "collective_timeout": trainer.collective_timeout}
     roles = {
         str(Role.ActorRollout): RayClassWithInitArgs(
             classes[Role.ActorRollout],

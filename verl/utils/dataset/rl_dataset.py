@@ -42,6 +42,7 @@ from verl.utils.dataset.texts import (
     without_eos_text,
 )
 from verl.utils.dataset.tokenizer_checks import check_ids, check_tokenizer, dated_prompt
+from verl.utils.stalls import doing
 from verl.utils.torch_functional import pad_2d_list_to_length, postprocess_data
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,8 @@ def _usable_rows(rows: list[Row], config: DatasetConfig, template: TemplateCheck
     faults = []
     with _progress("looking at rows", len(rows)) as bar:
         for row in rows:
-            faults.append(row.unreadable or _fault(row.record, config, template))
+            with doing(f"looking at {row.place}"):
+                faults.append(row.unreadable or _fault(row.record, config, template))
             bar.update()
     if template.open_thoughts:
         logger.warning(
