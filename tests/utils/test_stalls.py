@@ -65,6 +65,21 @@ def test_time_is_counted_from_the_latest_beginning_or_end(caplog):
     assert caplog.records == []
 
 
+def test_what_another_thread_does_keeps_nobody_waiting():
+    """Its blocks neither name what is waited for nor let time begin anew."""
+
+    def looks_now_and_then():
+        for _ in range(100):
+            with doing("a look from beside"):
+                time.sleep(0.02)
+
+    start = time.monotonic()
+    with pytest.raises(StallError, match="the work has not ended"), StallWatch(-1, 0.5).at_work(), doing("the work"):
+        threading.Thread(target=looks_now_and_then, daemon=True).start()
+        sleeps_for_long()
+    assert time.monotonic() - start < 1.9
+
+
 def test_nothing_is_watched_between_things_and_with_both_off(caplog):
     with StallWatch(0.1, 0.2).at_work():
         time.sleep(0.5)
