@@ -73,3 +73,17 @@ def test_a_reward_that_sleeps(folder, tmp_path):
     assert re.search(rf"WARNING verl.utils.stalls: {named} 2\d s", log)
     assert "in asks_a_server_that_is_gone\n" in log and re.search(r"rank 0 of 1: process \d+, sleeping", log)
     assert re.match(rf"verl.utils.stalls.StallError: {named} \d+ s, which", log.strip().splitlines()[-1])
+
+
+def test_a_raylet_that_is_stopped(folder, tmp_path):
+    """Ray takes its node for dead after a minute; nothing but force ends it."""
+    run = trainer(folder, tmp_path / "run", "stage=seqkd", *LONG)
+    try:
+        run.wait_until((tmp_path / "run" / "metrics.jsonl").exists, "the first step")
+        (raylet,) = [process for process in run.processes() if process.name() == "raylet"]
+        raylet.suspend()
+        assert run.end() == 1, run.log.read_text()
+        assert run.left_behind(10) == []
+    finally:
+        run.stop()
+    assert "Ray has not ended for 30 s: its processes on this machine are killed" in run.log.read_text()
