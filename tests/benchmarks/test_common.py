@@ -249,6 +249,15 @@ def test_update_runs(tmp_path):
 
 
 @pytest.mark.e2e
+def test_saving_runs(tmp_path):
+    rows = run("saving", tmp_path / "out.json", "--steps", "1", "--folder", str(tmp_path))
+    assert [row["way"] for row in rows] == ["foreground", "background"]
+    assert all(0 < row["held"] <= row["written"] and row["resume"] > 0 for row in rows)
+    assert rows[0]["gib"] == rows[1]["gib"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json"], "no checkpoint is left"
+
+
+@pytest.mark.e2e
 @pytest.mark.parametrize("algorithm", ["gad", "grpo"])
 def test_step_runs(tmp_path, algorithm):
     sizes = ["--prompts", "4", "--n", "4", "--tokens", "512", "--warmup", "1", "--steps", "1"]
