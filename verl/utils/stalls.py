@@ -49,7 +49,7 @@ class Witness(Protocol):
 # What this process is at, which has one loop, and how often anything began or ended: time is counted from there.
 _sentences: list[Callable[[], str]] = []
 _turns = 0
-# The thread that is watched. What others do beside it keeps nobody waiting.
+# The thread that is watched, if any is. What others do beside it keeps nobody waiting.
 _watched: int | None = None
 witnesses: weakref.WeakSet[Witness] = weakref.WeakSet()
 
@@ -63,7 +63,7 @@ def waiting(sentence: str | Callable[[], str]) -> Iterator[None]:
     the one that is watched a block says nothing.
     """
     global _turns
-    if _watched not in (None, threading.get_ident()):
+    if _watched != threading.get_ident():
         yield
         return
     _turns += 1
