@@ -24,6 +24,7 @@ from verl.monitor.series import Series
 LONGEST_WINDOW = 1000
 LONGEST_TEXT = 1000
 DEEPEST = 30
+LARGEST = 1e300
 
 
 class ExpressionFault(ValueError):
@@ -220,7 +221,9 @@ class Expression:
         if depth > DEEPEST:
             raise ExpressionFault(f"expected at most {DEEPEST} levels of brackets and signs, got more; fix: split it")
         match node:
-            case ast.Constant(value=bool() | int() | float() | str()):
+            case ast.Constant(value=bool() | str()):
+                return
+            case ast.Constant(value=int() | float() as number) if abs(number) < LARGEST:
                 return
             case ast.UnaryOp(op=ast.USub() | ast.Not()):
                 parts = [node.operand]

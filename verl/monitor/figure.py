@@ -1,11 +1,12 @@
 """A run at a glance: training_progress.png, one picture that can be sent to others.
 
 In English, since the fonts that matplotlib brings have no Chinese characters; a run's name in Chinese is shown where
-the machine has a font for it, and left out elsewhere.
+the machine has a font for it, and as question marks elsewhere.
 """
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,9 +87,9 @@ def plot(run: Run, watch: Watch, verdict: str, path: Path) -> None:
         draw(axis, panel, {name: line for name, line in lines.items() if line[0]}, watch.alarms, watch.step)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    name, font = _shown_name(run.name)
-    # Neither a name nor a verdict is a formula, which matplotlib reads between two dollar signs.
-    figure.suptitle(_wrapped(f"{name}: {verdict}" if name else verdict), fontsize=9, family=font, parse_math=False)
+    title, fonts = _shown(f"{run.name}: {verdict}")
+    # No formula, which matplotlib would read between two dollar signs.
+    figure.suptitle(textwrap.fill(title, 130), fontsize=9, family=fonts, parse_math=False)
     figure.savefig(path, dpi=130, format="png")
 
 
@@ -116,18 +117,11 @@ def draw(
         axis.legend(fontsize=6.5, loc="best")
 
 
-def _shown_name(name: str) -> tuple[str, list[str] | None]:
-    """The name, and the fonts for it; nothing where no font here has its characters."""
+def _shown(text: str) -> tuple[str, list[str]]:
+    """The text as the machine's fonts can show it, with question marks for what they cannot, and the fonts."""
     from matplotlib import font_manager
 
-    if name.isascii() and name.isprintable():
-        return name, None
     there = {font.name for font in font_manager.fontManager.ttflist}
     fonts = [font for font in CHINESE_FONTS if font in there]
-    return (name, [*fonts, "DejaVu Sans"]) if fonts and name.isprintable() else ("", None)
-
-
-def _wrapped(text: str, width: int = 130) -> str:
-    import textwrap
-
-    return textwrap.fill(text, width)
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return (text if fonts else text.encode("ascii", "replace").decode(), ["DejaVu Sans", *fonts])

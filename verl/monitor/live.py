@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from verl.monitor.reading import SETTINGS_FILE, read_run
+from verl.monitor.reading import SETTINGS_FILE, NotARun, read_run
 from verl.monitor.rules import load_rules
 from verl.monitor.verdict import Words
 from verl.monitor.watch import Event, Watch
@@ -65,16 +65,20 @@ class Monitor:
         try:
             self.watch = Watch(load_rules(rules_file), settings)
             _keep_settings(settings, folder)
-            self._catch_up(first_step)
+            self._catch_up(first_step, tracking.metrics_file)
         except Exception as error:
             self._off(error)
 
-    def _catch_up(self, first_step: int) -> None:
+    def _catch_up(self, first_step: int, file: Path | None) -> None:
         """See the steps that a resumed run has behind it, without a word: what fires already has been said."""
-        file = self.tracking.metrics_file
         if first_step == 0 or file is None or not file.is_file():
             return
-        for step, data in read_run(file).steps.items():
+        try:
+            earlier = read_run(file, only=self.watch.read | self.watch.synonyms.keys())
+        except (OSError, NotARun) as error:
+            logger.warning("the health monitor cannot look at the steps before this start: %s", error)
+            return
+        for step, data in earlier.steps.items():
             if step < first_step:
                 self.watch.see(step, data)
 

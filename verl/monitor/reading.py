@@ -1,11 +1,13 @@
-"""Runs from files: our own and upstream verl's metrics.jsonl, TensorBoard folders, JSONL, CSV, and exports of W&B."""
+"""Runs from files: our own and upstream verl's metrics.jsonl and console logs, TensorBoard folders, JSONL, CSV, exports
+of W&B, and the trainer_state.json of Hugging Face's trainers."""
 
 from __future__ import annotations
 
 import csv
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,17 @@ STEP_NAMES = (
 )
 
 
+STEP_LINE = re.compile(r"\bstep:(\d+) - (.*)")
+NUMPY = re.compile(r"^np\.\w+\((.*)\)$")
+
+
 class NotARun(ValueError):
     """A path that holds no run, with what was expected, what is there, and what to pass."""
 
 
-def read_run(path: str | Path, settings: str | Path | None = None) -> Run:
-    """The run in a folder or a file; its settings from that file, else from `settings.json` beside the metrics.
+def read_run(path: str | Path, settings: str | Path | None = None, only: Container[str] | None = None) -> Run:
+    """The run in a folder or a file; its settings from that file, else from `settings.json` beside the metrics. Of its
+    metrics, those in `only`; None: all.
 
     Raises:
         NotARun: there is none, or several.
@@ -47,6 +54,8 @@ def read_run(path: str | Path, settings: str | Path | None = None) -> Run:
     file = Path(settings).expanduser() if settings is not None else folder / SETTINGS_FILE
     found = _settings(file, asked=settings is not None)
     name = path.resolve().name if path.is_dir() or path.name != METRICS_FILE else path.resolve().parent.name
+    if only is not None:
+        rows = ((step, {metric: value for metric, value in data.items() if metric in only}) for step, data in rows)
     run = Run.of(name, rows, found)
     if not run.metrics:
         raise NotARun(
@@ -121,56 +130,77 @@ def _rows_of_events(folder: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 def _rows_of_file(file: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
     if "tfevents" in file.name:
         raise NotARun(f"{file}: expected a folder for TensorBoard's files, got one of them; pass {file.parent}")
-    readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv}
+    readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".log": _log, ".txt": _log}
     reader = readers.get(file.suffix.lower())
     if reader is None:
-        raise NotARun(
-            f"{file}: expected a name in {', '.join(readers)}, got {file.suffix or 'none'}; rename or export it"
-        )
+        known = ", ".join(readers)
+        raise NotARun(f"{file}: expected a name in {known}, got {file.suffix or 'none'}; rename or export it")
     try:
-        return list(reader(file))
+        yield from reader(file)
     except UnicodeDecodeError as error:
         raise NotARun(f"{file}: expected UTF-8, got {error.reason} at byte {error.start}; save it as UTF-8") from error
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """A line per step: {"step": N, "data": {...}}, or flat. A last line that is cut short does not count."""
-    lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines) > 1:
+    return _rows(_parsed_lines(file), file)
+
+
+def _parsed_lines(file: Path) -> Iterator[Any]:
+    fault, good = None, 0
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            if fault is not None:
                 break
-            raise NotARun(f"{file}: expected a JSON object a line, got {line[:60]!r} in line {number}") from error
-    return _rows(rows, file)
+            try:
+                yield json.loads(line)
+                good += 1
+            except ValueError:
+                fault = f"{file}: expected a JSON object a line, got {line[:60].strip()!r} in line {number}"
+        else:
+            if good:
+                return
+    if fault is not None:
+        raise NotARun(fault)
 
 
 def _json(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """A list of rows, a table of columns ({name: {row: value}} or {name: [values]}), or either under `history`."""
+    """A list of rows, a table of columns ({name: {row: value}} or {name: [values]}), or either under a name that tools
+    give it."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         if isinstance(error, UnicodeDecodeError):
             raise
         raise NotARun(f"{file}: expected JSON, got {error}; lines of JSON want the name .jsonl") from error
-    if isinstance(content, dict) and isinstance(content.get("history"), list | dict):
-        content = content["history"]
     if isinstance(content, dict):
-        columns = {
-            name: dict(enumerate(column)) if isinstance(column, list) else column
-            for name, column in content.items()
-            if isinstance(column, list | dict)
-        }
-        places = dict.fromkeys(place for column in columns.values() for place in column)
-        content = [
-            {name: column[place] for name, column in columns.items() if column.get(place) is not None}
-            for place in places
-        ]
+        inner = next((content[name] for name in ("history", "log_history") if name in content), content)
+        content = _rows_of_columns(inner) if isinstance(inner, dict) else inner
     if not isinstance(content, list):
         raise NotARun(f"{file}: expected a list of rows or a table of columns, got {type(content).__name__}")
     return _rows(content, file)
+
+
+def _rows_of_columns(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    columns = {
+        name: dict(enumerate(column)) if isinstance(column, list) else column
+        for name, column in table.items()
+        if isinstance(column, list | dict)
+    }
+    places = dict.fromkeys(place for column in columns.values() for place in column)
+    return [{name: column[place] for name, column in columns.items() if place in column} for place in places]
+
+
+def _log(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The console's lines, ours and upstream verl's: `step:N - NAME:VALUE - ...`, with anything before and between."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            found = STEP_LINE.search(line)
+            if found is not None:
+                parts = (part.rpartition(":") for part in found[2].split(" - "))
+                yield int(found[1]), {name.strip(): NUMPY.sub(r"\1", value.strip()) for name, _, value in parts}
 
 
 def _csv(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -190,15 +220,17 @@ def _csv(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     return _rows([{own[name]: row[name] for name in own if row[name]} for row in rows], file)
 
 
-def _rows(rows: list[Any], file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if not all(isinstance(row, dict) for row in rows):
-        wrong = next(row for row in rows if not isinstance(row, dict))
-        raise NotARun(f"{file}: expected rows of metrics by name, got {str(wrong)[:60]!r}")
-    names = {name for row in rows for name in row}
-    step_name = next((name for name in STEP_NAMES if name in names), None)
+def _rows(rows: Iterable[Any], file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows with their steps: those without one are left out, or, where none has one, counted."""
+    any_step = False
     for number, row in enumerate(rows):
-        step = number if step_name is None else as_number(row.get(step_name))
-        if step is None or not abs(step) < 2**53:
+        if not isinstance(row, dict):
+            raise NotARun(f"{file}: expected rows of metrics by name, got {str(row)[:60]!r}")
+        name = next((name for name in STEP_NAMES if name in row), None)
+        any_step = any_step or name is not None
+        if name is None and any_step:
             continue
-        nested = row.get("data")
-        yield int(step), nested if isinstance(nested, dict) else {n: v for n, v in row.items() if n != step_name}
+        step = number if name is None else as_number(row[name])
+        if step is not None and abs(step) < 2**53:
+            nested = row.get("data")
+            yield int(step), nested if isinstance(nested, dict) else {n: v for n, v in row.items() if n != name}

@@ -11,6 +11,8 @@ others; `enabled: false` switches it off. `synonyms` are other names of metrics,
 
 from __future__ import annotations
 
+import difflib
+import graphlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +168,7 @@ def load_rules(file: str | Path | None = None) -> Rules:
     """
     own = _read(OWN)
     merged = {rule["id"]: rule for rule in own["rules"]}
-    sources = dict.fromkeys(merged, str(OWN))
+    known, sources = list(merged), dict.fromkeys(merged, str(OWN))
     synonyms = dict(yaml.safe_load(SYNONYMS.read_text(encoding="utf-8")))
     problems: list[str] = []
     if file is not None:
@@ -176,7 +178,7 @@ def load_rules(file: str | Path | None = None) -> Rules:
         if problems:
             raise RuleFault(problems)
         for number, rule in enumerate(content.get("rules") or [], start=1):
-            name = rule.get("id", f"number {number}")
+            name = str(rule.get("id", f"number {number}"))
             sources[name] = str(path)
             merged[name] = {**merged.get(name, {}), **rule}
         for name, others in (content.get("synonyms") or {}).items():
@@ -186,19 +188,30 @@ def load_rules(file: str | Path | None = None) -> Rules:
         try:
             rules.append(Rule.model_validate(raw))
         except ValidationError as error:
-            problems += [f"{sources[name]}: rule {name}: {fault}" for fault in _faults(error)]
-    known = {rule.id for rule in rules}
-    for rule in rules:
-        unknown = [name for name in rule.explains if name not in known and name not in merged]
-        if unknown:
-            problems.append(
-                f"{sources[rule.id]}: rule {rule.id}: explains: expected ids of rules ({', '.join(sorted(known))}), "
-                f"got {', '.join(unknown)}; fix: name one of these"
-            )
+            problems += [f"{sources[name]}: rule {name}: {fault}" for fault in _faults(error, name, known)]
+    problems += _faults_of_links({name: raw.get("explains") or [] for name, raw in merged.items()}, sources)
     if problems:
         raise RuleFault(problems)
     by_synonym = {other: name for name, others in synonyms.items() for other in others}
     return Rules(tuple(rule for rule in rules if rule.enabled), by_synonym)
+
+
+def _faults_of_links(links: Mapping[str, Any], sources: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with which alarms follow from which, by rule."""
+    links = {name: [str(other) for other in others] for name, others in links.items() if isinstance(others, list)}
+    for name, others in links.items():
+        unknown = [other for other in others if other not in sources]
+        if unknown:
+            yield (
+                f"{sources[name]}: rule {name}: explains: expected ids of rules ({', '.join(sources)}), got "
+                f"{', '.join(unknown)}; fix: name one of these"
+            )
+    try:
+        graphlib.TopologicalSorter(links).prepare()
+    except graphlib.CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        changed = next(name for name in error.args[1] if sources[name] != str(OWN))
+        yield f"{sources[changed]}: explains: expected no circle, got {circle}; fix: take one of these out"
 
 
 class _NoDuplicates(yaml.SafeLoader):
@@ -234,22 +247,18 @@ def _read(path: Path) -> Any:
 def _faults_of_content(content: Any, path: Path) -> list[str]:
     """What is wrong with a user's file as a whole."""
     if not isinstance(content, dict) or not content or set(content) - {"rules", "synonyms"}:
-        got = (
-            f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) and content else repr(content)[:80]
-        )
-        return [
-            f"{path}: expected the keys rules and synonyms, or one of them, got {got}; fix: put the list under rules:"
-        ]
+        got = f"{content!r:.80}"
+        return [f"{path}: expected the keys rules, synonyms or both, got {got}; fix: put the list under rules:"]
     problems = []
     rules, synonyms = content.get("rules") or [], content.get("synonyms") or {}
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         problems.append(f"{path}: rules: expected a list of rules, got {rules!r:.80}; fix: begin each with - id: NAME")
     else:
-        names = [rule.get("id") for rule in rules]
+        names = [str(rule["id"]) for rule in rules if "id" in rule]
         problems += [
             f"{path}: rule {name}: expected one rule of this id, got several; fix: rename or join them"
             for name in dict.fromkeys(names)
-            if name is not None and names.count(name) > 1
+            if names.count(name) > 1
         ]
     lists = isinstance(synonyms, dict) and all(isinstance(others, list) for others in synonyms.values())
     if not lists or not all(isinstance(name, str) for others in synonyms.values() for name in others):
@@ -260,25 +269,28 @@ def _faults_of_content(content: Any, path: Path) -> list[str]:
     return problems
 
 
-def _faults(error: ValidationError) -> Iterator[str]:
-    """A sentence for each field that is wrong: what was expected, what is there, and how to mend it."""
-    seen = set()
+def _faults(error: ValidationError, name: str, known: list[str]) -> Iterator[str]:
+    """A sentence for each field that is wrong: what was expected, what is there, and how to mend it. `known` are the
+    ids of this package's rules, of which a new one may be a misspelling."""
+    fields: dict[str, Mapping[str, Any]] = {}
     for item in error.errors():
-        place = [str(part) for part in item["loc"]]
-        key = place[0] if place else "rule"
-        if key in seen:
-            continue
-        seen.add(key)
+        fields.setdefault(str(item["loc"][0]), item)
+    missing = [key for key, item in fields.items() if item["type"] == "missing" and len(item["loc"]) == 1]
+    if missing:
+        meant = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {meant[0]}?" if meant else "give them"
+        got = f"no {', '.join(missing)}"
+        yield f"expected the id of a known rule, or all fields of a new one, got {got}; fix: {hint}"
+    for key, item in fields.items():
+        where = ".".join(str(part) for part in item["loc"] if part not in ("TextIn", "Expression"))
         cause = item.get("ctx", {}).get("error")
-        where = ".".join(part for part in place if part not in ("TextIn", "Expression"))
         if isinstance(cause, ExpressionFault):
             yield f"{where}: {cause}"
         elif key not in EXPECTED:
             yield f"{where}: expected one of {', '.join(EXPECTED)}, got {key}; fix: correct its name or leave it out"
-        else:
+        elif key not in missing:
             expected, example = EXPECTED[key]
-            got = "nothing" if item["type"] == "missing" and len(place) == 1 else _shown(item)
-            yield f"{where}: expected {expected}, got {got}; fix: write for example {example}"
+            yield f"{where}: expected {expected}, got {_shown(item)}; fix: write for example {example}"
 
 
 def _shown(item: Mapping[str, Any]) -> str:

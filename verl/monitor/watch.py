@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,7 @@ class Watch:
         self.stages: list[str] = []
         self.step: int | None = None
         self._metrics: dict[str, Series] = {}
+        self._new: Set[str] = set()
         self._states = {rule.id: _State() for rule in self.rules}
         parts = [part for rule in self.rules for part in (rule.value, rule.when, *(c.condition for c in rule.causes))]
         self.read = {name for part in parts if part is not None for name in part.metrics} | {"actor/pg_loss"}
@@ -97,6 +98,7 @@ class Watch:
             raise ValueError(f"step {step} after step {self.step}")
         self.step = step
         named = self._by_own_names(data)
+        self._new = named.keys()
         for name, value in named.items():
             if name in self.read:
                 self._metrics.setdefault(name, Series()).add(step, value)
@@ -130,6 +132,8 @@ class Watch:
                 self.unknown[rule.id] = str(reason)
             return None
         self.unknown.pop(rule.id, None)
+        if rule.value.metrics and not self._new & set(rule.value.metrics):
+            return None  # A row of other metrics is no further look at these.
         state.looks[self.stage] += 1
         if state.looks[self.stage] <= rule.after:
             return None
@@ -197,19 +201,8 @@ class Watch:
 
 
 def source_of(alarm: Alarm, alarms: Iterable[Alarm]) -> Alarm | None:
-    """The one of these that the alarm follows from. Of two that explain each other, the one that began first; with one
-    beginning, the one named first."""
-    for other in alarms:
-        if alarm.rule.id not in other.rule.explains:
-            continue
-        mutual = other.rule.id in alarm.rule.explains
-        if not mutual or (other.since, alarms_order(other, alarms)) < (alarm.since, alarms_order(alarm, alarms)):
-            return other
-    return None
-
-
-def alarms_order(alarm: Alarm, alarms: Iterable[Alarm]) -> int:
-    return next(number for number, other in enumerate(alarms) if other is alarm)
+    """The first of these that the alarm follows from."""
+    return next((other for other in alarms if alarm.rule.id in other.rule.explains), None)
 
 
 def _applies(condition: Expression | None, facts: Facts) -> bool:
