@@ -97,6 +97,8 @@ class TrainerConfig:
     validation_data_dir: str | None
     rollout_data_dir: str | None
     max_skipped_steps: Positive
+    on_alarm: Literal["warn", "stop", "off"]
+    monitor_rules: str | None
     save_freq: int
     save_on_signal: bool
     async_save: bool

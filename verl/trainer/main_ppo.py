@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.batch import Prompts
 from verl.models.loading import all_eos_token_ids, quiet_transformers
+from verl.monitor.live import StoppedByAlarm
 from verl.single_controller.ray.starting import join_or_start, stop
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
 from verl.trainer.config.loading import explain_refusals
@@ -93,6 +94,7 @@ class TaskRunner:
         Raises:
             EndedBySignal: the run was told to end before its last step; between steps it has saved a checkpoint.
             StallError: nothing came of something for `trainer.stall_timeout` seconds.
+            StoppedByAlarm: an alarm ended it, saved, with `trainer.on_alarm=stop`.
         """
         config = with_absolute_paths(config)
         folder, signals = run_folder(config.trainer), RunSignals()
@@ -179,6 +181,9 @@ def _hydra_main(composed: DictConfig) -> None:
         run_ppo(config)
     except EndedBySignal as end:
         logger.info("%s", end)
+        sys.exit(end.exit_code)
+    except StoppedByAlarm as end:
+        logger.error("%s", end)
         sys.exit(end.exit_code)
     finally:
         say_what_is_waited_for()

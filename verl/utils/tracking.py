@@ -1,7 +1,7 @@
 """The places that metrics go to: console, TensorBoard, a JSONL file, Weights & Biases.
 
-A backend is a small class with `log`, `log_samples` and `close`; BACKENDS names them, and Tracking sends every step to
-those that were asked for.
+A backend is a small class with `log`, `log_samples`, `alert` and `close`; BACKENDS names them, and Tracking sends every
+step to those that were asked for.
 
 A resumed run goes on where the earlier one was logged, and the steps that it makes again count once. A run that starts
 afresh in a used folder moves what is there aside. A backend that cannot write, on a full disk for instance, does not
@@ -64,6 +64,8 @@ class Backend(Protocol):
 
     def log_samples(self, samples: Sequence[Sample], step: int) -> None: ...
 
+    def alert(self, title: str, text: str, step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -87,6 +89,9 @@ class ConsoleBackend:
             texts = zip(("prompt", "answer", "teacher"), sample, strict=False)
             lines = [f"  {name}: {shorten(text, self.shown_characters)}" for name, text in texts]
             self._write("\n".join([f"step:{step} - sample with rouge-L {sample.rouge:.3f}", *lines]))
+
+    def alert(self, title: str, text: str, step: int) -> None:
+        """Nothing: who raises an alarm logs it, too."""
 
     def close(self) -> None:
         pass
@@ -135,6 +140,9 @@ class TensorBoardBackend:
 
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
         self._write(lambda: self.writer.add_text("val/generations", samples_as_markdown(samples), step), step)
+
+    def alert(self, title: str, text: str, step: int) -> None:
+        self._write(lambda: self.writer.add_text(f"alarms/{title}", text, step), step)
 
     def _write(self, add: Callable[[], None], step: int) -> None:
         self.pending.append((step, add))
@@ -201,6 +209,9 @@ class FileBackend:
             self.pending = self.pending[self.file.write(self.pending) :]
 
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
+        """Nothing: this file holds numbers."""
+
+    def alert(self, title: str, text: str, step: int) -> None:
         """Nothing: this file holds numbers."""
 
     def close(self) -> None:
@@ -273,6 +284,9 @@ class WandbBackend:
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
         table = self.wandb.Table(columns=["step", *Sample._fields], data=[[step, *sample] for sample in samples])
         self.run.log({"val/generations": table}, step=step)
+
+    def alert(self, title: str, text: str, step: int) -> None:
+        self.run.alert(title=title, text=text, level=self.wandb.AlertLevel.WARN)
 
     def close(self) -> None:
         self.run.finish()
@@ -400,6 +414,16 @@ class Tracking:
         """Show validation answers in the backends that can."""
         for backend in self.backends:
             self._try(backend, partial(backend.log_samples, samples, step), f"the samples of step {step}")
+
+    def alert(self, title: str, text: str, step: int) -> None:
+        """Send an alarm to the backends that have a place for it: a text in TensorBoard, an alert of W&B's."""
+        for backend in self.backends:
+            self._try(backend, partial(backend.alert, title, text, step), f"the alarm of step {step}")
+
+    @property
+    def metrics_file(self) -> Path | None:
+        """The JSONL file with the run's metrics, where one is written."""
+        return next((backend.path for backend in self.backends if isinstance(backend, FileBackend)), None)
 
     def finish(self) -> None:
         """Close all backends; calling it again does nothing."""

@@ -13,6 +13,7 @@ import torch
 
 from verl.config import ActorConfig, CriticConfig, FSDPConfig
 from verl.config.run import Config
+from verl.monitor.rules import RuleFault, load_rules
 from verl.trainer.config.number_checks import number_conflicts
 from verl.trainer.config.soda_checks import soda_conflicts
 from verl.trainer.ppo.core_algos import (
@@ -50,6 +51,7 @@ def find_conflicts(config: Config) -> list[str]:
         _resume,
         _stalls,
         _best,
+        _monitor_rules,
         _engine,
         _left_out,
     )
@@ -361,6 +363,14 @@ def _best(config: Config) -> Iterator[str]:
             f"trainer.early_stop_patience={patience} counts validations during training, and there are none with "
             f"trainer.test_freq={trainer.test_freq}: set it to steps between them"
         )
+
+
+def _monitor_rules(config: Config) -> Iterator[str]:
+    if config.trainer.monitor_rules is not None:
+        try:
+            load_rules(config.trainer.monitor_rules)
+        except RuleFault as fault:
+            yield from (f"trainer.monitor_rules: {problem}" for problem in fault.problems)
 
 
 def _engine(config: Config) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a run shows: its trackers, the progress bar, and the answers of each step in files."""
+"""What a run shows: its trackers, its health, the progress bar, and the answers of each step in files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from verl.batch import Prompts, Scores
 from verl.config.run import Config
+from verl.monitor.live import Monitor
+from verl.trainer.ppo.checkpointing import run_folder
 from verl.utils.dump import dump_jsonl
 from verl.utils.tracking import Tracking
 
@@ -40,6 +42,12 @@ def open_tracking(config: Config, step: int) -> Tracking:
         first_step=None if trainer.val_only else step,
         tensorboard_dir=trainer.default_tensorboard_dir,
     )
+
+
+def open_monitor(config: Config, tracking: Tracking, step: int) -> Monitor:
+    """What watches the health of a run that begins, or goes on, with this step."""
+    trainer = config.trainer
+    return Monitor(asdict(config), run_folder(trainer), tracking, step, trainer.monitor_rules, trainer.on_alarm)
 
 
 def progress_bar(stage: str, steps: int, done: int) -> tqdm:
