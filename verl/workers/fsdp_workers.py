@@ -241,11 +241,14 @@ class ActorRolloutRefWorker(FSDPWorker):
 
         Raises:
             torch.OutOfMemoryError, MemoryError: with the settings to lower.
+            FloatingPointError: the student's weights are at fault and not the engine; its own words say how.
             RuntimeError: any other error of the engine, which is its cause.
         """
         try:
             with explain_out_of_memory(phase, self.config):
                 yield
+        except FloatingPointError:
+            raise
         except Exception as error:
             full = isinstance(error, torch.OutOfMemoryError | MemoryError)
             kind, said = (type(error), "") if full else (RuntimeError, f"{type(error).__name__}: ")
