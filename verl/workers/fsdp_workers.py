@@ -43,6 +43,9 @@ from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.rollout import get_rollout_class
 from verl.workers.updates import Work, build_optimizer, data_parallel_size, sum_over_ranks
 
+# Where no run says otherwise.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
 
 class FSDPWorker(Worker):
     """The part that the actor's and the critic's worker share.
@@ -59,7 +62,7 @@ class FSDPWorker(Worker):
     shape: ModelShape
     update_seconds: float
 
-    def __init__(self, device: str, seed: int, collective_timeout: timedelta):
+    def __init__(self, device: str, seed: int, collective_timeout: timedelta = COLLECTIVE_TIMEOUT):
         super().__init__()
         self.device = device
         backend = "gloo"
@@ -190,7 +193,7 @@ class ActorRolloutRefWorker(FSDPWorker):
         seed: int,
         total_steps: int,
         use_reference: bool,
-        collective_timeout: timedelta = timedelta(hours=2),
+        collective_timeout: timedelta = COLLECTIVE_TIMEOUT,
     ):
         super().__init__(device, seed, collective_timeout)
         self.config = config
@@ -348,7 +351,7 @@ class CriticWorker(FSDPWorker):
         seed: int,
         total_steps: int,
         eos_token_ids: tuple[int, ...] | None = None,
-        collective_timeout: timedelta = timedelta(hours=2),
+        collective_timeout: timedelta = COLLECTIVE_TIMEOUT,
     ):
         super().__init__(device, seed, collective_timeout)
         self.config = config
