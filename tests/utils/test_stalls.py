@@ -110,11 +110,14 @@ def test_a_regular_expression_that_runs_wild(caplog):
     assert caplog.records[0].message == "the reward has not ended for 0 s"
 
 
-def test_code_that_swallows_every_exception_ends_with_the_process_and_its_children():
+@pytest.mark.parametrize("whose", ["", ", cannot_end_the_run('it')"])
+def test_code_that_swallows_every_exception_ends_with_the_process_and_its_children(whose):
+    """A user's, too, in whose place os._exit is another."""
     code = (
         "import logging, subprocess, time\nfrom verl.utils import stalls\nstalls.GIVE_UP_S = 1\n"
+        "from verl.utils.user_code import cannot_end_the_run\n"
         "child = subprocess.Popen(['sleep', '1000']); print(child.pid, flush=True)\n"
-        "with stalls.StallWatch(-1, .5).at_work(), stalls.doing('that'):\n"
+        f"with stalls.StallWatch(-1, .5).at_work(), stalls.doing('that'){whose}:\n"
         "    while True:\n        try:\n            time.sleep(100)\n        except BaseException:\n            pass\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=SRC)

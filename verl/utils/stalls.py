@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 GIVE_UP_S = 60.0
 LONGEST_LOOK_S = 10.0
 OFF = -1
+# As it is here: while a user's code is at work, which may be what stalls, os._exit is another (`cannot_end_the_run`).
+_exit = os._exit
 
 
 class StallError(RuntimeError):
@@ -186,8 +188,10 @@ class StallWatch:
     def _leave(self) -> None:
         """End the process and those that it has started. It is in code that no exception gets it out of."""
         logger.critical("%s. It did not end when told to, and the process ends without it", self._error)
-        end_children()
-        os._exit(1)
+        try:
+            end_children()
+        finally:
+            _exit(1)
 
 
 def end_children() -> None:
