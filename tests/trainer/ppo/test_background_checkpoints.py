@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import threading
@@ -19,6 +20,7 @@ from verl.utils.background import Background
 from verl.utils.checkpoint.checkpoint_manager import step_of, verify_checkpoint
 from verl.utils.checkpoint.recovery import clear_up, newest_whole
 from verl.utils.checkpoint.sharded import own_shard, read_full_tensors
+from verl.utils.signals import EndedBySignal, RunSignals
 
 
 class LateWeights:
@@ -220,6 +222,22 @@ def test_a_signal_waits_for_both_checkpoints(tmp_path, at):
     trainer.fit()
     assert saved(tmp_path) == [3, at + 1]
     assert latest(tmp_path) == at + 1
+
+
+def test_a_signal_behind_the_last_step_waits_for_its_checkpoint(tmp_path):
+    """It is not followed by the last validation."""
+
+    def signal_soon(trainer):
+        release_soon(trainer, seconds=0.8)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    signals = RunSignals()
+    trainer = LateTrainer(tmp_path, at={9: signal_soon}, test_freq=5)
+    trainer.signals = signals
+    with pytest.raises(EndedBySignal), signals.taken():
+        trainer.fit()
+    assert saved(tmp_path)[-1] == latest(tmp_path) == 10
+    assert 10 not in trainer.logged
 
 
 def test_the_end_at_once_leaves_the_one_before(tmp_path):
