@@ -17,7 +17,7 @@ from verl.utils.stalls import witnesses
 MARK = "VERL_WORKER_GROUP"
 OTHER_NODES_S = 30
 # States in which a process does not go on by itself.
-STUCK = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_DISK_SLEEP, psutil.STATUS_ZOMBIE, "gone")
+STUCK = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_DISK_SLEEP)
 
 
 class RankProcesses:
