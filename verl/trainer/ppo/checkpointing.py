@@ -232,7 +232,7 @@ class Checkpoints:
         """See that nothing is being written when the block is left.
 
         An error in the block is raised when the checkpoint is there that was being written, or cannot be any more. Only
-        the end of a run at once, by a signal, leaves it half written.
+        the end of a run at once, by a signal or a stall, leaves it half written.
         """
         try:
             yield
