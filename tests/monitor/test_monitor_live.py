@@ -146,6 +146,18 @@ def test_rules_that_broke_after_the_check_and_a_log_that_is_none(tmp_path, caplo
     assert any("ALARM discriminator_too_strong" in line for line in caplog.messages)
 
 
+@pytest.mark.parametrize("key", ["trainer.experiment_name", "data.val_files"])
+def test_a_rule_about_a_setting_that_is_no_number_is_silent_and_the_others_go_on(tmp_path, caplog, key):
+    rules = tmp_path / "rules.yaml"
+    rule = f"- {{id: odd, label: x, value: setting('{key}'), healthy: [0, 1], says: x, causes: [{{text: x}}]}}"
+    rules.write_text(f"rules:\n{rule}\n")
+    settings = {"trainer": {"experiment_name": "abc"}, "data": {"val_files": None}}
+    watching = Monitor(settings, tmp_path, Sent(), 0, str(rules), "warn")
+    watching.see(0, {"critic/d_acc": 0.6})
+    assert watching.watch is not None and "is no number" in watching.watch.unknown["odd"]
+    assert "odd" not in caplog.text
+
+
 def test_a_tracker_that_refuses_an_alarm_is_no_fault_of_the_monitor(tmp_path, caplog):
     watching = monitor(tmp_path, Sent(RuntimeError("no network")), "stop")
     show(watching, ROWS)

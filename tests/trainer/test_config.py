@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import verl.trainer.config as config_package
+from verl.monitor.rules import OWN
 from verl.trainer.config import Config, ConfigError, compose_config, normalize_overrides
 
 REPOSITORY = Path(__file__).parents[2]
@@ -630,6 +631,11 @@ CONFLICTS: dict[str, tuple[list[str], list[str]]] = {
         ["trainer.stall_warning=600 warns of nothing", "trainer.stall_timeout=600"],
     ),
     "no time at all": (["trainer.stall_timeout=0"], ["trainer.stall_timeout=0: expected a number of seconds, or -1"]),
+    "a stall of years": (["trainer.stall_timeout=99999999999999"], ["stall_timeout=99999999999999", "at most 7 days"]),
+    "rules that nobody reads": (
+        ["trainer.on_alarm=off", f"trainer.monitor_rules={OWN}"],
+        ["trainer.monitor_rules", "trainer.on_alarm=off"],
+    ),
     "resume without a path": (["trainer.resume_mode=resume_path"], ["resume_path", "trainer.resume_from_path"]),
     "path without resume": (["trainer.resume_from_path=/x"], ["resume_from_path", "resume_mode=auto"]),
     "best without data": (["trainer.best_metric=val/x"], ["best_metric=val/x", "data.val_files"]),

@@ -6,6 +6,9 @@ from typing import Any, Literal
 from verl.config import ActorRolloutRefConfig, CriticConfig, SodaConfig
 from verl.config.base import AtLeastMinusOne, Count, NonNegative, Positive, PositiveFloat, settings
 
+# What may be waited for at most, if not for ever; far beyond, the clocks of torch.distributed run over.
+LONGEST_STALL = timedelta(days=7)
+
 
 @settings
 class DataConfig:
@@ -118,7 +121,7 @@ class TrainerConfig:
     def collective_timeout(self) -> timedelta:
         """How long a rank waits for the others: longer than the driver does, which can say who keeps them waiting."""
         if self.stall_timeout == -1:
-            return timedelta(days=7)
+            return LONGEST_STALL
         return timedelta(seconds=self.stall_timeout, minutes=10)
 
 

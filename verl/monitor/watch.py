@@ -126,7 +126,7 @@ class Watch:
         try:
             if rule.when is not None and not rule.when(facts):
                 raise Unknown(f"not asked while this does not hold: {rule.when.text}")
-            value = float(rule.value(facts))
+            value = _as_float(rule.value, facts)
         except Unknown as reason:
             if rule.id in self.unknown:
                 self.unknown[rule.id] = str(reason)
@@ -213,6 +213,15 @@ def _applies(condition: Expression | None, facts: Facts) -> bool:
         return bool(condition(facts))
     except Unknown:
         return False
+
+
+def _as_float(formula: Expression, facts: Facts) -> float:
+    """A formula's value; Unknown where that is no number, as a setting may be a text or null."""
+    value = formula(facts)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise Unknown(f"{formula.text}: {value!r} is no number") from None
 
 
 def replay(run: Run, rules: Rules) -> Watch:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from verl.config import ActorConfig, CriticConfig, FSDPConfig
-from verl.config.run import Config
+from verl.config.run import LONGEST_STALL, Config
 from verl.monitor.rules import RuleFault, load_rules
 from verl.trainer.config.number_checks import number_conflicts
 from verl.trainer.config.soda_checks import soda_conflicts
@@ -337,6 +337,8 @@ def _stalls(config: Config) -> Iterator[str]:
     for key, seconds in (("stall_warning", warning), ("stall_timeout", timeout)):
         if seconds == 0:
             yield f"trainer.{key}=0: expected a number of seconds, or -1 for never"
+        if seconds > LONGEST_STALL.total_seconds():
+            yield f"trainer.{key}={seconds}: expected at most {LONGEST_STALL.days} days in seconds, or -1 for never"
     if timeout > 0 and warning >= timeout:
         yield (
             f"trainer.stall_warning={warning} warns of nothing, because trainer.stall_timeout={timeout} ends the run "
@@ -367,6 +369,8 @@ def _best(config: Config) -> Iterator[str]:
 
 def _monitor_rules(config: Config) -> Iterator[str]:
     if config.trainer.monitor_rules is not None:
+        if config.trainer.on_alarm == "off":
+            yield "trainer.monitor_rules is set but trainer.on_alarm=off would not use it: set trainer.on_alarm=warn"
         try:
             load_rules(config.trainer.monitor_rules)
         except RuleFault as fault:

@@ -217,9 +217,11 @@ class RayPPOTrainer:
             self.monitor = open_monitor(self.config, tracking, self.global_step)
             with self.signals.at_step_ends(config.save_on_signal):
                 complete = self._make_steps(tracking, bar)
+                # Here, because a signal that comes during the validation ends it at once.
+                self.checkpoints.wait()
+            complete = complete and self.signals.received is None
             if complete and config.test_freq > 0 and self.val_dataset is not None:
                 self._log(tracking, self._validate(tracking, partial(marked_timer, timing={}))[0])
-            self.checkpoints.wait()
             self._prune()
 
     def _make_steps(self, tracking: Tracking, bar: tqdm) -> bool:
