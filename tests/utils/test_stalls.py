@@ -145,17 +145,27 @@ def test_ranks_that_cannot_be_asked_keep_no_run_from_its_end(monkeypatch, caplog
     assert "a group of ranks could not be asked" in caplog.text and "in sleeps_for_long" in caplog.text
 
 
-def test_user_code_does_not_take_the_end_for_its_own():
+@pytest.mark.parametrize("caught", [Exception, BaseException])
+def test_user_code_does_not_take_the_end_for_its_own(caught):
     from verl.utils.user_code import cannot_end_the_run
 
     def careless():
         try:
             time.sleep(60)
-        except Exception:
+        except caught:
             return 0
 
-    with pytest.raises(StallError), StallWatch(-1, 0.3).at_work(), doing("it"), cannot_end_the_run("it"):
-        careless()
+    went_on, cleaned_up = [], []
+    with pytest.raises(StallError), StallWatch(-1, 0.3).at_work():
+        try:
+            with cannot_end_the_run("it"), doing("it"):
+                careless()
+            went_on.append(True)
+        finally:
+            for _ in range(2):
+                with doing("to clean up"):
+                    cleaned_up.append(True)
+    assert not went_on and len(cleaned_up) == 2
 
 
 def test_ctrl_c_is_ctrl_c():

@@ -56,6 +56,8 @@ _sentences: list[Callable[[], str]] = []
 _turns = 0
 # The thread that is watched, if any is. What others do beside it keeps nobody waiting.
 _watched: int | None = None
+# What the watched thread has been told to end by.
+_ended_by: _Stalled | None = None
 witnesses: weakref.WeakSet[Witness] = weakref.WeakSet()
 
 
@@ -73,11 +75,15 @@ def waiting(sentence: str | Callable[[], str]) -> Iterator[None]:
         return
     _turns += 1
     _sentences.append(sentence if callable(sentence) else lambda: sentence)
+    before = _ended_by
     try:
         yield
     finally:
         _sentences.pop()
         _turns += 1
+    if _ended_by is not before:
+        # A bare `except:` within has taken it for an error of its own.
+        raise _ended_by
 
 
 def doing(what: str) -> AbstractContextManager[None]:
@@ -110,7 +116,7 @@ class StallWatch:
         Raises:
             StallError: something took too long.
         """
-        global _watched
+        global _watched, _ended_by
         if not self._tick:
             yield
             return
@@ -128,7 +134,7 @@ class StallWatch:
                 raise self._error from None
             finally:
                 self._over.set()
-                _watched = None
+                _watched = _ended_by = None
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -150,8 +156,10 @@ class StallWatch:
                 signal.signal(number, handler or signal.SIG_DFL)
 
     def _interrupt(self, number: int, frame: object) -> None:
+        global _ended_by
         if self._error is not None and not self._over.is_set():
-            raise _Stalled(str(self._error))
+            _ended_by = _Stalled(str(self._error))
+            raise _ended_by
 
     def _watch(self) -> None:
         turn, passed, due, last = _turns, 0.0, self.warning, time.monotonic()
