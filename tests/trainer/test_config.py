@@ -636,6 +636,10 @@ CONFLICTS: dict[str, tuple[list[str], list[str]]] = {
         ["trainer.on_alarm=off", f"trainer.monitor_rules={OWN}"],
         ["trainer.monitor_rules", "trainer.on_alarm=off"],
     ),
+    "an alarm that nobody would remember": (
+        ["trainer.on_alarm=stop", "trainer.logger=[console]"],
+        ["trainer.on_alarm=stop needs the file logger"],
+    ),
     "resume without a path": (["trainer.resume_mode=resume_path"], ["resume_path", "trainer.resume_from_path"]),
     "path without resume": (["trainer.resume_from_path=/x"], ["resume_from_path", "resume_mode=auto"]),
     "best without data": (["trainer.best_metric=val/x"], ["best_metric=val/x", "data.val_files"]),

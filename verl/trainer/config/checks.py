@@ -368,6 +368,9 @@ def _best(config: Config) -> Iterator[str]:
 
 
 def _monitor_rules(config: Config) -> Iterator[str]:
+    if config.trainer.on_alarm == "stop" and "file" not in config.trainer.logger:
+        # Alarms of before are known from metrics.jsonl; without it each would stop the run again when it goes on.
+        yield "trainer.on_alarm=stop needs the file logger: add file to trainer.logger, or set trainer.on_alarm=warn"
     if config.trainer.monitor_rules is not None:
         if config.trainer.on_alarm == "off":
             yield "trainer.monitor_rules is set but trainer.on_alarm=off would not use it: set trainer.on_alarm=warn"
