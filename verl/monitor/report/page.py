@@ -38,6 +38,8 @@ TEMPLATE = """<!doctype html>
 <noscript>{verdicts}</noscript>
 <div id="page"></div>
 <script type="application/json" id="data">{data}</script>
+<!-- uPlot:
+{licence}-->
 {scripts}
 </body>
 </html>
@@ -99,6 +101,7 @@ def page(content: dict[str, Any]) -> str:
         verdicts="".join(f"<p>{html.escape(verdict)}</p>" for verdict in verdicts),
         # No "<": neither the element's end nor a comment's begin.
         data=json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+        licence=(ASSETS / "uPlot.LICENSE").read_text(encoding="utf-8"),
         scripts="\n".join(f"<script>{text}</script>" for text in scripts),
     )
 

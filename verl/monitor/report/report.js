@@ -8,7 +8,6 @@
     light: ["#0b63a5", "#c8531b", "#16794a", "#8a3ea8", "#a07800", "#c2306d", "#3c8c9a", "#5c6670"],
     dark: ["#7cc0f5", "#ff9f66", "#6cd49b", "#cf9be6", "#e6c656", "#f58db8", "#7fd4e2", "#9ba6b0"],
   };
-  const DASHES = [[], [6, 4], [2, 3], [8, 3, 2, 3]];
   const HEIGHT = 190;
   const asked = new URLSearchParams(location.hash.slice(1));
   const state = {
@@ -45,6 +44,12 @@
   const faded = (hex, share) => hex + Math.round(share * 255).toString(16).padStart(2, "0");
   const chosen = () => (state.run === null ? data.runs : [data.runs[state.run]]);
 
+  // A name of several words, which may go on in the next line behind each.
+  function breakable(name) {
+    const parts = name.split(/(?<=[/_.])/);
+    return parts.flatMap((part, place) => (place ? [document.createElement("wbr"), part] : [part]));
+  }
+
   function section(name, ...children) {
     const made = make("section", null, make("h2", null, say(name)), ...children);
     made.id = name;
@@ -55,7 +60,7 @@
     const made = make("table", kind);
     if (head) made.append(make("thead", null, make("tr", null, ...head.map((cell) => make("th", null, cell)))));
     const line = (cells) => make("tr", null, ...cells.map((cell, place) => (cell instanceof HTMLTableCellElement
-      ? cell : make(place ? "td" : "th", null, cell))));
+      ? cell : place ? make("td", null, cell) : make("th", null, ...breakable(cell)))));
     made.append(make("tbody", null, ...rows.map(line)));
     return make("div", "card wide", made);
   }
@@ -196,8 +201,8 @@
     charts.push([plot, place]);
   }
 
-  function lineSeries(label, number, dash, points) {
-    return { label, stroke: colour(number), width: 1.6, dash: DASHES[dash % DASHES.length], spanGaps: true,
+  function lineSeries(label, number, points) {
+    return { label, stroke: colour(number), width: 1.6, spanGaps: true,
       points: { show: points < 30, size: 4, fill: colour(number) },
       value: (plot, value) => (value === null || value === undefined ? say("unset") : figure(value)) };
   }
@@ -227,23 +232,26 @@
     };
   }
 
+  // Of one run all metrics of a panel; of several, beside each other, the one that most of them have.
   function curve(panel, runs) {
+    const having = (name) => runs.filter((run) => run.series[name]).length;
+    const metric = panel.metrics.reduce((best, name) => (having(name) > having(best) ? name : best));
+    if (!having(metric)) return null;
     const series = [];
     const rows = [];
-    runs.forEach((run) => panel.metrics.forEach((metric, dash) => {
-      if (!run.series[metric]) return;
-      const [steps, values] = run.series[metric];
-      const number = runs.length > 1 ? data.runs.indexOf(run) : dash;
-      series.push(lineSeries(runs.length > 1 ? `${run.name} ${metric}` : metric, number, runs.length > 1 ? dash : 0, steps.length));
+    runs.forEach((run) => (runs.length > 1 ? [metric] : panel.metrics).forEach((name, place) => {
+      if (!run.series[name]) return;
+      const [steps, values] = run.series[name];
+      const number = runs.length > 1 ? data.runs.indexOf(run) : place;
+      series.push(lineSeries(runs.length > 1 ? run.name : name, number, steps.length));
       rows.push([steps, panel.log ? values.map((value) => (value > 0 ? value : null)) : values]);
     }));
-    if (!series.length) return null;
-    const metric = panel.metrics.find((name) => runs.some((run) => run.series[name]));
     const pieces = agreed(runs, metric);
-    const alarms = runs.flatMap((run) => run.alarms.filter((alarm) => !alarm.note && alarm.metrics.some((name) => panel.metrics.includes(name)))
+    const alarms = runs.flatMap((run) => run.alarms.filter((alarm) => !alarm.note && alarm.metrics.some((name) => (runs.length > 1 ? name === metric : panel.metrics.includes(name))))
       .map((alarm) => [alarm.since, alarm.until ?? run.last]));
     const place = make("div", "chart");
-    const made = make("div", "card", make("h3", null, say(panel.id)), place, pieces === null ? make("p", "soft", say("bands_differ")) : null);
+    const made = make("div", "card", make("h3", null, say(panel.id)),
+      runs.length > 1 ? make("p", "soft metric", metric) : null, place, pieces === null ? make("p", "soft", say("bands_differ")) : null);
     return { made, start: () => draw(place, series, uPlot.join(rows.map(([steps, values]) => [steps, values])),
       { log: panel.log, behind: behind(pieces ?? [], alarms) }) };
   }
@@ -258,7 +266,7 @@
       const middle = (columns.length - 1) / 2;
       const first = series.length + 1;
       columns.forEach((column, place) => {
-        const line = lineSeries(place === middle ? say(`${who}_score`) : `${say(`${who}_score`)} ${kind === "quantiles" ? ["5 %", "25 %", "", "75 %", "95 %"][place] : ["−", "", "+"][place]}`, number, 0, 99);
+        const line = lineSeries(place === middle ? say(`${who}_score`) : `${say(`${who}_score`)} ${kind === "quantiles" ? ["5 %", "25 %", "", "75 %", "95 %"][place] : ["−", "", "+"][place]}`, number, 99);
         series.push(place === middle ? line : { ...line, stroke: faded(colour(number), 0.35), width: 0.6, class: "quiet" });
         rows.push([steps, column]);
       });
@@ -337,7 +345,7 @@
     curves.splice(place, 0, spread);
     const facts = make("div", data.runs.length > 1 ? null : "pair", ...[figures(), what()].filter(Boolean));
     const parts = [head(), verdicts(), facts, settings(), pick(), section("alarms", ...chosen().map(alarmsOf)),
-      make("p", "soft", say("legend")), ...curves, time(), answers(), footer()].filter(Boolean);
+      make("p", "soft", say("legend") + (chosen().length > 1 ? ` ${say("one_metric")}` : "")), ...curves, time(), answers(), footer()].filter(Boolean);
     page.replaceChildren(...parts);
     curves.filter(Boolean).forEach((part) => part.start());
   }
