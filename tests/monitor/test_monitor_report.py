@@ -243,7 +243,33 @@ def test_switches(browser, reports):
     assert browser.run("document.querySelector('h1').textContent") == "训练报告"
     assert browser.complaints() == []
     assert browser.pdf().startswith(b"%PDF")
+    browser.ask("Emulation.setEmulatedMedia", media="print")
+    assert browser.run("getComputedStyle(document.querySelector('.tools')).display") == "none"
+    browser.ask("Emulation.setEmulatedMedia", media="")
     assert browser.run("document.documentElement.dataset.theme") == "dark"
+
+
+ODD = {
+    "one step": [(7, {"critic/d_acc": 0.5, "critic/grad_norm": 0.0, "critic/student_score_mean": 0.0})],
+    "zeros": [(step, {"critic/grad_norm": 0.0, "actor/grad_norm": 0.0, "critic/d_acc": 0.5}) for step in range(30)],
+    "nan": [
+        (step, {"critic/d_acc": math.nan, "actor/grad_norm": math.inf, "actor/sft_loss": 1.0}) for step in range(30)
+    ],
+    "huge": [(step * 10**9, {"critic/d_acc": 1e300, "actor/sft_loss": -1e-300, "x": 1}) for step in range(-5, 25)],
+    "on and off": [
+        (step, {"critic/d_acc": 0.99 if step % 60 < 30 else 0.7, "actor/pg_loss": 0.1}) for step in range(600)
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_runs(browser, tmp_path, name):
+    folder = write_run(tmp_path / "run", ODD[name], record={"versions": 3})
+    main([str(folder), "--html", str(tmp_path / "report.html")])
+    browser.open((tmp_path / "report.html").as_uri(), 1280)
+    assert browser.complaints() == []
+    assert browser.run("document.querySelectorAll('.uplot').length") > 0 and painted(browser)
+    assert browser.run("document.querySelectorAll('footer').length") == 1
 
 
 def test_texts_do_not_run(browser, reports):

@@ -72,6 +72,13 @@ def test_a_record_that_cannot_be_read_is_none(tmp_path, text):
     assert read_record(tmp_path) is None
 
 
+def test_what_has_another_shape_in_a_record_is_left_out(tmp_path):
+    start = {"git": 7, "versions": [1], "changed": {"a": [1, 2], "b": 3}, "device": "cpu"}
+    (tmp_path / "run.json").write_text(json.dumps({"starts": [{}, start]}))
+    found = {"device": "cpu", "dirty": False, "versions": {}, "changed": {"a": [1, 2]}, "starts": 2}
+    assert read_record(tmp_path) == found
+
+
 def test_it_is_json_as_a_whole(tmp_path):
     keep_record(compose_config(["stage=soda", *NEEDED]), tmp_path)
     (start,) = json.loads((tmp_path / "run.json").read_text())["starts"]

@@ -10,6 +10,7 @@ from typing import Any
 from verl.monitor.report.points import rounded
 
 RECORD_FILE = "run.json"
+TEXTS = ("started", "stage", "preset", "device", "git")
 # Settings that are always shown, beside those that differ from the preset or between the runs.
 MAIN = (
     "actor_rollout_ref.model.path",
@@ -44,9 +45,19 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     record, or none that can be read."""
     try:
         starts = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["starts"]
-        return {**starts[-1], "starts": len(starts)}
+        last = dict(starts[-1])
     except (OSError, ValueError, LookupError, TypeError):
         return None
+    texts = {name: value for name in TEXTS if isinstance(value := last.get(name), str)}
+    versions, changed = (found if isinstance(found := last.get(name), dict) else {} for name in ("versions", "changed"))
+    pairs = {key: pair for key, pair in changed.items() if isinstance(pair, list) and len(pair) == 2}
+    return {
+        **texts,
+        "dirty": last.get("dirty") is True,
+        "versions": {name: str(value) for name, value in versions.items()},
+        "changed": pairs,
+        "starts": len(starts),
+    }
 
 
 def settings_table(settings: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any] | None]) -> list[Any]:

@@ -155,23 +155,25 @@
     });
     const made = make("div", "card", data.runs.length > 1 ? make("h3", null, run.name) : null,
       make("div", "line", make("span", "name soft", `${say("step")} ${run.first}–${run.last}`), make("div", "track", ...stages)));
-    for (const alarm of run.alarms) {
-      const kind = `${alarm.note ? "note" : ""} ${alarm.until === null ? "" : "over"}`;
-      made.append(make("div", "line", make("span", "name", alarm.id),
-        make("div", "track", stretch(kind, alarm.since, alarm.until ?? run.last, run))));
+    const byRule = [...new Set(run.alarms.map((alarm) => alarm.id))].map((id) => run.alarms.filter((alarm) => alarm.id === id));
+    for (const alarms of byRule) {
+      const kind = (alarm) => `${alarm.note ? "note" : ""} ${alarm.until === null ? "" : "over"}`;
+      made.append(make("div", "line", make("span", "name", alarms[0].id), make("div", "track",
+        ...alarms.map((alarm) => stretch(kind(alarm), alarm.since, alarm.until ?? run.last, run)))));
     }
-    for (const alarm of run.alarms) made.append(explained(alarm));
+    // Of a rule that has fired several times, the time that matters most: the present one, else the first.
+    for (const alarms of byRule) made.append(explained(alarms[0], alarms.length));
     if (!run.alarms.some((alarm) => !alarm.note)) made.append(make("p", "soft", say("no_alarms")));
     return made;
   }
 
-  function explained(alarm) {
+  function explained(alarm, times) {
     const kind = alarm.note ? "note" : alarm.until === null ? "alarm" : "over";
     const name = alarm.note ? "note" : alarm.until === null ? "state_alarm" : "over";
     const values = { ...alarm, value: figure(alarm.value), range: both(alarm.range), until: alarm.until ?? say("firing") };
     const follows = alarm.follows ? ` (${say("follows", { id: alarm.follows })})` : "";
     const made = make("details", null,
-      make("summary", null, both(alarm.says), make("span", `badge ${kind}`, say(name))),
+      make("summary", null, both(alarm.says), make("span", `badge ${kind}`, say(name) + (times > 1 ? ` × ${times}` : ""))),
       make("p", "soft", `${alarm.id}: ${say("alarm_facts", values)}${follows}`),
       make("ol", null, ...both(alarm.causes).map((cause) => make("li", null, cause))));
     made.open = kind === "alarm";
@@ -253,7 +255,7 @@
     const made = make("div", "card", make("h3", null, say(panel.id)),
       runs.length > 1 ? make("p", "soft metric", metric) : null, place, pieces === null ? make("p", "soft", say("bands_differ")) : null);
     return { made, start: () => draw(place, series, uPlot.join(rows.map(([steps, values]) => [steps, values])),
-      { log: panel.log, behind: behind(pieces ?? [], alarms) }) };
+      { log: panel.log && rows.some((row) => row[1].some((value) => value > 0)), behind: behind(pieces ?? [], alarms) }) };
   }
 
   function scores(run) {
@@ -369,7 +371,11 @@
     charts.forEach(([plot, place]) => plot.setSize({ width: Math.max(200, place.clientWidth), height: HEIGHT }));
   }).observe(page);
   let before = null;
-  window.addEventListener("beforeprint", () => { before = state.theme; change({ theme: "light" }); });
+  window.addEventListener("beforeprint", () => {
+    before = state.theme;
+    change({ theme: "light" });
+    document.querySelectorAll("details").forEach((part) => { part.open = true; });
+  });
   window.addEventListener("afterprint", () => before && change({ theme: before }));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (now) => change({ theme: now.matches ? "dark" : "light" }));
   render();
