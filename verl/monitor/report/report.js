@@ -111,7 +111,7 @@
 
   function what() {
     const record = (run, name) => run.record?.[name] ?? say("not_recorded");
-    const versions = (run) => (run.record?.versions
+    const versions = (run) => (Object.keys(run.record?.versions ?? {}).length
       ? Object.entries(run.record.versions).map((pair) => pair.join(" ")).join(", ") : say("not_recorded"));
     const git = (run) => (run.record?.git ? run.record.git.slice(0, 12) + (run.record.dirty ? ` (${say("dirty")})` : "")
       : say("not_recorded"));
