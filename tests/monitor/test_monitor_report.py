@@ -137,12 +137,25 @@ def test_settings_that_differ_from_the_preset_or_between_runs():
 def test_answers_of_some_steps(tmp_path):
     folder = write_run(tmp_path / "run", healthy_rows(3, seed=1), samples=(0, 5, 10, 15, 20, 25))
     (folder / "val_samples" / "step_30.parquet").write_text("cut off")
+    # Those of an earlier run in the folder, set aside.
+    (folder / "val_samples" / "20260101-000000").mkdir()
+    (folder / "val_samples" / "20260101-000000" / "step_40.parquet").write_text("of another run")
     found = read_answers(folder)
     assert found["steps"] == [0, 10, 20]  # 0, 10, 20 and 30, of which the last is broken
     assert [item["prompt"] for item in found["prompts"]] == [f"prompt {number} an answer" for number in range(3)]
     assert found["prompts"][1]["answers"]["10"] == {
         "text": "at 10: an answer", "score": 1.5, "teacher_score": 1.25, "tokens": 7, "finish": "stop"
     }  # fmt: skip
+
+
+def test_answers_without_scores_and_prompts_as_messages(tmp_path):
+    (tmp_path / "val_samples").mkdir()
+    prompt = [{"role": "user", "content": "why?"}]
+    row = {"step": 3, "prompt": prompt, "teacher": "so", "student": None, "score": None, "teacher_score": None}
+    pd.DataFrame([row]).to_parquet(tmp_path / "val_samples" / "step_3.parquet")
+    (item,) = read_answers(tmp_path)["prompts"]
+    assert (item["prompt"], item["teacher"]) == ("user: why?", "so")
+    assert item["answers"]["3"] == {"text": "", "score": None, "teacher_score": None, "tokens": None, "finish": ""}
 
 
 def test_1000_steps_stay_under_2_mb(rules, tmp_path):

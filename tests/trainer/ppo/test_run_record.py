@@ -44,25 +44,25 @@ def test_versions_device_and_revision():
     assert found["git"] == (git.stdout.strip() if git.returncode == 0 else None)
 
 
-def test_every_start_adds_an_entry(tmp_path):
+def test_every_resumed_start_adds_an_entry(tmp_path):
     config = compose_config(["stage=gad", *NEEDED])
     folder = tmp_path / "new"
-    for starts in (1, 2):
-        keep_record(config, folder)
+    for resumed, starts in ((False, 1), (True, 2), (True, 3), (False, 1)):
+        keep_record(config, folder, resumed)
         assert read_record(folder)["starts"] == starts
     assert [path.name for path in folder.iterdir()] == ["run.json"]
     (folder / "run.json").write_text("cut off")
-    keep_record(config, folder)
+    keep_record(config, folder, resumed=True)
     assert read_record(folder)["starts"] == 1
 
 
 def test_a_record_that_fails_ends_nothing(tmp_path, caplog, monkeypatch):
     (tmp_path / "file").write_text("")
     config = compose_config(["stage=gad", *NEEDED])
-    keep_record(config, tmp_path / "file")
+    keep_record(config, tmp_path / "file", resumed=False)
     assert "run.json is not kept" in caplog.text
     monkeypatch.setattr(run_record, "describe_start", lambda config: 1 / 0)
-    keep_record(config, tmp_path)
+    keep_record(config, tmp_path, resumed=False)
     assert caplog.text.count("run.json is not kept") == 2
 
 
@@ -80,6 +80,6 @@ def test_what_has_another_shape_in_a_record_is_left_out(tmp_path):
 
 
 def test_it_is_json_as_a_whole(tmp_path):
-    keep_record(compose_config(["stage=soda", *NEEDED]), tmp_path)
+    keep_record(compose_config(["stage=soda", *NEEDED]), tmp_path, resumed=False)
     (start,) = json.loads((tmp_path / "run.json").read_text())["starts"]
     assert set(start) == {"started", "stage", "preset", "changed", "device", "git", "dirty", "versions"}

@@ -61,6 +61,15 @@ def _take_missing(tree: dict[str, Any], prefix: str = "") -> list[str]:
     return missing
 
 
+def preset_settings(stage: str) -> dict[str, Any]:
+    """Everything that `stage=STAGE` sets, by itself, nested, with a stand-in for what a command line has to give."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        composed = compose("ppo_trainer", overrides=[f"stage={stage}"])
+    tree = OmegaConf.to_container(composed, resolve=False)
+    _take_missing(tree)
+    return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+
+
 def _nearest(key: str, known: list[str]) -> str:
     """The known key most like this one: the same last name elsewhere first, then by spelling."""
     leaf = key.rsplit(".", 1)[-1]
@@ -116,12 +125,3 @@ def compose_config(overrides: list[str]) -> Config:
     """The configuration that `python -m verl.trainer.main_ppo OVERRIDES` would run with."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return to_config(compose("ppo_trainer", overrides=normalize_overrides(overrides)))
-
-
-def preset_settings(stage: str) -> dict[str, Any]:
-    """Everything that `stage=STAGE` sets, by itself, nested, with a stand-in for what a command line has to give."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = compose("ppo_trainer", overrides=[f"stage={stage}"])
-    tree = OmegaConf.to_container(composed, resolve=False)
-    _take_missing(tree)
-    return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)

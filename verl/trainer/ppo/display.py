@@ -49,7 +49,7 @@ def open_monitor(config: Config, tracking: Tracking, step: int) -> Monitor:
     """What watches the health of a run that begins, or goes on, with this step. What is run is recorded with it."""
     trainer = config.trainer
     folder = run_folder(trainer)
-    keep_record(config, folder)
+    keep_record(config, folder, resumed=step > 0)
     return Monitor(asdict(config), folder, tracking, step, trainer.monitor_rules, trainer.on_alarm)
 
 

@@ -30,13 +30,13 @@ STAGES = ("seqkd", "warmup", "gad", "gad_short", "soda")
 TIMEOUT_S = 10
 
 
-def keep_record(config: Config, folder: Path) -> None:
-    """Add this start to the folder's record. A record that fails is said and ends nothing."""
+def keep_record(config: Config, folder: Path, resumed: bool) -> None:
+    """Add this start to the record of a run that has `resumed`, or begin one. A record that fails is said and ends
+    nothing."""
     try:
         file = folder / RECORD_FILE
-        text = json.dumps(
-            {"starts": [*_earlier(file), describe_start(config)]}, indent=1, ensure_ascii=False, default=str
-        )
+        earlier = _earlier(file) if resumed else []
+        text = json.dumps({"starts": [*earlier, describe_start(config)]}, indent=1, ensure_ascii=False, default=str)
         folder.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
         part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
