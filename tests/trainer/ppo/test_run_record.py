@@ -36,6 +36,16 @@ def test_the_preset_and_what_differs_from_it(stage):
     assert [key for key in changed if not key.startswith("trainer")] == []
 
 
+def test_what_follows_from_another_setting_is_no_change_of_its_own():
+    own = ["data.max_response_length=77", "data.train_batch_size=6", "critic.ppo_mini_batch_size=3"]
+    changed = describe_start(compose_config(["stage=gad", *NEEDED, *own]))["changed"]
+    assert changed["data.max_response_length"] == [1536, 77] and changed["data.train_batch_size"] == [256, 6]
+    # The actor's mini-batch and the engine's limit are the data's; the critic's was given.
+    assert "actor_rollout_ref.rollout.response_length" not in changed
+    assert "actor_rollout_ref.actor.ppo_mini_batch_size" not in changed
+    assert changed["critic.ppo_mini_batch_size"][1] == 3
+
+
 def test_versions_device_and_revision():
     found = describe_start(compose_config(["stage=gad", *NEEDED]))
     assert found["versions"]["verl"] == verl.__version__ and "torch" in found["versions"]

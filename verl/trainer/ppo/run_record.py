@@ -78,7 +78,8 @@ def _preset(config: Config) -> str:
 
 
 def _changed(preset: str, config: Config) -> dict[str, list[Any]]:
-    before, now = flat(preset_settings(preset)), flat(asdict(config))
+    settings = asdict(config)
+    before, now = flat(preset_settings(preset, settings)), flat(settings)
     return {
         key: [before.get(key), value]
         for key, value in now.items()
