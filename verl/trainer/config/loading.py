@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from functools import cache
 from typing import Any, get_type_hints
 
 import torch
@@ -64,12 +65,18 @@ def _take_missing(tree: dict[str, Any], prefix: str = "") -> list[str]:
 def preset_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Everything that `stage=STAGE` sets, nested, with a stand-in for what a command line has to give. What follows
     from other settings has the value that follows from those of a run, `settings`."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = compose("ppo_trainer", overrides=[f"stage={stage}"])
-    preset = OmegaConf.to_container(composed, resolve=False)
-    _take_missing(preset)
+    preset = composed_preset(stage)
     followed = OmegaConf.to_container(OmegaConf.create(_joined(preset, settings)), resolve=True)
     return _joined(followed, preset)
+
+
+@cache
+def composed_preset(stage: str) -> dict[str, Any]:
+    """What `stage=STAGE` writes, nested, with "${...}" for what follows from other settings; not to be changed."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        preset = OmegaConf.to_container(compose("ppo_trainer", overrides=[f"stage={stage}"]), resolve=False)
+    _take_missing(preset)
+    return preset
 
 
 def _joined(tree: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:

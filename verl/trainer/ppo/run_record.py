@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 import verl
 from verl.config.run import Config
 from verl.monitor.report.provenance import NAMES, RECORD_FILE, flat
-from verl.trainer.config.loading import preset_settings
+from verl.trainer.config.loading import composed_preset, preset_settings
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +34,18 @@ TIMEOUT_S = 10
 def keep_record(config: Config, folder: Path, resumed: bool) -> None:
     """Add this start to the record of a run that has `resumed`, or begin one. A record that fails is said and ends
     nothing."""
+    file = folder / RECORD_FILE
+    part = file.with_suffix(".part")
     try:
-        file = folder / RECORD_FILE
         earlier = _earlier(file) if resumed else []
         text = json.dumps({"starts": [*earlier, describe_start(config)]}, indent=1, ensure_ascii=False, default=str)
         folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
         part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         os.replace(part, file)
     except Exception as error:
         logger.warning("%s is not kept (%s: %s)", RECORD_FILE, type(error).__name__, error)
+        with suppress(OSError):
+            part.unlink()
 
 
 def describe_start(config: Config) -> dict[str, Any]:
@@ -74,7 +77,13 @@ def _preset(config: Config) -> str:
     differ least from."""
     if HydraConfig.initialized() and "stage" in HydraConfig.get().runtime.choices:
         return HydraConfig.get().runtime.choices["stage"]
-    return min(STAGES, key=lambda stage: len(_changed(stage, config)))
+    now = flat(asdict(config))
+
+    def differences(stage: str) -> int:
+        written = flat(composed_preset(stage)).items()
+        return sum("${" not in str(value) and _plain(value) != _plain(now.get(key)) for key, value in written)
+
+    return min(STAGES, key=differences)
 
 
 def _changed(preset: str, config: Config) -> dict[str, list[Any]]:
