@@ -13,10 +13,11 @@ from pathlib import Path
 
 from verl.monitor.figure import FILE, check_plotting, plot
 from verl.monitor.reading import read_run
+from verl.monitor.report.document import see
+from verl.monitor.report.page import write_page
 from verl.monitor.rules import load_rules
 from verl.monitor.table import markdown
 from verl.monitor.verdict import Words
-from verl.monitor.watch import replay
 from verl.utils.console import printable
 
 HEALTHY, ALARMS, USAGE = 0, 1, 2
@@ -37,11 +38,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = found.add_argument
-    add("run", nargs="?", metavar="RUN", help="a run's folder, or a file of metrics")
+    add("runs", nargs="*", metavar="RUN", help="a run's folder, or a file of metrics; several are compared")
     add("--rules", metavar="FILE", help="rules of your own, as trainer.monitor_rules takes them")
     add("--settings", metavar="FILE", help="the run's settings, YAML or JSON (default: settings.json in its folder)")
     add("--lang", choices=("en", "zh"), default="en", help="language of the report (default: en)")
     add("--plot", nargs="?", const="", metavar="FILE", help=f"draw it (default: {FILE} in the run's folder)")
+    add("--html", metavar="FILE", help="write a report of all the runs, one page that needs no network")
     add("--verbose", action="store_true", help="name the rules that had no value, and why")
     add("--list", action="store_true", help="print the rules as a table, and nothing else")
     return found
@@ -55,26 +57,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             print(printable(markdown(rules, options.lang)))
             return HEALTHY
-        if options.run is None:
+        if not options.runs:
             raise ValueError("expected a run's folder or a file of metrics, got nothing; see --help")
+        if len(options.runs) > 1 and (options.plot is not None or options.settings is not None):
+            raise ValueError(f"--plot and --settings: expected one run, got {len(options.runs)}; name one at a time")
         if options.plot is not None:
             check_plotting()
-        run = read_run(options.run, options.settings)
-        watch = replay(run, rules)
-        print(printable(Words(watch, options.lang).report(run, options.verbose)))
+        seen = [see(path, read_run(path, options.settings), rules) for path in options.runs]
+        for one in seen:
+            if len(seen) > 1:
+                print(printable(f"== {one.run.name}"))
+            print(printable(Words(one.watch, options.lang).report(one.run, options.verbose)))
         if options.plot is not None:
-            path = Path(options.run).expanduser()
-            target = (
-                Path(options.plot).expanduser() if options.plot else (path if path.is_dir() else path.parent) / FILE
-            )
-            plot(run, watch, Words(watch).verdict(run), target)
+            target = Path(options.plot).expanduser() if options.plot else seen[0].folder / FILE
+            plot(seen[0].run, seen[0].watch, Words(seen[0].watch).verdict(seen[0].run), target)
             print(printable(f"\n{target}"))
+        if options.html is not None:
+            write_page(seen, Path(options.html).expanduser(), options.lang)
+            print(printable(f"\n{options.html}"))
     except (OSError, ValueError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return USAGE
-    if watch.firing:
+    if any(one.watch.firing for one in seen):
         return ALARMS
-    return USAGE if watch.judged_nothing else HEALTHY
+    return USAGE if all(one.watch.judged_nothing for one in seen) else HEALTHY
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from verl.batch import Prompts, Scores
 from verl.config.run import Config
 from verl.monitor.live import Monitor
 from verl.trainer.ppo.checkpointing import run_folder
+from verl.trainer.ppo.run_record import keep_record
 from verl.utils.dump import dump_jsonl
 from verl.utils.tracking import Tracking
 
@@ -45,9 +46,11 @@ def open_tracking(config: Config, step: int) -> Tracking:
 
 
 def open_monitor(config: Config, tracking: Tracking, step: int) -> Monitor:
-    """What watches the health of a run that begins, or goes on, with this step."""
+    """What watches the health of a run that begins, or goes on, with this step. What is run is recorded with it."""
     trainer = config.trainer
-    return Monitor(asdict(config), run_folder(trainer), tracking, step, trainer.monitor_rules, trainer.on_alarm)
+    folder = run_folder(trainer)
+    keep_record(config, folder, resumed=step > 0)
+    return Monitor(asdict(config), folder, tracking, step, trainer.monitor_rules, trainer.on_alarm)
 
 
 def progress_bar(stage: str, steps: int, done: int) -> tqdm:
