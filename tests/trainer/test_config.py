@@ -132,6 +132,7 @@ SCRIPT_KEYS: list[tuple[str, str, Any]] = [
     ("trainer.resume_mode", "resume_path", "resume_path"),
     ("trainer.resume_from_path", "/ckpt/run/global_step_5", "/ckpt/run/global_step_5"),
     ("trainer.val_only", "True", True),
+    ("trainer.save_val_samples", "False", False),
     ("trainer.validation_data_dir", "/val", "/val"),
     ("trainer.rollout_data_dir", "/roll", "/roll"),
     ("trainer.max_actor_ckpt_to_keep", "2", 2),

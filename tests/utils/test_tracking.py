@@ -53,22 +53,24 @@ def test_console_line_survives_a_progress_bar(capsys):
     assert re.search(r"[\r\n]step:1 - x:1\n", capsys.readouterr().out)
 
 
-def test_console_shows_two_short_samples(capsys):
-    samples = [("p" * 300, "a\nb", "t", 0.5), *SAMPLES]
-    ValidationGenerationsLogger().log(Tracking("p", "e"), samples, step=4)
+def test_console_shows_three_short_samples(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    sample = ("p" * 300, "a\nb", "床前明月光疑是地上霜举头望明月低头思故乡", 0.5, 0.25, -1.125, 4, "stop")
+    ValidationGenerationsLogger().log(Tracking("p", "e"), [sample, *SAMPLES], step=4)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:4] == [
-        "step:4 - sample with rouge-L 0.500",
-        f"  prompt: {'p' * 200}...",
-        "  answer: a b",
-        "  teacher: t",
+    # Eleven columns for the label, one free at the end: 28 for the text, which are 14 Chinese characters.
+    assert lines[:8] == [
+        "step:4 - sample 1 of 4 - rouge-L 0.500 - score 0.25, teacher -1.12 - 4 tokens, stop",
+        f"  prompt   {'p' * 28}",
+        f"           {'p' * 28}",
+        f"           {'p' * 25}...",
+        "  teacher  床前明月光疑是地上霜举头望明",
+        "           月低头思故乡",
+        "  student  a b",
+        "step:4 - sample 2 of 4 - rouge-L 0.667",
     ]
-    assert lines[4:] == [
-        "step:4 - sample with rouge-L 0.667",
-        "  prompt: Say hi.",
-        "  answer: Hi there!",
-        "  teacher: Hi!",
-    ]
+    assert lines[8:11] == ["  prompt   Say hi.", "  teacher  Hi!", "  student  Hi there!"]
+    assert len([line for line in lines if line.startswith("step:4")]) == 3
 
 
 # ---- file
@@ -153,16 +155,16 @@ def test_tensorboard_samples_are_markdown(tmp_path):
             "",
             "    写一首诗",
             "",
-            "**answer**",
-            "",
-            "    ```",
-            "    春眠|不觉晓",
-            "    ```",
-            "",
             "**teacher**",
             "",
             "    床前明月光",
             "    疑是地上霜",
+            "",
+            "**student**",
+            "",
+            "    ```",
+            "    春眠|不觉晓",
+            "    ```",
             "",
         ]
     )

@@ -115,7 +115,9 @@ class TaskRunner:
         train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples, ends)
         val = None
         if data.val_files is not None:
-            val = create_rl_dataset(data.val_files, data, tokenizer, data.val_max_samples, ends)
+            # Validation shows what the user said last.
+            asked = replace(data, return_raw_chat=True)
+            val = create_rl_dataset(data.val_files, asked, tokenizer, data.val_max_samples, ends)
         check_tokens(config, tokenizer, [train] if val is None else [train, val])
         roles = [Role.ActorRollout] + ([Role.Critic] if config.use_critic else [])
         pools = ResourcePoolManager(

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,19 +26,37 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from verl.utils.console import printable, shorten
+from verl.utils.console import printable, wrapped
 from verl.utils.stalls import waiting
 
 logger = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
-    """One validation answer next to the teacher's; plain tuples in this order do as well."""
+    """One validation answer next to the teacher's; plain tuples in this order do as well, of four or of all.
+
+    score, teacher_score: the discriminator's, of the answer and of the teacher's; None where there is none.
+    tokens: of the answer, its EOS included.
+    finish_reason: "stop" where the answer came to its end, "length" where it was cut.
+    """
 
     prompt: str
     answer: str
     teacher: str
     rouge: float
+    score: float | None = None
+    teacher_score: float | None = None
+    tokens: int | None = None
+    finish_reason: str | None = None
+
+    def summary(self) -> str:
+        """Its numbers, on one line."""
+        parts = [f"rouge-L {self.rouge:.3f}"]
+        if self.score is not None:
+            parts.append(f"score {self.score:.3g}, teacher {self.teacher_score:.3g}")
+        if self.tokens is not None:
+            parts.append(f"{self.tokens} tokens, {self.finish_reason}")
+        return " - ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -69,11 +88,15 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-class ConsoleBackend:
-    """One line per step, `step:{n} - key:value - ...`, and the first validation samples, shortened."""
+_LABEL = "  {:<9}"
 
-    shown_samples = 2
-    shown_characters = 200
+
+class ConsoleBackend:
+    """One line per step, `step:{n} - key:value - ...`, and the first validation samples: a few lines of each text, as
+    wide as the terminal, or where there is none, 120 columns."""
+
+    shown_samples = 3
+    shown_lines = 3
 
     def __init__(self, run: Run):
         pass
@@ -85,10 +108,15 @@ class ConsoleBackend:
         self._write(" - ".join([f"step:{step}", *values]))
 
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
-        for sample in samples[: self.shown_samples]:
-            texts = zip(("prompt", "answer", "teacher"), sample, strict=False)
-            lines = [f"  {name}: {shorten(text, self.shown_characters)}" for name, text in texts]
-            self._write("\n".join([f"step:{step} - sample with rouge-L {sample.rouge:.3f}", *lines]))
+        columns = max(40, shutil.get_terminal_size((120, 24)).columns)
+        for number, sample in enumerate(samples[: self.shown_samples], start=1):
+            lines = [f"step:{step} - sample {number} of {len(samples)} - {sample.summary()}"]
+            for name, text in (("prompt", sample.prompt), ("teacher", sample.teacher), ("student", sample.answer)):
+                # The last column stays free: some terminals begin a new line in it.
+                rows = wrapped(text, columns - len(_LABEL.format("")) - 1, self.shown_lines)
+                labels = [name, *[""] * (len(rows) - 1)]
+                lines += [(_LABEL.format(label) + row).rstrip() for label, row in zip(labels, rows, strict=True)]
+            self._write("\n".join(lines))
 
     def alert(self, title: str, text: str, step: int) -> None:
         """Nothing: who raises an alarm logs it, too."""
@@ -346,9 +374,9 @@ def samples_as_markdown(samples: Sequence[Sample]) -> str:
     """A section per sample; texts are indented code blocks, which no character inside them can end."""
     lines = []
     for number, sample in enumerate(samples, start=1):
-        lines += [f"## {number}. rouge-L {sample.rouge:.3f}", ""]
-        for name in ("prompt", "answer", "teacher"):
-            lines += [f"**{name}**", "", *(f"    {line}" for line in getattr(sample, name).splitlines()), ""]
+        lines += [f"## {number}. {sample.summary()}", ""]
+        for name, text in (("prompt", sample.prompt), ("teacher", sample.teacher), ("student", sample.answer)):
+            lines += [f"**{name}**", "", *(f"    {line}" for line in text.splitlines()), ""]
     return "\n".join(lines)
 
 
@@ -455,6 +483,6 @@ class Tracking:
 class ValidationGenerationsLogger:
     """A way to show validation answers: markdown in TensorBoard, a table in wandb, a few lines on the console."""
 
-    def log(self, loggers: Tracking, samples: Sequence[Sample | tuple[str, str, str, float]], step: int) -> None:
-        """Send (prompt, answer, teacher's answer, rouge-L) rows to the backends of `loggers`."""
+    def log(self, loggers: Tracking, samples: Sequence[Sample | tuple], step: int) -> None:
+        """Send rows as `Sample` has them, (prompt, answer, teacher's answer, rouge-L, ...), to the backends."""
         loggers.log_samples([Sample(*sample) for sample in samples], step)
