@@ -34,5 +34,8 @@ setup(
         "examples": ["matplotlib"],
         "gpu": ["vllm>=0.26,<0.33"],
         "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
+        "swanlab": ["swanlab"],
+        "trackio": ["trackio"],
     },
 )

@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from verl.utils.tracking import Tracking, ValidationGenerationsLogger
+from verl.utils.tracking import Tracking, ValidationGenerationsLogger, WandbBackend
 
 SAMPLES = [
     ("Say hi.", "Hi there!", "Hi!", 0.6667),
@@ -173,10 +173,21 @@ def test_tensorboard_samples_are_markdown(tmp_path):
 # ---- wandb
 
 
-def test_missing_wandb_is_a_clear_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # import then fails as if it were not installed
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "swanlab", "trackio"])
+def test_a_missing_package_is_a_clear_error(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)  # import then fails as if it were not installed
+    with pytest.raises(ModuleNotFoundError, match=f"pip install {name}"):
+        Tracking("p", "e", default_backend=["console", name])
+
+
+def test_a_folder_of_runs_is_no_package(tmp_path, monkeypatch):
+    """W&B leaves its runs in ./wandb, and the working folder is where Python looks first."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
-        Tracking("p", "e", default_backend="wandb")
+        WandbBackend.check_installed()
 
 
 def test_wandb_offline(tmp_path, monkeypatch):
@@ -187,6 +198,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
         tracking.log({"x": 1.5}, step=1)
         ValidationGenerationsLogger().log(tracking, SAMPLES, step=1)
         tracking.log({"y": 2.0}, step=2)  # wandb closes a step when the next one begins
+        assert tracking.flush()
         run = tracking.backends[0].run
         assert run.config["lr"] == 1e-6
         assert run.summary["x"] == 1.5
@@ -207,8 +219,9 @@ def test_several_backends_and_aliases(tmp_path, capsys):
 
 
 def test_unknown_backend_names_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match="unknown logger 'mlflow': known are console, tensorboard, file, jsonl, wandb"):
-        Tracking("p", "e", default_backend=["file", "mlflow"], log_dir=tmp_path)
+    known = "console, tensorboard, file, jsonl, wandb, mlflow, swanlab, trackio"
+    with pytest.raises(ValueError, match=f"unknown logger 'clearml': known are {known}"):
+        Tracking("p", "e", default_backend=["file", "clearml"], log_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
