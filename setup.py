@@ -37,5 +37,8 @@ setup(
         "examples": ["matplotlib"],
         "gpu": ["vllm>=0.26,<0.33"],
         "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
+        "swanlab": ["swanlab"],
+        "trackio": ["trackio"],
     },
 )

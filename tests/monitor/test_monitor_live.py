@@ -188,6 +188,7 @@ def test_wandb_gets_an_alert(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     with Tracking("p", "e", "wandb", log_dir=tmp_path, resumed=False) as tracking:
+        assert tracking.flush()
         (backend,) = tracking.backends
         assert isinstance(backend, WandbBackend)
         sent = []

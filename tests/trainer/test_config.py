@@ -133,6 +133,7 @@ SCRIPT_KEYS: list[tuple[str, str, Any]] = [
     ("trainer.resume_mode", "resume_path", "resume_path"),
     ("trainer.resume_from_path", "/ckpt/run/global_step_5", "/ckpt/run/global_step_5"),
     ("trainer.val_only", "True", True),
+    ("trainer.save_val_samples", "False", False),
     ("trainer.validation_data_dir", "/val", "/val"),
     ("trainer.rollout_data_dir", "/roll", "/roll"),
     ("trainer.max_actor_ckpt_to_keep", "2", 2),
@@ -565,8 +566,8 @@ CONFLICTS: dict[str, tuple[list[str], list[str]]] = {
     "advantage": (["algorithm.adv_estimator=gae"], ["algorithm.adv_estimator=gae", "grpo"]),
     "policy loss": ([f"{ACTOR}.policy_loss.loss_mode=sapo"], ["loss_mode=sapo", "gspo", "vanilla"]),
     "rollout": ([f"{ROLLOUT}.name=sglang"], [f"{ROLLOUT}.name=sglang", "hf"]),
-    "logger": (["trainer.logger=[console,mlflow]"], ["trainer.logger=mlflow", "tensorboard"]),
-    "one logger": (["trainer.logger=mlflow"], ["trainer.logger=mlflow", "tensorboard"]),
+    "logger": (["trainer.logger=[console,clearml]"], ["trainer.logger=clearml", "tensorboard"]),
+    "one logger": (["trainer.logger=clearml"], ["trainer.logger=clearml", "tensorboard"]),
     "critic_warmup": (["trainer.critic_warmup=-2", "stage=seqkd"], ["trainer.critic_warmup=-2", "-1"]),
     "critic off": (["critic.enable=False"], ["critic.enable=False", "critic_warmup=0"]),
     "critic on": (["critic.enable=True", "stage=seqkd"], ["critic.enable=True", "critic_warmup=-1"]),
@@ -705,7 +706,7 @@ def test_conflict(name):
 
 
 def test_conflicts_are_listed_together():
-    found = problems(f"{ROLLOUT}.n=1", "algorithm.gamma=0.5", "trainer.logger=mlflow", f"{ROLLOUT}.max_model_len=9")
+    found = problems(f"{ROLLOUT}.n=1", "algorithm.gamma=0.5", "trainer.logger=clearml", f"{ROLLOUT}.max_model_len=9")
     assert len(found) == 4
 
 
@@ -733,7 +734,7 @@ def test_conflicts_are_listed_together():
         [f"{ACTOR}.kl_loss_type=k3+"],
         [f"{ACTOR}.use_kl_loss=False", f"{ACTOR}.kl_loss_type=full"],
         ["trainer.val_only=True", "data.val_files=v.parquet"],
-        ["trainer.logger=[console,file,jsonl,tensorboard,wandb]"],
+        ["trainer.logger=[console,file,jsonl,tensorboard,wandb,mlflow,swanlab,trackio]"],
         ["trainer.resume_mode=disable"],
         ["trainer.best_metric=val/x", "data.val_files=v.parquet", "trainer.test_freq=-1"],
         ["trainer.best_metric=val/sft_loss", "trainer.best_mode=min", "data.val_files=v.parquet"],

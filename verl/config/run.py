@@ -97,6 +97,7 @@ class TrainerConfig:
     best_mode: Literal["max", "min"]
     early_stop_patience: Positive | None
     log_val_generations: Count
+    save_val_samples: bool
     validation_data_dir: str | None
     rollout_data_dir: str | None
     max_skipped_steps: Positive

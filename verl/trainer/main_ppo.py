@@ -37,7 +37,7 @@ from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.run_lock import check_writable, only_run_in
 from verl.utils.signals import EndedBySignal, RunSignals, out_of_reach
 from verl.utils.stalls import StallWatch, doing
-from verl.utils.tracking import check_loggers
+from verl.utils.tracking import check_loggers, ending_in_time
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,9 @@ class TaskRunner:
         train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples, ends)
         val = None
         if data.val_files is not None:
-            val = create_rl_dataset(data.val_files, data, tokenizer, data.val_max_samples, ends)
+            # Validation shows what the user said last.
+            asked = replace(data, return_raw_chat=True)
+            val = create_rl_dataset(data.val_files, asked, tokenizer, data.val_max_samples, ends)
         check_tokens(config, tokenizer, [train] if val is None else [train, val])
         roles = [Role.ActorRollout] + ([Role.Critic] if config.use_critic else [])
         pools = ResourcePoolManager(
@@ -204,7 +206,7 @@ def main() -> None:
     sys.excepthook = print_exception
     try:
         sys.argv[1:] = normalize_overrides(sys.argv[1:])
-        with explain_refusals():
+        with ending_in_time(), explain_refusals():
             _hydra_main()
     except ConfigError as error:
         sys.exit(printable(str(error)))

@@ -14,6 +14,7 @@ from verl.config.run import Config
 from verl.monitor.live import Monitor
 from verl.trainer.ppo.checkpointing import run_folder
 from verl.trainer.ppo.run_record import keep_record
+from verl.trainer.ppo.val_samples import set_val_samples_aside
 from verl.utils.dump import dump_jsonl
 from verl.utils.tracking import Tracking
 
@@ -32,6 +33,8 @@ SHOWN = {
 def open_tracking(config: Config, step: int) -> Tracking:
     """The trackers of a run that begins, or goes on, with this step."""
     trainer = config.trainer
+    if step == 0:
+        set_val_samples_aside(run_folder(trainer))
     return Tracking(
         trainer.project_name,
         trainer.experiment_name,
