@@ -179,5 +179,5 @@ def test_tensorboard_shows_the_folder_that_the_settings_name(recording_python, t
 @pytest.mark.parametrize("value", ["9" * 5000, f"[{'9' * 5000}]", f"{{a:{'9' * 5000}}}"])
 def test_a_number_longer_than_python_reads_is_text(value):
     assert as_hydra_reads_it(value) == f"'{value}'"
-    with pytest.raises(ConfigError, match="data.train_batch_size"):
+    with pytest.raises(ConfigError, match=r"data\.train_batch_size"):
         compose_config([f"data.train_batch_size={value}"])
