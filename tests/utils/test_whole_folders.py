@@ -318,6 +318,16 @@ def test_the_merger_names_a_damaged_fsdp_config(checkpoint, tmp_path, content, k
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"3", b'"x"', b'{"architectures": 3}', b'{"architectures": [3]}']
+)
+def test_the_merger_names_a_damaged_config(checkpoint, tmp_path, content):
+    (checkpoint / "actor" / "huggingface" / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json.*(is damaged|changed since)"):
+        merge(checkpoint / "actor", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_critic_is_no_student(checkpoint, caplog):
     with pytest.raises(ValueError, match=r"critic holds a discriminator.*actor folder"):
         check_models(run_config(checkpoint, f"{checkpoint}/critic", "stage=seqkd"))
