@@ -208,15 +208,22 @@ def test_an_answer_may_be_as_long_as_its_prompt_leaves_room_for(engine):
     assert room == [LIMIT, LIMIT, 3]
 
 
-def test_code_that_came_with_a_model_goes_with_its_config(alone, tmp_path):
-    from verl.workers.rollout.vllm_rollout.vllm_rollout import _model_folder
+def test_code_that_came_with_a_model_goes_with_its_config(alone, tmp_path, monkeypatch):
+    from verl.workers.rollout.vllm_rollout import vllm_rollout
 
-    (tmp_path / "modeling_own.py").write_text("OWN = True")
-    config = tiny_model().config
-    config.name_or_path = str(tmp_path)
-    with _model_folder(config, "OwnForCausalLM") as folder:
-        assert sorted(os.listdir(folder)) == ["config.json", "modeling_own.py"]
-        assert json.loads((Path(folder) / "config.json").read_text())["architectures"] == ["OwnForCausalLM"]
+    monkeypatch.setattr(vllm_rollout, "VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    folders = []
+    for name in ("one", "the_same", "other"):
+        source = tmp_path / name
+        source.mkdir()
+        (source / "modeling_own.py").write_text(f"OTHER = {name == 'other'}")
+        config = tiny_model().config
+        config.name_or_path, config.dtype = str(source), "float32" if name == "one" else "bfloat16"
+        folders.append(vllm_rollout._model_folder(config, "OwnForCausalLM", "float32"))
+    assert sorted(os.listdir(folders[0])) == ["config.json", "modeling_own.py"]
+    assert json.loads((Path(folders[0]) / "config.json").read_text())["architectures"] == ["OwnForCausalLM"]
+    # What vLLM compiles, it finds again by this name.
+    assert folders[0] == folders[1] != folders[2]
 
 
 class Recorder:

@@ -7,7 +7,8 @@ of all of them, with its own part of the weights, and returns the answers to its
 from __future__ import annotations
 
 import copy
-import shutil
+import hashlib
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.envs import VLLM_CACHE_ROOT
 
 from verl.config import SamplingConfig
 from verl.models.published import checkpoint_tensors
@@ -62,7 +64,8 @@ class VLLMRollout(BaseRollout):
         self.max_model_len = config.max_model_len or config.prompt_length + config.response_length
         self._join_engine()
         self._structure = structure(model_config, trust_remote_code)
-        with _model_folder(model_config, type(self._structure).__name__) as folder, self._generators(config.seed):
+        folder = _model_folder(model_config, type(self._structure).__name__, config.dtype)
+        with self._generators(config.seed):
             self.llm = self._start(folder, trust_remote_code)
         restore_calls(self._structure)
         in_place = self.llm.collective_rpc(keeps_checkpoint_layout)[0]
@@ -255,13 +258,23 @@ def _token_ids(prompts: DataProto) -> list[list[int]]:
     return [row[start:] for row, start in zip(ids.tolist(), starts, strict=True)]
 
 
-@contextmanager
-def _model_folder(config: PretrainedConfig, architecture: str) -> Iterator[str]:
-    """A folder with all that vLLM reads of a model whose weights come later: its config, and code that came with it."""
+def _model_folder(config: PretrainedConfig, architecture: str, dtype: str) -> str:
+    """A folder with all that vLLM reads of a model whose weights come later: its config, and code that came with it.
+
+    It is named by what is in it and stays: vLLM finds what it has compiled for a model by the name of the folder.
+    """
+    code = Path(config.name_or_path).glob("*.py") if config.name_or_path else ()
     config = copy.deepcopy(config)
-    config.architectures = [architecture]
-    with tempfile.TemporaryDirectory(prefix="verl_vllm_") as folder:
-        config.save_pretrained(folder)
-        for file in Path(config.name_or_path or folder).glob("*.py"):
-            shutil.copy(file, folder)
-        yield folder
+    config.architectures, config.dtype = [architecture], dtype
+    with tempfile.TemporaryDirectory() as written:
+        config.save_pretrained(written)
+        files = {file.name: file.read_bytes() for file in (*Path(written).iterdir(), *code)}
+    digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    folder = Path(VLLM_CACHE_ROOT) / "verl_models" / digest[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        # Another engine may be reading it.
+        part = folder / f"{name}.{os.getpid()}"
+        part.write_bytes(content)
+        os.replace(part, folder / name)
+    return str(folder)
