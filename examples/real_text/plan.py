@@ -132,6 +132,10 @@ def runs() -> Iterator[Run]:
     for name, coefficient in (("", 0.3), ("-1", 1), ("-3", 3)):
         anchor = f"actor_rollout_ref.actor.sft_anchor_coef={coefficient}"
         yield _gad(f"GAD-last-token-warm-anchor{name}", *LAST_TOKEN, *WARM, anchor)
+    anchored = (*LAST_TOKEN, *WARM, "actor_rollout_ref.actor.sft_anchor_coef=0.3")
+    yield _gad("GAD-last-token-warm-anchor-length-correction", *anchored, "algorithm.length_correction=True")
+    yield _gad("GAD-warm-anchor", *WARM, "actor_rollout_ref.actor.sft_anchor_coef=0.3")
+    yield _gad("GAD-papers-loss-warm", *PAPERS_LOSS, *WARM)
     anchored = (*LAST_TOKEN, *WARM, "actor_rollout_ref.actor.sft_anchor_coef=1")
     yield _gad("GAD-last-token-warm-anchor-1-auto", *anchored, "trainer.critic_warmup=auto")
     yield _gad("GAD-last-token-warm-anchor-1-slow", *anchored, "actor_rollout_ref.actor.optim.lr=2e-6")
