@@ -107,7 +107,7 @@ def run_stage(stage: Stage, out: Path, ranks: int, device: str) -> None:
         f"trainer.total_training_steps={stage.steps}",
         "trainer.test_freq=20",
         "trainer.log_val_generations=0",
-        "trainer.logger=[tensorboard,file]",
+        "trainer.logger=[console,tensorboard,file]",
         "trainer.resume_mode=disable",
         f"trainer.device={device}",
         *stage.overrides,

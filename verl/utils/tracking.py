@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from verl.utils.console import printable, shorten
 from verl.utils.stalls import waiting
+from verl.utils.step_line import StepLines
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Run:
     resumed: bool = True
     # Of what a resumed run logs; what an earlier one logged from there on is done again. None: nothing is.
     first_step: int | None = None
+    total_steps: int | None = None
 
 
 class Backend(Protocol):
@@ -68,15 +70,19 @@ class Backend(Protocol):
 
 
 class ConsoleBackend:
-    """One line per step, `step:{n} - key:value - ...`, and the first validation samples, shortened."""
+    """The trainer's steps as one line each, at most one a second (`StepLines`); other metrics as
+    `step:{n} - key:value - ...`; and the first validation samples, shortened."""
 
     shown_samples = 2
     shown_characters = 200
 
     def __init__(self, run: Run):
-        pass
+        self.lines = StepLines(run.total_steps if run else None)
 
     def log(self, data: Mapping[str, float], step: int) -> None:
+        lines = self.lines.of(data, step)
+        if lines is not None:
+            return self._write_all(lines)
         values = [
             f"{name}:{value:.6g}" if isinstance(value, float) else f"{name}:{value}" for name, value in data.items()
         ]
@@ -89,7 +95,11 @@ class ConsoleBackend:
             self._write("\n".join([f"step:{step} - sample with rouge-L {sample.rouge:.3f}", *lines]))
 
     def close(self) -> None:
-        pass
+        self._write_all(self.lines.held_back())
+
+    def _write_all(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._write(line)
 
     def _write(self, text: str) -> None:
         tqdm.write(printable(text))  # print would run into a progress bar's line
@@ -361,6 +371,7 @@ class Tracking:
         resumed: whether the run goes on where an earlier one stopped; if not, its metrics.jsonl starts anew.
         tensorboard_dir: folder of the event files; when None, TENSORBOARD_DIR, else `tensorboard` in log_dir.
         first_step: the step that a resumed run goes on with; None where it makes none again.
+        total_steps: of the run, for the console.
 
     Raises:
         ValueError: an unknown backend; the message names the known ones.
@@ -377,12 +388,13 @@ class Tracking:
         tensorboard_dir: str | Path | None = None,
         resumed: bool = True,
         first_step: int | None = None,
+        total_steps: int | None = None,
     ):
         backends = _backends(default_backend)
         log_path = Path(log_dir or Path("logs") / project_name / experiment_name).expanduser()
         tensorboard_path = tensorboard_dir or os.environ.get("TENSORBOARD_DIR") or log_path / "tensorboard"
         folders = log_path, Path(tensorboard_path).expanduser()
-        run = Run(project_name, experiment_name, config or {}, *folders, resumed, first_step)
+        run = Run(project_name, experiment_name, config or {}, *folders, resumed, first_step, total_steps)
         self.backends = [backend(run) for backend in backends]
         self._failing: set[Backend] = set()
 

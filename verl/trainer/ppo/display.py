@@ -26,8 +26,8 @@ SHOWN = {
 }
 
 
-def open_tracking(config: Config, step: int) -> Tracking:
-    """The trackers of a run that begins, or goes on, with this step."""
+def open_tracking(config: Config, step: int, total_steps: int) -> Tracking:
+    """The trackers of a run of so many steps that begins, or goes on, with this one."""
     trainer = config.trainer
     return Tracking(
         trainer.project_name,
@@ -38,13 +38,15 @@ def open_tracking(config: Config, step: int) -> Tracking:
         resumed=step > 0,
         # A look at an earlier checkpoint makes no step again.
         first_step=None if trainer.val_only else step,
+        total_steps=total_steps,
         tensorboard_dir=trainer.default_tensorboard_dir,
     )
 
 
 def progress_bar(stage: str, steps: int, done: int) -> tqdm:
-    """A bar of the run's steps."""
-    return tqdm(total=steps, initial=done, desc=stage, unit="step", dynamic_ncols=True)
+    """A bar of the run's steps, at a terminal; elsewhere nothing, as it would leave a line per step and no end of
+    control characters."""
+    return tqdm(total=steps, initial=done, desc=stage, unit="step", dynamic_ncols=True, disable=None)
 
 
 def show_step(bar: tqdm, metrics: Mapping[str, float]) -> None:

@@ -49,6 +49,7 @@ from verl.trainer.ppo.student import Student
 from verl.trainer.ppo.validation import Validation
 from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
 from verl.utils.dataset.sampler import EpochBatches
+from verl.utils.run_log import phase
 from verl.utils.signals import RunSignals
 from verl.utils.stalls import doing
 from verl.utils.tracking import Tracking
@@ -147,16 +148,19 @@ class RayPPOTrainer:
     def init_workers(self) -> None:
         """Start one process per rank with every role in it, build the models there, and wrap them in handles."""
         config, eos_token_ids = self.config, all_eos_token_ids(self.tokenizer, self.config.actor_rollout_ref.model.path)
-        groups = self.spawn(worker_roles(config, self.role_worker_mapping, self.total_steps, eos_token_ids))
+        ranks = "1 rank" if config.trainer.ranks == 1 else f"{config.trainer.ranks} ranks"
+        with phase(f"starting {ranks}"):
+            groups = self.spawn(worker_roles(config, self.role_worker_mapping, self.total_steps, eos_token_ids))
         actor_rollout, critic = groups[str(Role.ActorRollout)], groups.get(str(Role.Critic))
         check_run_memory(config, actor_rollout.memory_sizes()[0])
-        logger.info("%d ranks are up; building models", config.trainer.ranks)
-        actor_rollout.init_model()
+        with phase("building models: the student's"):
+            actor_rollout.init_model()
         self.student = Student(config, actor_rollout, self.tokenizer, eos_token_ids)
         self.discriminator = self.held_out = self.rejected = None
         files = {}
         if critic is not None:
-            critic.init_model()
+            with phase("building models: the discriminator's"):
+                critic.init_model()
             self.discriminator = Discriminator(config, critic)
             files[REPLAY_FILE] = self.discriminator.replay
             if self._measures_held_out():
@@ -202,7 +206,8 @@ class RayPPOTrainer:
         config = self.config.trainer
         self._resume()
         if self.held_out is not None:
-            self.held_out.store(self.global_step)
+            with phase("sampling the held-out answers"):
+                self.held_out.store(self.global_step)
         if self.global_step == 0:
             self.head_start.warn_of_a_blind_critic()
         stage = self.config.stage
@@ -336,7 +341,7 @@ class RayPPOTrainer:
     def _validate(self, tracking: Tracking, timed: Timed) -> tuple[Metrics, bool]:
         """Validate, and keep the weights if they are the best so far; whether the run is to end here, its last weights
         saved."""
-        with timed("testing"):
+        with timed("testing"), phase(f"validating at step {self.global_step}"):
             metrics = self.validation.run(self.global_step, tracking)
         best, step = self.best, self.global_step
         if best is None:
@@ -397,7 +402,7 @@ class RayPPOTrainer:
         return state
 
     def _open_tracking(self) -> Tracking:
-        return open_tracking(self.config, self.global_step)
+        return open_tracking(self.config, self.global_step, self.total_steps)
 
     def _step_metrics(self, step: Step, timing: dict[str, float]) -> Metrics:
         """The step's metrics and what it took; its answers go to `rollout_data_dir`."""
