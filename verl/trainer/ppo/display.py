@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any
 from tqdm import tqdm
 
 from verl.batch import Prompts, Scores
-from verl.config.run import Config
+from verl.config.run import Config, TrainerConfig
+from verl.trainer.ppo.checkpointing import run_folder
 from verl.utils.dump import dump_jsonl
+from verl.utils.stalls import duration
 from verl.utils.tracking import Tracking
+
+logger = logging.getLogger(__name__)
 
 # What the progress bar shows, where a step has it.
 SHOWN = {
@@ -54,6 +59,16 @@ def show_step(bar: tqdm, metrics: Mapping[str, float]) -> None:
     shown = {label: f"{metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics}
     bar.set_postfix(shown, refresh=False)
     bar.update()
+
+
+def say_done(trainer: TrainerConfig, step: int, has_critic: bool, seconds: float) -> None:
+    """The end of a whole run: how long it took, where its weights are, and what they are good for."""
+    folder = run_folder(trainer) / f"global_step_{step}"
+    critic = f" --reward_model {folder / 'critic'}" if has_critic else ""
+    logger.info("done: %d steps are made, %s in this run", step, duration(seconds))
+    logger.info("a next stage takes --model %s%s", folder / "actor", critic)
+    merge = "python -m verl.model_merger merge --backend fsdp"
+    logger.info("transformers and vLLM take OUT of %s --local_dir %s --target_dir OUT", merge, folder / "actor")
 
 
 def dump_answers(path: Path, prompts: Prompts, texts: list[str], scores: Scores | None) -> None:

@@ -31,7 +31,7 @@ from verl.trainer.ppo.best import first_that_counts, open_best
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState, run_folder
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator import Discriminator
-from verl.trainer.ppo.display import dump_answers, open_tracking, progress_bar, show_step
+from verl.trainer.ppo.display import dump_answers, open_tracking, progress_bar, say_done, show_step
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.metric_utils import compute_throughout_metrics, compute_timing_metrics
@@ -210,7 +210,7 @@ class RayPPOTrainer:
                 self.held_out.store(self.global_step)
         if self.global_step == 0:
             self.head_start.warn_of_a_blind_critic()
-        stage = self.config.stage
+        stage, began = self.config.stage, time.monotonic()
         with (
             self._open_tracking() as tracking,
             progress_bar(stage, self.total_steps, self.global_step) as bar,
@@ -224,6 +224,10 @@ class RayPPOTrainer:
                 tracking.log(self._validate(tracking, partial(marked_timer, timing={}))[0], self.global_step)
             self.checkpoints.wait()
             self._prune()
+        if complete:
+            if stage == "warmup":
+                self.head_start.conclude(self.discriminator.balance.accuracy)
+            say_done(config, self.global_step, self.discriminator is not None, time.monotonic() - began)
 
     def _make_steps(self, tracking: Tracking, bar: tqdm) -> bool:
         """Make the steps that are left, validating and saving on the way; whether all of them were made. A signal or an
