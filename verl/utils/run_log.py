@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -108,7 +108,9 @@ def log_to(run: Path) -> Iterator[None]:
         raise
     finally:
         logging.getLogger().removeHandler(file)
-        file.close()
+        # What a full disk has not taken is tried once more.
+        with suppress(OSError):
+            file.close()
 
 
 @contextmanager

@@ -50,9 +50,11 @@ VALIDATION: tuple[Cell, ...] = (
 
 
 def number(value: float) -> str:
-    """The value in five characters, right-aligned."""
+    """The value in five characters, right-aligned: rounded, and as 0 below 1e-9."""
     if not math.isfinite(value):
         return f"{value:5}"
+    if abs(value) < 1e-9:
+        value = 0.0
     if abs(value) >= 0.001 or value == 0:
         for decimals in (3, 2, 1, 0):
             text = f"{value:.{decimals}f}"

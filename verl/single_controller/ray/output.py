@@ -24,8 +24,9 @@ RAYS_OWN, OURS = "ray_print_logs", "verl_rank_output"
 LOGGED = re.compile(r"(?P<level>INFO|WARNING|ERROR|CRITICAL) (?P<logger>verl[.\w]*): (?P<text>.*)")
 # Last words, whoever prints them: a library's logged errors, exceptions of threads, crashes in C.
 BAD = re.compile(
-    r"\W*(ERROR|CRITICAL|FATAL)\b|Fatal Python error|terminate called|\*\*\* SIG|[\w.]+(Error|Exception): "
+    r"(\([^()]*\))?\W*(ERROR|CRITICAL|FATAL)\b|Fatal Python error|terminate called|\*\*\* SIG|[\w.]+(Error|Exception): "
 )
+COLOUR = re.compile("\x1b\\[[\\d;]*m")
 # Within this time the other ranks say the same.
 SAME_S = 5.0
 
@@ -72,7 +73,7 @@ class RankOutput:
             return
         who = str(batch.get("actor_name") or batch.get("task_name") or batch.get("pid"))
         # Of a progress bar, which has written over itself, the end is left.
-        lines = [printable(str(line).rstrip("\r").rpartition("\r")[2]) for line in batch["lines"]]
+        lines = [printable(COLOUR.sub("", str(line).rstrip("\r").rpartition("\r")[2])) for line in batch["lines"]]
         with suppress(OSError), self.file.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(f"{who}: {line}\n" for line in lines)
         level, name = None, ""

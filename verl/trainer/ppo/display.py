@@ -68,7 +68,7 @@ def say_done(trainer: TrainerConfig, step: int, has_critic: bool, seconds: float
     logger.info("done: %d steps are made, %s in this run", step, duration(seconds))
     logger.info("a next stage takes --model %s%s", folder / "actor", critic)
     merge = "python -m verl.model_merger merge --backend fsdp"
-    logger.info("transformers and vLLM take OUT of %s --local_dir %s --target_dir OUT", merge, folder / "actor")
+    logger.info("for transformers and vLLM: %s --local_dir %s --target_dir student", merge, folder / "actor")
 
 
 def dump_answers(path: Path, prompts: Prompts, texts: list[str], scores: Scores | None) -> None:
