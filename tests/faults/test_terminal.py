@@ -23,13 +23,24 @@ pytestmark = [pytest.mark.faults, pytest.mark.distributed]
 # What a discriminator's loss of a user's own may print in every rank.
 LOSS = r"""
 import logging
+import os
 import torch
 
 def noisy(scores, **constants):
-    print("\x1b[31mnoise of a library\x1b[0m")
-    logging.getLogger("verl.mine").warning("look \x1b[2J at this\nand that")
-    print("ERROR 11-28 10:00:00 engine: something broke")
-    return torch.relu(1 - scores.diff().mean()), {}
+    if "RANK" in os.environ:
+        print("\x1b[31mnoise of a library\x1b[0m")
+        logging.getLogger("verl.mine").warning("look \x1b[2J at this\nand that")
+        print("ERROR 11-28 10:00:00 engine: something broke")
+    return torch.relu(1 - (scores.teacher - scores.student)).mean(), {}
+"""
+# One that works where settings are checked, and breaks in the ranks.
+BROKEN = """
+import os
+
+def broken(scores):
+    if "RANK" in os.environ:
+        raise ZeroDivisionError("mine")
+    return (scores.student - scores.teacher).mean(), {}
 """
 STEP = re.compile(r"step +\d+/4 \| d_acc ")
 
@@ -98,8 +109,7 @@ def test_files_get_plain_lines_and_what_ranks_print_goes_to_the_runs_folder(fold
     assert done.returncode == 0, err
     assert controls(out) == controls(err) == set()
     lines = err.splitlines()
-    start = [line for line in lines if "validating at step 2" not in line][: err[: err.index("step 2")].count("\n")]
-    assert len(start) < 40, err
+    assert err[: err.index("validating at step 2 ")].count("\n") < 40, err
     for begun in ("libraries are loaded, after", "reading data ...", "starting Ray ...", "starting 2 ranks ...",
                   "loading the student from", "building the hf engine ...", "loading the discriminator from",
                   "sampling the held-out answers ...", "validating at step 0 ..."):  # fmt: skip
@@ -128,8 +138,9 @@ def test_files_get_plain_lines_and_what_ranks_print_goes_to_the_runs_folder(fold
 @pytest.mark.parametrize("columns", [160, 80])
 def test_a_terminal_gets_a_bar_below_lines_that_fit(folder, tmp_path, columns):
     said = at_a_terminal(command(folder, tmp_path / "run"), columns, tmp_path)
-    assert controls(said) <= {"\r", "\x1b"}, "tqdm's alone"
-    assert set(re.findall(r"\x1b\[.", said)) <= {"\x1b[A"}
+    # colorama, which Ray loads, sets the colours back when a process ends.
+    said = said.removesuffix("\x1b[0m")
+    assert controls(said) == {"\r"}, "the bar's"
     assert said[: said.index("warmup:   0%")].count("\n") < 40
     rows = re.split("[\r\n]", said)
     steps = [row for row in rows if row.startswith("step ")]
@@ -141,7 +152,7 @@ def test_a_terminal_gets_a_bar_below_lines_that_fit(folder, tmp_path, columns):
 
 
 def test_a_run_that_fails_says_where_the_rest_is(folder, tmp_path):
-    (tmp_path / "mine.py").write_text("def broken(scores):\n    raise ZeroDivisionError('mine')\n")
+    (tmp_path / "mine.py").write_text(BROKEN)
     run = tmp_path / "run"
     argv = command(folder, run, f"critic.discriminator.loss={tmp_path}/mine.py:broken")
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=environment())

@@ -54,10 +54,11 @@ def progress_bar(stage: str, steps: int, done: int) -> tqdm:
     return tqdm(total=steps, initial=done, desc=stage, unit="step", dynamic_ncols=True, disable=None)
 
 
-def show_step(bar: tqdm, metrics: Mapping[str, float]) -> None:
-    """One step further, with its metrics that matter most."""
-    shown = {label: f"{metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics}
-    bar.set_postfix(shown, refresh=False)
+def show_step(bar: tqdm, metrics: Mapping[str, float], in_lines: bool) -> None:
+    """One step further, with its metrics that matter most unless lines above the bar have them."""
+    if not in_lines:
+        shown = {label: f"{metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics}
+        bar.set_postfix(shown, refresh=False)
     bar.update()
 
 

@@ -259,7 +259,7 @@ class RayPPOTrainer:
             if written is not None:
                 self.checkpoints.publish(written)
             self.skipped.end_if_too_many(metrics, done == self.total_steps)
-            show_step(bar, metrics)
+            show_step(bar, metrics, in_lines="console" in self.config.trainer.logger)
             self.global_step = done
             if self.signals.received is not None:
                 self._save_unless_saved()
