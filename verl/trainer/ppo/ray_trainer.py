@@ -210,6 +210,8 @@ class RayPPOTrainer:
                 self.held_out.store(self.global_step)
         if self.global_step == 0:
             self.head_start.warn_of_a_blind_critic()
+        if self.config.actor_rollout_ref.actor.fsdp_config.use_torch_compile:
+            logger.info("the models' layers are compiled on the way, so that the first steps take longer")
         stage, began = self.config.stage, time.monotonic()
         with (
             self._open_tracking() as tracking,
@@ -217,7 +219,9 @@ class RayPPOTrainer:
             self.checkpoints.all_written(),
         ):
             if config.val_only:
-                return tracking.log(self.validation.run(self.global_step, tracking), self.global_step)
+                with phase(f"validating at step {self.global_step}"):
+                    metrics = self.validation.run(self.global_step, tracking)
+                return tracking.log(metrics, self.global_step)
             with self.signals.at_step_ends(config.save_on_signal):
                 complete = self._make_steps(tracking, bar)
             if complete and config.test_freq > 0 and self.val_dataset is not None:
