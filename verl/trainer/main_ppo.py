@@ -136,8 +136,9 @@ class TaskRunner:
             self.start(config)
         policy_settings = config.actor_rollout_ref
         logger.info(
-            "training on %d x %s in %s, answers by %s",
-            trainer.ranks, trainer.device, policy_settings.actor.fsdp_config.dtype, policy_settings.rollout.name,
+            "%s: training on %d x %s in %s, answers by %s",
+            config.stage, trainer.ranks, trainer.device, policy_settings.actor.fsdp_config.dtype,
+            policy_settings.rollout.name,
         )  # fmt: skip
         runner.init_workers()
         runner.fit()
