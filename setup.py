@@ -17,7 +17,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["verl", "verl.*"]),
-    package_data={"verl": ["trainer/config/**/*.yaml", "trainer/config/*.yaml"]},
+    package_data={
+        "verl": ["trainer/config/**/*.yaml", "trainer/config/*.yaml", "monitor/*.yaml", "monitor/assets/*"],
+        "verl.monitor.report": ["*.yaml", "*.js", "*.css"],
+    },
     install_requires=(here / "requirements.txt").read_text().split(),
     extras_require={
         "test": [
@@ -34,5 +37,8 @@ setup(
         "examples": ["matplotlib"],
         "gpu": ["vllm>=0.26,<0.33"],
         "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
+        "swanlab": ["swanlab"],
+        "trackio": ["trackio"],
     },
 )

@@ -20,6 +20,7 @@ import random
 import string
 import tempfile
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
@@ -102,7 +103,15 @@ class ClassicTrainer(BenchmarkTrainer):
 class RuleCritic(Worker):
     """In the discriminator's place for GRPO: scores by a rule, and nothing to train."""
 
-    def __init__(self, config: CriticConfig, device: str, seed: int, total_steps: int, eos_token_ids: tuple[int, ...]):
+    def __init__(
+        self,
+        config: CriticConfig,
+        device: str,
+        seed: int,
+        total_steps: int,
+        eos_token_ids: tuple[int, ...],
+        collective_timeout: timedelta,
+    ):
         super().__init__()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

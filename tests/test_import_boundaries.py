@@ -154,6 +154,7 @@ FLOORS = [
     "verl/compat",
     "verl/utils",
     "verl/config",
+    "verl/monitor",
     "verl/protocol.py",
     "verl/models",
     "verl/batch.py",
@@ -225,6 +226,7 @@ def test_settings_are_read_without_torch():
 NO_RAY = [
     "verl/utils",
     "verl/config",
+    "verl/monitor",
     "verl/models",
     "verl/memory",
     "verl/single_controller/base",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
@@ -97,6 +98,21 @@ def test_merged_actor_gives_the_trainers_own_greedy_text(warmup, folder, tmp_pat
     logged = [json.loads(line) for line in (folder / "answers" / "12.jsonl").read_text().splitlines()]
     assert texts == [row["answer"] for row in logged]
     assert any(texts), "empty answers alone would prove nothing"
+
+
+def test_validations_leave_their_answers_in_parquet(warmup, folder):
+    assert sorted(path.name for path in (warmup / "val_samples").iterdir()) == ["step_0.parquet", "step_12.parquet"]
+    asked = [json.loads(line) for line in (folder / "val.jsonl").read_text().splitlines()]
+    for step in (0, 12):
+        written = pq.read_table(warmup / "val_samples" / f"step_{step}.parquet").to_pylist()
+        assert [row["prompt"] for row in written] == [row["content"][-1]["content"] for row in asked]
+        assert [row["teacher"] for row in written] == [row["teacher_response"] for row in asked]
+        dumped = [json.loads(line) for line in (folder / "answers" / f"{step}.jsonl").read_text().splitlines()]
+        for row, other in zip(written, dumped, strict=True):
+            assert row["step"] == step and row["student"] == other["answer"]
+            assert [row[name] for name in ("score", "teacher_score")] == [other["score"], other["teacher_score"]]
+            assert row["prompt"] in other["prompt"]
+            assert row["finish_reason"] == "stop" or row["tokens"] == 10
 
 
 def test_merged_critic_gives_the_trainers_own_scores(warmup, folder, tmp_path):
@@ -255,6 +271,11 @@ def test_seqkd_logs_its_metrics_and_learns(folder):
     assert metrics[30]["val/rouge-L/mean"] > metrics[0]["val/rouge-L/mean"]
     assert [path.name for path in run.glob("global_step_*")] == ["global_step_30"]
     assert list((run / "tensorboard").iterdir())
+    answers = pq.read_table(run / "val_samples" / "step_30.parquet").to_pylist()
+    assert [row["score"] for row in answers] == [row["teacher_score"] for row in answers] == [None] * len(answers)
+    assert {row["finish_reason"] for row in answers} <= {"stop", "length"}
+    mean = sum(row["tokens"] for row in answers) / len(answers)
+    assert metrics[30]["val/response_length/mean"] == pytest.approx(mean)
     dumped = [json.loads(line) for line in (folder / "rollouts" / "29.jsonl").read_text().splitlines()]
     assert [len(row["answers"]) for row in dumped] == [3] * 4
 

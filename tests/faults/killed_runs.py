@@ -26,7 +26,7 @@ from verl.trainer.in_process import InProcessRunner, InProcessTrainer
 from verl.utils.checkpoint.checkpoint_manager import tracked_step
 
 STEPS, KILLS = 30, 20
-# A random moment is so long after a step began: a step and a save take less on a machine that is not busy.
+# A random moment is so long after one of the first three steps of a life began; a step and a save take less.
 LONGEST_S = 0.6
 CALLS = {"os.rename": 1, "os.remove": 0, "os.rmdir": 0, "os.mkdir": 0, "shutil.rmtree": 0, "os.symlink": 1}
 
@@ -119,8 +119,9 @@ def choose(calls: list[str], chance: random.Random) -> list[str]:
     return chosen
 
 
-def one_life(folder: Path, moment: str | None, delay: float | None) -> dict:
-    """Start the run, kill it before the first such call, or so long after its first step began; neither: let it end."""
+def one_life(folder: Path, moment: str | None, steps: int, delay: float | None) -> dict:
+    """Start the run, kill it before the first such call, or so long after so many more steps than the first have begun;
+    neither: let it end."""
     root = folder / "runs" / "killed"
     before = tracked_step(root) if root.is_dir() else None
     reading, writing = os.pipe()
@@ -133,16 +134,19 @@ def one_life(folder: Path, moment: str | None, delay: float | None) -> dict:
 
     child = fork(life, folder / "killed.log")
     os.close(writing)
-    with os.fdopen(reading) as steps:
-        first = steps.readline().strip()
+    with os.fdopen(reading) as began:
+        first = began.readline().strip()
         if delay is not None and first:
+            for _ in range(steps):
+                began.readline()
             time.sleep(delay)
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     after = tracked_step(root)
-    return {"moment": moment, "delay": delay, "saved": before, "began": int(first) if first else None, "killed": killed,
-            "status": status, "saved_then": after}  # fmt: skip
+    return {"moment": moment, "steps": steps, "delay": delay, "saved": before,
+            "began": int(first) if first else None, "killed": killed, "status": status,
+            "saved_then": after}  # fmt: skip
 
 
 def main(folder: Path, way: str, seed: int) -> None:
@@ -154,8 +158,8 @@ def main(folder: Path, way: str, seed: int) -> None:
     moments = choose(calls, chance) if way == "chosen" else [None] * KILLS
     for moment in moments:
         delay = None if way == "chosen" else round(chance.uniform(0, LONGEST_S), 3)
-        print(json.dumps(one_life(folder, moment, delay)), flush=True)
-    print(json.dumps(one_life(folder, None, None)), flush=True)
+        print(json.dumps(one_life(folder, moment, chance.randrange(3), delay)), flush=True)
+    print(json.dumps(one_life(folder, None, 0, None)), flush=True)
 
 
 if __name__ == "__main__":

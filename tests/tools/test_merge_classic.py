@@ -244,6 +244,12 @@ def test_another_model_than_the_config_says(written, actor, tmp_path):
     said = refused("merge", *out)
     assert f"expected config.json and the tokenizer in {actor}/huggingface" in said and "--hf_model_path" in said
     merger(["merge", *out, "--hf_model_path", str(written / "fsdp1-2" / "huggingface")])
+    # Merged into that model itself, nothing of it goes.
+    base = tmp_path / "base"
+    shutil.copytree(tmp_path / "out", base)
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    assert "whose weights would go" in refused("merge", *flags(actor, base), "--hf_model_path", str(base))
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
     said = refused("merge", *flags(written / "fsdp2-1", tmp_path / "value"), "--is-value-model")
     assert "holds a language model" in said and not (tmp_path / "value").exists()
 

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import verl.trainer.config as config_package
+from verl.monitor.rules import OWN
 from verl.trainer.config import Config, ConfigError, compose_config, normalize_overrides
 
 REPOSITORY = Path(__file__).parents[2]
@@ -132,6 +133,7 @@ SCRIPT_KEYS: list[tuple[str, str, Any]] = [
     ("trainer.resume_mode", "resume_path", "resume_path"),
     ("trainer.resume_from_path", "/ckpt/run/global_step_5", "/ckpt/run/global_step_5"),
     ("trainer.val_only", "True", True),
+    ("trainer.save_val_samples", "False", False),
     ("trainer.validation_data_dir", "/val", "/val"),
     ("trainer.rollout_data_dir", "/roll", "/roll"),
     ("trainer.max_actor_ckpt_to_keep", "2", 2),
@@ -564,8 +566,8 @@ CONFLICTS: dict[str, tuple[list[str], list[str]]] = {
     "advantage": (["algorithm.adv_estimator=gae"], ["algorithm.adv_estimator=gae", "grpo"]),
     "policy loss": ([f"{ACTOR}.policy_loss.loss_mode=sapo"], ["loss_mode=sapo", "gspo", "vanilla"]),
     "rollout": ([f"{ROLLOUT}.name=sglang"], [f"{ROLLOUT}.name=sglang", "hf"]),
-    "logger": (["trainer.logger=[console,mlflow]"], ["trainer.logger=mlflow", "tensorboard"]),
-    "one logger": (["trainer.logger=mlflow"], ["trainer.logger=mlflow", "tensorboard"]),
+    "logger": (["trainer.logger=[console,clearml]"], ["trainer.logger=clearml", "tensorboard"]),
+    "one logger": (["trainer.logger=clearml"], ["trainer.logger=clearml", "tensorboard"]),
     "critic_warmup": (["trainer.critic_warmup=-2", "stage=seqkd"], ["trainer.critic_warmup=-2", "-1"]),
     "critic off": (["critic.enable=False"], ["critic.enable=False", "critic_warmup=0"]),
     "critic on": (["critic.enable=True", "stage=seqkd"], ["critic.enable=True", "critic_warmup=-1"]),
@@ -630,6 +632,15 @@ CONFLICTS: dict[str, tuple[list[str], list[str]]] = {
         ["trainer.stall_warning=600 warns of nothing", "trainer.stall_timeout=600"],
     ),
     "no time at all": (["trainer.stall_timeout=0"], ["trainer.stall_timeout=0: expected a number of seconds, or -1"]),
+    "a stall of years": (["trainer.stall_timeout=99999999999999"], ["stall_timeout=99999999999999", "at most 7 days"]),
+    "rules that nobody reads": (
+        ["trainer.on_alarm=off", f"trainer.monitor_rules={OWN}"],
+        ["trainer.monitor_rules", "trainer.on_alarm=off"],
+    ),
+    "an alarm that nobody would remember": (
+        ["trainer.on_alarm=stop", "trainer.logger=[console]"],
+        ["trainer.on_alarm=stop needs the file logger"],
+    ),
     "resume without a path": (["trainer.resume_mode=resume_path"], ["resume_path", "trainer.resume_from_path"]),
     "path without resume": (["trainer.resume_from_path=/x"], ["resume_from_path", "resume_mode=auto"]),
     "best without data": (["trainer.best_metric=val/x"], ["best_metric=val/x", "data.val_files"]),
@@ -695,7 +706,7 @@ def test_conflict(name):
 
 
 def test_conflicts_are_listed_together():
-    found = problems(f"{ROLLOUT}.n=1", "algorithm.gamma=0.5", "trainer.logger=mlflow", f"{ROLLOUT}.max_model_len=9")
+    found = problems(f"{ROLLOUT}.n=1", "algorithm.gamma=0.5", "trainer.logger=clearml", f"{ROLLOUT}.max_model_len=9")
     assert len(found) == 4
 
 
@@ -723,7 +734,7 @@ def test_conflicts_are_listed_together():
         [f"{ACTOR}.kl_loss_type=k3+"],
         [f"{ACTOR}.use_kl_loss=False", f"{ACTOR}.kl_loss_type=full"],
         ["trainer.val_only=True", "data.val_files=v.parquet"],
-        ["trainer.logger=[console,file,jsonl,tensorboard,wandb]"],
+        ["trainer.logger=[console,file,jsonl,tensorboard,wandb,mlflow,swanlab,trackio]"],
         ["trainer.resume_mode=disable"],
         ["trainer.best_metric=val/x", "data.val_files=v.parquet", "trainer.test_freq=-1"],
         ["trainer.best_metric=val/sft_loss", "trainer.best_mode=min", "data.val_files=v.parquet"],

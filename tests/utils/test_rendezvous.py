@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -11,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.faults.runs import listeners
+from verl.utils import rendezvous
 from verl.utils.rendezvous import PORTS, meeting_store, reserve_port
 
 SHORT = timedelta(seconds=20)
@@ -44,6 +48,24 @@ def test_a_reserved_port_is_nobody_elses():
     store = dist.TCPStore("127.0.0.1", port, 1, is_master=True, timeout=SHORT)
     store.set("key", "value")
     assert store.get("key") == b"value"
+
+
+def test_two_runs_do_not_reserve_one_port(monkeypatch):
+    """Three of the four ports are another process's, which has reserved them and does not listen."""
+    code = "from verl.utils.rendezvous import *; print([reserve_port('127.0.0.1') for _ in '123'], flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        taken = json.loads(other.stdout.readline())
+        free = reserve_port("127.0.0.1")
+        rendezvous._reserved.pop(("127.0.0.1", free)).close()
+        monkeypatch.setattr(rendezvous, "PORTS", [*taken, free])
+        monkeypatch.setattr(rendezvous, "_TRIES", 4)
+        assert reserve_port("127.0.0.1") == free
+        with pytest.raises(RuntimeError, match="no free TCP port"):
+            reserve_port("127.0.0.1")
+    finally:
+        other.kill()
+        other.communicate()
 
 
 def test_a_rank_alone_listens_nowhere(monkeypatch):

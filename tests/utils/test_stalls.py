@@ -110,11 +110,14 @@ def test_a_regular_expression_that_runs_wild(caplog):
     assert caplog.records[0].message == "the reward has not ended for 0 s"
 
 
-def test_code_that_swallows_every_exception_ends_with_the_process_and_its_children():
+@pytest.mark.parametrize("whose", ["", ", cannot_end_the_run('it')"])
+def test_code_that_swallows_every_exception_ends_with_the_process_and_its_children(whose):
+    """A user's, too, in whose place os._exit is another."""
     code = (
         "import logging, subprocess, time\nfrom verl.utils import stalls\nstalls.GIVE_UP_S = 1\n"
+        "from verl.utils.user_code import cannot_end_the_run\n"
         "child = subprocess.Popen(['sleep', '1000']); print(child.pid, flush=True)\n"
-        "with stalls.StallWatch(-1, .5).at_work(), stalls.doing('that'):\n"
+        f"with stalls.StallWatch(-1, .5).at_work(), stalls.doing('that'){whose}:\n"
         "    while True:\n        try:\n            time.sleep(100)\n        except BaseException:\n            pass\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=SRC)
@@ -124,17 +127,45 @@ def test_code_that_swallows_every_exception_ends_with_the_process_and_its_childr
     assert not psutil.pid_exists(int(done.stdout)) or psutil.Process(int(done.stdout)).status() == "zombie"
 
 
-def test_user_code_does_not_take_the_end_for_its_own():
+@pytest.mark.parametrize("witness", ["does not answer", "fails"])
+def test_ranks_that_cannot_be_asked_keep_no_run_from_its_end(monkeypatch, caplog, witness):
+    class Witness:
+        def reports(self):
+            if witness == "fails":
+                raise psutil.NoSuchProcess(1)
+            time.sleep(60)
+
+    there = Witness()
+    monkeypatch.setattr(stalls, "witnesses", [there])
+    monkeypatch.setattr(stalls, "REPORTS_S", 0.2)
+    start = time.monotonic()
+    with pytest.raises(StallError, match="it has not ended"), StallWatch(-1, 0.3).at_work(), doing("it"):
+        sleeps_for_long()
+    assert time.monotonic() - start < 10
+    assert "a group of ranks could not be asked" in caplog.text and "in sleeps_for_long" in caplog.text
+
+
+@pytest.mark.parametrize("caught", [Exception, BaseException])
+def test_user_code_does_not_take_the_end_for_its_own(caught):
     from verl.utils.user_code import cannot_end_the_run
 
     def careless():
         try:
             time.sleep(60)
-        except Exception:
+        except caught:
             return 0
 
-    with pytest.raises(StallError), StallWatch(-1, 0.3).at_work(), doing("it"), cannot_end_the_run("it"):
-        careless()
+    went_on, cleaned_up = [], []
+    with pytest.raises(StallError), StallWatch(-1, 0.3).at_work():
+        try:
+            with cannot_end_the_run("it"), doing("it"):
+                careless()
+            went_on.append(True)
+        finally:
+            for _ in range(2):
+                with doing("to clean up"):
+                    cleaned_up.append(True)
+    assert not went_on and len(cleaned_up) == 2
 
 
 def test_ctrl_c_is_ctrl_c():
@@ -183,6 +214,31 @@ def test_stacks_of_another_process_in_c_code_and_stopped():
         child.kill()
         child.wait()
     assert report(process) == f"process {child.pid} is gone"
+
+
+def test_processes_that_end_while_they_are_looked_for_are_left_out(monkeypatch):
+    class Process(psutil.Process):
+        """One that is gone after `looks` looks at it."""
+
+        def __init__(self, looks):
+            super().__init__()
+            self.looks = looks
+
+        def look(self, what):
+            self.looks -= 1
+            if self.looks < 0:
+                raise psutil.NoSuchProcess(self.pid)
+            return what
+
+        def environ(self):
+            return self.look({"MARK": "x", "RANK": "3"})
+
+        def create_time(self):
+            return self.look(1.0)
+
+    listed = [Process(0), Process(1), Process(3)]
+    monkeypatch.setattr(psutil, "process_iter", lambda: listed)
+    assert processes_with("MARK", "x") == listed[2:]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from verl.utils.tracking import Tracking, ValidationGenerationsLogger
+from verl.utils.tracking import Tracking, ValidationGenerationsLogger, WandbBackend
 
 SAMPLES = [
     ("Say hi.", "Hi there!", "Hi!", 0.6667),
@@ -53,22 +53,24 @@ def test_console_line_survives_a_progress_bar(capsys):
     assert re.search(r"[\r\n]step:1 - x:1\n", capsys.readouterr().out)
 
 
-def test_console_shows_two_short_samples(capsys):
-    samples = [("p" * 300, "a\nb", "t", 0.5), *SAMPLES]
-    ValidationGenerationsLogger().log(Tracking("p", "e"), samples, step=4)
+def test_console_shows_three_short_samples(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    sample = ("p" * 300, "a\nb", "床前明月光疑是地上霜举头望明月低头思故乡", 0.5, 0.25, -1.125, 4, "stop")
+    ValidationGenerationsLogger().log(Tracking("p", "e"), [sample, *SAMPLES], step=4)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:4] == [
-        "step:4 - sample with rouge-L 0.500",
-        f"  prompt: {'p' * 200}...",
-        "  answer: a b",
-        "  teacher: t",
+    # Eleven columns for the label, one free at the end: 28 for the text, which are 14 Chinese characters.
+    assert lines[:8] == [
+        "step:4 - sample 1 of 4 - rouge-L 0.500 - score 0.25, teacher -1.12 - 4 tokens, stop",
+        f"  prompt   {'p' * 28}",
+        f"           {'p' * 28}",
+        f"           {'p' * 25}...",
+        "  teacher  床前明月光疑是地上霜举头望明",
+        "           月低头思故乡",
+        "  student  a b",
+        "step:4 - sample 2 of 4 - rouge-L 0.667",
     ]
-    assert lines[4:] == [
-        "step:4 - sample with rouge-L 0.667",
-        "  prompt: Say hi.",
-        "  answer: Hi there!",
-        "  teacher: Hi!",
-    ]
+    assert lines[8:11] == ["  prompt   Say hi.", "  teacher  Hi!", "  student  Hi there!"]
+    assert len([line for line in lines if line.startswith("step:4")]) == 3
 
 
 # ---- file
@@ -153,16 +155,16 @@ def test_tensorboard_samples_are_markdown(tmp_path):
             "",
             "    写一首诗",
             "",
-            "**answer**",
-            "",
-            "    ```",
-            "    春眠|不觉晓",
-            "    ```",
-            "",
             "**teacher**",
             "",
             "    床前明月光",
             "    疑是地上霜",
+            "",
+            "**student**",
+            "",
+            "    ```",
+            "    春眠|不觉晓",
+            "    ```",
             "",
         ]
     )
@@ -171,10 +173,21 @@ def test_tensorboard_samples_are_markdown(tmp_path):
 # ---- wandb
 
 
-def test_missing_wandb_is_a_clear_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # import then fails as if it were not installed
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "swanlab", "trackio"])
+def test_a_missing_package_is_a_clear_error(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)  # import then fails as if it were not installed
+    with pytest.raises(ModuleNotFoundError, match=f"pip install {name}"):
+        Tracking("p", "e", default_backend=["console", name])
+
+
+def test_a_folder_of_runs_is_no_package(tmp_path, monkeypatch):
+    """W&B leaves its runs in ./wandb, and the working folder is where Python looks first."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
-        Tracking("p", "e", default_backend="wandb")
+        WandbBackend.check_installed()
 
 
 def test_wandb_offline(tmp_path, monkeypatch):
@@ -185,6 +198,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
         tracking.log({"x": 1.5}, step=1)
         ValidationGenerationsLogger().log(tracking, SAMPLES, step=1)
         tracking.log({"y": 2.0}, step=2)  # wandb closes a step when the next one begins
+        assert tracking.flush()
         run = tracking.backends[0].run
         assert run.config["lr"] == 1e-6
         assert run.summary["x"] == 1.5
@@ -205,8 +219,9 @@ def test_several_backends_and_aliases(tmp_path, capsys):
 
 
 def test_unknown_backend_names_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match="unknown logger 'mlflow': known are console, tensorboard, file, jsonl, wandb"):
-        Tracking("p", "e", default_backend=["file", "mlflow"], log_dir=tmp_path)
+    known = "console, tensorboard, file, jsonl, wandb, mlflow, swanlab, trackio"
+    with pytest.raises(ValueError, match=f"unknown logger 'clearml': known are {known}"):
+        Tracking("p", "e", default_backend=["file", "clearml"], log_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

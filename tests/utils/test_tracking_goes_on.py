@@ -249,8 +249,8 @@ def test_a_missing_key_is_found_before_anything_starts(tmp_path, environment, sa
 
 def test_unknown_and_missing_loggers_are_found_too(monkeypatch):
     check_loggers("file")
-    with pytest.raises(ValueError, match="unknown logger 'mlflow'"):
-        check_loggers(["mlflow"])
+    with pytest.raises(ValueError, match="unknown logger 'clearml'"):
+        check_loggers(["clearml"])
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
         check_loggers("wandb")

@@ -6,6 +6,9 @@ from typing import Any, Literal
 from verl.config import ActorRolloutRefConfig, CriticConfig, SodaConfig
 from verl.config.base import AtLeastMinusOne, Count, NonNegative, Positive, PositiveFloat, settings
 
+# What may be waited for at most, if not for ever; far beyond, the clocks of torch.distributed run over.
+LONGEST_STALL = timedelta(days=7)
+
 
 @settings
 class DataConfig:
@@ -94,9 +97,12 @@ class TrainerConfig:
     best_mode: Literal["max", "min"]
     early_stop_patience: Positive | None
     log_val_generations: Count
+    save_val_samples: bool
     validation_data_dir: str | None
     rollout_data_dir: str | None
     max_skipped_steps: Positive
+    on_alarm: Literal["warn", "stop", "off"]
+    monitor_rules: str | None
     save_freq: int
     save_on_signal: bool
     async_save: bool
@@ -116,7 +122,7 @@ class TrainerConfig:
     def collective_timeout(self) -> timedelta:
         """How long a rank waits for the others: longer than the driver does, which can say who keeps them waiting."""
         if self.stall_timeout == -1:
-            return timedelta(days=7)
+            return LONGEST_STALL
         return timedelta(seconds=self.stall_timeout, minutes=10)
 
 

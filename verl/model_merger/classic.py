@@ -162,6 +162,11 @@ def merge_classic(
     Raises:
         ValueError: see `open_classic`; nothing has been written then.
     """
+    if target_dir.resolve() == huggingface.resolve() and not huggingface.is_relative_to(local_dir):
+        raise ValueError(
+            f"--target_dir {target_dir} is the model that --hf_model_path names, whose weights would go: expected "
+            "another folder"
+        )
     classic = open_classic(local_dir, huggingface, dtype, trust_remote_code)
     _insist(classic, is_value_model)
     tokenizer = load_tokenizer(huggingface, trust_remote_code)

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.batch import Prompts
 from verl.models.loading import all_eos_token_ids, quiet_transformers
+from verl.monitor.live import StoppedByAlarm
 from verl.single_controller.ray.output import RankOutput
 from verl.single_controller.ray.starting import join_or_start, stop
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
@@ -40,7 +41,7 @@ from verl.utils.run_lock import check_writable, only_run_in
 from verl.utils.run_log import FOLDER, RANKS, log_to, log_to_terminal, phase
 from verl.utils.signals import EndedBySignal, RunSignals, out_of_reach
 from verl.utils.stalls import StallWatch, doing, duration
-from verl.utils.tracking import check_loggers
+from verl.utils.tracking import check_loggers, ending_in_time
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class TaskRunner:
         Raises:
             EndedBySignal: the run was told to end before its last step; between steps it has saved a checkpoint.
             StallError: nothing came of something for `trainer.stall_timeout` seconds.
+            StoppedByAlarm: an alarm ended it, saved, with `trainer.on_alarm=stop`.
         """
         config = with_absolute_paths(config)
         folder, signals = run_folder(config.trainer), RunSignals()
@@ -119,7 +121,9 @@ class TaskRunner:
         with phase("reading data"):
             train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples, ends)
             if data.val_files is not None:
-                val = create_rl_dataset(data.val_files, data, tokenizer, data.val_max_samples, ends)
+                # Validation shows what the user said last.
+                asked = replace(data, return_raw_chat=True)
+                val = create_rl_dataset(data.val_files, asked, tokenizer, data.val_max_samples, ends)
         check_tokens(config, tokenizer, [train] if val is None else [train, val])
         roles = [Role.ActorRollout] + ([Role.Critic] if config.use_critic else [])
         pools = ResourcePoolManager(
@@ -187,6 +191,9 @@ def _hydra_main(composed: DictConfig) -> None:
     except EndedBySignal as end:
         logger.info("%s", end)
         sys.exit(end.exit_code)
+    except StoppedByAlarm as end:
+        logger.error("%s", end)
+        sys.exit(end.exit_code)
     finally:
         say_what_is_waited_for()
 
@@ -206,7 +213,7 @@ def main() -> None:
     sys.excepthook = print_exception
     try:
         sys.argv[1:] = normalize_overrides(sys.argv[1:])
-        with explain_refusals():
+        with ending_in_time(), explain_refusals():
             _hydra_main()
     except ConfigError as error:
         sys.exit(printable(str(error)))

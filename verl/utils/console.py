@@ -6,6 +6,8 @@ import logging
 import re
 import sys
 import traceback
+import unicodedata
+from collections.abc import Iterator
 from types import TracebackType
 
 # Control characters, which set titles and colours, move the cursor or ask the terminal for an answer, all but the tab
@@ -38,5 +40,60 @@ def print_exception(kind: type[BaseException], error: BaseException, where: Trac
 
 def shorten(text: str, characters: int = 160) -> str:
     """On one line, at most so many characters, without any that a terminal would obey."""
-    line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
+    line = _on_one_line(text)
     return line if len(line) <= characters else line[:characters] + "..."
+
+
+def wrapped(text: str, columns: int, lines: int) -> list[str]:
+    """The text on at most so many lines of so many terminal columns, 4 at least, without any character that a terminal
+    would obey.
+
+    Lines break at spaces and beside characters of double width; within a word only where it is longer than a line. A
+    text that does not fit ends in "...".
+    """
+    # A character takes a column or two, but for marks on others, of which text has few.
+    shown = _on_one_line(text[: 4 * columns * lines])
+    rows = [""]
+    for piece in _pieces(shown, columns):
+        if width(rows[-1]) + width(piece) > columns:
+            rows.append("")
+        if rows[-1] or piece != " ":
+            rows[-1] += piece
+    if len(rows) > lines:
+        rows = rows[:lines]
+        while width(rows[-1]) > columns - 3:
+            rows[-1] = rows[-1][:-1]
+        rows[-1] += "..."
+    return [row.rstrip() for row in rows]
+
+
+def width(text: str) -> int:
+    """Terminal columns that the text takes: two for a character of double width, none for a mark on another one."""
+    return sum(map(_width, text))
+
+
+def _width(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _pieces(line: str, columns: int) -> Iterator[str]:
+    """What a line may break between: spaces, characters of double width, and what lies between those, in parts of at
+    most so many columns."""
+    piece = ""
+    for character in line:
+        alone = character == " " or _width(character) == 2
+        if piece and (alone or width(piece + character) > columns):
+            yield piece
+            piece = ""
+        if alone:
+            yield character
+        else:
+            piece += character
+    if piece:
+        yield piece
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))

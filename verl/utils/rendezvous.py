@@ -23,9 +23,12 @@ def reserve_port(host: str) -> int:
     # Not the seeded global generator: two runs with one seed on one machine would try the same ports.
     for port in random.SystemRandom().sample(PORTS, _TRIES):
         try:
-            _reserved[host, port] = _bound(host, port)
+            # Others that share it would be let in too: two runs could hold one port until the first of them listens.
+            _reserved[host, port] = _bound(host, port, shared=False)
         except OSError:
             continue
+        # From here on others of this process may bind to it, for as long as it does not listen.
+        _reserved[host, port].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         return port
     raise RuntimeError(f"no free TCP port on {host}: tried {_TRIES} between {PORTS[0]} and {PORTS[-1]}")
 
@@ -42,18 +45,17 @@ def meeting_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if rank != 0:
         return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
-    listening = _reserved.pop((host, port), None) or _bound(host, port)
+    listening = _reserved.pop((host, port), None) or _bound(host, port, shared=True)
     listening.listen(max(128, world_size))
     # The store closes the socket it is given.
     return dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listening.detach())
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int, shared: bool) -> socket.socket:
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     bound = socket.socket(family, kind, protocol)
     try:
-        # Others of this process may still bind to it, for as long as it does not listen.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, shared)
         bound.bind(address)
     except OSError:
         bound.close()

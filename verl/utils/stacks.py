@@ -41,8 +41,9 @@ def processes_with(name: str, value: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             if process.environ().get(name) == value:
-                found.append(process)
-    return sorted(found, key=lambda process: process.create_time())
+                # Asked for here: by the time they are sorted it may have ended.
+                found.append((process.create_time(), process.pid, process))
+    return [process for *_, process in sorted(found)]
 
 
 def state(process: psutil.Process) -> str:

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import psutil
 
+from verl.utils.background import Background
 from verl.utils.signals import Interruption
 from verl.utils.stacks import ASK, own_stacks
 
@@ -26,8 +27,12 @@ logger = logging.getLogger(__name__)
 
 # What is told to end gets this long, before the process ends without it.
 GIVE_UP_S = 60.0
+# And the ranks this long to say where they are, on all nodes.
+REPORTS_S = 120.0
 LONGEST_LOOK_S = 10.0
 OFF = -1
+# As it is here: while a user's code is at work, which may be what stalls, os._exit is another (`cannot_end_the_run`).
+_exit = os._exit
 
 
 class StallError(RuntimeError):
@@ -51,6 +56,8 @@ _sentences: list[Callable[[], str]] = []
 _turns = 0
 # The thread that is watched, if any is. What others do beside it keeps nobody waiting.
 _watched: int | None = None
+# What the watched thread has been told to end by.
+_ended_by: _Stalled | None = None
 witnesses: weakref.WeakSet[Witness] = weakref.WeakSet()
 
 
@@ -68,11 +75,15 @@ def waiting(sentence: str | Callable[[], str]) -> Iterator[None]:
         return
     _turns += 1
     _sentences.append(sentence if callable(sentence) else lambda: sentence)
+    before = _ended_by
     try:
         yield
     finally:
         _sentences.pop()
         _turns += 1
+    if _ended_by is not before:
+        # A bare `except:` within has taken it for an error of its own.
+        raise _ended_by
 
 
 def doing(what: str) -> AbstractContextManager[None]:
@@ -105,7 +116,7 @@ class StallWatch:
         Raises:
             StallError: something took too long.
         """
-        global _watched
+        global _watched, _ended_by
         if not self._tick:
             yield
             return
@@ -123,7 +134,7 @@ class StallWatch:
                 raise self._error from None
             finally:
                 self._over.set()
-                _watched = None
+                _watched = _ended_by = None
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -145,8 +156,10 @@ class StallWatch:
                 signal.signal(number, handler or signal.SIG_DFL)
 
     def _interrupt(self, number: int, frame: object) -> None:
+        global _ended_by
         if self._error is not None and not self._over.is_set():
-            raise _Stalled(str(self._error))
+            _ended_by = _Stalled(str(self._error))
+            raise _ended_by
 
     def _watch(self) -> None:
         turn, passed, due, last = _turns, 0.0, self.warning, time.monotonic()
@@ -154,7 +167,8 @@ class StallWatch:
             now = time.monotonic()
             # While this process was stopped or the machine slept, nobody kept it waiting.
             passed, last = passed + min(now - last, 2 * self._tick), now
-            sentence = _sentences[-1] if _sentences else None
+            # In one piece: the watched thread may end a block meanwhile.
+            sentence = next(iter(_sentences[-1:]), None)
             if turn != _turns:
                 turn, passed, due = _turns, 0.0, self.warning
             if sentence is None:
@@ -186,8 +200,10 @@ class StallWatch:
     def _leave(self) -> None:
         """End the process and those that it has started. It is in code that no exception gets it out of."""
         logger.critical("%s. It did not end when told to, and the process ends without it", self._error)
-        end_children()
-        os._exit(1)
+        try:
+            end_children()
+        finally:
+            _exit(1)
 
 
 def end_children() -> None:
@@ -201,8 +217,22 @@ def end_children() -> None:
 
 def all_stacks() -> str:
     """Those of all witnesses' processes and of this one."""
-    texts = [text for witness in list(witnesses) for text in witness.reports()]
+    texts = [text for witness in list(witnesses) for text in _reports_of(witness)]
     return "\n\n".join([*texts, f"the driver, process {os.getpid()}:\n{own_stacks()}"])
+
+
+def _reports_of(witness: Witness) -> list[str]:
+    """A witness's reports, or why there are none: whatever is wrong with it, the run ends."""
+    reports: list[str] = []
+    asking = Background(lambda: reports.extend(witness.reports()), "asking for stacks")
+    asking.join(REPORTS_S)
+    if asking.at_work:
+        return [f"a group of ranks could not be asked within {REPORTS_S:.0f} s"]
+    try:
+        asking.wait()
+    except Exception as error:
+        return [f"a group of ranks could not be asked: {type(error).__name__}: {error}"]
+    return reports
 
 
 def duration(seconds: float) -> str:

@@ -44,6 +44,9 @@ from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.rollout import get_rollout_class
 from verl.workers.updates import Work, build_optimizer, data_parallel_size, sum_over_ranks
 
+# Where no run says otherwise.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
 
 class FSDPWorker(Worker):
     """The part that the actor's and the critic's worker share.
@@ -60,7 +63,7 @@ class FSDPWorker(Worker):
     shape: ModelShape
     update_seconds: float
 
-    def __init__(self, device: str, seed: int, collective_timeout: timedelta):
+    def __init__(self, device: str, seed: int, collective_timeout: timedelta = COLLECTIVE_TIMEOUT):
         super().__init__()
         self.device = device
         backend = "gloo"
@@ -191,7 +194,7 @@ class ActorRolloutRefWorker(FSDPWorker):
         seed: int,
         total_steps: int,
         use_reference: bool,
-        collective_timeout: timedelta = timedelta(hours=2),
+        collective_timeout: timedelta = COLLECTIVE_TIMEOUT,
     ):
         super().__init__(device, seed, collective_timeout)
         self.config = config
@@ -243,11 +246,14 @@ class ActorRolloutRefWorker(FSDPWorker):
 
         Raises:
             torch.OutOfMemoryError, MemoryError: with the settings to lower.
+            FloatingPointError: the student's weights are at fault and not the engine; its own words say how.
             RuntimeError: any other error of the engine, which is its cause.
         """
         try:
             with explain_out_of_memory(phase, self.config):
                 yield
+        except FloatingPointError:
+            raise
         except Exception as error:
             full = isinstance(error, torch.OutOfMemoryError | MemoryError)
             kind, said = (type(error), "") if full else (RuntimeError, f"{type(error).__name__}: ")
@@ -347,7 +353,7 @@ class CriticWorker(FSDPWorker):
         seed: int,
         total_steps: int,
         eos_token_ids: tuple[int, ...] | None = None,
-        collective_timeout: timedelta = timedelta(hours=2),
+        collective_timeout: timedelta = COLLECTIVE_TIMEOUT,
     ):
         super().__init__(device, seed, collective_timeout)
         self.config = config

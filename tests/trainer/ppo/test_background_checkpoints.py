@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import threading
@@ -19,6 +20,7 @@ from verl.utils.background import Background
 from verl.utils.checkpoint.checkpoint_manager import step_of, verify_checkpoint
 from verl.utils.checkpoint.recovery import clear_up, newest_whole
 from verl.utils.checkpoint.sharded import own_shard, read_full_tensors
+from verl.utils.signals import EndedBySignal, RunSignals
 
 
 class LateWeights:
@@ -172,19 +174,36 @@ def test_an_error_of_the_run_waits_for_what_is_being_written(tmp_path):
     assert saved(tmp_path) == [3]
 
 
+@pytest.mark.parametrize("what", ["Shard.write", "checksums"])
+def test_however_long_it_takes_where_the_ranks_answer(tmp_path, monkeypatch, what):
+    """A large file on its way to the disk does not grow, and checksums are read of what is there already."""
+    monkeypatch.setattr(checkpointing, "SILENCE_S", 0.1)
+    seal = checkpointing.seal_checkpoint
+    if what == "checksums":
+        monkeypatch.setattr(checkpointing, "seal_checkpoint", lambda *given: (time.sleep(0.5), seal(*given)))
+    write = release_soon if what == "Shard.write" else lambda trainer: None
+    trainer = LateTrainer(tmp_path, at={2: write, 3: lambda trainer: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit()
+    assert saved(tmp_path) == [3]
+
+
 def test_an_error_of_the_run_does_not_wait_for_ranks_that_do_not_answer(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(checkpointing, "STANDSTILL_S", 0.2)
-    trainer = LateTrainer(tmp_path, at={2: lambda t: t.weights.may_write.clear(), 3: lambda trainer: 1 / 0})
+    monkeypatch.setattr(checkpointing, "SILENCE_S", 0.2)
+    answers, asked = threading.Event(), []
+
+    def hangs(trainer):
+        trainer.weights.checkpoint_is_written = lambda: asked.append(1) or [answers.wait(60) and False]
+
+    trainer = LateTrainer(tmp_path, at={2: hangs, 3: lambda trainer: 1 / 0})
     with pytest.raises(ZeroDivisionError):
         trainer.fit()
     assert "its ranks do not answer" in caplog.text
     assert saved_names(tmp_path) == ["global_step_3.tmp"]
     # Nobody is asked any more.
-    asked = []
-    trainer.weights.checkpoint_is_written = lambda: asked.append(1)
+    answers.set()
     time.sleep(0.1)
-    assert asked == []
-    trainer.weights.may_write.set()
+    assert asked == [1]
 
 
 class Signals:
@@ -203,6 +222,22 @@ def test_a_signal_waits_for_both_checkpoints(tmp_path, at):
     trainer.fit()
     assert saved(tmp_path) == [3, at + 1]
     assert latest(tmp_path) == at + 1
+
+
+def test_a_signal_behind_the_last_step_waits_for_its_checkpoint(tmp_path):
+    """It is not followed by the last validation."""
+
+    def signal_soon(trainer):
+        release_soon(trainer, seconds=0.8)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    signals = RunSignals()
+    trainer = LateTrainer(tmp_path, at={9: signal_soon}, test_freq=5)
+    trainer.signals = signals
+    with pytest.raises(EndedBySignal), signals.taken():
+        trainer.fit()
+    assert saved(tmp_path)[-1] == latest(tmp_path) == 10
+    assert 10 not in trainer.logged
 
 
 def test_the_end_at_once_leaves_the_one_before(tmp_path):

@@ -123,6 +123,10 @@ def scored_batch(student=((0.1, 0.3), (0.5, 0.5))):
     )
 
 
+def quantiles(who, *values):
+    return dict(zip((f"critic/{who}_score/p{rank}" for rank in ("05", "25", "50", "75", "95")), values, strict=True))
+
+
 def test_discriminator_metrics():
     assert mu.compute_discriminator_metrics(scored_batch()) == pytest.approx(
         {
@@ -139,6 +143,9 @@ def test_discriminator_metrics():
             "critic/length_ratio": 2.5 / 3,
             "critic/length_reward_corr": pearsonr([4, 2, 1, 3], [0.1, 0.3, 0.5, 0.5])[0],
             "critic/zero_std_group_frac": 0.5,  # the second group
+            # Places .15, .75, 1.5, 2.25, 2.85 of .1 .3 .5 .5, and .05, .25, .5, .75, .95 of .4 .5.
+            **quantiles("student", 0.13, 0.25, 0.4, 0.5, 0.5),
+            **quantiles("teacher", 0.405, 0.425, 0.45, 0.475, 0.495),
         },
         abs=1e-6,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import psutil
 import ray
@@ -16,7 +17,7 @@ from verl.utils.stalls import witnesses
 MARK = "VERL_WORKER_GROUP"
 OTHER_NODES_S = 30
 # States in which a process does not go on by itself.
-STUCK = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_DISK_SLEEP, psutil.STATUS_ZOMBIE, "gone")
+STUCK = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_DISK_SLEEP)
 
 
 class RankProcesses:
@@ -60,7 +61,9 @@ def _ranks_here(mark: str) -> dict[int, psutil.Process]:
     found = {}
     # Children of a rank have its environment; it is the oldest.
     for process in processes_with(MARK, mark):
-        found.setdefault(int(process.environ()["RANK"]), process)
+        # A process may end between two looks.
+        with suppress(psutil.Error, OSError, LookupError):
+            found.setdefault(int(process.environ()["RANK"]), process)
     return found
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from verl.config import ActorConfig, CriticConfig, FSDPConfig
-from verl.config.run import Config
+from verl.config.run import LONGEST_STALL, Config
+from verl.monitor.rules import RuleFault, load_rules
 from verl.trainer.config.number_checks import number_conflicts
 from verl.trainer.config.soda_checks import soda_conflicts
 from verl.trainer.ppo.core_algos import (
@@ -50,6 +51,7 @@ def find_conflicts(config: Config) -> list[str]:
         _resume,
         _stalls,
         _best,
+        _monitor_rules,
         _engine,
         _left_out,
     )
@@ -335,6 +337,8 @@ def _stalls(config: Config) -> Iterator[str]:
     for key, seconds in (("stall_warning", warning), ("stall_timeout", timeout)):
         if seconds == 0:
             yield f"trainer.{key}=0: expected a number of seconds, or -1 for never"
+        if seconds > LONGEST_STALL.total_seconds():
+            yield f"trainer.{key}={seconds}: expected at most {LONGEST_STALL.days} days in seconds, or -1 for never"
     if timeout > 0 and warning >= timeout:
         yield (
             f"trainer.stall_warning={warning} warns of nothing, because trainer.stall_timeout={timeout} ends the run "
@@ -361,6 +365,19 @@ def _best(config: Config) -> Iterator[str]:
             f"trainer.early_stop_patience={patience} counts validations during training, and there are none with "
             f"trainer.test_freq={trainer.test_freq}: set it to steps between them"
         )
+
+
+def _monitor_rules(config: Config) -> Iterator[str]:
+    if config.trainer.on_alarm == "stop" and "file" not in config.trainer.logger:
+        # Alarms of before are known from metrics.jsonl; without it each would stop the run again when it goes on.
+        yield "trainer.on_alarm=stop needs the file logger: add file to trainer.logger, or set trainer.on_alarm=warn"
+    if config.trainer.monitor_rules is not None:
+        if config.trainer.on_alarm == "off":
+            yield "trainer.monitor_rules is set but trainer.on_alarm=off would not use it: set trainer.on_alarm=warn"
+        try:
+            load_rules(config.trainer.monitor_rules)
+        except RuleFault as fault:
+            yield from (f"trainer.monitor_rules: {problem}" for problem in fault.problems)
 
 
 def _engine(config: Config) -> Iterator[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, get_type_hints
 
 import torch
@@ -62,6 +63,35 @@ def _take_missing(tree: dict[str, Any], prefix: str = "") -> list[str]:
             tree[name] = "not set"
             missing.append(prefix + name)
     return missing
+
+
+def preset_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything that `stage=STAGE` sets, nested, with a stand-in for what a command line has to give. What follows
+    from other settings has the value that follows from those of a run, `settings`."""
+    preset = composed_preset(stage)
+    followed = OmegaConf.to_container(OmegaConf.create(_joined(preset, settings)), resolve=True)
+    return _joined(followed, preset)
+
+
+@cache
+def composed_preset(stage: str) -> dict[str, Any]:
+    """What `stage=STAGE` writes, nested, with "${...}" for what follows from other settings; not to be changed."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        preset = OmegaConf.to_container(compose("ppo_trainer", overrides=[f"stage={stage}"]), resolve=False)
+    _take_missing(preset)
+    return preset
+
+
+def _joined(tree: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """A tree with the values of another one; where either of the two follows from other settings, the tree's own."""
+    joined = {}
+    for name, value in tree.items():
+        other = others.get(name, value)
+        if isinstance(value, dict) and isinstance(other, dict):
+            joined[name] = _joined(value, other)
+        else:
+            joined[name] = value if any(isinstance(each, str) and "${" in each for each in (value, other)) else other
+    return joined
 
 
 def _nearest(key: str, known: list[str]) -> str:

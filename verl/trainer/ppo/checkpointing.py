@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 
 # Between two looks at what is being written in the background.
 LOOK_S = 0.2
-# A checkpoint that has not grown for so long after an error is not waited for: its ranks no longer answer.
-STANDSTILL_S = 30.0
+WRITING = "writing a checkpoint in the background"
+# After an error, ranks that do not answer for so long are not waited for.
+SILENCE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class Checkpoints:
         # Bytes of the next one: as many as the last one's.
         self.size = size
         self._writing: Background | None = None
+        # When the ranks were asked whether they have written, while they have not answered.
+        self._asked: float | None = None
         self._given_up = False
 
     def reserve(self) -> None:
@@ -199,8 +202,12 @@ class Checkpoints:
         logger.info("writing it took %.1f s in the background", time.monotonic() - start)
 
     def _all_written(self) -> bool:
-        # Every group is asked, so that none keeps its error for the next checkpoint.
-        return all([all(group.checkpoint_is_written()) for group in self.parts.values()])
+        self._asked = time.monotonic()
+        try:
+            # Every group is asked, so that none keeps its error for the next checkpoint.
+            return all([all(group.checkpoint_is_written()) for group in self.parts.values()])
+        finally:
+            self._asked = None
 
     @property
     def is_writing(self) -> bool:
@@ -215,7 +222,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Return when no checkpoint is being written any more. Raises what the last one failed of, once."""
         if self._writing is not None:
-            with doing("writing a checkpoint in the background"):
+            with doing(WRITING):
                 self._writing.join()
             done, self._writing = self._writing, None
             done.wait()
@@ -225,13 +232,13 @@ class Checkpoints:
         """See that nothing is being written when the block is left.
 
         An error in the block is raised when the checkpoint is there that was being written, or cannot be any more. Only
-        the end of a run at once, by a signal, leaves it half written.
+        the end of a run at once, by a signal or a stall, leaves it half written.
         """
         try:
             yield
             self.wait()
-        except Exception:
-            self._wait_while_it_grows()
+        except Exception as error:
+            self._wait_after(error)
             raise
         finally:
             # No rank is asked any more: whoever asks Ray after its end starts another one.
@@ -239,20 +246,22 @@ class Checkpoints:
             if self._writing is not None:
                 self._writing.join(2 * LOOK_S)
 
-    def _wait_while_it_grows(self) -> None:
-        size, since = -1, time.monotonic()
-        try:
+    def _wait_after(self, error: Exception) -> None:
+        """Return when nothing is being written any more, or the ranks do not say whether they have."""
+        if self.is_writing:
+            logger.error("%s: %s: the run ends when the last checkpoint is written", type(error).__name__, error)
+        start = time.monotonic()
+        with doing(WRITING):
             while self.is_writing:
-                now = sum(bytes_in(folder) for folder in self.root.glob("global_step_*.tmp"))
-                if now != size:
-                    size, since = now, time.monotonic()
-                elif time.monotonic() - since > STANDSTILL_S:
+                asked = self._asked
+                if asked is not None and time.monotonic() - max(asked, start) > SILENCE_S:
                     logger.error("the checkpoint that was being written is not finished: its ranks do not answer")
                     return
                 self._writing.join(LOOK_S)
+        try:
             self.wait()
-        except Exception as error:
-            logger.error("%s", error)
+        except Exception as other:
+            logger.error("%s", other)
 
     def prune(self) -> None:
         """Remove what is not to be kept beside the newest checkpoint; to be called when that has proven to be good.

@@ -1,4 +1,4 @@
-"""What a run shows: its trackers, the progress bar, and the answers of each step in files."""
+"""What a run shows: its trackers, its health, the progress bar, and the answers of each step in files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from tqdm import tqdm
 
 from verl.batch import Prompts, Scores
 from verl.config.run import Config, TrainerConfig
+from verl.monitor.live import Monitor
 from verl.trainer.ppo.checkpointing import run_folder
+from verl.trainer.ppo.run_record import keep_record
+from verl.trainer.ppo.val_samples import set_val_samples_aside
 from verl.utils.dump import dump_jsonl
 from verl.utils.stalls import duration
 from verl.utils.tracking import Tracking
@@ -34,6 +37,8 @@ SHOWN = {
 def open_tracking(config: Config, step: int, total_steps: int) -> Tracking:
     """The trackers of a run of so many steps that begins, or goes on, with this one."""
     trainer = config.trainer
+    if step == 0:
+        set_val_samples_aside(run_folder(trainer))
     return Tracking(
         trainer.project_name,
         trainer.experiment_name,
@@ -46,6 +51,14 @@ def open_tracking(config: Config, step: int, total_steps: int) -> Tracking:
         total_steps=total_steps,
         tensorboard_dir=trainer.default_tensorboard_dir,
     )
+
+
+def open_monitor(config: Config, tracking: Tracking, step: int) -> Monitor:
+    """What watches the health of a run that begins, or goes on, with this step. What is run is recorded with it."""
+    trainer = config.trainer
+    folder = run_folder(trainer)
+    keep_record(config, folder, resumed=step > 0)
+    return Monitor(asdict(config), folder, tracking, step, trainer.monitor_rules, trainer.on_alarm)
 
 
 def progress_bar(stage: str, steps: int, done: int) -> tqdm:

@@ -11,6 +11,7 @@ from verl.trainer.ppo.discriminator_algos import PairScores, discriminator_metri
 
 # A group whose scores spread less than this has no advantage worth the name.
 ZERO_STD = 1e-6
+QUANTILES = (5, 25, 50, 75, 95)
 
 
 def mean_max_min(name: str, values: torch.Tensor) -> dict[str, float]:
@@ -21,6 +22,13 @@ def mean_max_min(name: str, values: torch.Tensor) -> dict[str, float]:
         f"{name}/max": values.max().item(),
         f"{name}/min": values.min().item(),
     }
+
+
+def quantile_metrics(name: str, values: torch.Tensor) -> dict[str, float]:
+    """`{name}/p05` to `/p95`, the quantiles of all values, linearly between two of them."""
+    ranks = torch.tensor([rank / 100 for rank in QUANTILES], dtype=torch.float32)
+    found = torch.quantile(values.float().flatten().cpu(), ranks)
+    return {f"{name}/p{rank:02d}": value for rank, value in zip(QUANTILES, found.tolist(), strict=True)}
 
 
 def _length_metrics(name: str, lengths: torch.Tensor, limit: int) -> dict[str, float]:
@@ -66,6 +74,8 @@ def compute_discriminator_metrics(batch: DataProto) -> dict[str, float]:
     scores = pair_scores(batch)
     tensors = batch.batch
     metrics = {name: value.item() for name, value in discriminator_metrics(scores).items()}
+    for who, values in (("student", scores.student), ("teacher", scores.teacher)):
+        metrics |= quantile_metrics(f"critic/{who}_score", values)
     for who, raw in (("student", scores.student_raw), ("teacher", scores.teacher_raw)):
         metrics[f"critic/{who}_value_mean"] = (raw.sum() / tensors[f"{who}_score_tokens"].sum()).item()
 

@@ -24,6 +24,7 @@ from verl.batch import Prompts
 from verl.config.run import Config
 from verl.memory.check import check_run_memory
 from verl.models.loading import all_eos_token_ids
+from verl.monitor.live import StoppedByAlarm
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup, create_colocated_worker_cls
@@ -31,7 +32,7 @@ from verl.trainer.ppo.best import first_that_counts, open_best
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState, run_folder
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator import Discriminator
-from verl.trainer.ppo.display import dump_answers, open_tracking, progress_bar, say_done, show_step
+from verl.trainer.ppo.display import dump_answers, open_monitor, open_tracking, progress_bar, say_done, show_step
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.metric_utils import compute_throughout_metrics, compute_timing_metrics
@@ -222,11 +223,14 @@ class RayPPOTrainer:
                 with phase(f"validating at step {self.global_step}"):
                     metrics = self.validation.run(self.global_step, tracking)
                 return tracking.log(metrics, self.global_step)
+            self.monitor = open_monitor(self.config, tracking, self.global_step)
             with self.signals.at_step_ends(config.save_on_signal):
                 complete = self._make_steps(tracking, bar)
+                # Here, because a signal that comes during the validation ends it at once.
+                self.checkpoints.wait()
+            complete = complete and self.signals.received is None
             if complete and config.test_freq > 0 and self.val_dataset is not None:
-                tracking.log(self._validate(tracking, partial(marked_timer, timing={}))[0], self.global_step)
-            self.checkpoints.wait()
+                self._log(tracking, self._validate(tracking, partial(marked_timer, timing={}))[0])
             self._prune()
         if complete:
             if stage == "warmup":
@@ -235,7 +239,11 @@ class RayPPOTrainer:
 
     def _make_steps(self, tracking: Tracking, bar: tqdm) -> bool:
         """Make the steps that are left, validating and saving on the way; whether all of them were made. A signal or an
-        early stop ends them before, with a checkpoint."""
+        early stop ends them before, with a checkpoint.
+
+        Raises:
+            StoppedByAlarm: an alarm is to end the run; it is saved.
+        """
         for prompts in self._batches():
             self.checkpoints.settle()
             metrics, timing = {}, {}
@@ -243,7 +251,7 @@ class RayPPOTrainer:
             if self._validation_is_due():
                 metrics, ends = self._validate(tracking, timed)
                 if ends or self.signals.received is not None:
-                    tracking.log(metrics, self.global_step)
+                    self._log(tracking, metrics)
                     self._save_unless_saved()
                     return False
             with timed("step"):
@@ -259,7 +267,7 @@ class RayPPOTrainer:
                 self._prune()
             metrics |= self._step_metrics(made, timing)
             # First, because a run that goes on from the checkpoint does not make this step again.
-            tracking.log(metrics, self.global_step)
+            self._log(tracking, metrics)
             if written is not None:
                 self.checkpoints.publish(written)
             self.skipped.end_if_too_many(metrics, done == self.total_steps)
@@ -268,7 +276,15 @@ class RayPPOTrainer:
             if self.signals.received is not None:
                 self._save_unless_saved()
                 return False
+            if self.monitor.stopped is not None:
+                self._save_unless_saved()
+                raise StoppedByAlarm(self.monitor.stopped)
         return True
+
+    def _log(self, tracking: Tracking, metrics: Metrics) -> None:
+        """Send a step's metrics to the trackers, and to the monitor, which may raise an alarm."""
+        tracking.log(metrics, self.global_step)
+        self.monitor.see(self.global_step, metrics)
 
     def _save_unless_saved(self) -> None:
         """Save the present weights, where a step has been made since the newest checkpoint, which may be on its way."""

@@ -14,12 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 from verl.batch import Answers, Prompts, Scores, table, teacher_response_mask
 from verl.config.run import Config
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import compute_sft_loss
+from verl.trainer.ppo.checkpointing import run_folder
+from verl.trainer.ppo.core_algos import compute_sft_loss, ends_with_eos
 from verl.trainer.ppo.discriminator import Discriminator
 from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.metric_utils import compute_length_metrics, mean_max_min
 from verl.trainer.ppo.reward import TaskReward, score_task
 from verl.trainer.ppo.student import Student
+from verl.trainer.ppo.val_samples import write_val_samples
 from verl.utils.dump import dump_jsonl
 from verl.utils.rouge import rouge_l
 from verl.utils.tracking import Sample, Tracking, ValidationGenerationsLogger
@@ -39,7 +41,7 @@ class Validation:
     """Everything that a validation looks at.
 
     Args:
-        discriminator: scores the answers that are written to `trainer.validation_data_dir`, if there is one.
+        discriminator: scores the answers that are shown or written, if there is one.
         held_out: pairs on which the discriminator is measured, if there are any.
         seed: of the draws, where answers are sampled.
     """
@@ -76,22 +78,26 @@ class Validation:
         config = self.config.trainer
         if config.log_val_generations > 0:
             ValidationGenerationsLogger().log(tracking, samples[: config.log_val_generations], step)
+        if config.save_val_samples:
+            write_val_samples(run_folder(config), step, samples)
         if config.validation_data_dir is not None:
-            scores = [score for part in parts for score in _score_entries(part)]
-            rows = [sample._asdict() | score for sample, score in zip(samples, scores, strict=True)]
-            dump_jsonl(Path(config.validation_data_dir) / f"{step}.jsonl", rows)
+            self._dump(parts, samples, Path(config.validation_data_dir) / f"{step}.jsonl")
 
     def _answered(self) -> Iterator[Answered]:
-        """The validation set in file order, answered, with log-probs of the teacher's answers, and, for the files of a
-        run with a discriminator, scored."""
+        """The validation set in file order, answered, with log-probs of the teacher's answers, and, where answers are
+        shown or written and there is a discriminator, scored."""
         sampling = self.config.actor_rollout_ref.rollout.val_kwargs
         size = self.config.data.val_batch_size or len(self.dataset)
-        scored = self.discriminator is not None and self.config.trainer.validation_data_dir is not None
+        trainer, shown = self.config.trainer, 0
+        written = trainer.save_val_samples or trainer.validation_data_dir is not None
         for rows in DataLoader(self.dataset, batch_size=size, collate_fn=self.collate_fn):
             prompts = Prompts.of(DataProto.from_single_dict(rows))
             answers = self.student.sample(table(prompts), sampling, self.seed)
             teacher = self.student.teacher_log_probs(prompts)
-            scores = Scores.of(self.discriminator.scores(table(prompts, answers))) if scored else None
+            scores = None
+            if self.discriminator is not None and (written or shown < trainer.log_val_generations):
+                scores = Scores.of(self.discriminator.scores(table(prompts, answers)))
+            shown += answers.responses.shape[:2].numel()
             yield Answered(prompts, answers, teacher, scores)
 
     def _task(self, part: Answered) -> torch.Tensor:
@@ -99,16 +105,45 @@ class Validation:
         return score_task(self.task_reward, part.prompts, texts)
 
     def _samples(self, part: Answered) -> list[Sample]:
-        """One sample per answer, in file order."""
+        """One sample per answer, in file order; its prompt is what the user said last."""
         prompts, answers = part.prompts, part.answers
-        asked = self.student.texts(prompts.input_ids.unsqueeze(1), prompts.attention_mask.unsqueeze(1))
         texts = self.student.texts(answers.responses, answers.response_mask)
-        rows = np.arange(len(texts)) // answers.responses.shape[1]
-        teachers = prompts.teacher_text
+        asked = self._asked(prompts)
+        stopped = ends_with_eos(answers.responses, answers.response_mask, self.student.eos_token_ids).flatten().tolist()
+        tokens = answers.response_mask.sum(-1).flatten().tolist()
+        scores = _score_pairs(part)
+        per_prompt = answers.responses.shape[1]
+        samples = []
+        for number, text in enumerate(texts):
+            row = number // per_prompt
+            teacher = prompts.teacher_text[row]
+            reason = "stop" if stopped[number] else "length"
+            numbers = rouge_l(text, teacher), *scores[number], int(tokens[number]), reason
+            samples.append(Sample(asked[row], text, teacher, *numbers))
+        return samples
+
+    def _asked(self, prompts: Prompts) -> list[str]:
+        """The last user's text of each prompt; where the dataset gives no messages, the prompt as the model sees it."""
+        if prompts.raw_prompt is None:
+            return self._whole_prompts(prompts)
         return [
-            Sample(asked[row], text, teachers[row], rouge_l(text, teachers[row]))
-            for row, text in zip(rows, texts, strict=True)
+            next((message["content"] for message in reversed(messages) if message["role"] == "user"), whole)
+            for messages, whole in zip(prompts.raw_prompt, self._whole_prompts(prompts), strict=True)
         ]
+
+    def _whole_prompts(self, prompts: Prompts) -> list[str]:
+        return self.student.texts(prompts.input_ids.unsqueeze(1), prompts.attention_mask.unsqueeze(1))
+
+    def _dump(self, parts: list[Answered], samples: list[Sample], file: Path) -> None:
+        """One line per answer, with the prompt as the model sees it."""
+        whole = [
+            text
+            for part in parts
+            for text in self._whole_prompts(part.prompts)
+            for _ in range(part.answers.responses.shape[1])
+        ]
+        rows = [sample._replace(prompt=text)._asdict() for sample, text in zip(samples, whole, strict=True)]
+        dump_jsonl(file, [{name: value for name, value in row.items() if value is not None} for row in rows])
 
 
 def _sft_loss(teacher_log_probs: torch.Tensor, answered: DataProto) -> float:
@@ -116,11 +151,10 @@ def _sft_loss(teacher_log_probs: torch.Tensor, answered: DataProto) -> float:
     return compute_sft_loss(teacher_log_probs.double(), teacher_response_mask(answered), "token-mean").item()
 
 
-def _score_entries(part: Answered) -> list[dict[str, float]]:
-    """The discriminator's scores of each answer and its teacher's; nothing without a discriminator."""
+def _score_pairs(part: Answered) -> list[tuple[float, float] | tuple[None, None]]:
+    """The discriminator's scores of each answer and of its teacher's."""
     if part.scores is None:
-        return [{}] * part.answers.responses.shape[:2].numel()
+        return [(None, None)] * part.answers.responses.shape[:2].numel()
     students = part.scores.student_scores
     teachers = part.scores.teacher_scores.expand_as(students)
-    pairs = zip(students.flatten().tolist(), teachers.flatten().tolist(), strict=True)
-    return [{"score": score, "teacher_score": teacher} for score, teacher in pairs]
+    return list(zip(students.flatten().tolist(), teachers.flatten().tolist(), strict=True))

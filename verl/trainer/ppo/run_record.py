@@ -1,0 +1,141 @@
+"""What was run, kept in the run's folder from its start: `run.json`, for reports (`python -m verl.monitor --html`).
+
+One entry per start, so that a run that went on elsewhere, or with other settings, shows it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+import verl
+from verl.config.run import Config
+from verl.monitor.report.provenance import NAMES, RECORD_FILE, flat
+from verl.trainer.config.loading import composed_preset, preset_settings
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "ray", "vllm")
+STAGES = ("seqkd", "warmup", "gad", "gad_short", "soda")
+TIMEOUT_S = 10
+
+
+def keep_record(config: Config, folder: Path, resumed: bool) -> None:
+    """Add this start to the record of a run that has `resumed`, or begin one. A record that fails is said and ends
+    nothing."""
+    file = folder / RECORD_FILE
+    part = file.with_suffix(".part")
+    try:
+        earlier = _earlier(file) if resumed else []
+        text = json.dumps({"starts": [*earlier, describe_start(config)]}, indent=1, ensure_ascii=False, default=str)
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        os.replace(part, file)
+    except Exception as error:
+        logger.warning("%s is not kept (%s: %s)", RECORD_FILE, type(error).__name__, error)
+        with suppress(OSError):
+            part.unlink()
+
+
+def describe_start(config: Config) -> dict[str, Any]:
+    """Stage, preset, and the settings that differ from it as {key: [preset's, own]}; versions, device, revision."""
+    preset = _preset(config)
+    revision, dirty = _revision()
+    return {
+        "started": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "stage": config.stage,
+        "preset": preset,
+        "changed": _changed(preset, config),
+        "device": f"{config.trainer.ranks} x {config.trainer.device} ({_device(config.trainer.device)})",
+        "git": revision,
+        "dirty": dirty,
+        "versions": {"verl": verl.__version__, "python": platform.python_version(), **_versions()},
+    }
+
+
+def _earlier(file: Path) -> list[Any]:
+    try:
+        starts = json.loads(file.read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return starts if isinstance(starts, list) else []
+
+
+def _preset(config: Config) -> str:
+    """The stage that was chosen on the command line; of a run that no command line began, the one that its settings
+    differ least from."""
+    if HydraConfig.initialized() and "stage" in HydraConfig.get().runtime.choices:
+        return HydraConfig.get().runtime.choices["stage"]
+    now = flat(asdict(config))
+
+    def differences(stage: str) -> int:
+        written = flat(composed_preset(stage)).items()
+        return sum("${" not in str(value) and _plain(value) != _plain(now.get(key)) for key, value in written)
+
+    return min(STAGES, key=differences)
+
+
+def _changed(preset: str, config: Config) -> dict[str, list[Any]]:
+    settings = asdict(config)
+    before, now = flat(preset_settings(preset, settings)), flat(settings)
+    return {
+        key: [before.get(key), value]
+        for key, value in now.items()
+        if _plain(before.get(key)) != _plain(value) and key not in NAMES
+    }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, so that a tuple equals a list, and 1 equals 1.0."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _device(kind: str) -> str:
+    """The name of this machine's accelerator, or of its processor."""
+    if kind != "cpu":
+        names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "unknown"
+        return names.splitlines()[0]
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _revision() -> tuple[str | None, bool]:
+    """The commit of the package's own repository, and whether files differ from it; None where it lies in none."""
+    root = Path(verl.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None, False
+    revision = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    return revision, bool(revision and _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"))
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it is not there, fails or takes long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
