@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from verl.utils import step_line as module
@@ -86,7 +88,7 @@ def test_a_validation_has_a_line_of_its_own():
 
 def test_fast_steps_are_shown_now_and_then_and_the_last_one_always(monkeypatch, capsys):
     clock = iter([0.0, 0.5, 0.9, 1.1, 1.2, 1.3, 1.4])
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with Tracking("p", "e", total_steps=5) as tracking:
         for step in range(4):
             tracking.log(SFT, step)
