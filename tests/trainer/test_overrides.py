@@ -174,3 +174,10 @@ def test_tensorboard_shows_the_folder_that_the_settings_name(recording_python, t
     assert done.returncode == 0, done.stderr
     assert f"(runs under {folder})" in done.stdout
     assert (folder / "tensorboard.log").exists() and not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, f"[{'9' * 5000}]", f"{{a:{'9' * 5000}}}"])
+def test_a_number_longer_than_python_reads_is_text(value):
+    assert as_hydra_reads_it(value) == f"'{value}'"
+    with pytest.raises(ConfigError, match=r"data\.train_batch_size"):
+        compose_config([f"data.train_batch_size={value}"])

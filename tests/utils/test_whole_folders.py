@@ -11,6 +11,7 @@ import torch
 from tests.e2e.running import assert_equal_tensors
 from tests.tiny import causal_lm, scorer, write_data, write_model
 from tests.utils import checkpoint_on_three_ranks
+from verl.model_merger import merge
 from verl.model_merger.cli import main as merger
 from verl.models.loading import check_files, load_model
 from verl.models.shm import copy_to_shm
@@ -301,6 +302,30 @@ def test_the_merger_the_scorer_and_the_judge_refuse_it(checkpoint, tmp_path, cap
 
 
 # ---- which model it is
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"{}", b"[]", b"null", b"\xd0", b'{"world_size": 3, "dtype": 3}', b'{"world_size": 3, "dtype": "x"}'],
+)
+def test_the_merger_names_a_damaged_fsdp_config(checkpoint, tmp_path, content, known):
+    (checkpoint / "actor" / "fsdp_config.json").write_bytes(content)
+    if not known:
+        forget_checksums(checkpoint)
+    with pytest.raises(ValueError, match=r"fsdp_config\.json.*(expected|changed since)"):
+        merge(checkpoint / "actor", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"3", b'"x"', b'{"architectures": 3}', b'{"architectures": [3]}']
+)
+def test_the_merger_names_a_damaged_config(checkpoint, tmp_path, content):
+    (checkpoint / "actor" / "huggingface" / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json.*(is damaged|changed since)"):
+        merge(checkpoint / "actor", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_critic_is_no_student(checkpoint, caplog):

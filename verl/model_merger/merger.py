@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from verl.models.loading import Kind, find_model, hf_files, is_discriminator, lo
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.classic import is_classic
 from verl.utils.checkpoint.hf_files import write_hf_files
-from verl.utils.checkpoint.whole import FSDP_CONFIG
+from verl.utils.checkpoint.whole import FSDP_CONFIG, how_it_was_trained
 
 
 def _checkpoint_kind(local_dir: Path, is_value_model: bool) -> Kind:
@@ -35,8 +34,16 @@ def load_checkpoint_model(
     local_dir = Path(local_dir)
     kind = _checkpoint_kind(local_dir, is_value_model)
     if dtype is None:
-        dtype = getattr(torch, json.loads((local_dir / FSDP_CONFIG).read_text())["dtype"])
+        dtype = _computed_in(local_dir / FSDP_CONFIG)
     return load_model(local_dir, kind, trust_remote_code=trust_remote_code, dtype=dtype)
+
+
+def _computed_in(file: Path) -> torch.dtype:
+    name = how_it_was_trained(file, "dtype", str)
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{file} is damaged: expected the name of a torch.dtype, got {name!r}; copy it again")
+    return dtype
 
 
 def merge(

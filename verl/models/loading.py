@@ -113,9 +113,15 @@ def config_entries(path: str | Path) -> dict[str, Any]:
     file = find_model(path).huggingface / "config.json"
     refuse_pointer(file)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        entries = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged: expected JSON, got {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{file} is damaged: expected an object, got a {type(entries).__name__}")
+    classes = entries.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{file} is damaged: expected names of classes as architectures, got {classes!r}")
+    return entries
 
 
 def is_discriminator(path: str | Path) -> bool:

@@ -104,7 +104,8 @@ def _parse(value: str) -> tuple[Any, bool]:
     """The value that Hydra's language makes of a text, and whether the text is one value and not a sweep."""
     try:
         override = OverridesParser.create().parse_override(f"++key={value}")
-    except HydraException:
+    except (HydraException, ValueError):
+        # Python makes no integer of more than some thousand digits.
         return None, False
     return override._value, not override.is_sweep_override()
 

@@ -32,7 +32,7 @@ from verl.utils.checkpoint.checkpoint_manager import (
 from verl.utils.checkpoint.recovery import newest_whole, refuse_damaged
 from verl.utils.checkpoint.room import bytes_in, check_room, explain_full_disk
 from verl.utils.checkpoint.sharded import check_all_are_seen
-from verl.utils.checkpoint.whole import FSDP_CONFIG
+from verl.utils.checkpoint.whole import FSDP_CONFIG, how_it_was_trained
 from verl.utils.stalls import doing
 
 logger = logging.getLogger(__name__)
@@ -315,7 +315,7 @@ class Checkpoints:
         how = folder / "actor" / FSDP_CONFIG
         if not how.is_file():
             return
-        written, ranks = json.loads(how.read_text())["world_size"], self.parts["actor"].world_size
+        written, ranks = how_it_was_trained(how, "world_size", int), self.parts["actor"].world_size
         if written != ranks:
             logger.warning(
                 "%s was written by %d ranks, and this run has %d: weights, optimizers, schedules, data and replay are "

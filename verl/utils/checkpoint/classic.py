@@ -10,7 +10,6 @@ Files are mapped, not read: a tensor takes memory when it is put together.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import warnings
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
-from verl.utils.checkpoint.whole import FSDP_CONFIG, refuse_pointer
+from verl.utils.checkpoint.whole import FSDP_CONFIG, how_it_was_trained, refuse_pointer
 
 RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 
@@ -71,10 +70,7 @@ def _said_world(folder: Path) -> int | None:
     file = folder / FSDP_CONFIG
     if not file.is_file():
         return None
-    try:
-        return json.loads(file.read_text())["world_size"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: expected a world_size, got {error!r}; copy it again") from error
+    return how_it_was_trained(file, "world_size", int)
 
 
 def check_rank_files(files: Sequence[Path]) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -139,10 +140,7 @@ def check_shards(part: Path) -> None:
     if not how.is_file():
         logger.warning("%s is missing: how many shards there should be is not known", how)
         return
-    try:
-        ranks = json.loads(how.read_text())["world_size"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{how} is damaged: expected a world_size, got {error!r}; copy it again") from error
+    ranks = how_it_was_trained(how, "world_size", int)
     missing = missing_shards(part / MODEL_FOLDER, ranks)
     # A tiny model has nothing for the last of many ranks; the checksums then say that these wrote no file.
     if missing and part_checksums(part) is None:
@@ -157,6 +155,21 @@ def check_shards(part: Path) -> None:
             f"{part / MODEL_FOLDER} was written by {ranks} ranks, and {', '.join(foreign)} does not belong to it; "
             "remove it, or copy the checkpoint again"
         )
+
+
+def how_it_was_trained(file: Path, name: str, kind: type) -> Any:
+    """A value in a checkpoint's fsdp_config.json.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))[name]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: expected a {name}, got {error!r}; copy it again") from error
+    if type(value) is not kind:
+        raise ValueError(f"{file} is damaged: expected a {kind.__name__} as {name}, got {value!r}; copy it again")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
