@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import struct
@@ -125,6 +126,7 @@ def test_files_get_plain_lines_and_what_ranks_print_goes_to_the_runs_folder(fold
     assert warned and all(re.search(r"WARNING verl.mine: .*\[rank \d\]: look", line) for line in warned)
     assert len(warned) < ranks.count("at this"), "said once for both ranks"
     assert "and that" in err and "engine: something broke" in err
+    assert "is not kept" not in err and json.loads((run / "run.json").read_text())["starts"][0]["preset"] == "gad"
     everything = (run / "logs" / "driver.log").read_text()
     assert "Token authentication" in everything and "starting Ray ..." in everything
     shown = [line for line in out.splitlines() if line.startswith("step ")]
