@@ -76,7 +76,7 @@ def preset_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _hydra_of_our_own() -> Iterator[None]:
-    """Hydra over this package's configuration; one that is at work already, as in every command's run, goes on after."""
+    """Hydra over this package's configuration; one at work already, as in every command's run, goes on after it."""
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
