@@ -44,7 +44,7 @@ class Words:
         return {
             "id": alarm.rule.id,
             "says": alarm.rule.says.text(self.language),
-            "label": alarm.rule.label,
+            "label": alarm.rule.label.text(self.language),
             "value": _figure(alarm.value),
             "range": shown_range(alarm.healthy, self.language),
             "since": alarm.since,

@@ -131,7 +131,7 @@ def _alarm(alarm: Alarm, watch: Watch) -> dict[str, Any]:
         "note": alarm.is_note,
         "since": alarm.since,
         "until": alarm.until,
-        "label": alarm.rule.label,
+        "label": {language: alarm.rule.label.text(language) for language in LANGUAGES},
         "value": rounded(alarm.value),
         "metrics": sorted(alarm.rule.value.metrics),
         "follows": None if source is None else source.rule.id,

@@ -175,7 +175,7 @@
   function explained(alarm, times) {
     const kind = alarm.note ? "note" : alarm.until === null ? "alarm" : "over";
     const name = alarm.note ? "note" : alarm.until === null ? "state_alarm" : "over";
-    const values = { ...alarm, value: figure(alarm.value), range: both(alarm.range), until: alarm.until ?? say("firing") };
+    const values = { ...alarm, label: both(alarm.label), value: figure(alarm.value), range: both(alarm.range), until: alarm.until ?? say("firing") };
     const follows = alarm.follows ? ` (${say("follows", { id: alarm.follows })})` : "";
     const made = make("details", null,
       make("summary", null, both(alarm.says), make("span", `badge ${kind}`, say(name) + (times > 1 ? ` × ${times}` : ""))),
@@ -321,13 +321,12 @@
 
   function prompt(item, steps) {
     const given = steps.map((step) => [step, item.answers[step]]).filter((pair) => pair[1]);
-    const teachers = given.map((pair) => pair[1].teacher_score).filter(isNumber);
-    const teacherScore = teachers.length ? say("score", { value: [...new Set([teachers[0], teachers.at(-1)].map(figure))].join(" → ") }) : "";
     const students = given.map(([step, found]) => answer("", say("at_step", { step }), found.text, [
-      isNumber(found.score) ? say("score", { value: figure(found.score) }) : "",
+      isNumber(found.score) ? say(isNumber(found.teacher_score) ? "score_beside" : "score",
+        { value: figure(found.score), teacher: figure(found.teacher_score) }) : "",
       isNumber(found.tokens) ? say("tokens", { count: found.tokens }) : "", found.finish]));
     return make("div", "card", make("h3", null, say("prompt")), make("div", "text prompt", item.prompt),
-      make("div", "answers", answer("teacher", say("teacher"), item.teacher, [teacherScore]), ...students));
+      make("div", "answers", answer("teacher", say("teacher"), item.teacher, []), ...students));
   }
 
   function answers() {
