@@ -5,7 +5,7 @@
 Each seed has a world, data and base student of its own (`run.py --seed`), in `OUT/seed_N`, and prints into
 `OUT/seed_N.log`. Its processes, one per rank and the driver, compute with one thread each, so that a job takes as many
 cores as it has ranks. The same command goes on where an earlier one was ended: finished seeds are kept, and the rules
-of today look at them. The table is printed and kept in `OUT/seeds.txt`.
+of today look at them. The table is printed at the end, and kept in `OUT/seeds.txt` from the first finished seed on.
 
 exit codes: 0 no alarm; 1 an alarm in some stage, over by the end or not; 2 a seed failed
 """
@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -44,14 +44,14 @@ OBJECT_STORE = {"RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION": "0.01"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """A seed's grades by student, as `run.py` leaves them, and the alarms of each stage; both empty where it failed."""
+    """A seed's grades by student, as `run.py` leaves them, and each stage's alarms; both empty until it is finished."""
 
     seed: int
     grades: dict[str, dict[str, Any]]
     alarms: dict[str, list[Alarm]]
 
     @property
-    def failed(self) -> bool:
+    def unfinished(self) -> bool:
         return not self.grades
 
 
@@ -116,10 +116,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """A line per seed with its shares of exact answers and its alarms; then means, gains and a count of the alarms."""
     lines = [f"{'seed':>6} " + " ".join(f"{name:>7}" for name in STUDENTS) + "  alarms (exact answers on the left)"]
     for one in outcomes:
-        exact = " ".join(f"{one.grades[name]['exact']:7.1%}" for name in STUDENTS if not one.failed)
+        exact = " ".join(f"{one.grades[name]['exact']:7.1%}" for name in STUDENTS if not one.unfinished)
         said = [_said(stage, alarm) for stage, alarms in one.alarms.items() for alarm in alarms]
-        lines.append(f"{one.seed:6} {exact}  {', '.join(said) or '-'}" if exact else f"{one.seed:6} failed")
-    whole = [one for one in outcomes if not one.failed]
+        lines.append(f"{one.seed:6} {exact}  {', '.join(said) or '-'}" if exact else f"{one.seed:6} not finished")
+    whole = [one for one in outcomes if not one.unfinished]
     if len(whole) > 1:
         exact = {name: [one.grades[name]["exact"] for one in whole] for name in STUDENTS}
         means = " ".join(f"{statistics.mean(values):7.1%}" for values in exact.values())
@@ -164,13 +164,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Ray starts a process for every CPU that it is told of.
     jobs = Jobs(out, [*steps, "--ranks", str(options.ranks), f"ray_kwargs.ray_init.num_cpus={options.ranks}"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    seeds = range(options.seeds)
     with ThreadPoolExecutor(options.jobs) as pool, jobs.ended_with_us():
-        list(pool.map(jobs.run, range(options.seeds)))
-    outcomes = [outcome(out, seed) for seed in range(options.seeds)]
-    text = table(outcomes)
-    (out / "seeds.txt").write_text(text + "\n", encoding="utf-8")
-    print(printable(text))
-    if any(one.failed for one in outcomes):
+        for job in as_completed([pool.submit(jobs.run, seed) for seed in seeds]):
+            job.result()
+            outcomes = [outcome(out, seed) for seed in seeds]
+            (out / "seeds.txt").write_text(table(outcomes) + "\n", encoding="utf-8")
+    print(printable(table(outcomes)))
+    if any(one.unfinished for one in outcomes):
         return FAILED
     return ALARMS if any(alarms for one in outcomes for alarms in one.alarms.values()) else NO_ALARM
 

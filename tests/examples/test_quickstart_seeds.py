@@ -59,7 +59,7 @@ def test_the_table_and_what_is_left_to_do(fake, capsys):
     assert lines[1].split() == ["0", "0.0%", "80.0%", "80.0%", "82.0%", "-"]
     # The median of 8 values is above 0.9 when 5 of them are, first at step 14.
     assert lines[2].endswith("86.0%  GAD: discriminator_too_strong from step 14 to the end (0.99)")
-    assert lines[3].split() == ["2", "failed"]
+    assert lines[3].split() == ["2", "not", "finished"]
     assert lines[4].split() == ["mean", "0.0%", "80.0%", "80.0%", "84.0%"]
     # Gains of 2 and 6 points: their standard deviation is sqrt(8), over sqrt(2).
     assert lines[-3] == "GAD gains +4.0 points of exact answers over warmup (standard error 2.0, 2 seeds)"
