@@ -7,7 +7,17 @@ from types import SimpleNamespace
 import pytest
 
 from verl.utils import step_line as module
-from verl.utils.step_line import ADVERSARIAL, SEQKD, SODA, StepLines, number, step_line, validation_line
+from verl.utils.step_line import (
+    ADVERSARIAL,
+    SEQKD,
+    SODA,
+    VALIDATION,
+    StepLines,
+    number,
+    read_line,
+    step_line,
+    validation_line,
+)
 from verl.utils.tracking import Tracking
 
 COMMON = {"timing_s/step": 12.34, "perf/cpu_memory_used_gb": 5.67, "training/global_step": 6}
@@ -60,14 +70,14 @@ def test_the_lines_of_each_stage():
 
 
 def test_warmup_by_sft_shows_its_loss_where_the_policys_would_be():
-    assert "loss 1.250 grad" in step_line(6, 80, GAD | {"actor/sft_loss": 1.25})
+    assert "sft  1.250 grad" in step_line(6, 80, GAD | {"actor/sft_loss": 1.25})
     assert "loss 0.125 grad" in step_line(6, 80, GAD | {"actor/pg_loss": 0.125})
 
 
 @pytest.mark.parametrize("stage", [SEQKD, SODA, ADVERSARIAL])
 @pytest.mark.parametrize("width", [80, 120, 160, 500])
 def test_lines_fit_and_align(stage, width):
-    names = [name for cells in stage for _, names in cells for name in ([names] if isinstance(names, str) else names)]
+    names = [name for cells in stage for _, name in cells]
     lengths = set()
     for value in (0.5, -123456.0, 1e-7, float("nan")):
         metrics = COMMON | dict.fromkeys(names, value)
@@ -84,6 +94,25 @@ def test_a_validation_has_a_line_of_its_own():
     metrics = {"val/rouge-L/mean": 0.795, "val/sft_loss": 1.25, "val/critic/d_acc": 0.6, "val/other": 1.0}
     assert validation_line(20, metrics) == "validation at step 20: rouge-L 0.795, sft_loss 1.250, d_acc 0.600"
     assert validation_line(20, SFT) is None
+
+
+@pytest.mark.parametrize("stage", [SEQKD, SODA, ADVERSARIAL])
+def test_a_line_is_read_as_it_was_shown(stage):
+    """What it had room for; numbers rounded."""
+    metrics = COMMON | {name: 0.25 for cells in stage for _, name in cells}
+    step, read = read_line("12:00:00 said | " + step_line(6, 80, metrics, left=300))
+    assert (step, {float(value) for value in read.values()}) == (6, {0.25})
+    assert set(read) == {name for cells in stage for _, name in cells}
+    assert set(read_line(step_line(6, None, metrics, width=80))[1]) >= {name for _, name in stage[0]}
+    lacking = {name: value for name, value in metrics.items() if name != stage[-1][0][1]}
+    assert set(read_line(step_line(6, 80, lacking))[1]) == set(read) - {stage[-1][0][1]}
+
+
+def test_lines_of_warmup_by_sft_and_of_validations_are_read_too():
+    assert read_line(step_line(6, 80, GAD | {"actor/sft_loss": 1e-5}))[1]["actor/sft_loss"] == "1e-5"
+    validated = {name: 0.5 for _, name in VALIDATION}
+    assert read_line(validation_line(20, validated)) == (20, dict.fromkeys(validated, "0.500"))
+    assert read_line("step 7 of the manual") is None and read_line("step:7 - critic/d_acc:0.5") is None
 
 
 def test_fast_steps_are_shown_now_and_then_and_the_last_one_always(monkeypatch, capsys):

@@ -7,36 +7,40 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 
 Metrics = Mapping[str, float]
-# A label and a metric's name. Of several names the first that a step has.
-Cell = tuple[str, str | tuple[str, ...]]
+# A label and a metric's name.
+Cell = tuple[str, str]
 
 WIDTH = 160
 # Between two lines; what is validated is always shown.
 PAUSE_S = 1.0
 SEPARATOR = " | "
 # Groups of cells by stage, the most important first: where a terminal is narrow, the last ones are left out.
-SEQKD: tuple[tuple[Cell, ...], ...] = (
+Stage = tuple[tuple[Cell, ...], ...]
+SEQKD: Stage = (
     (("loss", "actor/sft_loss"), ("grad", "actor/grad_norm"), ("lr", "actor/lr")),
     (("rouge", "train/rouge-L/mean"), ("len", "response_length/mean"), ("clip", "response_length/clip_ratio")),
     (("entropy", "actor/entropy"),),
 )
-SODA: tuple[tuple[Cell, ...], ...] = (
+SODA: Stage = (
     (("loss", "actor/soda_loss"), ("acc", "actor/soda_acc"), ("margin", "actor/soda_margin")),
     (("chosen", "actor/soda_chosen_reward"), ("grad", "actor/grad_norm"), ("lr", "actor/lr")),
     (("len", "response_length/mean"),),
 )
-ADVERSARIAL: tuple[tuple[Cell, ...], ...] = (
+ADVERSARIAL: Stage = (
     (("d_acc", "critic/d_acc"), ("diff", "critic/score_diff"), ("score", "critic/student_score_mean")),
     (("len", "response_length/mean"), ("clip", "response_length/clip_ratio")),
     (("d_loss", "critic/d_loss"), ("d_grad", "critic/grad_norm")),
-    (("loss", ("actor/sft_loss", "actor/pg_loss")), ("grad", "actor/grad_norm")),
+    (("loss", "actor/pg_loss"), ("grad", "actor/grad_norm")),
     (("kl", "actor/kl_loss"),),
 )
+# In the place of one that a step lacks: a warmup by SFT trains the actor on no score.
+INSTEAD: dict[str, Cell] = {"actor/pg_loss": ("sft", "actor/sft_loss")}
 # The best-known of the metrics of a validation.
 VALIDATION: tuple[Cell, ...] = (
     ("rouge-L", "val/rouge-L/mean"),
@@ -91,6 +95,25 @@ def validation_line(step: int, metrics: Metrics) -> str | None:
     """The line of a validation at a step; None where there was none."""
     shown = [f"{label} {number(metrics[name]).strip()}" for label, name in VALIDATION if name in metrics]
     return f"validation at step {step}: {', '.join(shown)}" if shown else None
+
+
+STEP, CELL = re.compile(r"\bstep +(\d+)(?:/\d+)? \| (.*)"), re.compile(r"([a-z_]+) +(\S+)")
+VALIDATED = re.compile(r"\bvalidation at step (\d+): (.*)")
+
+
+def read_line(line: str) -> tuple[int, dict[str, str]] | None:
+    """Step, counted from 0, and metrics, as texts, of a line that was shown; None: it is of no step or validation."""
+    step, validated = STEP.search(line), VALIDATED.search(line)
+    if step is not None:
+        shown = dict(CELL.findall(step[2]))
+        stage = SODA if "margin" in shown else ADVERSARIAL if "d_acc" in shown else SEQKD
+        names = dict(cell for cells in (*stage, INSTEAD.values()) for cell in cells)
+        read = {names[label]: value for label, value in shown.items() if label in names and value != "."}
+        return int(step[1]) - 1, read
+    if validated is not None:
+        shown = dict(part.rpartition(" ")[::2] for part in validated[2].split(", "))
+        return int(validated[1]), {name: shown[label] for label, name in VALIDATION if label in shown}
+    return None
 
 
 class StepLines:
@@ -150,7 +173,7 @@ def _rounded(seconds: float) -> str:
     return f"{seconds / 60:.0f}min" if seconds < 7200 else f"{seconds / 3600:.1f}h"
 
 
-def _stage(metrics: Metrics) -> Sequence[Sequence[Cell]]:
+def _stage(metrics: Metrics) -> Stage:
     if "actor/soda_loss" in metrics:
         return SODA
     return ADVERSARIAL if "critic/d_acc" in metrics else SEQKD
@@ -159,7 +182,9 @@ def _stage(metrics: Metrics) -> Sequence[Sequence[Cell]]:
 def _cells(cells: Sequence[Cell], metrics: Metrics) -> str:
     """The cells; dots where the step lacks one, as the actor's while it is frozen."""
     texts = []
-    for label, names in cells:
-        found = [name for name in ([names] if isinstance(names, str) else names) if name in metrics]
-        texts.append(f"{label} {number(metrics[found[0]]) if found else '    .'}")
+    for label, name in cells:
+        shown, instead = INSTEAD.get(name, (label, name))
+        if name not in metrics and instead in metrics:
+            label, name = f"{shown:{len(label)}}", instead
+        texts.append(f"{label} {number(metrics[name]) if name in metrics else '    .'}")
     return " ".join(texts)
