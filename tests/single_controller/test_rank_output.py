@@ -61,6 +61,12 @@ def test_last_words_are_shown(output, caplog, line):
     assert [record.getMessage() for record in caplog.records] == [f"actor_rollout[rank 3]: {plain}"]
 
 
+def test_a_spare_process_of_rays_may_die(output, caplog):
+    """Seen on a busy machine: its lock breaks while it starts, and the run goes on with another one."""
+    output({"pid": 3894, "lines": ["*** SIGABRT received at time=1 on cpu 0 ***", "Fatal Python error: Aborted"]})
+    assert caplog.records == [] and output.file.read_text().startswith("3894: *** SIGABRT")
+
+
 def test_what_all_ranks_say_is_shown_once(output, caplog):
     for rank in range(4):
         output(batch(rank, "WARNING verl.workers: odd"))

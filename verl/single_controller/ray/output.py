@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 RAYS_OWN, OURS = "ray_print_logs", "verl_rank_output"
 LOGGED = re.compile(r"(?P<level>INFO|WARNING|ERROR|CRITICAL) (?P<logger>verl[.\w]*): (?P<text>.*)")
-# Last words, whoever prints them: a library's logged errors, exceptions of threads, crashes in C.
+# Last words of a rank, whoever prints them: a library's logged errors, exceptions of threads, crashes in C.
 BAD = re.compile(
     r"(\([^()]*\))?\W*(ERROR|CRITICAL|FATAL)\b|Fatal Python error|terminate called|\*\*\* SIG|[\w.]+(Error|Exception): "
 )
@@ -71,20 +71,22 @@ class RankOutput:
         if batch.get("pid") == "autoscaler":
             # It counts nodes every few seconds.
             return
-        who = str(batch.get("actor_name") or batch.get("task_name") or batch.get("pid"))
+        # A spare process of Ray's has no name; if it dies, Ray starts another one.
+        name = batch.get("actor_name") or batch.get("task_name")
+        who, last_words = str(name or batch.get("pid")), bool(name)
         # Of a progress bar, which has written over itself, the end is left.
         lines = [printable(COLOUR.sub("", str(line).rstrip("\r").rpartition("\r")[2])) for line in batch["lines"]]
         with suppress(OSError), self.file.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(f"{who}: {line}\n" for line in lines)
-        level, name = None, ""
+        level, source = None, ""
         for line in lines:
             if level is None or not line.startswith("\t"):
-                level, name, line = self._read(who, line)
+                level, source, line = self._read(who, line, last_words)
             if level is not None and self._is_new(line):
-                logging.getLogger(name).log(level, "%s%s", f"{who}: " if level > logging.INFO else "", line)
+                logging.getLogger(source).log(level, "%s%s", f"{who}: " if level > logging.INFO else "", line)
 
     @staticmethod
-    def _read(who: str, line: str) -> tuple[int | None, str, str]:
+    def _read(who: str, line: str, last_words: bool) -> tuple[int | None, str, str]:
         """Level, logger and text of a line to be shown; a level of None: it is not."""
         found = LOGGED.fullmatch(line)
         if found is not None:
@@ -93,7 +95,7 @@ class RankOutput:
             shown = level > logging.INFO or who.endswith("[rank 0]")
             return level if shown else None, found["logger"], found["text"]
         # Ray's daemon speaks up when something dies.
-        shown = who == "raylet" or BAD.match(line)
+        shown = who == "raylet" or (last_words and BAD.match(line))
         return logging.WARNING if shown else None, logger.name, line
 
     def _is_new(self, text: str) -> bool:
