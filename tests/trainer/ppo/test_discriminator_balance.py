@@ -115,7 +115,7 @@ def test_a_warmup_ends_with_a_verdict(caplog, accuracy, worked, held_out):
     (said,) = caplog.records
     assert (said.levelno == logging.INFO) == worked
     assert ("warmup worked" if worked else "warmup did not work") in caplog.text
-    assert f"tells {accuracy:.2f} " in caplog.text and "critic.head_start.accuracy=0.6" in caplog.text
+    assert f"tells {accuracy:.3f} " in caplog.text and "critic.head_start.accuracy=0.6" in caplog.text
     assert ("pairs of 32 held-out prompts" if held_out else "training pairs") in caplog.text
     assert ("critic.optim.lr=5e-06 (5 to 10 times)" in caplog.text) != worked
 

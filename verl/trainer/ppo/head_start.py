@@ -103,12 +103,12 @@ class HeadStart:
         # Where fewer than two standard errors are above 0.5, GAD would warn of it.
         if accuracy >= self.config.accuracy and accuracy - 2 * error >= 0.5:
             logger.info(
-                "warmup worked: the discriminator tells %.2f %s apart, %s or more: go on with GAD",
+                "warmup worked: the discriminator tells %.3f %s apart, %s or more: go on with GAD",
                 accuracy, pairs, threshold,
             )  # fmt: skip
             return
         logger.warning(
-            "warmup did not work: the discriminator tells %.2f %s apart, %s: its scores would train the "
+            "warmup did not work: the discriminator tells %.3f %s apart, %s: its scores would train the "
             "student on noise. Give it more steps (trainer.critic_warmup and trainer.total_training_steps; the same "
             "command goes on from here) or a higher critic.optim.lr=%s (5 to 10 times), or let it take as long as it "
             "needs (trainer.critic_warmup=auto). Or the student writes like the teacher already, and an adversary has "
