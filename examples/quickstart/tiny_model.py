@@ -17,6 +17,7 @@ from tqdm import trange
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from examples.quickstart.world import Row, World, write_parquet
+from verl.models.loading import quiet_transformers
 
 PAD, BOS_OF_TURN, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -138,7 +139,7 @@ def pretrain(
     )
     model.train()
     loss = torch.tensor(float("nan"))
-    progress = trange(steps, desc="pre-training", unit="step")
+    progress = trange(steps, desc="pre-training", unit="step", disable=None)
     for _ in progress:
         picks = torch.randint(len(pairs), (batch_size,), generator=generator).tolist()
         loss = model(**collate([pairs[i] for i in picks], tokenizer.pad_token_id)).loss
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--test_rows", type=int, default=320, help="320: each test prompt once")
     args = parser.parse_args()
 
+    quiet_transformers()
     world = World(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     write_parquet(world.teacher_rows("train", args.train_rows, args.seed), args.out / "train.parquet")

@@ -42,6 +42,7 @@ run_stage() {
     if declare -F before_training >/dev/null; then before_training ${overrides[@]+"${overrides[@]}"}; fi
     local data=${DATA_DIR:-data} python=${PYTHON:-python3}
     local ranks=${N_GPUS_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+    echo "$(date +%T) loading libraries ..." >&2
     # In this process' place, so that who ends the script ends the trainer, and has its exit code.
     exec "$python" -m verl.trainer.main_ppo "stage=$stage" \
         data.train_files="$data/train.parquet" data.val_files="$data/test.parquet" \

@@ -20,6 +20,7 @@ DISCRIMINATOR_METRICS = {
     *("critic/score_reg", "critic/diff_penalty", "critic/student_value_mean", "critic/teacher_value_mean"),
     *("critic/student_score_mean", "critic/teacher_score_mean", "critic/grad_norm", "critic/lr"),
     *("critic/length_ratio", "critic/length_reward_corr", "critic/zero_std_group_frac"),
+    *("critic/length_reward_corr_in_groups", "critic/group_length_spread"),
     *("critic/student_score_std", "critic/teacher_score_std", "critic/group_score_std"),
     *("critic/score/mean", "critic/rewards/mean", "critic/advantages/mean", "critic/returns/mean"),
 }

@@ -77,7 +77,7 @@ def test_a_reward_that_sleeps(folder, tmp_path):
 
 def test_a_raylet_that_is_stopped(folder, tmp_path):
     """Ray takes its node for dead after a minute; nothing but force ends it."""
-    run = trainer(folder, tmp_path / "run", "stage=seqkd", *LONG)
+    run = trainer(folder, tmp_path / "run", "stage=seqkd", *LONG, "trainer.total_training_steps=100000")
     try:
         run.wait_until((tmp_path / "run" / "metrics.jsonl").exists, "the first step")
         (raylet,) = [process for process in run.processes() if process.name() == "raylet"]

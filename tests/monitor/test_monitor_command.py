@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tests.monitor.bad_runs import BAD_RUNS, healthy_rows
 from verl.monitor.__main__ import main
 from verl.monitor.reading import NotARun, read_run
+from verl.utils.step_line import step_line
 
 SICK, WELL = BAD_RUNS["too strong"].rows, healthy_rows(30, seed=1)
 VERDICT = "Unhealthy at step 39: the discriminator is too strong"
@@ -252,3 +253,10 @@ def test_a_terminal_that_has_no_chinese(tmp_path):
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )
     assert done.returncode == 1 and b"critic.optim.lr" in done.stdout
+
+
+def test_what_the_trainer_has_shown_on_the_console(tmp_path, capsys):
+    lines = [f"10:00:00 begun ...\n{step_line(step, 40, data)}\n" for step, data in BAD_RUNS["too strong"].rows]
+    (tmp_path / "train.log").write_text("".join(lines) + "validation at step 40: rouge-L 0.241, d_acc 1.000\n")
+    assert main([str(tmp_path / "train.log")]) == 1
+    assert capsys.readouterr().out.startswith("Unhealthy at step 40: the discriminator is too strong")

@@ -98,6 +98,19 @@ def test_bands_are_where_no_rule_of_the_stage_fires(rules):
     assert bands(seen.watch, seen.stages)["critic/d_acc"] == [[0, 5, 0.53, 0.97], [5, 8, 0.53, 0.9]]
 
 
+@pytest.mark.parametrize("name", ["critic/length_reward_corr_in_groups", "critic/length_reward_corr"])
+def test_a_band_is_at_the_metric_that_its_rule_reads(rules, name):
+    run = Run.of("x", [(step, {"critic/d_acc": 0.7, name: 0.1, "actor/pg_loss": 0.1}) for step in range(9)])
+    seen = see(".", run, rules)
+    found = bands(seen.watch, seen.stages)
+    assert {metric: pieces for metric, pieces in found.items() if "corr" in metric} == {name: [[0, 8, -0.3, 0.3]]}
+
+
+def test_a_validation_is_no_step():
+    run = Run.of("x", [(0, {"val/x": 1.0, "y": 1.0}), (1, {"y": 1.0}), (2, {"val/x": 1.0})])
+    assert run.made == 2 and Run.of("x", [(0, {"val/x": 1.0})]).made == 1
+
+
 def test_what_a_run_shows(rules):
     rows = [
         (
@@ -215,11 +228,35 @@ LOOKS = """({
   wide: document.documentElement.scrollWidth,
   window: innerWidth,
   cut: [...document.querySelectorAll(".card")].filter(card => card.getBoundingClientRect().right > innerWidth).length,
+  scrolled: [...document.querySelectorAll(".wide")].filter(card => card.scrollWidth > card.clientWidth).length,
   charts: document.querySelectorAll('.uplot').length,
   wordless: document.body.innerText.includes('undefined'),
   theme: document.documentElement.dataset.theme,
   verdict: document.querySelector('.verdict p').textContent,
 })"""
+
+
+# Texts that lie over each other, by their lines' boxes; what is folded away, or scrolled out of sight, has none.
+OVERLAPS = """(() => {
+  const boxes = [];
+  const walker = document.createTreeWalker(document.getElementById('page'), NodeFilter.SHOW_TEXT);
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    if (!node.textContent.trim() || !node.parentElement.checkVisibility({contentVisibilityAuto: true})) continue;
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    const end = node.parentElement.getBoundingClientRect().bottom;
+    for (const box of range.getClientRects()) if (box.width > 1 && box.top < end) boxes.push([box, node.textContent]);
+  }
+  boxes.sort((one, other) => one[0].top - other[0].top);
+  const found = [];
+  boxes.forEach(([one, text], place) => {
+    for (let next = place + 1; next < boxes.length && boxes[next][0].top < one.bottom - 4; next += 1) {
+      const [other, others] = boxes[next];
+      if (Math.min(one.right, other.right) - Math.max(one.left, other.left) > 2) found.push([text, others]);
+    }
+  });
+  return found;
+})()"""
 
 
 @pytest.mark.parametrize(("name", "width"), product(("one", "two"), (1280, 360)))
@@ -230,7 +267,8 @@ def test_it_shows_without_a_complaint(browser, reports, name, width):
         assert [url for url in browser.requests() if not url.startswith("file://")] == []
         assert len(browser.requests()) == 1
         looks = browser.run(LOOKS)
-        assert looks["wide"] <= looks["window"] == width and looks["cut"] == 0
+        assert looks["wide"] <= looks["window"] == width and looks["cut"] == looks["scrolled"] == 0
+        assert browser.run(OVERLAPS) == []
         assert looks["charts"] > 5 and not looks["wordless"] and looks["theme"] == theme
         assert looks["verdict"].startswith("Unhealthy" if language == "en" else "不健康")
         assert painted(browser)

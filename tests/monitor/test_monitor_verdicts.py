@@ -76,6 +76,26 @@ def test_healthy_runs_raise_no_alarm(rules, file):
     assert Words(watch).verdict(run).startswith("Healthy: ")
 
 
+# Over the batch, as in the quick start from step 63 on, where prompts with longer answers scored lower.
+OVER_THE_BATCH = (-0.692, -0.611, -0.614, -0.82, -0.67, -0.668, -0.542, -0.708, -0.746, -0.688, -0.681, -0.613, -0.613)
+
+
+@pytest.mark.parametrize(
+    ("in_groups", "spread", "fires"),
+    [(None, None, True), (0.05, 0.3, False), (0.65, 0.3, True), (-0.65, 0.3, True), (0.65, 0.04, False)],
+)
+@pytest.mark.parametrize("frozen", [0, 40])
+def test_scores_follow_length_where_answers_are_compared(rules, in_groups, spread, fires, frozen):
+    """How prompts differ trains nobody, and neither does a token more or less in fixed ways to answer. Runs without the
+    finer metrics are judged by the coarse one."""
+    rows = healthy_rows(40, seed=1, frozen=frozen)
+    for step, data in rows:
+        data["critic/length_reward_corr"] = OVER_THE_BATCH[step % len(OVER_THE_BATCH)]
+        if in_groups is not None:
+            data |= {"critic/length_reward_corr_in_groups": in_groups, "critic/group_length_spread": spread}
+    assert alarms(replay(Run.of("x", rows), rules)) == (["length_rewarded"] if fires else [])
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_noise_raises_no_alarm(rules, seed):
     assert alarms(replay(Run.of("noise", healthy_rows(300, seed, frozen=10)), rules)) == []

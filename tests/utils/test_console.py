@@ -9,6 +9,7 @@ import pytest
 
 from verl.utils.console import printable, width, wrapped
 from verl.utils.tracking import ConsoleBackend, Sample
+from verl.utils.tracking.base import Run
 
 
 @pytest.mark.parametrize(
@@ -30,10 +31,11 @@ def test_standard_output_without_an_encoding(monkeypatch):
 OBEYED = "\x1b]0;title\x07 \x1b[6n \x9b2J \rover \u202edlrow"
 
 
-def test_a_terminal_is_told_nothing_by_data(capsys):
+def test_a_terminal_is_told_nothing_by_data(capsys, tmp_path):
     shown = printable(f"line\tone\r\nline two {OBEYED}\n")
     assert shown == "line\tone\nline two \ufffd]0;title\ufffd \ufffd[6n \ufffd2J \ufffdover \ufffddlrow\n"
-    ConsoleBackend(None).log_samples([Sample(OBEYED, f"a{OBEYED}", "天\n地", 0.5)], step=3)
+    console = ConsoleBackend(Run("project", "experiment", {}, tmp_path, tmp_path))
+    console.log_samples([Sample(OBEYED, f"a{OBEYED}", "天\n地", 0.5)], step=3)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step:3 - sample 1 of 1 - rouge-L 0.500" and lines[2] == "  teacher  天 地"
     assert all(line.isprintable() for line in lines)

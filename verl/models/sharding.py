@@ -17,6 +17,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from verl.config import FSDPConfig, ModelConfig
 from verl.models.answer_models import ANSWER_MODELS, AnswerModel
@@ -24,8 +25,11 @@ from verl.models.layers import compile_layers, decoder_layers, recompute_layers
 from verl.models.loading import Kind, empty_model, load_config, load_model, persistent_buffers
 from verl.models.proof import prove
 from verl.models.shm import model_folder
+from verl.utils.run_log import phase
 
 Part = TypeVar("Part")
+# For people.
+NAMES: dict[Kind, str] = {"policy": "student", "score": "discriminator"}
 
 
 def build_sharded_model(
@@ -41,25 +45,30 @@ def build_sharded_model(
         ValueError: the model's values are not those of its own plain forward (see `prove`).
     """
     dtype = getattr(torch, fsdp.dtype) if frozen else torch.float32
+    what = f"the {'reference' if frozen else NAMES[kind]}"
+    with phase(f"loading {what} from {model.path}"):
+        hf, weights = _read(model, kind, dtype)
+        if model.enable_gradient_checkpointing and not frozen:
+            recompute_layers(hf, model.recompute_share)
+        if fsdp.use_torch_compile:
+            compile_layers(hf)
+        wrapper = ANSWER_MODELS[kind](hf, model.use_remove_padding).requires_grad_(not frozen)
+        shard(wrapper, fsdp, device)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(hf, weights, options=options)
+    with phase(f"comparing {what} with its plain forward"):
+        prove(wrapper.eval(), getattr(torch, fsdp.dtype))
+        reshard(wrapper)
+    return wrapper.train(not frozen)
+
+
+def _read(model: ModelConfig, kind: Kind, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """The model as its class builds it, and its weights on rank 0; the others have the structure alone."""
     if dist.get_rank() == 0:
         hf = load_model(model_folder(model), kind, model.override_config, model.trust_remote_code, dtype)
-        weights = hf.state_dict()
-    else:
-        config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
-        hf = empty_model(config, kind, model.trust_remote_code, dtype)
-        weights = {}
-    if model.enable_gradient_checkpointing and not frozen:
-        recompute_layers(hf, model.recompute_share)
-    if fsdp.use_torch_compile:
-        compile_layers(hf)
-
-    wrapper = ANSWER_MODELS[kind](hf, model.use_remove_padding).requires_grad_(not frozen)
-    shard(wrapper, fsdp, device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(hf, weights, options=options)
-    prove(wrapper.eval(), getattr(torch, fsdp.dtype))
-    reshard(wrapper)
-    return wrapper.train(not frozen)
+        return hf, hf.state_dict()
+    config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
+    return empty_model(config, kind, model.trust_remote_code, dtype), {}
 
 
 def shard(module: AnswerModel, fsdp: FSDPConfig, device: str) -> None:

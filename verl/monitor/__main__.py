@@ -23,8 +23,8 @@ from verl.utils.console import printable
 HEALTHY, ALARMS, USAGE = 0, 1, 2
 EPILOG = """\
 RUN is a folder with metrics.jsonl or TensorBoard's files, or a file: .jsonl, .json or .csv with a row per step, as W&B
-exports them, trainer_state.json, or a console's .log or .txt with verl's lines step:N - NAME:VALUE. Upstream verl's
-metric names and TRL's are known; metrics that are not there leave their rules silent.
+exports them, trainer_state.json, or a console's .log or .txt with this trainer's lines or upstream verl's, which are
+step:N - NAME:VALUE. Upstream's metric names and TRL's are known; metrics that are not there leave their rules silent.
 
 exit codes: 0 healthy now; 1 an alarm fires at the last step; 2 wrong usage, nothing to read, or no rule could judge
 """

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from verl.monitor.series import Run, as_number
+from verl.utils.step_line import read_line
 
 METRICS_FILE = "metrics.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -201,6 +202,8 @@ def _log(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             if found is not None:
                 parts = (part.rpartition(":") for part in found[2].split(" - "))
                 yield int(found[1]), {name.strip(): NUMPY.sub(r"\1", value.strip()) for name, _, value in parts}
+            elif (own := read_line(line)) is not None:
+                yield own
 
 
 def _csv(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -116,7 +116,7 @@ class Rule(_Part):
     id: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     enabled: bool = True
     severity: Literal["alarm", "note"] = "alarm"
-    label: Annotated[str, Field(min_length=1)]
+    label: Text
     value: Formula
     window: Annotated[int, Field(ge=1, le=LONGEST_WINDOW)] = 10
     healthy: Annotated[dict[Stage, Range], BeforeValidator(_by_stage), Field(min_length=1)]
@@ -141,7 +141,7 @@ EXPECTED = {
     "id": ("a name of small letters, digits and _", "id: too_strong"),
     "enabled": ("true or false", "enabled: false"),
     "severity": ("alarm or note", "severity: alarm"),
-    "label": ("a name for the value", "label: critic/d_acc"),
+    "label": ("a name for the value, or names in en and zh", "label: critic/d_acc"),
     "value": ("an expression", "value: median('critic/d_acc')"),
     "window": (f"a whole number from 1 to {LONGEST_WINDOW}", "window: 10"),
     "healthy": (

@@ -56,6 +56,12 @@ class Run:
         return found
 
     @property
+    def made(self) -> int:
+        """How many steps were made: a validation after the last one, or before the first, is none."""
+        trained = sum(any(not name.startswith("val/") for name in data) for data in self.steps.values())
+        return trained or len(self.steps)
+
+    @property
     def metrics(self) -> set[str]:
         """Names of all metrics that were logged."""
         return {metric for data in self.steps.values() for metric in data}

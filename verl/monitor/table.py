@@ -39,7 +39,7 @@ def _cells(rule: Rule, language: Language) -> list[str]:
     numbered = " ".join(f"{number}. {cause}" for number, cause in enumerate(causes, start=1))
     return [
         name,
-        rule.label,
+        rule.label.text(language),
         "; ".join(shown),
         AFTER[language].format(steps=rule.for_),
         rule.says.text(language),

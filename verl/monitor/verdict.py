@@ -44,7 +44,7 @@ class Words:
         return {
             "id": alarm.rule.id,
             "says": alarm.rule.says.text(self.language),
-            "label": alarm.rule.label,
+            "label": alarm.rule.label.text(self.language),
             "value": _figure(alarm.value),
             "range": shown_range(alarm.healthy, self.language),
             "since": alarm.since,
@@ -81,7 +81,7 @@ class Words:
         stages = self.say("list_comma").join(dict.fromkeys(self.watch.stages)) or "?"
         earlier = sum(not alarm.is_note for alarm in self.watch.alarms)
         name = "blind" if self.watch.judged_nothing else "recovered" if earlier else "healthy"
-        return self.say(name, steps=len(run.steps), stages=stages, count=earlier)
+        return self.say(name, steps=run.made, stages=stages, count=earlier)
 
     def report(self, run: Run, verbose: bool = False) -> str:
         """The verdict, then every alarm with its causes; with `verbose` also the rules that had no value."""

@@ -186,6 +186,10 @@ class Watch:
         """Whether no rule has had a value."""
         return len(self.unknown) == len(self.rules)
 
+    def has(self, name: str) -> bool:
+        """Whether a metric that rules read has been seen."""
+        return name in self._metrics
+
     def series(self, run: Run, name: str) -> Series:
         """A run's metric by the name that rules use, from a synonym where the name itself was not logged."""
         others = [other for other, own in self.synonyms.items() if own == name]

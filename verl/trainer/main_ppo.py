@@ -9,12 +9,14 @@ import logging
 import os
 import sys
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import hydra
+import psutil
 import ray
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from verl.batch import Prompts
 from verl.models.loading import all_eos_token_ids, quiet_transformers
 from verl.monitor.live import StoppedByAlarm
+from verl.single_controller.ray.output import RankOutput
 from verl.single_controller.ray.starting import join_or_start, stop
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
 from verl.trainer.config.loading import explain_refusals
@@ -32,11 +35,12 @@ from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.roles import ResourcePoolManager, Role
 from verl.utils.checkpoint.recovery import clear_up
-from verl.utils.console import PrintableFormatter, print_exception, printable
+from verl.utils.console import print_exception, printable
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.run_lock import check_writable, only_run_in
+from verl.utils.run_log import FOLDER, RANKS, log_to, log_to_terminal, phase
 from verl.utils.signals import EndedBySignal, RunSignals, out_of_reach
-from verl.utils.stalls import StallWatch, doing
+from verl.utils.stalls import StallWatch, doing, duration
 from verl.utils.tracking import check_loggers, ending_in_time
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
@@ -99,7 +103,7 @@ class TaskRunner:
         config = with_absolute_paths(config)
         folder, signals = run_folder(config.trainer), RunSignals()
         watch = StallWatch(config.trainer.stall_warning, config.trainer.stall_timeout)
-        with only_run_in(folder), signals.taken(), watch.at_work():
+        with only_run_in(folder), log_to(folder), signals.taken(), watch.at_work():
             clear_up(folder)
             self._run(config, signals)
 
@@ -110,14 +114,16 @@ class TaskRunner:
         check_loggers(trainer.logger)
         check_folders(config)
         check_engine(config)
-        tokenizer = check_models(config)
+        with phase("reading tokenizer and model files"):
+            tokenizer = check_models(config)
         ends = all_eos_token_ids(tokenizer, config.actor_rollout_ref.model.path)
-        train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples, ends)
         val = None
-        if data.val_files is not None:
-            # Validation shows what the user said last.
-            asked = replace(data, return_raw_chat=True)
-            val = create_rl_dataset(data.val_files, asked, tokenizer, data.val_max_samples, ends)
+        with phase("reading data"):
+            train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples, ends)
+            if data.val_files is not None:
+                # Validation shows what the user said last.
+                asked = replace(data, return_raw_chat=True)
+                val = create_rl_dataset(data.val_files, asked, tokenizer, data.val_max_samples, ends)
         check_tokens(config, tokenizer, [train] if val is None else [train, val])
         roles = [Role.ActorRollout] + ([Role.Critic] if config.use_critic else [])
         pools = ResourcePoolManager(
@@ -134,8 +140,9 @@ class TaskRunner:
             self.start(config)
         policy_settings = config.actor_rollout_ref
         logger.info(
-            "training on %d x %s in %s, answers by %s",
-            trainer.ranks, trainer.device, policy_settings.actor.fsdp_config.dtype, policy_settings.rollout.name,
+            "%s: training on %d x %s in %s, answers by %s",
+            config.stage, trainer.ranks, trainer.device, policy_settings.actor.fsdp_config.dtype,
+            policy_settings.rollout.name,
         )  # fmt: skip
         runner.init_workers()
         runner.fit()
@@ -150,8 +157,9 @@ def start_ray(config: Config) -> None:
     if ray.is_initialized():
         return
     settings = config.ray_kwargs.ray_init
-    with out_of_reach():
+    with phase("starting Ray"), out_of_reach():
         join_or_start(settings.address, settings.num_cpus)
+    RankOutput(run_folder(config.trainer) / FOLDER / RANKS).take_over()
     if config.trainer.device == "cpu" and ray.cluster_resources().get("GPU"):
         logger.warning(
             "the cluster has %d GPUs and trainer.device=cpu leaves them idle (it is cuda by itself only where the "
@@ -171,9 +179,8 @@ def run_ppo(config: Config, task_runner_class: type[TaskRunner] | None = None) -
 
 @hydra.main(config_path="config", config_name="ppo_trainer", version_base="1.3")
 def _hydra_main(composed: DictConfig) -> None:
-    to_stderr = logging.StreamHandler()
-    to_stderr.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[to_stderr], force=True)
+    log_to_terminal()
+    logger.info("libraries are loaded, after %s", duration(time.time() - psutil.Process().create_time()))
     quiet_transformers()
     try:
         config = to_config(composed)

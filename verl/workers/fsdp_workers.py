@@ -36,6 +36,7 @@ from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.rendezvous import meeting_store
+from verl.utils.run_log import phase
 from verl.utils.units import GIB
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.pairs import PairPolicy
@@ -226,14 +227,15 @@ class ActorRolloutRefWorker(FSDPWorker):
         model, rollout = self.config.model, self.config.rollout
         model_config = load_config(model.path, "policy", model.override_config, model.trust_remote_code)
         before = torch.cuda.memory_allocated()
-        self.rollout = get_rollout_class(rollout.name)(
-            model_config,
-            self.tokenizer,
-            rollout,
-            self.device,
-            model.trust_remote_code,
-            all_eos_token_ids(self.tokenizer, model.path),
-        )
+        with phase(f"building the {rollout.name} engine"):
+            self.rollout = get_rollout_class(rollout.name)(
+                model_config,
+                self.tokenizer,
+                rollout,
+                self.device,
+                model.trust_remote_code,
+                all_eos_token_ids(self.tokenizer, model.path),
+            )
         if rollout.drops_weights:
             self.engine_bytes = torch.cuda.memory_allocated() - before
         self.rollout.sleep()

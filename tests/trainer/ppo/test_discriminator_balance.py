@@ -104,6 +104,34 @@ def test_a_head_start_is_not_spoken_of(caplog):
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize(("accuracy", "worked"), [(0.59, False), (0.6, True)])
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_warmup_ends_with_a_verdict(caplog, accuracy, worked, held_out):
+    """By held-out pairs, or where there are none by those of training."""
+    measure = (lambda: HeldOutAccuracy(accuracy, 0.04, 32)) if held_out else None
+    start = HeadStart(config("trainer.critic_warmup=5"), measure, 9)
+    with caplog.at_level(logging.INFO):
+        start.conclude(0.1 if held_out else accuracy)
+    (said,) = caplog.records
+    assert (said.levelno == logging.INFO) == worked
+    assert ("warmup worked" if worked else "warmup did not work") in caplog.text
+    assert f"tells {accuracy:.3f} " in caplog.text and "critic.head_start.accuracy=0.6" in caplog.text
+    assert ("pairs of 32 held-out prompts" if held_out else "training pairs") in caplog.text
+    assert ("critic.optim.lr=5e-06 (5 to 10 times)" in caplog.text) != worked
+
+
+def test_a_warmup_that_may_be_guessing_has_not_worked(caplog):
+    """By two standard errors, as GAD would say at its start."""
+    HeadStart(config("trainer.critic_warmup=5"), lambda: HeldOutAccuracy(0.61, 0.06, 6), 9).conclude(None)
+    assert "warmup did not work" in caplog.text and "which may be guessing" in caplog.text
+
+
+def test_what_has_said_it_already_or_measured_nothing_has_no_verdict(caplog):
+    auto([0.9]).conclude(0.9)
+    HeadStart(config("trainer.critic_warmup=5"), None, 9).conclude(None)
+    assert caplog.text == ""
+
+
 def test_auto_that_fills_the_whole_run_has_failed_too():
     """Of five steps, 0 to 4, the last is checked also where none is due."""
     start = auto([0.5, 0.7], total_steps=4)

@@ -142,6 +142,9 @@ def test_discriminator_metrics():
             "critic/teacher_value_mean": 1.5,  # 9 over 6 tokens
             "critic/length_ratio": 2.5 / 3,
             "critic/length_reward_corr": pearsonr([4, 2, 1, 3], [0.1, 0.3, 0.5, 0.5])[0],
+            # Less their groups' means, lengths are 1 -1 -1 1 and scores -.1 .1 0 0: -.2 / sqrt(4 * .02).
+            "critic/length_reward_corr_in_groups": -0.2 / math.sqrt(0.08),
+            "critic/group_length_spread": (math.sqrt(2) / 3 + math.sqrt(2) / 2) / 2,  # lengths 4 2 and 1 3
             "critic/zero_std_group_frac": 0.5,  # the second group
             # Places .15, .75, 1.5, 2.25, 2.85 of .1 .3 .5 .5, and .05, .25, .5, .75, .95 of .4 .5.
             **quantiles("student", 0.13, 0.25, 0.4, 0.5, 0.5),
@@ -163,7 +166,7 @@ def test_groups_of_one_have_no_spread_to_report():
     for name in ("student_scores", "student_raw_scores", "student_score_tokens", "response_mask"):
         first[name] = first[name][:, :1]
     metrics = mu.compute_discriminator_metrics(DataProto.from_dict(first))
-    assert "critic/zero_std_group_frac" not in metrics
+    assert "critic/zero_std_group_frac" not in metrics and "critic/length_reward_corr_in_groups" not in metrics
     assert metrics["critic/d_acc"] == 0.5  # d = .3 and 0
 
 

@@ -7,10 +7,13 @@ import re
 import subprocess
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 import verl
 from verl.monitor.report.provenance import read_record
-from verl.trainer.config.loading import compose_config
+from verl.trainer.config.loading import compose_config, composed_preset
+from verl.trainer.config.overrides import CONFIG_DIR
 from verl.trainer.ppo import run_record
 from verl.trainer.ppo.run_record import describe_start, keep_record
 
@@ -44,6 +47,18 @@ def test_what_follows_from_another_setting_is_no_change_of_its_own():
     assert "actor_rollout_ref.rollout.response_length" not in changed
     assert "actor_rollout_ref.actor.ppo_mini_batch_size" not in changed
     assert changed["critic.ppo_mini_batch_size"][1] == 3
+
+
+def test_within_a_command_of_hydras():
+    """Where one Hydra is at work already, as under `hydra.main`; it is not disturbed."""
+    config = compose_config(["stage=gad", *NEEDED])
+    composed_preset.cache_clear()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        outer = GlobalHydra.instance().hydra
+        assert describe_start(config)["changed"]["data.train_files"][1] == "train.parquet"
+        assert compose_config(["stage=gad", *NEEDED]) == config
+        assert GlobalHydra.instance().hydra is outer is not None
+    assert not GlobalHydra.instance().is_initialized()
 
 
 def test_versions_device_and_revision():

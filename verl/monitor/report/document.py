@@ -24,6 +24,7 @@ LANGUAGES = ("en", "zh")
 ALL_POINTS, MOST_POINTS = 2400, 600
 # A rule of this form says what is healthy for one metric as it is logged.
 PLAIN = re.compile(r"^(?:median|mean|last)\('([^']+)'(?:, *\d+)?\)$")
+EITHER = re.compile(r"^(.+?) if has\('([^']+)'\)\s+else (.+)$")
 TEACHERS_LENGTH = "teacher's length"
 QUANTILES = ("p05", "p25", "p50", "p75", "p95")
 # Timings that are not part of timing_s/step.
@@ -90,7 +91,7 @@ def describe(seen: Seen, runs: int) -> dict[str, Any]:
         "state": _state(watch),
         "verdict": {language: Words(watch, language).verdict(run) for language in LANGUAGES},
         "stages": seen.stages,
-        "steps": len(run.steps),
+        "steps": run.made,
         "first": min(run.steps),
         "last": max(run.steps),
         "thinned": max((len(found.steps) for found in series.values()), default=0) > most,
@@ -130,7 +131,7 @@ def _alarm(alarm: Alarm, watch: Watch) -> dict[str, Any]:
         "note": alarm.is_note,
         "since": alarm.since,
         "until": alarm.until,
-        "label": alarm.rule.label,
+        "label": {language: alarm.rule.label.text(language) for language in LANGUAGES},
         "value": rounded(alarm.value),
         "metrics": sorted(alarm.rule.value.metrics),
         "follows": None if source is None else source.rule.id,
@@ -154,7 +155,9 @@ def bands(watch: Watch, stages: list[list[Any]]) -> dict[str, list[list[Any]]]:
     # Up to the next stage's begin, so that no gap is left between the two.
     ends = [first for _, first, _ in stages[1:]] + [last for _, _, last in stages[-1:]]
     for rule in watch.rules:
-        plain = PLAIN.match(rule.value.text)
+        either = EITHER.match(rule.value.text)
+        text = rule.value.text if either is None else either[1] if watch.has(either[2]) else either[3]
+        plain = PLAIN.match(text)
         if plain is None or rule.severity == "note":
             continue
         pieces = found.setdefault(

@@ -59,8 +59,13 @@
   function table(head, rows, kind) {
     const made = make("table", kind);
     if (head) made.append(make("thead", null, make("tr", null, ...head.map((cell) => make("th", null, cell)))));
-    const line = (cells) => make("tr", null, ...cells.map((cell, place) => (cell instanceof HTMLTableCellElement
-      ? cell : place ? make("td", null, cell) : make("th", null, ...breakable(cell)))));
+    const line = (cells) => make("tr", null, ...cells.map((cell, place) => {
+      const found = cell instanceof HTMLTableCellElement ? cell
+        : cell instanceof Node ? make("td", null, cell) : make(place ? "td" : "th", null, ...breakable(cell));
+      // On a phone, where there is no head, a cell says itself whose it is.
+      if (head && place) found.dataset.of = head[place];
+      return found;
+    }));
     made.append(make("tbody", null, ...rows.map(line)));
     return make("div", "card wide", made);
   }
@@ -130,7 +135,7 @@
     const cell = (content) => {
       if (content === null) return say("unset");
       if (!("preset" in content)) return content.value;
-      return make("td", null, make("span", "changed", content.value), make("span", "soft", say("preset_value", { value: content.preset })));
+      return make("td", null, make("span", "changed", ...breakable(content.value)), make("span", "soft", say("preset_value", { value: content.preset })));
     };
     return section("settings", table(data.runs.length > 1 ? columns() : null,
       data.settings.map((row) => [row.key, ...row.cells.map(cell)])), make("p", "soft", say("settings_note")));
@@ -170,7 +175,7 @@
   function explained(alarm, times) {
     const kind = alarm.note ? "note" : alarm.until === null ? "alarm" : "over";
     const name = alarm.note ? "note" : alarm.until === null ? "state_alarm" : "over";
-    const values = { ...alarm, value: figure(alarm.value), range: both(alarm.range), until: alarm.until ?? say("firing") };
+    const values = { ...alarm, label: both(alarm.label), value: figure(alarm.value), range: both(alarm.range), until: alarm.until ?? say("firing") };
     const follows = alarm.follows ? ` (${say("follows", { id: alarm.follows })})` : "";
     const made = make("details", null,
       make("summary", null, both(alarm.says), make("span", `badge ${kind}`, say(name) + (times > 1 ? ` × ${times}` : ""))),
@@ -196,7 +201,7 @@
       bands: options.bands, axes: axes(options.log),
       scales: { x: { time: false, range: (plot, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) },
         y: options.log ? { distr: 3 } : { range: (plot, low, high) => (low === high || low === null
-          ? [(low ?? 0) - Math.abs(low || 1), (low ?? 0) + Math.abs(low || 1)] : uPlot.rangeNum(low, high, 0.08, false)) } },
+          ? [low ? low - Math.abs(low) : -0.05, low ? low + Math.abs(low) : 1] : uPlot.rangeNum(low, high, 0.08, false)) } },
       cursor: { sync: { key: "steps" }, points: { size: 5 }, drag: { x: true, y: false } },
       hooks: { drawClear: options.behind ? [options.behind] : [] },
     }, rows, place);
@@ -316,13 +321,12 @@
 
   function prompt(item, steps) {
     const given = steps.map((step) => [step, item.answers[step]]).filter((pair) => pair[1]);
-    const teachers = given.map((pair) => pair[1].teacher_score).filter(isNumber);
-    const teacherScore = teachers.length ? say("score", { value: [...new Set([teachers[0], teachers.at(-1)].map(figure))].join(" → ") }) : "";
     const students = given.map(([step, found]) => answer("", say("at_step", { step }), found.text, [
-      isNumber(found.score) ? say("score", { value: figure(found.score) }) : "",
+      isNumber(found.score) ? say(isNumber(found.teacher_score) ? "score_beside" : "score",
+        { value: figure(found.score), teacher: figure(found.teacher_score) }) : "",
       isNumber(found.tokens) ? say("tokens", { count: found.tokens }) : "", found.finish]));
     return make("div", "card", make("h3", null, say("prompt")), make("div", "text prompt", item.prompt),
-      make("div", "answers", answer("teacher", say("teacher"), item.teacher, [teacherScore]), ...students));
+      make("div", "answers", answer("teacher", say("teacher"), item.teacher, []), ...students));
   }
 
   function answers() {

@@ -16,6 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.base import ClassWithInitArgs, ResourcePool, Worker, WorkerGroup
+from verl.single_controller.ray.output import log_in_rank
 from verl.single_controller.ray.processes import MARK, RankProcesses
 from verl.single_controller.ray.resources import check_resources, describe
 from verl.utils.rendezvous import reserve_port
@@ -130,6 +131,7 @@ class WorkerHost:
 
     def __init__(self, roles: dict[str, RayClassWithInitArgs], one_node: bool) -> None:
         answer_when_asked()
+        log_in_rank()
         self._roles, self._one_node = roles, one_node
 
     def meeting_place(self) -> tuple[str, int]:

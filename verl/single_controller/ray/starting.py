@@ -40,7 +40,7 @@ def join_or_start(address: str | None, num_cpus: int | None) -> None:
         return
     if address not in ("auto", "local") and "://" not in address:
         check_answers(address, origin)
-    ray.init(address=address)
+    ray.init(address=address, configure_logging=not _log_is_set_up())
 
 
 def start_alone(num_cpus: int | None) -> None:
@@ -57,7 +57,7 @@ def start_alone(num_cpus: int | None) -> None:
     with _one_machine():
         ray.init(
             address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address=LOOPBACK,
-            _temp_dir=session_folder(),
+            _temp_dir=session_folder(), configure_logging=not _log_is_set_up(),
         )  # fmt: skip
     address = ray.util.get_node_ip_address()
     if address != LOOPBACK:
@@ -66,6 +66,11 @@ def start_alone(num_cpus: int | None) -> None:
             f"Ray {ray.__version__} listens on {address} where {LOOPBACK} was asked for, open to the network: install "
             "one of the versions in requirements.txt"
         )
+
+
+def _log_is_set_up() -> bool:
+    """Whether Ray's log goes where the root's does (`log_to_terminal`), and Ray is to leave it there."""
+    return logging.getLogger("ray").propagate
 
 
 def stop() -> None:

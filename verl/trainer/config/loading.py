@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -73,10 +74,22 @@ def preset_settings(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     return _joined(followed, preset)
 
 
+@contextmanager
+def _hydra_of_our_own() -> Iterator[None]:
+    """Hydra over this package's configuration; one at work already, as in every command's run, goes on after it."""
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
 @cache
 def composed_preset(stage: str) -> dict[str, Any]:
     """What `stage=STAGE` writes, nested, with "${...}" for what follows from other settings; not to be changed."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+    with _hydra_of_our_own():
         preset = OmegaConf.to_container(compose("ppo_trainer", overrides=[f"stage={stage}"]), resolve=False)
     _take_missing(preset)
     return preset
@@ -158,7 +171,7 @@ def explain_refusals() -> Iterator[None]:
 
 def compose_config(overrides: list[str]) -> Config:
     """The configuration that `python -m verl.trainer.main_ppo OVERRIDES` would run with."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+    with _hydra_of_our_own():
         with explain_refusals():
             composed = compose("ppo_trainer", overrides=normalize_overrides(overrides))
         return to_config(composed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 from tqdm import tqdm
 
 from verl.batch import Prompts, Scores
-from verl.config.run import Config
+from verl.config.run import Config, TrainerConfig
 from verl.monitor.live import Monitor
 from verl.trainer.ppo.checkpointing import run_folder
 from verl.trainer.ppo.run_record import keep_record
 from verl.trainer.ppo.val_samples import set_val_samples_aside
 from verl.utils.dump import dump_jsonl
+from verl.utils.stalls import duration
 from verl.utils.tracking import Tracking
+
+logger = logging.getLogger(__name__)
 
 # What the progress bar shows, where a step has it.
 SHOWN = {
@@ -30,8 +34,8 @@ SHOWN = {
 }
 
 
-def open_tracking(config: Config, step: int) -> Tracking:
-    """The trackers of a run that begins, or goes on, with this step."""
+def open_tracking(config: Config, step: int, total_steps: int) -> Tracking:
+    """The trackers of a run of so many steps that begins, or goes on, with this one."""
     trainer = config.trainer
     if step == 0:
         set_val_samples_aside(run_folder(trainer))
@@ -44,6 +48,7 @@ def open_tracking(config: Config, step: int) -> Tracking:
         resumed=step > 0,
         # A look at an earlier checkpoint makes no step again.
         first_step=None if trainer.val_only else step,
+        total_steps=total_steps,
         tensorboard_dir=trainer.default_tensorboard_dir,
     )
 
@@ -57,15 +62,27 @@ def open_monitor(config: Config, tracking: Tracking, step: int) -> Monitor:
 
 
 def progress_bar(stage: str, steps: int, done: int) -> tqdm:
-    """A bar of the run's steps."""
-    return tqdm(total=steps, initial=done, desc=stage, unit="step", dynamic_ncols=True)
+    """A bar of the run's steps, at a terminal; elsewhere nothing, as it would leave a line per step and no end of
+    control characters."""
+    return tqdm(total=steps, initial=done, desc=stage, unit="step", dynamic_ncols=True, disable=None)
 
 
-def show_step(bar: tqdm, metrics: Mapping[str, float]) -> None:
-    """One step further, with its metrics that matter most."""
-    shown = {label: f"{metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics}
-    bar.set_postfix(shown, refresh=False)
+def show_step(bar: tqdm, metrics: Mapping[str, float], in_lines: bool) -> None:
+    """One step further, with its metrics that matter most unless lines above the bar have them."""
+    if not in_lines:
+        shown = {label: f"{metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics}
+        bar.set_postfix(shown, refresh=False)
     bar.update()
+
+
+def say_done(trainer: TrainerConfig, step: int, has_critic: bool, seconds: float) -> None:
+    """The end of a whole run: how long it took, where its weights are, and what they are good for."""
+    folder = run_folder(trainer) / f"global_step_{step}"
+    critic = f" --reward_model {folder / 'critic'}" if has_critic else ""
+    logger.info("done: %d steps are made, %s in this run", step, duration(seconds))
+    logger.info("a next stage takes --model %s%s", folder / "actor", critic)
+    merge = "python -m verl.model_merger merge --backend fsdp"
+    logger.info("for transformers and vLLM: %s --local_dir %s --target_dir student", merge, folder / "actor")
 
 
 def dump_answers(path: Path, prompts: Prompts, texts: list[str], scores: Scores | None) -> None:

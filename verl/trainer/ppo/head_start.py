@@ -85,6 +85,37 @@ class HeadStart:
             return {}
         return {"first_actor_step": self.first_actor_step, "head_start_held": self.held}
 
+    def conclude(self, in_training: float | None) -> None:
+        """At the end of a warmup of fixed length: say whether the discriminator has learned enough to teach, and what
+        to do if not.
+
+        Args:
+            in_training: the share of training pairs that it told apart of late, which has to do without a held-out set.
+        """
+        if self.auto or (self.accuracy is None and in_training is None):
+            return
+        accuracy, error, pairs = in_training, 0.0, "of the training pairs, which it has learned from,"
+        if self.accuracy is not None:
+            accuracy, error, prompts = self.accuracy()
+            pairs = f"(standard error {error:.2f}) of the pairs of {prompts} held-out prompts"
+        threshold = f"critic.head_start.accuracy={self.config.accuracy}"
+        falls_short = f"less than {threshold}" if accuracy < self.config.accuracy else "which may be guessing"
+        # Where fewer than two standard errors are above 0.5, GAD would warn of it.
+        if accuracy >= self.config.accuracy and accuracy - 2 * error >= 0.5:
+            logger.info(
+                "warmup worked: the discriminator tells %.3f %s apart, %s or more: go on with GAD",
+                accuracy, pairs, threshold,
+            )  # fmt: skip
+            return
+        logger.warning(
+            "warmup did not work: the discriminator tells %.3f %s apart, %s: its scores would train the "
+            "student on noise. Give it more steps (trainer.critic_warmup and trainer.total_training_steps; the same "
+            "command goes on from here) or a higher critic.optim.lr=%s (5 to 10 times), or let it take as long as it "
+            "needs (trainer.critic_warmup=auto). Or the student writes like the teacher already, and an adversary has "
+            "nothing to teach it: stop here",
+            accuracy, pairs, falls_short, self.learning_rate,
+        )  # fmt: skip
+
     def warn_of_a_blind_critic(self) -> None:
         """Before the first step of a run that trains the actor at once: say so if the critic that it was given does not
         tell held-out pairs apart by two standard errors."""

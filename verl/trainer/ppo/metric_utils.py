@@ -87,6 +87,12 @@ def compute_discriminator_metrics(batch: DataProto) -> dict[str, float]:
         spread = scores.student.std(-1)
         metrics["critic/group_score_std"] = spread.mean().item()
         metrics["critic/zero_std_group_frac"] = (spread < ZERO_STD).float().mean().item()
+        metrics["critic/group_length_spread"] = (lengths.std(-1) / lengths.mean(-1)).mean().item()
+        # Answers are compared with others to their prompt: how prompts differ in length and score is left out.
+        metrics["critic/length_reward_corr_in_groups"] = correlation(
+            (lengths - lengths.mean(-1, keepdim=True)).flatten(),
+            (scores.student - scores.student.mean(-1, keepdim=True)).flatten(),
+        )
     return metrics
 
 

@@ -32,7 +32,7 @@ from verl.trainer.ppo.best import first_that_counts, open_best
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState, run_folder
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator import Discriminator
-from verl.trainer.ppo.display import dump_answers, open_monitor, open_tracking, progress_bar, show_step
+from verl.trainer.ppo.display import dump_answers, open_monitor, open_tracking, progress_bar, say_done, show_step
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.metric_utils import compute_throughout_metrics, compute_timing_metrics
@@ -50,6 +50,7 @@ from verl.trainer.ppo.student import Student
 from verl.trainer.ppo.validation import Validation
 from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
 from verl.utils.dataset.sampler import EpochBatches
+from verl.utils.run_log import phase
 from verl.utils.signals import RunSignals
 from verl.utils.stalls import doing
 from verl.utils.tracking import Tracking
@@ -148,16 +149,19 @@ class RayPPOTrainer:
     def init_workers(self) -> None:
         """Start one process per rank with every role in it, build the models there, and wrap them in handles."""
         config, eos_token_ids = self.config, all_eos_token_ids(self.tokenizer, self.config.actor_rollout_ref.model.path)
-        groups = self.spawn(worker_roles(config, self.role_worker_mapping, self.total_steps, eos_token_ids))
+        ranks = "1 rank" if config.trainer.ranks == 1 else f"{config.trainer.ranks} ranks"
+        with phase(f"starting {ranks}"):
+            groups = self.spawn(worker_roles(config, self.role_worker_mapping, self.total_steps, eos_token_ids))
         actor_rollout, critic = groups[str(Role.ActorRollout)], groups.get(str(Role.Critic))
         check_run_memory(config, actor_rollout.memory_sizes()[0])
-        logger.info("%d ranks are up; building models", config.trainer.ranks)
-        actor_rollout.init_model()
+        with phase("building models: the student's"):
+            actor_rollout.init_model()
         self.student = Student(config, actor_rollout, self.tokenizer, eos_token_ids)
         self.discriminator = self.held_out = self.rejected = None
         files = {}
         if critic is not None:
-            critic.init_model()
+            with phase("building models: the discriminator's"):
+                critic.init_model()
             self.discriminator = Discriminator(config, critic)
             files[REPLAY_FILE] = self.discriminator.replay
             if self._measures_held_out():
@@ -203,17 +207,22 @@ class RayPPOTrainer:
         config = self.config.trainer
         self._resume()
         if self.held_out is not None:
-            self.held_out.store(self.global_step)
+            with phase("sampling the held-out answers"):
+                self.held_out.store(self.global_step)
         if self.global_step == 0:
             self.head_start.warn_of_a_blind_critic()
-        stage = self.config.stage
+        if self.config.actor_rollout_ref.actor.fsdp_config.use_torch_compile:
+            logger.info("the models' layers are compiled on the way, so that the first steps take longer")
+        stage, began = self.config.stage, time.monotonic()
         with (
             self._open_tracking() as tracking,
             progress_bar(stage, self.total_steps, self.global_step) as bar,
             self.checkpoints.all_written(),
         ):
             if config.val_only:
-                return tracking.log(self.validation.run(self.global_step, tracking), self.global_step)
+                with phase(f"validating at step {self.global_step}"):
+                    metrics = self.validation.run(self.global_step, tracking)
+                return tracking.log(metrics, self.global_step)
             self.monitor = open_monitor(self.config, tracking, self.global_step)
             with self.signals.at_step_ends(config.save_on_signal):
                 complete = self._make_steps(tracking, bar)
@@ -223,6 +232,10 @@ class RayPPOTrainer:
             if complete and config.test_freq > 0 and self.val_dataset is not None:
                 self._log(tracking, self._validate(tracking, partial(marked_timer, timing={}))[0])
             self._prune()
+        if complete:
+            if stage == "warmup":
+                self.head_start.conclude(self.discriminator.balance.accuracy)
+            say_done(config, self.global_step, self.discriminator is not None, time.monotonic() - began)
 
     def _make_steps(self, tracking: Tracking, bar: tqdm) -> bool:
         """Make the steps that are left, validating and saving on the way; whether all of them were made. A signal or an
@@ -258,7 +271,7 @@ class RayPPOTrainer:
             if written is not None:
                 self.checkpoints.publish(written)
             self.skipped.end_if_too_many(metrics, done == self.total_steps)
-            show_step(bar, metrics)
+            show_step(bar, metrics, in_lines="console" in self.config.trainer.logger)
             self.global_step = done
             if self.signals.received is not None:
                 self._save_unless_saved()
@@ -352,7 +365,7 @@ class RayPPOTrainer:
     def _validate(self, tracking: Tracking, timed: Timed) -> tuple[Metrics, bool]:
         """Validate, and keep the weights if they are the best so far; whether the run is to end here, its last weights
         saved."""
-        with timed("testing"):
+        with timed("testing"), phase(f"validating at step {self.global_step}"):
             metrics = self.validation.run(self.global_step, tracking)
         best, step = self.best, self.global_step
         if best is None:
@@ -413,7 +426,7 @@ class RayPPOTrainer:
         return state
 
     def _open_tracking(self) -> Tracking:
-        return open_tracking(self.config, self.global_step)
+        return open_tracking(self.config, self.global_step, self.total_steps)
 
     def _step_metrics(self, step: Step, timing: dict[str, float]) -> Metrics:
         """The step's metrics and what it took; its answers go to `rollout_data_dir`."""

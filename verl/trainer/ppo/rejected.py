@@ -24,6 +24,7 @@ from verl.batch import PAIR_REFERENCE_KEYS, Answers, PairLogProbs, Prompts, tabl
 from verl.config.run import Config
 from verl.protocol import DataProto
 from verl.trainer.ppo.student import Student
+from verl.utils.run_log import phase
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +112,9 @@ class RejectedAnswers:
             num_workers=config.data.dataloader_num_workers,
             collate_fn=self.collate_fn,
         )
-        bar = tqdm(total=len(self.dataset), desc="rejected answers", leave=False, dynamic_ncols=True)
+        bar = tqdm(total=len(self.dataset), desc="rejected answers", leave=False, dynamic_ncols=True, disable=None)
         metrics, parts = {}, []
-        with bar:
+        with phase(f"sampling {len(self.dataset)} answers to be rejected"), bar:
             for number, rows in enumerate(loader):
                 seed = rollout.seed + self.seed + epoch * len(loader) + number
                 prompts = Prompts.of(DataProto.from_single_dict(rows))

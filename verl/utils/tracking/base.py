@@ -53,6 +53,7 @@ class Run:
     resumed: bool = True
     # Of what a resumed run logs; what an earlier one logged from there on is done again. None: nothing is.
     first_step: int | None = None
+    total_steps: int | None = None
 
 
 class Backend:

@@ -9,19 +9,27 @@ from collections.abc import Mapping, Sequence
 from tqdm import tqdm
 
 from verl.utils.console import printable, wrapped
-from verl.utils.tracking.base import Backend, Sample
+from verl.utils.step_line import StepLines
+from verl.utils.tracking.base import Backend, Run, Sample
 
 _LABEL = "  {:<9}"
 
 
 class ConsoleBackend(Backend):
-    """One line per step, `step:{n} - key:value - ...`, and the first validation samples: a few lines of each text, as
-    wide as the terminal, or where there is none, 120 columns."""
+    """The trainer's steps as one line each, at most one a second (`StepLines`); other metrics as
+    `step:{n} - key:value - ...`; and the first validation samples: a few lines of each text, as wide as the terminal,
+    or where there is none, 120 columns."""
 
     shown_samples = 3
     shown_lines = 3
 
+    def __init__(self, run: Run):
+        self.lines = StepLines(run.total_steps)
+
     def log(self, data: Mapping[str, float], step: int) -> None:
+        lines = self.lines.of(data, step)
+        if lines is not None:
+            return self._write_all(lines)
         values = [
             f"{name}:{value:.6g}" if isinstance(value, float) else f"{name}:{value}" for name, value in data.items()
         ]
@@ -37,6 +45,13 @@ class ConsoleBackend(Backend):
                 labels = [name, *[""] * (len(rows) - 1)]
                 lines += [(_LABEL.format(label) + row).rstrip() for label, row in zip(labels, rows, strict=True)]
             self._write("\n".join(lines))
+
+    def close(self) -> None:
+        self._write_all(self.lines.held_back())
+
+    def _write_all(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._write(line)
 
     def _write(self, text: str) -> None:
         tqdm.write(printable(text))  # print would run into a progress bar's line

@@ -93,6 +93,7 @@ class Tracking:
         resumed: whether the run goes on where an earlier one stopped; if not, its metrics.jsonl starts anew.
         tensorboard_dir: folder of the event files; when None, TENSORBOARD_DIR, else `tensorboard` in log_dir.
         first_step: the step that a resumed run goes on with; None where it makes none again.
+        total_steps: of the run, for the console.
 
     Raises:
         ValueError: an unknown backend; the message names the known ones.
@@ -109,6 +110,7 @@ class Tracking:
         tensorboard_dir: str | Path | None = None,
         resumed: bool = True,
         first_step: int | None = None,
+        total_steps: int | None = None,
     ):
         backends = _backends(default_backend)
         for backend in backends.values():
@@ -116,7 +118,7 @@ class Tracking:
         log_path = Path(log_dir or Path("logs") / project_name / experiment_name).expanduser()
         tensorboard_path = tensorboard_dir or os.environ.get("TENSORBOARD_DIR") or log_path / "tensorboard"
         folders = log_path, Path(tensorboard_path).expanduser()
-        run = Run(project_name, experiment_name, config or {}, *folders, resumed, first_step)
+        run = Run(project_name, experiment_name, config or {}, *folders, resumed, first_step, total_steps)
         self._local = [opened for kind in backends.values() if not kind.remote and (opened := _opened(kind, run))]
         self._remote = [Queued(name, lambda kind=kind: kind(run)) for name, kind in backends.items() if kind.remote]
         self._failing: set[Backend] = set()
