@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 import urllib.request
@@ -38,6 +39,9 @@ SHOWN_CHARACTERS = 200
 SHORTEST_KEY = 12
 # Of 429s that do not pass.
 NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached")
+
+
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 class EndpointError(ValueError):
@@ -328,6 +332,6 @@ def read_reply(raw: str) -> Reply:
     if not found or not all(text is None or isinstance(text, str) for text in texts):
         raise NoCompletion(shorten(raw, SHOWN_CHARACTERS) or "nothing")
     # Halves of surrogate pairs are no text, and no file in UTF-8 can have them.
-    sound = [(text or "").encode(errors="surrogatepass").decode(errors="replace") for text in texts]
+    sound = [_HALVES.sub("\ufffd", text or "") for text in texts]
     sound[0] = None if texts[0] is None else sound[0]
     return Reply(*sound, *(count if isinstance(count, int) and count >= 0 else None for count in counts))
