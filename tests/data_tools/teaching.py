@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -48,10 +49,11 @@ def command(prompts: Path, out: Path, url: str, *flags: str) -> list[str]:
 
 
 def start(arguments: list[str], **options) -> subprocess.Popen:
-    """Collect in a process of its own."""
+    """Collect in a process of its own, which hears SIGINT also where these tests run in the background."""
     return subprocess.Popen(
         [sys.executable, "-m", "verl.data_tools.collect", *arguments],
-        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("flags")
     add = group.add_argument
-    add("-h", "--help", action="help", help="show this")
+    add("-h", "--help", action="help", help=argparse.SUPPRESS)
     add("prompts", nargs="+", metavar="PROMPTS", help=".txt (a prompt a line), .jsonl, .parquet, or a dataset's folder")
     add("--out", required=True, metavar="FILE", help=".parquet or .jsonl, to train on; the rest goes to NAME.collect/")
     add("--endpoint", required=True, metavar="URL", help="up to and without /chat/completions")
