@@ -64,6 +64,9 @@ class Server(ThreadingHTTPServer):
         self.share, self.random = share, random.Random(seed)
         super().__init__(("127.0.0.1", 0), Handler)
 
+    def handle_error(self, request, client_address):
+        """Clients that are killed are no news."""
+
     def mood(self, text: str):
         with self.lock:
             if self.moods:

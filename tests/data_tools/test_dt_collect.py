@@ -25,8 +25,8 @@ from tests.data_tools.teaching import (
     teaching,
     write_prompts,
 )
+from verl.data_tools.collect import main
 from verl.data_tools.collect import run as run_module
-from verl.data_tools.collect.__main__ import main
 from verl.tools.chat_client import ChatClient
 
 
@@ -378,7 +378,7 @@ def test_a_foreign_file_is_not_replaced(folder, capsys):
 
 def test_help_is_short_and_needs_nothing_heavy():
     code = (
-        "import sys\nfrom verl.data_tools.collect.__main__ import parse\ntry:\n    parse(['--help'])\nfinally:\n"
+        "import sys\nfrom verl.data_tools.collect import parse\ntry:\n    parse(['--help'])\nfinally:\n"
         "    assert not {'torch', 'transformers', 'pandas'} & sys.modules.keys()"
     )
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
