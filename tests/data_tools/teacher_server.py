@@ -48,6 +48,7 @@ MOODS = {
     "reason": lambda text: ({"content": text, "reasoning_content": "Let me think. 让我想想。"}, "stop"),
     "think": lambda text: ({"content": f"<think>\nHm.\n</think>\n\n{text}"}, "stop"),
     "surrogate": lambda text: ({"content": f"{text} \ud83d"}, "stop"),
+    "parts": lambda text: ({"content": [{"type": "thinking"}, {"type": "text", "text": text}]}, "stop"),
     "lines": lambda text: ({"content": "one\u2028two\x85three\r\n四\x00"}, "stop"),
 }
 

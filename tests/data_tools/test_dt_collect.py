@@ -87,7 +87,8 @@ def test_each_kind_is_counted_and_kept_apart(folder, capsys):
     moods = {"number 0?": "length", "number 1?": "filter", "number 2?": "refuse", "number 3?": "拒绝",
              "number 4?": "refusal", "number 5?": "empty", "number 6?": "null", "number 7?": [400],
              "number 8?": [400, "content_filter"], "number 9?": "reason", "number 10?": "think",
-             "number 11?": "surrogate", "number 12?": "no usage", "number 13?": "lines"}  # fmt: skip
+             "number 11?": "surrogate", "number 12?": "no usage", "number 13?": "lines",
+             "number 14?": "parts"}  # fmt: skip
     prompts, out = write_prompts(folder / "p.txt", 16), folder / "t.jsonl"
     with teaching(folder, by_text=moods) as teacher:
         run = partial(main, command(prompts, out, teacher.url))
@@ -104,6 +105,7 @@ def test_each_kind_is_counted_and_kept_apart(folder, capsys):
         rows = {row["content"][0]["content"].split()[3]: row["teacher_response"] for row in rows_of(out)}
         assert rows["9?"] == answer_to("What is number 9? 第9个问题")
         assert rows["10?"].startswith("The answer") and rows["11?"].endswith(" �")
+        assert rows["14?"] == answer_to("What is number 14? 第14个问题")
         assert rows["13?"] == "one\u2028two\x85three\r\n四\x00"
 
         # All of it is in the log: other choices ask nothing.
@@ -281,7 +283,8 @@ def test_a_budget_is_not_exceeded_and_can_be_raised(folder, capsys):
         arguments = command(prompts, out, teacher.url, "--prices", "1", "10", "--max_tokens", "20")
         assert main([*arguments, "--budget", "0.005"]) == 0
         assert len(teacher.texts()) == 23 == len(rows_of(out))
-        said = capsys.readouterr().out
+        said, error = capsys.readouterr()
+        assert "; --budget 0.005, of which 0.00 is spent, ends it before" in error
         assert "ended by --budget or --max_tokens_total" in said and "7 are left" in said
         assert main([*arguments, "--budget", "0.005"]) == 0 and len(teacher.texts()) == 23
         # 30 tokens an answer and about 14 expected of a prompt: 780 would be the 26th answer's.
@@ -374,6 +377,16 @@ def test_a_foreign_file_is_not_replaced(folder, capsys):
         assert main(arguments) == 2 and "which exists; pass --overwrite" in capsys.readouterr().err
         assert out.read_text() == "mine\n" and not teacher.lines("began")
         assert main([*arguments, "--overwrite"]) == 0 and len(rows_of(out)) == 2
+
+
+def test_columns_that_parquet_cannot_have_are_named_before_anything_is_asked(folder, capsys):
+    data = folder / "p.jsonl"
+    data.write_text('{"prompt": "one", "id": 1}\n{"prompt": "two", "id": "b"}\n')
+    with teaching(folder) as teacher:
+        assert main(command(data, folder / "t.parquet", teacher.url)) == 2
+        assert "expected values of one type in column 'id'" in capsys.readouterr().err and not teacher.lines("began")
+        assert main(command(data, folder / "t.jsonl", teacher.url)) == 0
+    assert [row["id"] for row in rows_of(folder / "t.jsonl")] == [1, "b"]
 
 
 def test_help_is_short_and_needs_nothing_heavy():

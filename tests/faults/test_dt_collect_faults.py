@@ -127,7 +127,14 @@ def test_a_full_disk_loses_no_answer(folder, disk):
         (disk / "filler").unlink()
         assert collect(arguments)[0] == 0
         assert sorted(Counter(teacher.texts()).values()) == [1] * 80
-    assert len(rows_of(out)) == 80
+        assert len(rows_of(out)) == 80
+        # Without room for the rows, what has been written stays, and nothing is asked.
+        filler = os.open(disk / "filler", os.O_WRONLY | os.O_CREAT)
+        os.posix_fallocate(filler, 0, os.statvfs(disk).f_bavail * 4096)
+        os.close(filler)
+        code, said = collect(arguments)
+        assert code == 2 and f"{out}: expected to write it, got" in said and "No space left" in said
+        assert len(rows_of(out)) == 80 == len(teacher.texts())
 
 
 def test_two_at_once_are_refused(folder):

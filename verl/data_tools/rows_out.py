@@ -27,6 +27,12 @@ def check_target(path: Path, overwrite: bool, flag: str = "--out") -> None:
         raise ValueError(f"{flag}: expected a new file, got {path}, which exists; pass --overwrite or another name")
 
 
+def check_columns(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError unless a file of that ending can have the rows' columns."""
+    if path.suffix == ".parquet":
+        _table(path, rows)
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as parquet or jsonl, by the ending, with the columns of all of them; null where a row lacks one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -74,11 +74,12 @@ class Stopped(Exception):
 
 
 class _Passing(Exception):
-    """A trouble that may pass, and the seconds that the server asks to wait, if it does."""
+    """A trouble that may pass, the seconds that the server asks to wait, and whether somebody spoke HTTP there, or may
+    yet."""
 
-    def __init__(self, trouble: str, wait: float = 0.0):
+    def __init__(self, trouble: str, wait: float = 0.0, spoke: bool = True):
         super().__init__(trouble)
-        self.wait = wait
+        self.wait, self.spoke = wait, spoke
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class ChatClient:
             if error.status in (401, 403):
                 raise
         except _Passing as error:
-            if not str(error).startswith("HTTP "):
+            if not error.spoke:
                 raise NoAnswer(str(error), 1) from None
 
     def ask(self, body: dict[str, Any], tokens: int = 0) -> Reply:
@@ -228,7 +229,8 @@ class ChatClient:
             )
             text = self._without_key(self._read(response, until))
         except (OSError, urllib3.exceptions.HTTPError) as error:
-            raise _Passing(self._clean(error)) from None
+            slow = isinstance(error, TimeoutError | urllib3.exceptions.ReadTimeoutError)
+            raise _Passing(self._clean(error), spoke=slow) from None
         if response.status < 300:
             return text
         raise self._refusal(response, text)
@@ -304,6 +306,13 @@ def _seconds(asked: str | None) -> float:
         return 0.0
 
 
+def _joined(content: Any) -> Any:
+    """A message's text, also where it comes in parts."""
+    if not isinstance(content, list):
+        return content
+    return "".join(part["text"] for part in content if part.get("type") == "text")
+
+
 def read_reply(raw: str) -> Reply:
     """A chat completion from its JSON.
 
@@ -323,7 +332,7 @@ def read_reply(raw: str) -> Reply:
     try:
         choice = data["choices"][0]
         message, usage = choice["message"], data.get("usage") or {}
-        texts = [message.get("content"), message.get("reasoning_content") or message.get("reasoning")]
+        texts = [_joined(message.get("content")), message.get("reasoning_content") or message.get("reasoning")]
         texts += [message.get("refusal"), choice.get("finish_reason"), data.get("model")]
         counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
         found = "content" in message or any(texts[:3])

@@ -9,6 +9,8 @@ Kind = Literal["answered", "refused", "empty", "cut", "failed"]
 APART: tuple[Kind, ...] = ("refused", "empty", "cut", "failed")
 Reasoning = Literal["drop", "think"]
 
+# What servers call the end of an answer that had no more tokens.
+CUT = ("length", "max_tokens")
 # A refusal shows at the beginning of an answer, or it is a remark in one.
 LOOKED_AT = 160
 _ENGLISH = r"""
@@ -48,7 +50,7 @@ def judge_answer(record: dict[str, Any]) -> Answer:
     thought = record["reasoning"] or thought
     if record["finish_reason"] == "content_filter" or record["refusal"] or looks_refused(text):
         return Answer(text or record["refusal"], thought, "refused")
-    if record["finish_reason"] == "length":
+    if record["finish_reason"] in CUT:
         return Answer(text, thought, "cut")
     return Answer(text, thought, "answered" if text.strip() else "empty")
 

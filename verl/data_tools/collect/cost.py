@@ -128,7 +128,10 @@ def estimate(requests: Sequence[Request], count: Count, account: Account) -> str
     how = f"{len(sample)} prompts looked at, {account.answer_mean:.0f} tokens an answer"
     text = f"estimate: {len(requests):,} answers, {prompts:,} + {answers:,} tokens ({how})"
     if account.prices:
-        text += f", {account.prices.cost(prompts, answers):.2f} in money"
+        money = account.prices.cost(prompts, answers)
+        text += f", {money:.2f} in money"
         if account.longest:
             text += f", {account.prices.cost(prompts, account.longest * len(requests)):.2f} at most"
+        if account.budget is not None and account.money + money > account.budget:
+            text += f"; --budget {account.budget:g}, of which {account.money:.2f} is spent, ends it before"
     return text

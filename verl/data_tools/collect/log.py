@@ -38,14 +38,13 @@ class AnswerLog:
     Args:
         folder: made if it is not there.
         settings: what all its answers depend on, besides the prompts; JSON values.
-        under_way: answers at most between being asked for and being appended.
 
     Raises:
         ValueError: the log is of other settings; names them.
-        OSError: it cannot be written, or there is no room for the answers under way.
+        OSError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], under_way: int):
+    def __init__(self, folder: Path, settings: Mapping[str, Any]):
         self.path, self._room = folder / LOG, folder / ROOM
         self.full = False  # the disk is; what has been appended is there all the same
         self.damaged = 0  # lines passed over
@@ -53,7 +52,6 @@ class AnswerLog:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._end = self._read(settings)
         os.ftruncate(self._file, self._end)
-        self._make_room(under_way * ROOM_PER_ANSWER)
         if not self._end:
             self._write(as_line({"format": FORMAT, "settings": dict(settings)}).encode())
         sync_to_disk(folder)
@@ -63,6 +61,27 @@ class AnswerLog:
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
+
+    def make_room(self, under_way: int) -> None:
+        """Keep room for so many answers between being asked for and being appended.
+
+        Raises:
+            OSError: there is none.
+        """
+        size = under_way * ROOM_PER_ANSWER
+        with self._room.open("wb") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in FULL:
+                    return  # A file system that cannot; the answers under way are then lost on a full disk.
+                self._room.unlink()
+                raise OSError(
+                    error.errno,
+                    f"expected room for the answers under way, {size / 2**20:g} MiB, got a full disk; make room, lower "
+                    "--concurrency, or put --out elsewhere; nothing was asked",
+                    str(self.path.parent),
+                ) from None
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Keep records with their `key`; on disk when this returns. Sets `full` where that took the last room.
@@ -151,21 +170,6 @@ class AnswerLog:
             os.ftruncate(self._file, self._end)
             raise
         self._end += len(data)
-
-    def _make_room(self, size: int) -> None:
-        with self._room.open("wb") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:
-                if error.errno not in FULL:
-                    return  # A file system that cannot; the answers under way are then lost on a full disk.
-                self._room.unlink()
-                raise OSError(
-                    error.errno,
-                    f"expected room for the answers under way, {size >> 20} MiB, got a full disk; make room, lower "
-                    "--concurrency, or put --out elsewhere; nothing was asked",
-                    str(self.path.parent),
-                ) from None
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from verl.data_tools.collect.log import LOG, AnswerLog, only_one_in
 from verl.data_tools.collect.options import check_options, system_prompt
 from verl.data_tools.collect.output import Wanted, summarise, write_answers, write_summary
 from verl.data_tools.collect.prompts import Asking, Prompt, Prompts, Request, read_prompts
+from verl.data_tools.rows_out import check_columns
 from verl.tools.chat_client import ChatClient, Pace
 from verl.utils.console import printable
 from verl.utils.signals import RunSignals
@@ -33,17 +34,20 @@ def run(options: argparse.Namespace, signals: RunSignals) -> int:
     check_options(options, folder / LOG)
     asking, count, account = _asking(options), counter(options.tokenizer), _account(options)
     prompts = read_prompts(options.prompts, options.prompt_key, options.on_bad_row)
+    check_columns(out, [prompt.columns for prompt in prompts.prompts])
     asked = [(p, asking.request(p, i)) for i in range(options.n) for p in prompts.prompts[: options.max_prompts]]
     if options.dry_run and not (folder / LOG).is_file():
         print(printable(estimate([request for _, request in asked], count, account)))
         return DONE
-    with only_one_in(folder), closing(AnswerLog(folder, asking.settings, options.concurrency)) as log:
+    with only_one_in(folder), closing(AnswerLog(folder, asking.settings)) as log:
         _take_in(log, account, options.retry_failed)
         missing = [request for _, request in asked if request.key not in log]
         if missing:
             print(printable(estimate(missing, count, account)), file=sys.stderr)
         if options.dry_run:
             return DONE
+        if missing:
+            log.make_room(min(options.concurrency, len(missing)))
         collecting = Collecting(_client(options), log, account, count, options.concurrency, signals)
         with signals.at_step_ends(True, INTERRUPTED):
             ending = collecting.run(missing)
@@ -65,9 +69,15 @@ def _finish(
             f"{ending.said}; all answers that came are in {log.path}{lost}; make room and run the same command again"
         )
     wanted = Wanted(options.include, options.reasoning, options.system_in_rows == "yes")
-    written = write_answers(out, log.path.parent, log, asked, wanted)
-    text, record = summarise(prompts, len(asked), written, tally, collecting.account, ending, log)
-    write_summary(log.path.with_name("summary.json"), record)
+    try:
+        written = write_answers(out, log.path.parent, log, asked, wanted)
+        text, record = summarise(prompts, len(asked), written, tally, collecting.account, ending, log)
+        write_summary(log.path.with_name("summary.json"), record)
+    except OSError as error:
+        raise OSError(
+            f"{out}: expected to write it, got {error}; all answers are in {log.path}: mend that and run the same "
+            "command again"
+        ) from None
     print(printable(text))
     if ending.why == "endpoint":
         raise ValueError(ending.said)
