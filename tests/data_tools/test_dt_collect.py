@@ -227,7 +227,7 @@ def test_what_gets_no_answer_is_left_for_the_next_run(folder, capsys):
         ("no credit", 1, "got HTTP 429.*no credit left"),
         (404, 1, "got HTTP 404.*correct the URL"),
         (307, 1, "redirects are not followed; pass /elsewhere"),
-        ([400], 8, "got refusals of the first 8 requests, with HTTP 400"),
+        ([400], 8, "got refusals of 8 requests in a row, with HTTP 400"),
         ("html", 16, "got none to 8 requests in a row, each after 2 tries; the last: <html>busy</html>"),
         (500, 16, "got none to 8 requests in a row, each after 2 tries; the last: HTTP 500"),
     ],
@@ -243,6 +243,23 @@ def test_an_endpoint_that_cannot_be_used_ends_it(folder, capsys, mood, most, wor
     with teaching(folder) as teacher:
         assert main(command(prompts, out, teacher.url, "--max_tokens", "9")) == 0
     assert len(rows_of(out)) == 40
+
+
+def test_refusals_in_a_row_are_the_prompts_fault_only_where_that_is_plain(folder, capsys):
+    prompts, out = write_prompts(folder / "p.txt", 60), folder / "t.jsonl"
+    flags = ("--concurrency", "1")
+    too_long = {f"number {number}?": [400, "context_length_exceeded"] for number in range(5, 45)}
+    with teaching(folder, by_text=too_long) as teacher:
+        assert main(command(prompts, out, teacher.url, *flags)) == 0
+        assert kinds(out) == {"answered": 20, "failed": 40}
+    capsys.readouterr()
+    out = folder / "u.jsonl"
+    with teaching(folder, by_text={f"number {number}?": [400] for number in range(5, 60)}) as teacher:
+        assert main(command(prompts, out, teacher.url, *flags)) == 2
+        assert "got refusals of 32 requests in a row" in capsys.readouterr().err and kinds(out) == {"answered": 5}
+    with teaching(folder, by_text={f"number {number}?": [400] for number in range(50, 60)}) as teacher:
+        assert main(command(prompts, out, teacher.url, *flags)) == 0
+        assert kinds(out) == {"answered": 50, "failed": 10} and len(teacher.texts()) == 45
 
 
 def test_nothing_there_and_a_wrong_key_are_said_before_anything_is_asked(folder, capsys):
@@ -377,6 +394,13 @@ def test_a_foreign_file_is_not_replaced(folder, capsys):
         assert main(arguments) == 2 and "which exists; pass --overwrite" in capsys.readouterr().err
         assert out.read_text() == "mine\n" and not teacher.lines("began")
         assert main([*arguments, "--overwrite"]) == 0 and len(rows_of(out)) == 2
+
+
+def test_what_is_read_is_not_written_over(folder, capsys):
+    prompts = folder / "p.jsonl"
+    prompts.write_text('{"prompt": "one"}\n')
+    assert main([*command(prompts, prompts, "http://127.0.0.1:9/v1"), "--overwrite"]) == 2
+    assert "expected another file than those that are read" in capsys.readouterr().err
 
 
 def test_columns_that_parquet_cannot_have_are_named_before_anything_is_asked(folder, capsys):

@@ -11,6 +11,7 @@ import pytest
 from scipy.cluster.hierarchy import DisjointSet
 
 from tests.data_tools.teaching import ROOT, rows_of
+from verl.data_tools import split as split_module
 from verl.data_tools.split import assign, bands, find_groups, main, normalise, prove, shares, shingles
 
 ENGLISH = "Please write a short story about a fox that learns to read the letters which its neighbours throw away."
@@ -150,7 +151,28 @@ def test_command(tmp_path, capsys, ending):
 
     assert main(arguments) == 2 and "pass --overwrite" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--judge", "0"]) == 0
-    assert not (out / f"judge.{ending}").exists() and len(rows_of(out / f"train.{ending}")) == 72
+    assert sorted(path.name for path in out.iterdir()) == [f"test.{ending}", f"train.{ending}"]
+    assert len(rows_of(out / f"train.{ending}")) == 72
+
+
+def test_what_is_read_is_not_written_over(tmp_path, capsys):
+    data = write(tmp_path / "train.jsonl", ["one thing", "another", "第三"])
+    for source in (data, tmp_path):
+        arguments = [str(source), "--out", str(tmp_path), "--validation", "1", "--format", "jsonl", "--overwrite"]
+        assert main(arguments) == 2 and "expected another file than those that are read" in capsys.readouterr().err
+    assert len(rows_of(data)) == 3
+
+
+def test_sets_that_are_not_proven_take_no_names(tmp_path, monkeypatch):
+    data = write(tmp_path / "all.jsonl", ["one thing", "another", "第三"])
+    arguments = [str(data), "--out", str(tmp_path / "sets"), "--validation", "1", "--overwrite"]
+    assert main(arguments) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "sets").iterdir()}
+    monkeypatch.setattr(split_module, "assign", lambda *_: ["train", "validation", "train", "train"])
+    write(data, ["one thing", "ONE  thing", "第三", "4"])
+    with pytest.raises(RuntimeError, match="shares a prompt"):
+        main(arguments)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "sets").iterdir()} == before
 
 
 def test_a_common_system_message_makes_no_group(tmp_path):

@@ -17,12 +17,14 @@ from verl.utils.checkpoint.checksums import sync_to_disk
 ENDINGS = (".parquet", ".jsonl")
 
 
-def check_target(path: Path, overwrite: bool, flag: str = "--out") -> None:
-    """ValueError unless rows may be written there."""
+def check_target(path: Path, overwrite: bool, sources: Sequence[str] = (), flag: str = "--out") -> None:
+    """ValueError unless rows may be written there, without touching what they come from."""
     if path.suffix not in ENDINGS:
         raise ValueError(f"{flag}: expected a file that ends in {' or '.join(ENDINGS)}, got {path}; rename it")
     if path.is_dir():
         raise ValueError(f"{flag}: expected a file, got the folder {path}; name a file in it")
+    if any(path.resolve().is_relative_to(Path(source).expanduser().resolve()) for source in sources):
+        raise ValueError(f"{flag}: expected another file than those that are read, got {path}; name another")
     if path.exists() and not overwrite:
         raise ValueError(f"{flag}: expected a new file, got {path}, which exists; pass --overwrite or another name")
 

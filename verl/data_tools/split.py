@@ -18,10 +18,12 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from verl.data_tools.rows_out import check_target, write_rows
 from verl.tools.flags import number, whole
@@ -82,22 +84,37 @@ def run(options: argparse.Namespace) -> str:
     """
     targets = {name: Path(options.out).expanduser() / f"{file}.{options.format}" for name, file in NAMES.items()}
     for path in targets.values():
-        check_target(path, options.overwrite)
+        check_target(path, options.overwrite, options.files)
     records, texts = _read(options.files, options.prompt_key)
     strata = _strata(records, options.stratify)
     sizes = {name: _rows(f"--{name}", getattr(options, name), len(records)) for name in ("judge", "validation")}
     groups = find_groups([normalise(text) for text in texts], options.threshold)
     sides = assign(groups, strata, sizes, options.seed)
     _check_sides(sides, sizes, groups)
-    for name, path in targets.items():
-        if rows := [record for record, side in zip(records, sides, strict=True) if side == name]:
-            write_rows(path, rows)
-        else:
-            path.unlink(missing_ok=True)
-    written = {name: path for name, path in targets.items() if name in sides}
     of_prompt = dict(zip(map(normalise, texts), groups, strict=True))
-    prove(written, of_prompt, len(records), options.prompt_key)
+    with _replaced(targets) as new:
+        for name in dict.fromkeys(sides):
+            write_rows(new[name], [record for record, side in zip(records, sides, strict=True) if side == name])
+        prove({name: new[name] for name in targets if name in sides}, of_prompt, len(records), options.prompt_key)
+    written = {name: path for name, path in targets.items() if name in sides}
     return report(written, sides, sizes, groups, strata if options.stratify else [], texts)
+
+
+@contextmanager
+def _replaced(targets: dict[str, Path]) -> Iterator[dict[str, Path]]:
+    """Paths to write to, which take the names of the targets when the block has ended well. Old sets all go before the
+    first new one comes, so that a killed run leaves no two that share prompts."""
+    new = {name: path.with_name(f"{path.stem}.new{path.suffix}") for name, path in targets.items()}
+    try:
+        yield new
+        for path in targets.values():
+            path.unlink(missing_ok=True)
+        for name, path in new.items():
+            if path.exists():
+                path.replace(targets[name])
+    finally:
+        for path in new.values():
+            path.unlink(missing_ok=True)
 
 
 def _read(files: Sequence[str], key: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -168,7 +185,7 @@ def find_groups(texts: Sequence[str], threshold: float) -> list[int]:
     different = list(dict.fromkeys(texts))
     found = MinHashLSH(num_perm=PERMUTATIONS, params=bands(threshold))
     joined = DisjointSet(range(len(different)))
-    for index, text in enumerate(different):
+    for index, text in enumerate(tqdm(different, desc="prompts", unit="", disable=None, leave=False, delay=2)):
         own = shingles(text)
         sketch = MinHash(num_perm=PERMUTATIONS)
         sketch.update_batch([run.encode("utf-8", "surrogatepass") for run in own])
@@ -275,18 +292,6 @@ def prove(paths: dict[str, Path], groups: dict[str, int], total: int, key: str) 
 # Words
 
 
-@dataclass(frozen=True)
-class _Largest:
-    rows: int
-    prompts: list[str]
-
-
-def _largest(groups: Sequence[int], texts: Sequence[str]) -> _Largest:
-    group, rows = Counter(groups).most_common(1)[0]
-    own = dict.fromkeys(text for text, other in zip(texts, groups, strict=True) if other == group)
-    return _Largest(rows, list(own))
-
-
 def report(
     paths: dict[str, Path],
     sides: Sequence[str],
@@ -296,12 +301,13 @@ def report(
     texts: Sequence[str],
 ) -> str:
     """What was made of the rows."""
-    largest = _largest(groups, texts)
+    largest, rows = Counter(groups).most_common(1)[0]
+    prompts = list(dict.fromkeys(text for text, group in zip(texts, groups, strict=True) if group == largest))
     lines = [
-        f"{len(groups):,} rows are {len(set(groups)):,} groups; the largest has {largest.rows:,} rows with "
-        f"{len(largest.prompts):,} different prompts, such as"
+        f"{len(groups):,} rows are {len(set(groups)):,} groups; the largest has {rows:,} rows with {len(prompts):,} "
+        "different prompts, such as"
     ]
-    lines += [f"  {shorten(prompt, 100)}" for prompt in largest.prompts[:3]]
+    lines += [f"  {shorten(prompt, 100)}" for prompt in prompts[:3]]
     for name, path in paths.items():
         own = [index for index, side in enumerate(sides) if side == name]
         wanted = f" of {sizes[name]:,} wanted" if sizes.get(name, len(own)) != len(own) else ""

@@ -28,6 +28,9 @@ SAY_EVERY_S = 60.0  # where no bar is seen
 KEY_REFUSED = (401, 403)
 NO_MONEY = (402, 429)
 WRONG_PLACE = (404, 405)
+# Refusals in a row that are taken for the prompts' own fault, once something was answered.
+MANY = 32
+_TOO_LONG = re.compile(r"context|too long|too_long|length", re.IGNORECASE)
 # What servers say of a prompt that their filter stops.
 _FILTERED = re.compile(r"content[_ ]?(?:filter|policy)|moderation|data_?inspection", re.IGNORECASE)
 
@@ -60,9 +63,9 @@ class Askers:
     """Threads that ask. They are daemons: a process that is told to end at once does not wait for answers."""
 
     def __init__(self, client: ChatClient, size: int):
-        self._todo: SimpleQueue[tuple[Request, int]] = SimpleQueue()
+        self._todo: SimpleQueue[tuple[Request, int] | None] = SimpleQueue()
         self._done: SimpleQueue[tuple[Request, Outcome]] = SimpleQueue()
-        self._client = client
+        self._client, self._size = client, size
         for _ in range(size):
             threading.Thread(target=self._work, daemon=True).start()
 
@@ -80,9 +83,14 @@ class Askers:
         except Empty:
             return found
 
+    def dismiss(self) -> None:
+        """Let the threads go."""
+        for _ in range(self._size):
+            self._todo.put(None)
+
     def _work(self) -> None:
-        while True:
-            request, tokens = self._todo.get()
+        while task := self._todo.get():
+            request, tokens = task
             try:
                 self._done.put((request, self._client.ask(request.body, tokens)))
             except BaseException as error:
@@ -102,7 +110,7 @@ class Collecting:
     tally: Tally = field(default_factory=Tally)
     ending: Ending | None = None
     _flying: dict[str, int] = field(default_factory=dict)  # expected tokens of their prompts
-    _unsure: list[dict[str, Any]] = field(default_factory=list)
+    _unsure: list[dict[str, Any]] = field(default_factory=list)  # records of refusals since the last answer
     _in_a_row: int = 0
     _said: float = field(default_factory=time.monotonic)
 
@@ -123,8 +131,12 @@ class Collecting:
                 self._take(came)
                 bar.update(len(came))
                 self._say(bar, len(requests))
+        askers.dismiss()
         if self._unsure and self.ending is None:
-            self._end("endpoint", self._refused_all())
+            if self.account.answers:
+                self._keep(self._unsure)
+            else:
+                self._end("endpoint", self._refused_all())
         return self.ending or Ending("done")
 
     def _check(self) -> None:
@@ -196,11 +208,11 @@ class Collecting:
         if error.status in (*KEY_REFUSED, *NO_MONEY, *WRONG_PLACE) or error.status < 400:
             self._end("endpoint", self._advice(error))
             return []
-        if self.account.answers:
+        if self.account.answers and _TOO_LONG.search(f"{error.code} {error.said}"):
             return [record]
-        # As long as none was answered, it may be the settings, which the user corrects.
+        # It may be the settings, or the server, which the next answer shows.
         self._unsure.append(record)
-        if len(self._unsure) >= FIRST_LOOK:
+        if len(self._unsure) >= (max(MANY, 2 * self.concurrency) if self.account.answers else FIRST_LOOK):
             self._end("endpoint", self._refused_all())
         return []
 
@@ -236,8 +248,8 @@ class Collecting:
     def _refused_all(self) -> str:
         said = self._unsure[0]["error"]
         return (
-            f"--endpoint: expected answers from {self.client.url}, got refusals of the first {len(self._unsure)} "
-            f"requests, with HTTP {said['status']}: {said['said']}; correct --model, the sampling settings or "
+            f"--endpoint: expected answers from {self.client.url}, got refusals of {len(self._unsure)} requests in "
+            f"a row, with HTTP {said['status']}: {said['said']}; correct --model, the sampling settings or "
             "--extra_body, or the prompts"
         )
 

@@ -77,7 +77,7 @@ def _add_limits(add: Any) -> None:
 
 def check_options(options: argparse.Namespace, log: Path) -> None:
     """ValueError for flags that cannot be, or not together. `log`: where the log is or will be."""
-    check_target(Path(options.out).expanduser(), options.overwrite or log.is_file())
+    check_target(Path(options.out).expanduser(), options.overwrite or log.is_file(), options.prompts)
     address = urlsplit(options.endpoint)
     if address.scheme not in ("http", "https") or not address.hostname:
         raise ValueError(
