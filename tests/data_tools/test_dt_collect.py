@@ -396,6 +396,18 @@ def test_a_foreign_file_is_not_replaced(folder, capsys):
         assert main([*arguments, "--overwrite"]) == 0 and len(rows_of(out)) == 2
 
 
+def test_prompts_that_the_system_prompt_makes_alike_are_asked_once(folder):
+    data, out = folder / "p.jsonl", folder / "t.jsonl"
+    user, system = {"role": "user", "content": "one"}, {"role": "system", "content": "Be brief."}
+    other = {"role": "system", "content": "Be long."}
+    data.write_text("".join(json.dumps({"content": row}) + "\n" for row in ([user], [system, user], [other, user])))
+    with teaching(folder) as teacher:
+        assert main(command(data, out, teacher.url, "--system_prompt", "Be brief.")) == 0
+        assert [line["body"]["messages"] for line in teacher.lines("answered")].count([system, user]) == 1
+        assert main(command(data, out, teacher.url, "--system_prompt", "Be brief.", "--system_in_rows", "no")) == 0
+    assert [row["content"] for row in rows_of(out)] == [[user], [other, user]]
+
+
 def test_what_is_read_is_not_written_over(folder, capsys):
     prompts = folder / "p.jsonl"
     prompts.write_text('{"prompt": "one"}\n')

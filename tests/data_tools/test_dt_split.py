@@ -216,7 +216,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "datasketch", None)
     data = write(tmp_path / "all.jsonl", ["one thing", "another"])
     assert main([str(data), "--out", str(tmp_path / "sets"), "--validation", "1"]) == 2
-    assert "pip install 'verl[data]'" in capsys.readouterr().err
+    assert "pip install -e '.[data]'" in capsys.readouterr().err
 
 
 def test_help_is_short_and_needs_nothing_heavy():

@@ -180,7 +180,9 @@ def find_groups(texts: Sequence[str], threshold: float) -> list[int]:
         from datasketch import MinHash, MinHashLSH
         from scipy.cluster.hierarchy import DisjointSet
     except ImportError as error:
-        raise ValueError(f"expected the packages for split, got {error}; pip install 'verl[data]'") from None
+        raise ValueError(
+            f"expected datasketch and scipy for near-duplicates, got {error}; pip install -e '.[data]'"
+        ) from None
 
     different = list(dict.fromkeys(texts))
     found = MinHashLSH(num_perm=PERMUTATIONS, params=bands(threshold))

@@ -77,8 +77,8 @@ class AnswerLog:
                     return  # A file system that cannot; the answers under way are then lost on a full disk.
                 self._room.unlink()
                 raise OSError(
-                    f"{self.path.parent}: expected room for the answers under way, {size / 2**20:g} MiB, got a full disk; "
-                    "make room, lower --concurrency, or put --out elsewhere; nothing was asked"
+                    f"{self.path.parent}: expected room for the answers under way, {size / 2**20:g} MiB, got a full "
+                    "disk; make room, lower --concurrency, or put --out elsewhere; nothing was asked"
                 ) from None
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace, signals: RunSignals) -> int:
     asking, count, account = _asking(options), counter(options.tokenizer), _account(options)
     prompts = read_prompts(options.prompts, options.prompt_key, options.on_bad_row)
     check_columns(out, [prompt.columns for prompt in prompts.prompts])
-    asked = [(p, asking.request(p, i)) for i in range(options.n) for p in prompts.prompts[: options.max_prompts]]
+    asked = _asked(asking, prompts.prompts[: options.max_prompts], options.n)
     if options.dry_run and not (folder / LOG).is_file():
         print(printable(estimate([request for _, request in asked], count, account)))
         return DONE
@@ -82,6 +83,15 @@ def _finish(
     if ending.why == "endpoint":
         raise ValueError(ending.said)
     return INCOMPLETE if tally.unanswered else DONE
+
+
+def _asked(asking: Asking, prompts: Sequence[Prompt], n: int) -> list[tuple[Prompt, Request]]:
+    """All requests, each once: the system prompt may have made two prompts alike."""
+    requests = ((prompt, asking.request(prompt, number)) for number in range(n) for prompt in prompts)
+    found: dict[str, tuple[Prompt, Request]] = {}
+    for prompt, request in requests:
+        found.setdefault(request.key, (prompt, request))
+    return list(found.values())
 
 
 def _asking(options: argparse.Namespace) -> Asking:
