@@ -72,6 +72,7 @@ def test_answers_become_rows_in_the_prompts_order(folder, capfd):
         (text, number) for number in (0, 1) for text in texts
     ]
     assert all(row["content"][0] == system for row in rows) and rows[0]["teacher_model"] == "teacher-2026"
+    assert {row["finish_reason"] for row in rows} == {"stop"}
     assert [row["teacher_response"] for row in rows[:12]] == [answer_to(text) for text in texts]
     said = capfd.readouterr()
     # 24 answers of 10 and 20 tokens: 240 and 480; at 1 and 10 a million, 0.00504.

@@ -16,7 +16,7 @@ from verl.data_tools.collect.log import AnswerLog
 from verl.data_tools.collect.prompts import Prompt, Prompts, Request
 from verl.data_tools.rows_out import write_rows
 
-ANSWER_COLUMNS = ("content", "teacher_response", "teacher_model", "answer_number", "error")
+ANSWER_COLUMNS = ("content", "teacher_response", "teacher_model", "finish_reason", "answer_number", "error")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def write_answers(
                 "content": request.messages if wanted.system else prompt.messages,
                 "teacher_response": with_reasoning(answer, wanted.reasoning),
                 "teacher_model": record.get("model"),
+                "finish_reason": record.get("finish_reason"),
                 "answer_number": record["number"],
             }
             | ({"error": record["error"]} if "error" in record else {})
