@@ -1,16 +1,16 @@
-"""What the commands of this folder have in common: flags, their types, and how a command ends."""
+"""What the commands of this folder have in common: flags (their types are in `flags.py`), and how a command ends."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
 from verl.models.loading import quiet_transformers
+from verl.tools.flags import json_object, whole
 from verl.utils.console import printable
 from verl.utils.dataset.texts import SpecialText
 from verl.utils.torch_functional import Truncation
@@ -75,29 +75,3 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {device}; pass one of these")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device: expected one of {torch.cuda.device_count()} CUDA devices, got {device}; pass cpu")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Types of flags
-
-
-def whole(lowest: int) -> Callable[[str], int]:
-    """A whole number, `lowest` or more."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {lowest}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """A JSON object."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"enable_thinking": false}}, got {text!r}')
-    return value

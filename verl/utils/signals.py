@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Who signals a process and then its group (`timeout`) means it once.
 ONE_ORDER_S = 1.0
+FIRST_SAID = "the run ends after this step, with a checkpoint; a second signal ends it at once"
 
 
 class Interruption(KeyboardInterrupt):
@@ -41,6 +42,7 @@ class RunSignals:
         # The first of them.
         self.received: signal.Signals | None = None
         self._waits = self._ends = False
+        self._said = FIRST_SAID
         self._latest: tuple[int, float] = (0, 0.0)
 
     @contextmanager
@@ -71,9 +73,10 @@ class RunSignals:
             raise EndedBySignal(self.received)
 
     @contextmanager
-    def at_step_ends(self, waits: bool) -> Iterator[None]:
-        """Within the block, where it `waits`, a first signal is noted in `received`, for the loop to ask after it."""
-        self._waits = waits
+    def at_step_ends(self, waits: bool, said: str = FIRST_SAID) -> Iterator[None]:
+        """Within the block, where it `waits`, a first signal is noted in `received`, for the loop to ask after it, and
+        the user is told what is `said`."""
+        self._waits, self._said = waits, said
         try:
             yield
         finally:
@@ -86,10 +89,9 @@ class RunSignals:
             return
         first, self.received = self.received is None, self.received or signal.Signals(number)
         if first and self._waits:
-            said = "the run ends after this step, with a checkpoint; a second signal ends it at once"
             # What is said by other means may be in the middle of a line of its own; nobody may be there to read it.
             with suppress(OSError):
-                os.write(2, f"\n{self.received.name}: {said}\n".encode())
+                os.write(2, f"\n{self.received.name}: {self._said}\n".encode())
             return
         if self._ends:
             # Whatever keeps the end from coming: the system obeys.

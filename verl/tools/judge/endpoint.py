@@ -1,40 +1,14 @@
-"""One question to an OpenAI-compatible endpoint (POST /chat/completions), over plain HTTP, with retries.
-
-The key comes from the environment (OPENAI_API_KEY) and appears nowhere else: it is taken out of whatever the server
-says, and redirects are not followed, so that no other host gets it.
-"""
+"""One question to an OpenAI-compatible endpoint (`verl/tools/chat_client.py`), in the judge's words."""
 
 from __future__ import annotations
 
-import http.client
-import json
-import os
-import random
-import time
-import urllib.error
-import urllib.request
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from verl.utils.console import shorten
+from verl.tools.chat_client import API_KEY, ChatClient, EndpointError, NoAnswer, NoCompletion, NotAccepted
 
-API_KEY = "OPENAI_API_KEY"
-AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-LONGEST_WAIT = 60.0  # seconds
-SHOWN_CHARACTERS = 200
-
-
-class EndpointError(ValueError):
-    """The endpoint cannot be used as it is: what was expected, what came, what to do."""
-
-
-class _StayHere(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """None makes a redirect an error."""
-
-
-_OPENER = urllib.request.build_opener(_StayHere)
+__all__ = ["API_KEY", "Endpoint", "EndpointError"]
 
 
 @dataclass(frozen=True)
@@ -57,96 +31,50 @@ class Endpoint:
     def check(self) -> None:
         """EndpointError unless something answers HTTP at `url`, and does not refuse the key."""
         try:
-            self._send("/models", None)
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 403):
-                raise self._refused(error) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            self._client.check()
+        except NotAccepted as error:
+            raise self._refused(error) from None
+        except (NoAnswer, ValueError) as error:
             raise EndpointError(
-                f"--endpoint: expected an OpenAI-compatible endpoint at {self.url}, got {_clean(error)}; start the "
-                "server, or correct the URL (it usually ends in /v1)"
+                f"--endpoint: expected an OpenAI-compatible endpoint at {self.url}, got {error}; start the server, or "
+                "correct the URL (it usually ends in /v1)"
             ) from None
 
     def ask(self, messages: list[dict[str, str]]) -> str:
         """The reply's text.
 
-        Tries again after 429, 5xx, timeouts and broken connections, waiting twice as long each time, or as long as the
-        server says.
-
         Raises:
             EndpointError: it refuses, it does not answer after all retries, or what it answers is no chat completion.
         """
-        for attempt in range(self.retries + 1):
-            try:
-                return self._text_of(self._send("/chat/completions", self.body(messages)))
-            except urllib.error.HTTPError as error:
-                if error.code not in AGAIN:
-                    raise self._refused(error) from None
-                trouble, wait = f"HTTP {error.code}: {_clean(_body(error))}", error.headers.get("Retry-After")
-            except (OSError, http.client.HTTPException) as error:
-                trouble, wait = _clean(error), None
-            if attempt < self.retries:
-                time.sleep(self._wait(attempt, wait))
-        raise EndpointError(
-            f"--endpoint: expected an answer from {self.url} within {self.timeout:g} s, got {trouble} after "
-            f"{self.retries + 1} tries; verdicts so far are kept: run again when it is up, lower --concurrency, or "
-            "raise --timeout"
-        )
-
-    def _send(self, path: str, body: dict[str, Any] | None) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(API_KEY):
-            headers["Authorization"] = f"Bearer {os.environ[API_KEY]}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url.rstrip("/") + path, data=data, headers=headers)
-        with _OPENER.open(request, timeout=self.timeout) as response:
-            return response.read()
-
-    def _text_of(self, raw: bytes) -> str:
         try:
-            text = json.loads(raw)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            got = _clean(raw.decode(errors="replace"))
+            reply = self._client.ask(self.body(messages))
+            if reply.text is None:
+                raise NoCompletion("a reply without text")
+            return reply.text
+        except NotAccepted as error:
+            raise self._refused(error) from None
+        except NoAnswer as error:
             raise EndpointError(
-                f"--endpoint: expected a chat completion (choices[0].message.content) from {self.url}, got {got}; "
+                f"--endpoint: expected an answer from {self.url} within {self.timeout:g} s, got {error} after "
+                f"{error.tries} tries; verdicts so far are kept: run again when it is up, lower --concurrency, or "
+                "raise --timeout"
+            ) from None
+        except NoCompletion as error:
+            raise EndpointError(
+                f"--endpoint: expected a chat completion (choices[0].message.content) from {self.url}, got {error}; "
                 "correct the URL, or the model's own limits (a reply of reasoning only has no content)"
-            )
-        return _without_key(text)
+            ) from None
 
-    def _refused(self, error: urllib.error.HTTPError) -> EndpointError:
+    @cached_property
+    def _client(self) -> ChatClient:
+        return ChatClient(self.url, self.timeout, self.retries, self.backoff)
+
+    def _refused(self, error: NotAccepted) -> EndpointError:
         fix = {
             401: f"set {API_KEY} in the environment",
             403: f"set {API_KEY} in the environment to a key that may use the model",
             404: "correct the URL (it usually ends in /v1) or --endpoint_model",
-        }.get(error.code, "correct --endpoint, --endpoint_model or --endpoint_options")
-        if 300 <= error.code < 400:
-            fix = f"redirects are not followed; pass {_clean(error.headers.get('Location', 'its target'))}"
-        return EndpointError(
-            f"--endpoint: expected an answer from {self.url}, got HTTP {error.code}: {_clean(_body(error))}; {fix}"
-        )
-
-    def _wait(self, attempt: int, asked: str | None) -> float:
-        """Seconds; a random share keeps threads from coming back together."""
-        own = self.backoff * 2**attempt * random.uniform(0.75, 1.25)
-        with suppress(ValueError):  # A date; our own wait will do.
-            own = max(own, float(asked or 0))
-        return min(own, LONGEST_WAIT)
-
-
-def _body(error: urllib.error.HTTPError) -> str:
-    try:
-        return error.read().decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return ""
-
-
-def _without_key(text: str) -> str:
-    key = os.environ.get(API_KEY)
-    return text.replace(key, "***") if key else text
-
-
-def _clean(value: object) -> str:
-    """Printable, on one line, short, without the key."""
-    return shorten(_without_key(str(value)), SHOWN_CHARACTERS) or "nothing"
+        }.get(error.status, "correct --endpoint, --endpoint_model or --endpoint_options")
+        if 300 <= error.status < 400:
+            fix = f"redirects are not followed; pass {error.location or 'its target'}"
+        return EndpointError(f"--endpoint: expected an answer from {self.url}, got {error}; {fix}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from verl.tools.command import add_column_flags, add_token_flags, check_device, command_parser, json_object, whole
+from verl.tools.command import add_column_flags, add_token_flags, check_device, command_parser
+from verl.tools.flags import json_object, number, whole
 from verl.tools.judge.pairwise import QUESTIONS
 from verl.tools.judge.report import check_plotting
 
@@ -80,7 +80,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
 
 def _add_generating(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--temperature", type=_positive_float(0.0), default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
+    add("--temperature", type=number(0.0), default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
     add("--samples", type=whole(1), default=2, metavar="N", help="answers to each prompt (default: 2)")
     add("--seed", type=whole(0), default=0, metavar="N", help="of the draws (default: 0)")
     add(
@@ -105,7 +105,7 @@ def _add_two_sample(group: argparse._ArgumentGroup) -> None:
     add("--judge_seeds", type=whole(1), default=3, metavar="N", help="repetitions (default: 3)")
     add("--folds", type=whole(2), default=5, metavar="N", help="of the prompts; each is tested once (default: 5)")
     add("--judge_epochs", type=whole(1), default=2, metavar="N", help="(default: 2)")
-    add("--judge_lr", type=_positive_float(1e-12), default=2e-5, metavar="X", help="(default: 2e-5)")
+    add("--judge_lr", type=number(1e-12), default=2e-5, metavar="X", help="(default: 2e-5)")
     add("--judge_batch_size", type=whole(1), default=16, metavar="N", help="pairs per update (default: 16)")
     add("--max_tokens", type=whole(1), default=8192, metavar="N", help="tokens per forward (default: 8192)")
 
@@ -122,7 +122,7 @@ def _add_pairwise(group: argparse._ArgumentGroup) -> None:
     )
     add("--pairwise_prompts", type=whole(1), metavar="N", help="only the first so many prompts (default: all)")
     add("--concurrency", type=whole(1), default=8, metavar="N", help="requests at once (default: 8)")
-    add("--timeout", type=_positive_float(1e-3), default=120.0, metavar="S", help="seconds per request (default: 120)")
+    add("--timeout", type=number(1e-3), default=120.0, metavar="S", help="seconds per request (default: 120)")
     add("--retries", type=whole(0), default=6, metavar="N", help="after 429, 5xx, timeouts (default: 6)")
     add(
         "--endpoint_options",
@@ -162,21 +162,8 @@ def check_options(options: argparse.Namespace) -> None:
 # Types
 
 
-def _positive_float(lowest: float) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not lowest <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a number from {lowest:g}, got {text!r}")
-        return value
-
-    return number
-
-
 def _share(text: str) -> float:
-    value = _positive_float(0.01)(text)
+    value = number(0.01)(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0.01 to 1, got {text!r}")
     return value

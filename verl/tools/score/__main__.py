@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from verl.models.loading import all_eos_token_ids, load_config, load_tokenizer
-from verl.tools.command import add_column_flags, add_token_flags, check_device, command_parser, run_command, whole
+from verl.tools.command import add_column_flags, add_token_flags, check_device, command_parser, run_command
+from verl.tools.flags import whole
 from verl.tools.prompts import ANSWER_KEYS, SUFFIXES, Limits
 from verl.tools.score.data import TokenizedGroups, read_groups, tokenize_groups
 from verl.tools.score.model import Scoring, check_critic, load_critic, score_sequences, scoring_of

@@ -1,0 +1,80 @@
+"""docs/data.md's way from an API key to a trained student: its commands, in their order, on the quick start's world."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.quickstart.world import World
+from tests.data_tools.teaching import KEY, files_with_the_key, rows_of, teaching
+from tests.e2e.running import read_metrics
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = 200
+STEPS = 6
+# What a tiny student on a CPU wants besides.
+SETTINGS = (
+    "data.max_prompt_length=24 data.max_response_length=24 data.train_batch_size=32 trainer.device=cpu "
+    f"trainer.total_training_steps={STEPS} actor_rollout_ref.actor.optim.lr=1e-3 trainer.logger=[file]"
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
+
+
+def blocks() -> list[str]:
+    """The code of the how-to's section, without its first part, which sets variables."""
+    section = (ROOT / "docs" / "data.md").read_text().split("\n## From an API key")[1].split("\n## ")[0]
+    found = re.findall(r"(?:^    .*\n)+", section, re.MULTILINE)
+    assert found[0].lstrip().startswith("export OPENAI_API_KEY=")
+    return [re.sub("^    ", "", block, flags=re.MULTILINE) for block in found[1:]]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkout's scripts, a base model and prompts."""
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    build = [sys.executable, "-m", "examples.quickstart.tiny_model", "--out", str(tmp_path), "--pretrain_steps", "40"]
+    subprocess.run(build, cwd=ROOT, check=True)
+    prompts = World(0).prompts("train")[::4][:PROMPTS]
+    (tmp_path / "prompts.txt").write_text("".join(prompt + "\n" for prompt in prompts), encoding="utf-8")
+    return tmp_path
+
+
+def test_from_an_api_key_to_a_trained_student(folder):
+    estimate, collect, split, train = blocks()
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": KEY, "TEACHER": "teacher", "BASE": str(folder / "base"),
+        "N_GPUS_PER_NODE": "1",
+    }  # fmt: skip
+    said = []
+    with teaching(folder, world=True, at_random=[0.05, 2, 500, [429, "0.1"], "length"]) as teacher:
+        for number, code in enumerate((estimate, collect, split, train)):
+            code = code.replace("--nnodes 1", f"--nnodes 1 {SETTINGS}")
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", code], cwd=folder, env=environment | {"ENDPOINT": teacher.url},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout
+            said.append(done.stdout)
+            assert (len(teacher.texts()) > 0) == (number > 0)
+        assert len(teacher.texts()) == PROMPTS
+    assert f"estimate: {PROMPTS} answers" in said[0] and f"{PROMPTS} of {PROMPTS} wanted" in said[1]
+    sets = {name: rows_of(folder / "data" / f"{name}.parquet") for name in ("train", "test", "judge")}
+    rows = rows_of(folder / "data" / "teacher.parquet")
+    assert sum(map(len, sets.values())) == len(rows) > 0.9 * PROMPTS and len(sets["judge"]) == len(sets["test"])
+    world = World(0)
+    assert all(world.grade(row["content"][0]["content"], row["teacher_response"]).exact for row in rows)
+    assert "no prompt or near-duplicate is in two of them" in said[2]
+    metrics = read_metrics(folder / "checkpoints" / "gad" / "seqkd")
+    losses = [metrics[step]["actor/sft_loss"] for step in sorted(metrics) if "actor/sft_loss" in metrics[step]]
+    assert len(losses) == STEPS and losses[-1] < losses[0]
+    AutoModelForCausalLM.from_pretrained(folder / "student")
+    AutoTokenizer.from_pretrained(folder / "student")
+    assert files_with_the_key(folder) == []
