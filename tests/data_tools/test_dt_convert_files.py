@@ -123,11 +123,11 @@ def test_rows_of_wrong_types_are_left_out_with_reasons(tmp_path, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert pairs(converted(path)) == EXPECTED
     report = capsys.readouterr().out
-    for reason in ("'prompt' is not a list of messages but int; first in row 2",
+    for reason in ("'prompt' is neither text nor a list of messages but int; first in row 2",
                    "a message is not an object but str; first in row 3",
                    "there is no 'response' in it; first in row 4",
                    "has half of a surrogate pair, U+D83D, which is not a character; first in row 5",
-                   "'prompt' is not a list of messages but dict; first in row 6"):  # fmt: skip
+                   "'prompt' is neither text nor a list of messages but dict; first in row 6"):  # fmt: skip
         assert reason in report
 
 
@@ -162,6 +162,21 @@ def test_csv_of_excel_says_its_delimiter_and_pandas_its_index(tmp_path):
     assert converted(path)[0].keys() == {"content", "teacher_response"}
     path.write_text("prompt;response\na,b,c,d;e\n")
     assert pairs(converted(path, "--delimiter", ";")) == [asked("a,b,c,d", "e")]
+
+
+def test_names_of_columns_as_people_write_them(tmp_path, capsys):
+    path = tmp_path / "data.csv"
+    path.write_text("Question,ANSWER,Source\nq,a,s\n")
+    (got,) = converted(path)
+    assert pairs([got]) == [asked("q", "a")] and got["Source"] == "s"
+    report = capsys.readouterr().out
+    assert "the column 'Question' is read as 'question'" in report and "prompt 'question', answer 'answer'" in report
+    assert pairs(converted(path, "--prompt_column", "Source", "--answer_column", "ANSWER")) == [asked("s", "a")]
+    path.write_text("问题,回答\n你好,好\n", encoding="utf-8-sig")
+    assert pairs(converted(path)) == [asked("你好", "好")]
+    # Two that would be one column stay two.
+    path.write_text("Prompt,PROMPT,response\nq,r,a\n")
+    assert "its columns 'Prompt', 'PROMPT', 'response' are not those of any format" in refused(path, capsys)
 
 
 def test_csv_of_another_encoding_is_asked_for(tmp_path, capsys):
@@ -291,6 +306,10 @@ def test_pictures_in_a_dataset_are_not_even_decoded(tmp_path, capsys):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
     assert pairs(converted(tmp_path / "data", "--drop_columns")) == [asked("q", "a")]
     assert "it has more than text (column 'image'); first in row 1" in capsys.readouterr().out
+    # Whatever the column is called.
+    datasets.load_from_disk(tmp_path / "data").rename_column("image", "photo").save_to_disk(tmp_path / "renamed")
+    assert pairs(converted(tmp_path / "renamed")) == [asked("q", "a")]
+    assert "it has more than text (column 'photo'); first in row 1" in capsys.readouterr().out
 
 
 def test_a_folder_of_data_files(tmp_path, capsys):

@@ -103,7 +103,9 @@ class Reader:
         used = {self.layout.prompt, self.layout.answer, self._system_column(record)}
         if self.layout.format == ALPACA:
             used |= {*INPUTS, HISTORY}
-        return {name for name in used if name is not None} | (set(TOOLS) if self.tools_as_text else set())
+        if self.tools_as_text and self.layout.format in (SHAREGPT, MESSAGES):
+            used |= set(TOOLS)
+        return {name for name in used if name is not None}
 
     def turns(self, record: Mapping[str, Any]) -> Iterator[Turn | tuple[int, str]]:
         """The turns of a row; in the place of one that cannot be used, its number and the reason.
@@ -111,7 +113,7 @@ class Reader:
         Raises:
             LeftOut: nothing of the row can be used.
         """
-        media = next((name for name in _MEDIA if _filled(record.get(name))), None)
+        media = next((name for name, value in record.items() if _is_media(name, value)), None)
         if media is not None:
             raise LeftOut(f"it has more than text (column {media!r})")
         notes: set[str] = set()
@@ -139,8 +141,11 @@ class Reader:
             prompt = _value(record, layout.prompt)
             if isinstance(prompt, str):
                 yield Message(USER, prompt)
-            else:
+            elif isinstance(prompt, list):
                 yield from self._parsed(prompt, layout.prompt, notes)
+            else:
+                kind = type(prompt).__name__
+                raise LeftOut(f"{layout.prompt!r} is neither text nor a list of messages but {kind}")
         yield from self._answer(_value(record, layout.answer), layout.answer, notes)
 
     def _answer(self, answer: Any, column: str, notes: set[str]) -> Iterator[Message | LeftOut]:
@@ -252,7 +257,7 @@ class Reader:
     def _tools(self, record: Mapping[str, Any]) -> str | None:
         """The definitions of the tools that an answer may use, as text, or None."""
         tools = next((unpacked(record[name]) for name in TOOLS if _filled(unpacked(record.get(name)))), None)
-        if tools is None:
+        if tools is None or self.layout.format not in (SHAREGPT, MESSAGES):
             return None
         if not self.tools_as_text:
             raise LeftOut(TOOLS_LEFT_OUT)
@@ -333,6 +338,14 @@ def _calls_as_text(calls: Any) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _is_media(name: str, value: Any) -> bool:
+    """Whether a column has pictures, sound or films: by its name, or as `datasets` stores them."""
+    if isinstance(value, list) and value:
+        return name in _MEDIA or _is_media(name, value[0])
+    stored = isinstance(value, dict) and value.keys() == {"bytes", "path"}
+    return (stored and any(value.values())) or (name in _MEDIA and _filled(value))
 
 
 def _filled(value: Any) -> bool:

@@ -18,8 +18,8 @@ SHAREGPT, MESSAGES, ALPACA, COLUMNS, PREFERENCE, VERL = FORMATS = (
     "sharegpt", "messages", "alpaca", "prompt_response", "preference", "verl",
 )  # fmt: skip
 CONVERSATIONS = ("conversations", "conversation", "messages", "dialogue", "dialog", "items", "chat")
-PROMPTS = ("prompt", "question", "query", "content", "input", "user", "problem")
-ANSWERS = ("response", "completion", "answer", "output", "teacher_response", "reply", "assistant")
+PROMPTS = ("prompt", "question", "query", "content", "input", "user", "problem", "问题", "提问")
+ANSWERS = ("response", "completion", "answer", "output", "teacher_response", "reply", "assistant", "回答", "答案")
 ALPACA_ANSWERS = ("output", "response", "completion", "answer", "chosen")
 INSTRUCTION, HISTORY, CHOSEN, REJECTED = "instruction", "history", "chosen", "rejected"
 # Beside the instruction: Alpaca's, Dolly's.
@@ -27,6 +27,9 @@ INPUTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 GROUND_TRUTH = "reward_model.ground_truth"
+_KNOWN = frozenset(
+    (*CONVERSATIONS, *PROMPTS, *ANSWERS, *ALPACA_ANSWERS, *INPUTS, *SYSTEMS, INSTRUCTION, HISTORY, CHOSEN, REJECTED)
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,23 @@ def _names(named: str | None, usual: Sequence[str]) -> Sequence[str]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Of a file
+
+
+def in_known_letters(source: Source, wanted: Wanted) -> None:
+    """Rename columns that are known but for capital letters, as tables have them; says so in the source's notes."""
+    columns = {name: None for record in source.records if isinstance(record, dict) for name in record}
+    names = {
+        name: name.lower()
+        for name in columns
+        if name.lower() in _KNOWN and name.lower() not in columns and name not in wanted.columns
+    }
+    if not names or len(set(names.values())) < len(names):
+        return
+    source.records = [
+        {names.get(name, name): value for name, value in record.items()} if isinstance(record, dict) else record
+        for record in source.records
+    ]
+    source.notes += [f"the column {name!r} is read as {known!r}" for name, known in names.items()]
 
 
 def recognise(source: Source, wanted: Wanted) -> Layout:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from verl.data_tools.convert.conversations import LeftOut, Reader, Turn
-from verl.data_tools.convert.formats import FORMATS, Layout, Wanted, layouts_of, recognise
+from verl.data_tools.convert.formats import FORMATS, Layout, Wanted, in_known_letters, layouts_of, recognise
 from verl.data_tools.convert.sources import Reading, Source, read_sources
 from verl.data_tools.convert.text_files import check_encoding
 from verl.data_tools.convert.writing import SUFFIXES, check_target, write_rows
@@ -70,6 +70,8 @@ def run(options: argparse.Namespace) -> str:
             raise ValueError(f"--left_out: expected another file than --out, got {aside}; rename it")
     reading = Reading(options.encoding, options.delimiter, options.sheet, options.split, options.subset)
     sources = [source for name in options.inputs for source in read_sources(name, reading)]
+    for source in sources:
+        in_known_letters(source, wanted)
     done = [_convert(source, recognise(source, wanted), wanted, options) for source in sources]
     if options.on_bad_row == "error":
         faults = [f"{one.source.name}, {left.place}: {left.reason}" for one in done for left in one.left]
@@ -116,7 +118,8 @@ def _convert(source: Source, layout: Layout, wanted: Wanted, options: argparse.N
         if isinstance(record, Unreadable):
             done.left.append(Left(number, None, record.fault, record.line))
             continue
-        extra = {name: value for name, value in record.items() if name not in reader.used_columns(record)}
+        used = reader.used_columns(record)
+        extra = {name: value for name, value in record.items() if name not in used}
         dropped.update(name for name in reserved if extra.pop(name, None) is not None)
         extra = {} if options.drop_columns else extra
         turns = _turns(reader, record, layout, wanted, extra)
