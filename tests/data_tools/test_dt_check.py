@@ -58,8 +58,13 @@ def test_sound_data_has_nothing(tmp_path, capsys):
     assert found == {} and report["rows"] == 40 and report["flagged_rows"] == 0 and report["failed"] == []
     assert main([str(tmp_path / "train.jsonl")]) == 0
     text = capsys.readouterr().out
-    assert "something in 0 of 40 rows" in text and "nothing found of: bad, empty, overlap," in text
+    assert "something in 0 of 40 rows" in text and "nothing found of: bad, empty, duplicate," in text
     assert "not looked for without --model: template, special_text" in text
+    # Of what was not looked for, nobody says that there is none.
+    assert "template" not in text.partition("nothing found of: ")[2].splitlines()[0]
+    assert [kind for kind, one in report["kinds"].items() if not one["looked_for"]] == [
+        "overlap", "near_overlap", "template", "special_text",
+    ]  # fmt: skip
 
 
 def test_bad_rows_are_training_s_and_fail(tmp_path, capsys):

@@ -19,6 +19,8 @@ _SHARED = ("LATIN", "CYRILLIC", "ARABIC", "DEVANAGARI")
 # Fewer letters say too little of the language, and fewer yet of the script.
 _LETTERS_OF_LANGUAGE, _LETTERS_OF_SCRIPT = 60, 12
 _SURE = 0.9
+# What ISO 639 calls text of no language, and of none that is known.
+_NO_LANGUAGE = ("zxx", "und")
 _CODE = re.compile(r"(```|~~~).*?(?:\1|\Z)|`[^`\n]*`|https?://\S+|<[^>\n]{1,80}>|\$\$.*?\$\$", re.DOTALL)
 # Enough to tell.
 _LOOKED_AT = 2000
@@ -79,6 +81,6 @@ def identifier() -> Callable[[str], str | None] | None:
 
     def identify(text: str) -> str | None:
         language, probability = model.classify(text)
-        return language if probability >= _SURE else None
+        return language if probability >= _SURE and language not in _NO_LANGUAGE else None
 
     return identify

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ class Report:
 
     rows, samples: of the files, in order; no sample where training refuses the row.
     found: in no order.
+    looked_for: the kinds that could be found.
     against: how many rows there were to compare with.
     lengths: of prompt and answer of each row, in `unit`s.
     failed: the kinds of --fail_on that were found.
@@ -31,6 +32,7 @@ class Report:
     rows: list[Row]
     samples: Samples
     found: list[Finding]
+    looked_for: Sequence[str] = tuple(KINDS)
     against: int = 0
     lengths: list[tuple[int, int] | None] = field(default_factory=list)
     unit: str = "characters"
@@ -71,7 +73,7 @@ def render(report: Report, examples: int) -> str:
         count, first = report.rows_of(kind), report.of_kind(kind)[0].row
         failed = "  FAILS" if kind in report.failed else ""
         lines.append(f"{kind:<15}{count:>8,}{count / len(report.rows):>9.2%}  {report.place(first)}{failed}")
-    clear = [kind for kind in KINDS if kind not in there]
+    clear = [kind for kind in report.looked_for if kind not in there]
     if clear:
         lines.append(f"{'nothing of' if there else 'nothing found of'}: {', '.join(clear)}")
     for kind in there:
@@ -158,6 +160,7 @@ def _kind_as_json(report: Report, kind: str, examples: int) -> dict[str, Any]:
     counts = Counter(finding.reason for finding in findings)
     return {
         "means": KINDS[kind],
+        "looked_for": kind in report.looked_for,
         "rows": report.rows_of(kind),
         "share": report.rows_of(kind) / len(report.rows),
         "reasons": [

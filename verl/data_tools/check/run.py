@@ -72,7 +72,8 @@ def _look(options: argparse.Namespace, rows: list[Row], others: list[Row]) -> Re
         tokenization = model.load(options.model, options.apply_chat_template_kwargs, options.trust_remote_code)
     template = None if tokenization is None else model.template_check(tokenization)
     samples, found = look_at(rows, options.prompt_key, options.teacher_key, template)
-    report = Report(rows, samples, found)
+    looked_for = [kind for kind in KINDS if kind not in NEEDS or getattr(options, NEEDS[kind])]
+    report = Report(rows, samples, found, looked_for)
     report.notes += _notes(options)
     if others:
         theirs, bad = look_at(others, options.prompt_key, options.teacher_key, None)
