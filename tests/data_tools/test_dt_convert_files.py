@@ -213,6 +213,9 @@ def test_conversations_in_csv_are_json_and_not_python(tmp_path, capsys):
     assert pairs(converted(path)) == [asked("q", "a")]
     path.write_text(csv_text([{"conversations": str(talk)}]))
     assert "'conversations' has no list of messages" in refused(path, capsys)
+    question = json.dumps([{"role": "user", "content": "q"}])
+    path.write_text(csv_text([{"prompt": question, "reward_model": json.dumps({"ground_truth": "a"})}]))
+    assert pairs(converted(path)) == [asked("q", "a")]
     # A text that happens to be JSON is the text.
     path.write_text(csv_text([{"prompt": "[1, 2]", "response": '{"a": 1}'}]))
     assert pairs(converted(path)) == [asked("[1, 2]", '{"a": 1}')]

@@ -71,6 +71,7 @@ def value_of(record: Mapping[str, Any], column: str) -> Any:
         return record[column]
     value: Any = record
     for part in column.split("."):
+        value = unpacked(value)
         if not isinstance(value, Mapping):
             raise KeyError(column)
         value = value[part]
