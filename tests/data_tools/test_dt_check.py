@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from verl.data_tools.check.answers import has_open_fence, refuses, without_end
 from verl.data_tools.check.duplicates import normal, shingles
 from verl.data_tools.check.findings import KINDS
 from verl.data_tools.check.keys import secrets_in
-from verl.data_tools.check.languages import language_of
+from verl.data_tools.check.languages import identifier, language_of
 
 
 def row(prompt="What is it?", answer="A thing.", system=None, **more):
@@ -115,6 +116,22 @@ def test_wrong_usage_is_a_sentence(tmp_path, capsys, flags, says):
     assert main([str(path), *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and says in error and "Traceback" not in error
+
+
+def test_without_the_extra_it_is_named(tmp_path, monkeypatch, capsys):
+    path = write_lines(tmp_path / "train.jsonl", distinct(2))
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    assert main([str(path)]) == 2
+    assert "datasketch: pip install -e '.[data]'" in capsys.readouterr().err
+    monkeypatch.undo()
+    # Languages are told all the same, only less of them.
+    monkeypatch.setitem(sys.modules, "py3langid", None)
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    identifier.cache_clear()
+    assert main([str(path)]) == 0
+    identifier.cache_clear()
+    assert "languages are told by script only: py3langid" in (text := capsys.readouterr().out)
+    assert "Latin letters 100.0%" in text
 
 
 def test_flagged_rows_and_reports_are_written_once(tmp_path, capsys):

@@ -180,20 +180,24 @@ def test_names_of_columns_as_people_write_them(tmp_path, capsys):
 
 
 def test_csv_of_another_encoding_is_asked_for(tmp_path, capsys):
-    cases = {"gb18030": ROWS, "cp1252": [{"prompt": "Größe – où?", "response": "für €"}]}
-    for encoding, rows in cases.items():
-        path = tmp_path / f"{encoding}.csv"
-        path.write_bytes(csv_text(rows).encode(encoding))
+    path = tmp_path / "data.csv"
+    path.write_bytes(csv_text().encode("gb18030"))
+    error = refused(path, capsys)
+    assert f"{path} is not utf-8 text (line 2, byte 0xc4); it reads as gb18030 (" in error
+    assert """('你好, ""Welt""')""" in error and "pass --encoding gb18030" in error
+    assert pairs(converted(path, "--encoding", "gb18030")) == EXPECTED
+    # Of others the reader sees which one it is.
+    for encoding, text in (("cp1252", "Größe – où?"), ("big5", "謝謝您的關心"), ("shift_jis", "今日は良い天気ですね")):
+        path.write_bytes(csv_text([{"prompt": text, "response": "a"}]).encode(encoding))
+        start = text[2:] if encoding == "cp1252" else text
         error = refused(path, capsys)
-        assert f"{path} is not utf-8 text (line 2, byte 0x" in error
-        assert f"it reads as {encoding}: pass --encoding {encoding}" in error
-        assert pairs(converted(path, "--encoding", encoding)) == [asked(r["prompt"], r["response"]) for r in rows]
-    path = tmp_path / "nomark.csv"
+        assert f"{encoding} ('{start}" in error and "gb18030" not in error
+        assert pairs(converted(path, "--encoding", encoding)) == [asked(text, "a")]
     path.write_bytes(csv_text().encode("utf-16-le"))
-    assert "it reads as utf-16-le: pass --encoding utf-16-le" in refused(path, capsys)
+    assert "it reads as utf-16-le ('你好, \"" in refused(path, capsys)
     assert pairs(converted(path, "--encoding", "utf-16-le")) == EXPECTED
     path.write_bytes(b"prompt,response\nq,\xff\xfe\x81\x00\xff\n")
-    assert "pass its --encoding, or save it as UTF-8" in refused(path, capsys)
+    assert "is not utf-8 text (line 2, byte 0xff); " in refused(path, capsys)
     assert "is not gb18030 text" in refused(path, capsys, "--encoding", "gb18030")
 
 
@@ -357,12 +361,23 @@ def test_several_files_become_one(tmp_path, capsys):
     assert "recognised as sharegpt" in report and "CSV with ',', 2 rows, recognised as prompt_response" in report
 
 
-def test_help_is_short_and_brings_nothing_heavy_along():
-    code = "import sys; from verl.data_tools.convert import parse\n"
+@pytest.mark.parametrize(("package", "name"), [("openpyxl", "data.xlsx"), ("datasets", "data")])
+def test_without_the_extra_it_is_named(tmp_path, monkeypatch, capsys, package, name):
+    book = openpyxl.Workbook()
+    book.save(tmp_path / "data.xlsx")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "data")
+    monkeypatch.setitem(sys.modules, package, None)
+    capsys.readouterr()
+    error = refused(tmp_path / name, capsys)
+    assert package in error and "pip install -e '.[data]'" in error
+
+
+@pytest.mark.parametrize("tool", ["convert", "check"])
+def test_help_is_short_and_brings_nothing_heavy_along(tool):
+    code = f"import sys; from verl.data_tools.{tool} import parse\n"
     code += "try: parse(['--help'])\nfinally: print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     text, _, modules = done.stdout.rpartition("[")
-    assert done.returncode == 0 and len(text.splitlines()) < 40 and "python -m verl.data_tools.convert faq" in text
-    assert not {"'torch'", "'transformers'", "'pandas'", "'pyarrow'", "'datasets'"} & set(
-        modules.strip(" ]\n").split(", ")
-    )
+    assert done.returncode == 0 and len(text.splitlines()) < 40 and f"  python -m verl.data_tools.{tool} " in text
+    heavy = {"'torch'", "'transformers'", "'pandas'", "'pyarrow'", "'datasets'", "'datasketch'"}
+    assert not heavy & set(modules.strip(" ]\n").split(", "))

@@ -96,7 +96,7 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     if options.encoding is not None:
         try:
             check_encoding(options.encoding)
-        except (LookupError, ValueError):
+        except LookupError:
             raise ValueError(
                 f"--encoding: expected a name such as utf-8, utf-16, gb18030, got {options.encoding}; name one of these"
             ) from None

@@ -18,6 +18,9 @@ _MARKS = (
 )
 # Of a file without a mark: how many of its first bytes are looked at for the zeros of UTF-16.
 _LOOKED_AT = 4096
+# What files without a mark are in besides: of China, Taiwan, Japan, Korea, western and eastern Europe.
+_OTHERS = ("gb18030", "big5", "shift_jis", "euc_kr", "cp1252", "cp1251")
+_SHOWN = 16
 
 
 class Text(NamedTuple):
@@ -44,27 +47,21 @@ def read_text(path: Path, encoding: str | None) -> Text:
             raise ValueError(f"{path} is not a whole gzip file ({error}): fetch it again") from error
     found = encoding or next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     # A file that is all zeros and letters in turn would pass as UTF-8.
-    fits = None if encoding or found != "utf-8" else _utf_16(data)
-    if fits is None:
-        try:
-            return Text(data.decode(found), found)
-        except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            fault = f"is not {found} text (line {line}, byte 0x{data[error.start]:02x})"
-            fits = _encoding_that_fits(data)
-            if fits == found:
-                fits = None
-    else:
-        fault = "is not UTF-8 text (half of its bytes are zero)"
-    way_out = f"it reads as {fits}: pass --encoding {fits}" if fits else "pass its --encoding, or save it as UTF-8"
-    raise ValueError(f"{path} {fault}; {way_out}")
+    zeros = None if encoding or found != "utf-8" else _utf_16(data)
+    if zeros is not None:
+        raise ValueError(f"{path} is not UTF-8 text (half of its bytes are zero); {_way_out(data, [zeros])}")
+    try:
+        return Text(data.decode(found), found)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        fault = f"is not {found} text (line {line}, byte 0x{data[error.start]:02x})"
+        fits = [name for name in _encodings_that_fit(data) if name != found]
+        raise ValueError(f"{path} {fault}; {_way_out(data, fits)}") from error
 
 
-def check_encoding(name: str) -> str:
-    """The name, for a flag; ValueError if Python knows no such encoding of text."""
-    if not codecs.lookup(name)._is_text_encoding:
-        raise ValueError(f"{name} is no encoding of text")
-    return name
+def check_encoding(name: str) -> None:
+    """LookupError if Python knows no such encoding of text."""
+    "a".encode(name)
 
 
 def _utf_16(data: bytes) -> str | None:
@@ -76,17 +73,33 @@ def _utf_16(data: bytes) -> str | None:
     return "utf-16-le" if odd and odd.count(0) > 0.5 * len(odd) else None
 
 
-def _encoding_that_fits(data: bytes) -> str | None:
-    """The encoding of Chinese or of western European Windows, whichever makes plausible letters of it, or None."""
-    for name, plausible in (("gb18030", _is_chinese), ("big5", _is_chinese), ("cp1252", str.isprintable)):
+def _encodings_that_fit(data: bytes) -> list[str]:
+    """Encodings in which the bytes are text: of China alone if that is plausible, else all of a few."""
+    texts = {}
+    for name in _OTHERS:
         try:
-            text = data.decode(name)
+            texts[name] = data.decode(name)
         except UnicodeDecodeError:
             continue
-        other = "".join(character for character in text if not character.isascii())
-        if plausible(other):
-            return name
-    return None
+    if "gb18030" in texts and _is_chinese("".join(c for c in texts["gb18030"] if not c.isascii())):
+        return ["gb18030"]
+    return [name for name in texts if name != "gb18030"]
+
+
+def _way_out(data: bytes, names: list[str]) -> str:
+    """What to pass, with some of the text in each encoding: who reads it sees which one it is."""
+    if not names:
+        return "pass its --encoding, or save it as UTF-8"
+    shown = [f"{name} ({_sample(data.decode(name))!r})" for name in names]
+    if len(names) == 1:
+        return f"it reads as {shown[0]}: pass --encoding {names[0]}"
+    return f"it could be {', '.join(shown)}: pass the --encoding in which this is right"
+
+
+def _sample(text: str) -> str:
+    """From the first character on that is not ASCII, to the end of its line at most."""
+    start = next((place for place, character in enumerate(text) if not character.isascii()), 0)
+    return text[start : start + _SHOWN].partition("\n")[0]
 
 
 def _is_chinese(text: str) -> bool:
