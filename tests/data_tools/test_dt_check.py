@@ -11,12 +11,15 @@ import pytest
 
 from tests.data_tools.dt_files import write_lines
 from tests.tiny import byte_tokenizer
+from tests.utils.word_rows import make_config
 from verl.data_tools.check import main
 from verl.data_tools.check.answers import has_open_fence, refuses, without_end
 from verl.data_tools.check.duplicates import normal, shingles
 from verl.data_tools.check.findings import KINDS
 from verl.data_tools.check.keys import secrets_in
 from verl.data_tools.check.languages import identifier, language_of
+from verl.models.loading import load_tokenizer
+from verl.utils.dataset.rl_dataset import RLHFDataset
 
 
 def row(prompt="What is it?", answer="A thing.", system=None, **more):
@@ -479,6 +482,51 @@ def test_texts_that_the_tokenizer_changes(tmp_path, capsys):
     found, report = checked(tmp_path, capsys, rows, "--model", strip)
     assert found == {"template": [2]}
     assert report["kinds"]["template"]["reasons"][0]["reason"] == "the answer loses white space at its ends"
+
+
+def test_an_answer_of_which_no_token_is_left(tmp_path, capsys):
+    rows = [row("one", "yes"), row("two", "<eos>")]
+    found, report = checked(tmp_path, capsys, rows, "--model", model_with(tmp_path / "model"), code=1)
+    assert found == {"bad": [1]}
+    assert report["kinds"]["bad"]["reasons"][0]["reason"] == "the tokenizer makes no token of the answer"
+
+
+def test_bad_rows_are_those_that_training_skips(tmp_path, capsys):
+    deep = {}
+    for _ in range(120):
+        deep = {"in": deep}
+    user = {"role": "user", "content": "q"}
+    contents = [
+        [user], [user, user], [], None, "q", [7], [{"role": "user"}], [user, {"role": "assistant", "content": "a"}],
+        [user | {"x": deep}], [{"role": "system", "content": "s"}, user], [{"role": "user", "content": "\ud83d"}],
+    ]  # fmt: skip
+    answers = ["a", "", None, 7, "<eos>", " \n", "a<eos>", ["a"], "\udc00"]
+    rows = [{"content": content, "teacher_response": "a"} for content in contents]
+    rows += [{"content": [user], "teacher_response": answer} for answer in answers]
+    rows += [
+        {"content": [user]},
+        {"teacher_response": "a"},
+        {"content": [user], "teacher_response": "a", "extra_info": deep},
+    ]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows) + "{\n[]\n")
+    dropping = SOUND.replace("for m in messages", "for m in messages if m['role'] != 'system'")
+    model = model_with(tmp_path / "model", dropping)
+    kept = {one["index"] for one in RLHFDataset(path, load_tokenizer(model), make_config(on_bad_row="skip"))}
+    assert main([str(path), "--model", model, "--json", "-", "--out", str(tmp_path / "out.jsonl")]) == 1
+    flagged = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    bad = {one["row"] for one in flagged if any(flag["kind"] in ("bad", "empty") for flag in one["flags"])}
+    assert bad == set(range(len(rows) + 2)) - kept and len(kept) == 4
+    capsys.readouterr()
+
+
+def test_half_of_a_character_in_a_report(tmp_path, capsys):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(row(answer="I'm sorry, but I can't.") | {"finish_reason": "\ud83d"}) + "\n")
+    assert main([str(path), "--json", str(tmp_path / "r.json"), "--out", str(tmp_path / "o.parquet")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["kinds"]["refused"]["rows"] == 1
+    assert pq.read_table(tmp_path / "o.parquet").num_rows == 1
+    capsys.readouterr()
 
 
 def test_names_of_special_tokens_and_lengths_in_tokens(tmp_path, capsys):

@@ -56,6 +56,9 @@ class Tokens:
                 yield from self._of_row(number, sample, prompt, answer)
 
     def _of_row(self, number: int, sample: Sample, prompt: Sequence[int], answer: Sequence[int]) -> Iterator[Finding]:
+        if len(answer) == 1:
+            yield Finding("bad", number, "the tokenizer makes no token of the answer", sample.answer)
+            return
         tokenizer = self.tokenization.tokenizer
         lost = lost_of_prompt(sample.messages, _decoded(tokenizer, prompt))
         if lost:

@@ -228,7 +228,7 @@ def _unknown(columns: Mapping[str, None], wanted: Wanted) -> str:
     why = f"; {lists[0]!r} has no list of messages with role and content, or from and value" if lists else ""
     half = [name for name in columns if name in (*PROMPTS, INSTRUCTION)]
     if half and not lists:
-        why = f"; there are prompts in {half[0]!r}, but no answers"
+        why = f"; there are prompts in {half[0]!r}, but no answers (verl.data_tools.collect asks a teacher for them)"
     elif not lists and (answers := [name for name in columns if name in ANSWERS]):
         why = f"; there are answers in {answers[0]!r}, but no prompts"
     return (

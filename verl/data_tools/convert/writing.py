@@ -45,8 +45,8 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text, UTF-8."""
-    _in_place(path, lambda file: file.write(text.encode()))
+    """Write a text, UTF-8; half a surrogate pair, which that cannot have, as its number."""
+    _in_place(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def to_json(value: Any) -> str:
