@@ -142,6 +142,7 @@ def test_rows_of_wrong_types_are_left_out_with_reasons(tmp_path, capsys):
         ("utf-16", {"dialect": "excel-tab"}),  # Excel: "Unicode text"
         ("utf-8", {"delimiter": ";"}),  # Excel where the comma is the decimal point
         ("utf-8", {"dialect": "unix"}),
+        ("utf-8", {"lineterminator": "\r"}),  # Excel on old Macs
     ],
 )
 def test_csv_as_it_is_written(tmp_path, encoding, dialect):
@@ -265,6 +266,18 @@ def test_excel_from_pandas_and_its_sheets(tmp_path, capsys):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "no workbook")
     assert "data.xlsx is not a readable Excel file" in refused(path, capsys)
+
+
+def test_excel_files_that_say_a_wrong_size(tmp_path):
+    pd.DataFrame(ROWS).to_excel(tmp_path / "whole.xlsx", index=False)
+    with zipfile.ZipFile(tmp_path / "whole.xlsx") as whole, zipfile.ZipFile(tmp_path / "data.xlsx", "w") as wrong:
+        for name in whole.namelist():
+            content = whole.read(name)
+            if name.endswith("sheet1.xml"):
+                assert b'ref="A1:B3"' in content
+                content = content.replace(b'ref="A1:B3"', b'ref="A1"')
+            wrong.writestr(name, content)
+    assert pairs(converted(tmp_path / "data.xlsx")) == EXPECTED
 
 
 def test_excel_cells_without_a_text(tmp_path, capsys):

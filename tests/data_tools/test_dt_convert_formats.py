@@ -200,6 +200,16 @@ def test_a_prompt_of_several_turns_is_one_row(tmp_path):
     assert got == row
 
 
+def test_a_text_that_is_json_stays_the_text(tmp_path):
+    texts = ['[{"role": "assistant", "content": "inside"}]', '[{"a": 1}]', '{"role": "user"}', "[1]"]
+    rows = [{"prompt": text, "response": text} for text in texts]
+    assert pairs(converted(write_lines(tmp_path / "data.jsonl", rows))) == [asked(text, text) for text in texts]
+    # A conversation can be nothing but messages.
+    packed = [{"messages": json.dumps(CHAT)}, {"chosen": json.dumps(CHAT), "rejected": "b"}]
+    for row, count in zip(packed, (2, 1), strict=True):
+        assert len(converted(write_lines(tmp_path / "packed.jsonl", [row]))) == count
+
+
 def test_columns_named_by_hand(tmp_path, capsys):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -293,7 +303,7 @@ def test_pictures_are_left_out_and_the_left_out_are_written(tmp_path, capsys):
     left = [json.loads(line) for line in aside.open()]
     assert [(row["row"], row["answer"], row["reason"]) for row in left] == [
         (1, None, "it has more than text (column 'images')"),
-        (2, None, "'conversations' is not a list of messages but text that is no JSON list"),
+        (2, None, "'conversations' is not a list of messages but text"),
     ]
     assert left[0]["record"] == rows[1] and left[0]["file"] == str(path)
     assert "wrote" in capsys.readouterr().out

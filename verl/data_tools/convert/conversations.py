@@ -20,11 +20,13 @@ from verl.data_tools.convert.formats import (
     SHAREGPT,
     SYSTEMS,
     TOOLS,
+    VERL,
     Layout,
     has,
     unpacked,
     value_of,
 )
+from verl.data_tools.convert.json_files import is_conversation
 from verl.utils.dataset.faults import fault_of_answer, fault_of_messages
 
 SYSTEM, USER, ASSISTANT, TOOL, CALL = "system", "user", "assistant", "tool", "call"
@@ -78,6 +80,7 @@ class Reader:
     Args:
         layout: where prompts and answers are.
         system: the column of system messages; None looks for the usual ones.
+        text_cells: every value is text, as in CSV and Excel files, so that messages are written as JSON.
         last_only: of a conversation, only its last answer; otherwise all. Where answers have a column of their own,
             those in the prompt never are.
         tools_as_text: calls, results and definitions of tools are written out; otherwise what uses them is left out.
@@ -88,6 +91,7 @@ class Reader:
 
     layout: Layout
     system: str | None = None
+    text_cells: bool = False
     last_only: bool = False
     tools_as_text: bool = False
     thoughts_as_text: bool = False
@@ -128,17 +132,26 @@ class Reader:
 
     # -- what a row has
 
+    def _value(self, record: Mapping[str, Any], column: str) -> Any:
+        """A column's value; messages that are written as JSON are unpacked, where text can be nothing else."""
+        value = _value(record, column)
+        layout = self.layout
+        if self.text_cells or layout.format in (SHAREGPT, MESSAGES, VERL) or layout.prompt is None:
+            inner = unpacked(value)
+            return inner if is_conversation(inner) else value
+        return value
+
     def _messages(self, record: Mapping[str, Any], notes: set[str]) -> Iterator[Message | LeftOut]:
         """All messages up to the last answer; one that cannot be used is a LeftOut, and is the last."""
         layout = self.layout
         if layout.format in (SHAREGPT, MESSAGES):
-            yield from self._parsed(_value(record, layout.prompt), layout.prompt, notes)
+            yield from self._parsed(self._value(record, layout.prompt), layout.prompt, notes)
             return
         if layout.format == ALPACA:
             yield from self._history(record)
             yield Message(USER, _alpaca_prompt(record, layout.prompt))
         elif layout.prompt is not None:
-            prompt = _value(record, layout.prompt)
+            prompt = self._value(record, layout.prompt)
             if isinstance(prompt, str):
                 yield Message(USER, prompt)
             elif isinstance(prompt, list):
@@ -146,7 +159,7 @@ class Reader:
             else:
                 kind = type(prompt).__name__
                 raise LeftOut(f"{layout.prompt!r} is neither text nor a list of messages but {kind}")
-        yield from self._answer(_value(record, layout.answer), layout.answer, notes)
+        yield from self._answer(self._value(record, layout.answer), layout.answer, notes)
 
     def _answer(self, answer: Any, column: str, notes: set[str]) -> Iterator[Message | LeftOut]:
         if isinstance(answer, dict):
@@ -171,7 +184,7 @@ class Reader:
 
     def _parsed(self, items: Any, column: str, notes: set[str]) -> Iterator[Message | LeftOut]:
         if not isinstance(items, list):
-            shown = "text that is no JSON list" if isinstance(items, str) else type(items).__name__
+            shown = "text" if isinstance(items, str) else type(items).__name__
             raise LeftOut(f"{column!r} is not a list of messages but {shown}")
         if not items:
             raise LeftOut(f"{column!r} has no messages")
@@ -272,16 +285,14 @@ class Reader:
 
 
 def _value(record: Mapping[str, Any], column: str) -> Any:
-    """A column's value, unpacked where it is a list in JSON; LeftOut where there is none."""
+    """A column's value; LeftOut where there is none."""
     try:
         value = value_of(record, column)
     except KeyError:
         raise LeftOut(f"there is no {column!r} in it") from None
     if value is None:
         raise LeftOut(f"{column!r} is null")
-    inner = unpacked(value)
-    # A text that happens to be JSON stays the text that it is.
-    return inner if isinstance(inner, list) and inner and isinstance(inner[0], dict) else value
+    return value
 
 
 def _reason(answer: Message, before: list[dict[str, str]], asked: bool, column: str) -> str | None:

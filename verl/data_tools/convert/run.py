@@ -110,7 +110,7 @@ def _wanted(options: argparse.Namespace) -> Wanted:
 def _convert(source: Source, layout: Layout, wanted: Wanted, options: argparse.Namespace) -> Converted:
     done = Converted(source, layout)
     last, tools, thoughts = options.turns == "last", options.tools == "text", options.reasoning == "think"
-    reader = Reader(layout, wanted.system, last, tools, thoughts)
+    reader = Reader(layout, wanted.system, source.text_cells, last, tools, thoughts)
     reserved = (PROMPT, ANSWER, CONVERSATION, TURN) if reader.several else (PROMPT, ANSWER)
     dropped: Counter[str] = Counter()
     bar = tqdm(source.records, desc=f"converting {source.name}", unit="row", leave=False, dynamic_ncols=True, delay=2)

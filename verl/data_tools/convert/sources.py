@@ -46,12 +46,14 @@ class Source:
     kind: what it is, in words.
     records: a record for each row, or why there is none.
     notes: what else is to be said of it.
+    text_cells: all its values are text.
     """
 
     name: str
     kind: str
     records: list[Record]
     notes: list[str] = field(default_factory=list)
+    text_cells: bool = False
 
     def place(self, row: int) -> str:
         """The source and a row of it, from 0, for messages."""
@@ -93,7 +95,7 @@ def _read_file(path: Path, reading: Reading) -> Source:
         return Source(str(path), "parquet", list(read_parquet(path)))
     if suffix in EXCEL and path.suffix != ".gz":
         sheet, records = read_xlsx(path, reading.sheet)
-        return Source(str(path), f"Excel, sheet {sheet!r}", records)
+        return Source(str(path), f"Excel, sheet {sheet!r}", records, text_cells=True)
     if suffix in JSON:
         text = read_text(path, reading.encoding)
         kind, records = read_json_text(text.text, str(path), lines=suffix != ".json")
@@ -102,7 +104,7 @@ def _read_file(path: Path, reading: Reading) -> Source:
     if suffix in (*TABLES, ".txt"):
         text = read_text(path, reading.encoding)
         delimiter, records = read_csv_text(text.text, str(path), reading.delimiter)
-        return Source(str(path), f"CSV with {delimiter!r}{_in(text.encoding)}", records)
+        return Source(str(path), f"CSV with {delimiter!r}{_in(text.encoding)}", records, text_cells=True)
     hint = "; save it as .xlsx" if suffix in (".xls", ".ods", ".xlsb") else ""
     raise ValueError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)} (or .gz after text), got this{hint}")
 

@@ -123,6 +123,9 @@ def read_xlsx(path: Path, sheet: str | None) -> tuple[str, list[Record]]:
 
 
 def _sheet(book: Any, path: Path, name: str | None) -> Any:
+    for sheet in book.worksheets:
+        # Some programs write a size that is not the sheet's.
+        sheet.reset_dimensions()
     filled = [sheet for sheet in book.worksheets if any(_filled(row) for row in sheet.iter_rows(values_only=True))]
     names = ", ".join(repr(sheet.title) for sheet in filled)
     if name is not None:
@@ -196,6 +199,7 @@ def _without_computed(path: Path, title: str, rows: list[Record]) -> list[Record
 
     book = openpyxl.load_workbook(path, read_only=True)
     try:
+        book[title].reset_dimensions()
         formulas = list(_table(_sheet_rows(book[title]), str(path)))
     finally:
         book.close()
