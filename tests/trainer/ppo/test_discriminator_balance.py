@@ -108,10 +108,10 @@ def test_a_head_start_is_not_spoken_of(caplog):
 @pytest.mark.parametrize("held_out", [True, False])
 def test_a_warmup_ends_with_a_verdict(caplog, accuracy, worked, held_out):
     """By held-out pairs, or where there are none by those of training."""
+    start = HeadStart(config("trainer.critic_warmup=5"), None, 9)
     measure = (lambda: HeldOutAccuracy(accuracy, 0.04, 32)) if held_out else None
-    start = HeadStart(config("trainer.critic_warmup=5"), measure, 9)
     with caplog.at_level(logging.INFO):
-        start.conclude(0.1 if held_out else accuracy)
+        start.conclude(measure, 0.1 if held_out else accuracy)
     (said,) = caplog.records
     assert (said.levelno == logging.INFO) == worked
     assert ("warmup worked" if worked else "warmup did not work") in caplog.text
@@ -122,13 +122,13 @@ def test_a_warmup_ends_with_a_verdict(caplog, accuracy, worked, held_out):
 
 def test_a_warmup_that_may_be_guessing_has_not_worked(caplog):
     """By two standard errors, as GAD would say at its start."""
-    HeadStart(config("trainer.critic_warmup=5"), lambda: HeldOutAccuracy(0.61, 0.06, 6), 9).conclude(None)
+    HeadStart(config("trainer.critic_warmup=5"), None, 9).conclude(lambda: HeldOutAccuracy(0.61, 0.06, 6), None)
     assert "warmup did not work" in caplog.text and "which may be guessing" in caplog.text
 
 
 def test_what_has_said_it_already_or_measured_nothing_has_no_verdict(caplog):
-    auto([0.9]).conclude(0.9)
-    HeadStart(config("trainer.critic_warmup=5"), None, 9).conclude(None)
+    auto([0.9]).conclude(lambda: HeldOutAccuracy(0.9, 0.01, 32), 0.9)
+    HeadStart(config("trainer.critic_warmup=5"), None, 9).conclude(None, None)
     assert caplog.text == ""
 
 

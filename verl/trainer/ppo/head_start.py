@@ -85,18 +85,19 @@ class HeadStart:
             return {}
         return {"first_actor_step": self.first_actor_step, "head_start_held": self.held}
 
-    def conclude(self, in_training: float | None) -> None:
+    def conclude(self, held_out: Callable[[], HeldOutAccuracy] | None, in_training: float | None) -> None:
         """At the end of a warmup of fixed length: say whether the discriminator has learned enough to teach, and what
         to do if not.
 
         Args:
+            held_out: measures it on the present student's answers, which the next stage begins with.
             in_training: the share of training pairs that it told apart of late, which has to do without a held-out set.
         """
-        if self.auto or (self.accuracy is None and in_training is None):
+        if self.auto or (held_out is None and in_training is None):
             return
         accuracy, error, pairs = in_training, 0.0, "of the training pairs, which it has learned from,"
-        if self.accuracy is not None:
-            accuracy, error, prompts = self.accuracy()
+        if held_out is not None:
+            accuracy, error, prompts = held_out()
             pairs = f"(standard error {error:.2f}) of the pairs of {prompts} held-out prompts"
         threshold = f"critic.head_start.accuracy={self.config.accuracy}"
         falls_short = f"less than {threshold}" if accuracy < self.config.accuracy else "which may be guessing"

@@ -80,7 +80,14 @@ class HeldOutPairs:
 
     def accuracy(self) -> HeldOutAccuracy:
         """How well the discriminator tells the stored answers from the teacher's now."""
-        tensors = self._scored(self.fixed.split(self.batch_size)).batch
+        return self._accuracy(self.fixed.split(self.batch_size))
+
+    def present_accuracy(self) -> HeldOutAccuracy:
+        """How well it tells those of the present student."""
+        return self._accuracy(self._answered(part) for part in self.prompts.split(self.batch_size))
+
+    def _accuracy(self, parts: Iterable[DataProto]) -> HeldOutAccuracy:
+        tensors = self._scored(parts).batch
         per_prompt = (tensors["teacher_scores"] > tensors["student_scores"]).double().mean(-1)
         error = per_prompt.std(correction=0).item() / math.sqrt(max(1, len(per_prompt) - 1))
         return HeldOutAccuracy(per_prompt.mean().item(), error, len(per_prompt))

@@ -234,7 +234,8 @@ class RayPPOTrainer:
             self._prune()
         if complete:
             if stage == "warmup":
-                self.head_start.conclude(self.discriminator.balance.accuracy)
+                held_out = None if self.held_out is None else self.held_out.present_accuracy
+                self.head_start.conclude(held_out, self.discriminator.balance.accuracy)
             say_done(config, self.global_step, self.discriminator is not None, time.monotonic() - began)
 
     def _make_steps(self, tracking: Tracking, bar: tqdm) -> bool:
