@@ -164,6 +164,7 @@ FLOORS = [
     "verl/trainer",
     "verl/model_merger",
     "verl/tools",
+    "verl/data_tools",
 ]
 # The one exemption: users look for the algorithms where verl has them, and the workers train with them.
 ALGORITHMS = (
@@ -232,6 +233,7 @@ NO_RAY = [
     "verl/single_controller/base",
     "verl/model_merger",
     "verl/tools",
+    "verl/data_tools",
 ]
 
 
