@@ -1,0 +1,53 @@
+"""Prompts of B that A has too, or nearly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from verl.data_tools.compare.classifier import vectorise
+from verl.data_tools.compare.data import Side
+from verl.data_tools.compare.statistics import Interval, share
+
+# Cosine of TF-IDF above which two prompts are nearly the same.
+NEAR = 0.9
+ROWS_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Shares of B's rows whose prompts are in A but for case, spaces and signs, and of those that are, or nearly.
+
+    examples: rows of B and of A, from 0 within what was read, of prompts that are nearly the same.
+    """
+
+    same: Interval
+    near: Interval
+    examples: list[tuple[int, int]]
+
+
+def find_overlap(a: Side, b: Side) -> Overlap:
+    """How many of B's prompts A has."""
+    known = set(a.keys)
+    same = np.array([key in known for key in b.keys])
+    closest, cosine = _closest(a.prompts, b.prompts)
+    near = same | (cosine >= NEAR)
+    examples = [(int(at), int(closest[at])) for at in np.flatnonzero(near & ~same)[:3]]
+    return Overlap(share(int(same.sum()), len(b)), share(int(near.sum()), len(b)), examples)
+
+
+def _closest(a: list[str], b: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """For each text of B, the text of A that is most like it, and their cosine."""
+    try:
+        table, _ = vectorise([*a, *b])
+    except ValueError:
+        # No two texts have a word in common.
+        return np.zeros(len(b), int), np.zeros(len(b))
+    left, right = table[: len(a)].T.tocsc(), table[len(a) :]
+    closest, cosine = [], []
+    for start in range(0, len(b), ROWS_AT_ONCE):
+        part = right[start : start + ROWS_AT_ONCE] @ left
+        closest.append(np.asarray(part.argmax(axis=1)).ravel())
+        cosine.append(part.max(axis=1).toarray().ravel())
+    return np.concatenate(closest), np.concatenate(cosine)
