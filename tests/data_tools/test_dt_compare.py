@@ -210,6 +210,14 @@ def test_a_prompt_is_never_trained_on_and_tested():
         assert len(train) + len(test) == len(chosen) == 80
 
 
+def test_texts_with_nothing_in_common_and_without_words():
+    prompts = [f"p{number}" for number in range(80)]
+    texts = [chr(0x4E00 + number) for number in range(80)]
+    told = told_apart(side(prompts[:40], []), side(prompts[40:], []), (texts[:40], texts[40:]), seed=0)
+    assert told.p > 0.05 and told.accuracy.value <= 0.6
+    assert find_unseen(["?!"] * 20, ["..."] * 20, seed=0).p == 1.0
+
+
 # --- style and overlap ---
 
 
@@ -233,8 +241,13 @@ def test_style_by_hand():
 def test_overlap_by_hand():
     """Of four prompts one is the same, one nearly, two are not there."""
     long = "please write a short story about a dragon who learns to bake bread in a small village near the sea"
-    known = ["what is the capital of france", long, *(f"filler question number {n} about topic {n}" for n in range(20))]
-    asked = [known[0], long + "side", "how do whales sleep at night", "translate good morning into finnish"]
+    known = [
+        "what is the capital of france",
+        long,
+        "what is Atlantis",
+        *(f"filler question number {n} about topic {n}" for n in range(20)),
+    ]
+    asked = [known[0], long + "side", "what is the Balfour Declaration", "translate good morning into finnish"]
     found = find_overlap(side(known, []), side(asked, []))
     assert (found.same.value, found.near.value, found.examples) == (0.25, 0.5, [(1, 1)])
 
@@ -325,7 +338,7 @@ def test_the_users_question_is_answered_as_far_as_data_can():
     alike = findings(("words of answers", 0.01, 0.4))
     accuracies = (0.768, 0.458)
     said = read(alike, accuracies)
-    assert "supports over-fitting on train's prompts, and no shift" in said and "cannot be ruled out" in said
+    assert "speaks for over-fitting on train's prompts and shows no shift" in said and "cannot be ruled out" in said
     # 0.458 +- 0.049 of 400, and +- 0.015 of 4,000.
     assert "40.9% to 50.6%: no more than a coin" in said and "What the data alone cannot say" in said
     assert "below chance. Over-fitting alone ends at 50%" in read(alike, accuracies, pairs=4000)

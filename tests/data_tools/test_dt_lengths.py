@@ -15,7 +15,7 @@ from verl.config.run import DataConfig
 from verl.data_tools.lengths.advice import advise
 from verl.data_tools.lengths.command import main, parse
 from verl.data_tools.lengths.limits import Limits, fit, histogram, limit_for, rounded_up, summarise
-from verl.data_tools.lengths.measure import Columns, measure
+from verl.data_tools.lengths.measure import Columns, measure, workers_for
 from verl.data_tools.lengths.room import Machine, find_room
 from verl.memory.check import run_settings
 from verl.memory.estimate import GIB, estimate_memory
@@ -71,6 +71,18 @@ def test_batches_give_what_single_rows_give(tmp_path, monkeypatch):
     in_parts = measure([file, file], Tokenization(byte_tokenizer()), Columns())
     assert in_parts.prompts.tolist() == at_once.prompts.tolist() and len(at_once.prompts) == 100
     assert in_parts.answers.tolist() == at_once.answers.tolist()
+
+
+@pytest.mark.distributed
+def test_processes_give_what_one_gives(tmp_path, monkeypatch):
+    """In the order of the files, faults included."""
+    file = write_rows(tmp_path / "x.jsonl", [("q" * n, "a" * (n % 7)) for n in range(1, 60)])
+    monkeypatch.setattr("verl.data_tools.lengths.measure.BATCH_ROWS", 9)
+    tokenization, columns = Tokenization(byte_tokenizer()), Columns(on_bad_row="skip")
+    one, two = (measure([file], tokenization, columns, workers=workers) for workers in (1, 2))
+    assert one.prompts.tolist() == two.prompts.tolist() == [n + 2 for n in range(1, 60) if n % 7]
+    assert one.answers.tolist() == two.answers.tolist() and one.left_out == two.left_out
+    assert (workers_for(30_000), workers_for(10**9) >= 1, two.looked_at) == (1, True, 59)
 
 
 def test_a_sample_is_drawn_by_the_seed(tmp_path):

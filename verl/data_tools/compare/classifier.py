@@ -46,10 +46,14 @@ class ToldApart:
 
 
 def vectorise(texts: Sequence[str]) -> tuple[Any, TfidfVectorizer]:
-    """TF-IDF of units (R, V), rows of length 1, and what made it; of texts without two common units, (R, 1) zeros."""
-    least = LEAST_TEXTS if len(texts) > 2 * LEAST_TEXTS else 1
-    vectorizer = TfidfVectorizer(analyzer=units, min_df=least, sublinear_tf=True, max_features=FEATURES)
-    return vectorizer.fit_transform(texts), vectorizer
+    """TF-IDF of units (R, V), rows of length 1, and what made it: of those that several texts have, or, where there are
+    none, of all."""
+    common = TfidfVectorizer(analyzer=units, min_df=LEAST_TEXTS, sublinear_tf=True, max_features=FEATURES)
+    try:
+        return common.fit_transform(texts), common
+    except ValueError:
+        every = TfidfVectorizer(analyzer=units, sublinear_tf=True, max_features=FEATURES)
+        return every.fit_transform(texts), every
 
 
 def told_apart(a: Side, b: Side, texts: tuple[Sequence[str], Sequence[str]], seed: int) -> ToldApart:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
 
-from verl.data_tools.compare.classifier import vectorise
 from verl.data_tools.compare.data import Side
 from verl.data_tools.compare.statistics import Interval, share
+from verl.data_tools.compare.words import units
 
 # Cosine of TF-IDF above which two prompts are nearly the same.
 NEAR = 0.9
@@ -39,11 +40,8 @@ def find_overlap(a: Side, b: Side) -> Overlap:
 
 def _closest(a: list[str], b: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """For each text of B, the text of A that is most like it, and their cosine."""
-    try:
-        table, _ = vectorise([*a, *b])
-    except ValueError:
-        # No two texts have a word in common.
-        return np.zeros(len(b), int), np.zeros(len(b))
+    # Every word counts here: a rare one is what two questions of one form differ in.
+    table = TfidfVectorizer(analyzer=units, sublinear_tf=True, dtype=np.float32).fit_transform([*a, *b])
     left, right = table[: len(a)].T.tocsc(), table[len(a) :]
     closest, cosine = [], []
     for start in range(0, len(b), ROWS_AT_ONCE):

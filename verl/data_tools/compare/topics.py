@@ -28,6 +28,8 @@ DIMENSIONS, STARTS, TOP = 100, 5, 6
 # Texts to a cluster on average, below which clusters are noise.
 TEXTS_PER_TOPIC = 10
 SHUFFLES = 1999
+# A side that is many times larger than the other would make all of the clusters.
+LARGER = 3
 
 
 @dataclass(frozen=True)
@@ -53,31 +55,27 @@ class Topics:
 
 
 def find_topics(a: Sequence[str], b: Sequence[str], count: int, seed: int) -> Topics | None:
-    """Clusters of both, of as many texts of either, which know nothing of whose a text is; the others are put to the
-    nearest one. None where texts have too few words in common to be put into two."""
-    texts = [*a, *b]
-    labels = np.repeat([0, 1], [len(a), len(b)])
-    random = np.random.default_rng(seed)
-    fewer = min(len(a), len(b))
-    equal = np.concatenate([np.sort(random.permutation(np.flatnonzero(labels == side))[:fewer]) for side in (0, 1)])
+    """Clusters of both together, which know nothing of whose a text is; None where texts have too few words in common
+    to be put into two. Of the larger side, at most LARGER times as many texts as of the other."""
+    random, most = np.random.default_rng(seed), LARGER * min(len(a), len(b))
+    a, b = ([side[at] for at in np.sort(random.permutation(len(side))[:most])] for side in (a, b))
+    texts, labels = [*a, *b], np.repeat([0, 1], [len(a), len(b)])
     vectorizer = TfidfVectorizer(
         analyzer=lambda text: [term for term in terms(text) if term not in ENGLISH_STOP_WORDS],
-        min_df=min(LEAST_TEXTS, max(1, len(equal) // 20)), max_df=COMMON, max_features=TERMS, sublinear_tf=True,
+        min_df=min(LEAST_TEXTS, max(1, len(texts) // 20)), max_df=COMMON, max_features=TERMS, sublinear_tf=True,
     )  # fmt: skip
     try:
-        vectorizer.fit([texts[at] for at in equal])
+        table = vectorizer.fit_transform(texts)
     except ValueError:
         # Not a word is in several texts and not in most.
         return None
-    table = vectorizer.transform(texts)
-    dense = _reduced(table, equal, seed)
-    different = len(np.unique(dense[equal].round(6), axis=0))
-    clusters = min(count, len(equal) // TEXTS_PER_TOPIC, different)
+    dense = _reduced(table, seed)
+    clusters = min(count, len(texts) // TEXTS_PER_TOPIC, len(np.unique(dense.round(6), axis=0)))
     if clusters < 2:
         return None
-    member = KMeans(clusters, n_init=STARTS, random_state=seed).fit(dense[equal]).predict(dense)
+    member = KMeans(clusters, n_init=STARTS, random_state=seed).fit_predict(dense)
     names = vectorizer.get_feature_names_out()
-    overall = np.asarray(table[equal].mean(axis=0)).ravel()
+    overall = np.asarray(table.mean(axis=0)).ravel()
     found = []
     for cluster in np.unique(member):
         inside = member == cluster
@@ -88,11 +86,11 @@ def find_topics(a: Sequence[str], b: Sequence[str], count: int, seed: int) -> To
     return _compared(found, member, labels, seed)
 
 
-def _reduced(table: csr_matrix, equal: np.ndarray, seed: int) -> np.ndarray:
-    """Rows of length 1 in the directions in which the `equal` rows vary most."""
+def _reduced(table: csr_matrix, seed: int) -> np.ndarray:
+    """Rows of length 1 in the directions in which rows vary most."""
     if table.shape[1] <= DIMENSIONS:
         return normalize(table.toarray())
-    return normalize(TruncatedSVD(DIMENSIONS, random_state=seed).fit(table[equal]).transform(table))
+    return normalize(TruncatedSVD(DIMENSIONS, random_state=seed).fit_transform(table))
 
 
 def _compared(

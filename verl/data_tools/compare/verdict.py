@@ -96,9 +96,9 @@ def _by_data(ranked: Sequence[Ranked], names: tuple[str, str], tests: Sequence[T
     if not differing:
         visible = max(test.visible for test in tests)
         return (
-            f"The data supports over-fitting on {names[0]}'s prompts, and no shift: what a discriminator learned of "
-            f"how answers differ would hold on {names[1]} too. A shift too small for so few rows (a classifier's "
-            f"accuracy below about {visible:.2f}) cannot be ruled out."
+            f"The data speaks for over-fitting on {names[0]}'s prompts and shows no shift: what a discriminator had "
+            f"learned of how answers differ would hold on {names[1]} too. A shift too small for so few rows (a "
+            f"classifier's accuracy below about {visible:.2f}) cannot be ruled out."
         )
     effect = max(each.finding.effect for each in ranked if each.differs)
     if effect < SMALL:

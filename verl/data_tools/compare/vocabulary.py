@@ -43,9 +43,9 @@ def count_words(texts: Sequence[str]) -> tuple[csr_matrix, list[str]]:
 
 
 def _unseen(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Shares of types and of tokens of B's counts (V,) whose count in A (V,) is 0; nan without a word."""
+    """Shares of types and of tokens of B's counts (V,) whose count in A (V,) is 0; 0 without a word."""
     if not b.sum():
-        return float("nan"), float("nan")
+        return 0.0, 0.0
     new = (a == 0) & (b > 0)
     return float(new.sum() / (b > 0).sum()), float(b[new].sum() / b.sum())
 

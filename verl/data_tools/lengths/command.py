@@ -52,6 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gpu_memory", type=number_between(0, 10_000), metavar="GIB", help="of one GPU: find settings that fit")
     add("--sample", type=whole(1), metavar="N", help="look at so many rows, drawn at random (default: all)")
     add("--seed", type=whole(0), default=0, metavar="N", help="of the drawing (default: 0)")
+    add("--workers", type=whole(1), metavar="N", help="processes (default: one per core, where rows are many)")
     add("--chart", metavar="FILE", help="draw a .png too (needs matplotlib)")
     add("--json", metavar="FILE", help="write all numbers as .json too")
     add("--overwrite", action="store_true", help="replace files that are there")
@@ -102,11 +103,12 @@ def _look(options: argparse.Namespace) -> tuple[Lengths, Limits, list[Advice]]:
     machine = None
     if options.gpu_memory is not None:
         machine = Machine.of(options.model, options.gpu_memory, options.trust_remote_code)
+    drawing = (options.sample, options.seed, options.workers)
     columns = Columns(options.prompt_key, options.teacher_key, options.on_bad_row)
-    lengths = measure(find_files(options.data), tokenization, columns, options.sample, options.seed)
+    lengths = measure(find_files(options.data), tokenization, columns, *drawing)
     prompts, answers = lengths.prompts, lengths.answers
     if options.val_files:
-        held_out = measure(find_files(options.val_files), tokenization, columns, options.sample, options.seed)
+        held_out = measure(find_files(options.val_files), tokenization, columns, *drawing)
         prompts, answers = (
             np.concatenate(sides) for sides in ((prompts, held_out.prompts), (answers, held_out.answers))
         )

@@ -1,15 +1,19 @@
 """Tokens of each row's prompt and answer, counted as training counts them.
 
-Files are streamed: of a row, its two lengths are kept. R rows.
+Files are streamed, and many rows are counted by several processes: of a row, its two lengths are kept. R rows.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import multiprocessing
+import os
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow.parquet
@@ -23,10 +27,12 @@ from verl.utils.dataset.faults import (
     fault_of_messages,
 )
 from verl.utils.dataset.rows import Row, make_row, read_jsonl, read_parquet, refuse
-from verl.utils.dataset.texts import Messages, Tokenization
+from verl.utils.dataset.texts import Tokenization
 
-# Of texts that are tokenised together: their ids take some tens of MB, and every core gets its share.
+# Of texts that are tokenised together: their ids take some tens of MB.
 BATCH_CHARACTERS = 1_000_000
+# Rows that a process is handed at once, and rows in the time of which one starts.
+BATCH_ROWS, ROWS_PER_PROCESS = 500, 20_000
 READERS = {".parquet": read_parquet, ".jsonl": read_jsonl}
 WAY_OUT = (
     "Correct the files, name other columns (--prompt_key, --teacher_key), or leave such rows out: --on_bad_row skip"
@@ -109,70 +115,100 @@ def fault_of_row(row: Row, columns: Columns, template: TemplateCheck) -> str | N
     )
 
 
-class Measuring:
-    """Counts tokens batch by batch, so that a file of any size takes little memory.
+class Part(NamedTuple):
+    """Of some rows: tokens of prompt and answer (K, 2) of those that can be used, and the others with their faults."""
 
-    Args:
-        tokenization: of the model that is to be trained.
-        columns: where the texts stand.
-    """
+    counts: np.ndarray
+    faults: list[tuple[Row, str]]
+    rows: int
 
-    def __init__(self, tokenization: Tokenization, columns: Columns):
-        self.tokenization = tokenization
-        self.columns = columns
-        self.template = TemplateCheck(tokenization.tokenizer, tokenization.template_kwargs)
-        self.prompts: list[np.ndarray] = []
-        self.answers: list[np.ndarray] = []
-        self.faults: list[tuple[Row, str]] = []
-        self._rows: list[Row] = []
-        self._characters = 0
 
-    def add(self, row: Row) -> None:
-        """Look at a row, and tokenise when enough of them are there."""
-        fault = fault_of_row(row, self.columns, self.template)
+def look_at(rows: Sequence[Row], tokenization: Tokenization, columns: Columns, template: TemplateCheck) -> Part:
+    """Check rows, and tokenise those that can be used."""
+    faults: list[tuple[Row, str]] = []
+    good: list[Row] = []
+    for row in rows:
+        fault = fault_of_row(row, columns, template)
         if fault:
-            self.faults.append((row, fault))
-            return
-        self._rows.append(row)
-        messages: Messages = row.record[self.columns.prompt]
-        self._characters += sum(len(message["content"]) for message in messages)
-        self._characters += len(row.record[self.columns.answer])
-        if self._characters >= BATCH_CHARACTERS:
-            self.flush()
+            faults.append((row, fault))
+        else:
+            good.append(row)
+    counts = [_count_tokens(part, tokenization, columns) for part in _slices(good, columns)]
+    both = np.concatenate(counts) if counts else np.zeros((0, 2), dtype=np.int64)
+    # An answer without a token but its EOS.
+    empty = both[:, 1] == 1
+    faults += [
+        (good[at], "the tokenizer makes no token of the answer: does it belong to this model and language?")
+        for at in np.flatnonzero(empty)
+    ]
+    return Part(both[~empty], faults, len(rows))
 
-    def flush(self) -> None:
-        """Tokenise what waits."""
-        if not self._rows:
-            return
-        prompts = self.tokenization.prompts([row.record[self.columns.prompt] for row in self._rows])
-        answers = self.tokenization.answers([row.record[self.columns.answer] for row in self._rows])
-        counts = np.array([(len(p), len(a)) for p, a in zip(prompts, answers, strict=True)])
-        # An answer without a token but its EOS.
-        empty = counts[:, 1] == 1
-        self.faults += [
-            (row, "the tokenizer makes no token of the answer: does it belong to this model and language?")
-            for row, none in zip(self._rows, empty, strict=True) if none
-        ]  # fmt: skip
-        self.prompts.append(counts[~empty, 0])
-        self.answers.append(counts[~empty, 1])
-        self._rows, self._characters = [], 0
 
-    def result(self, looked_at: int, sampled_of: int | None = None) -> Lengths:
-        """All lengths so far; ValueError where rows cannot be used, unless they are to be skipped, and for no row."""
-        self.flush()
-        if self.columns.on_bad_row == "error":
-            refuse(
-                [row.unreadable or f"{row.place}: {fault}" for row, fault in self.faults],
-                f"{len(self.faults)} of {looked_at} rows cannot be used",
-                WAY_OUT,
-            )
-        if not sum(map(len, self.prompts)):
-            raise ValueError(f"no row is left of {looked_at}: {faults_in_words(self._counted()) or 'there is none'}")
-        counts = [np.concatenate(side) for side in (self.prompts, self.answers)]
-        return Lengths(*counts, looked_at, sampled_of or looked_at, self._counted())
+def _slices(rows: Sequence[Row], columns: Columns) -> Iterator[list[Row]]:
+    """The rows in parts of about BATCH_CHARACTERS."""
+    part: list[Row] = []
+    size = 0
+    for row in rows:
+        part.append(row)
+        size += sum(len(message["content"]) for message in row.record[columns.prompt])
+        size += len(row.record[columns.answer])
+        if size >= BATCH_CHARACTERS:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
-    def _counted(self) -> dict[str, int]:
-        return dict(Counter("not readable" if row.unreadable else fault for row, fault in self.faults).most_common())
+
+def _count_tokens(rows: Sequence[Row], tokenization: Tokenization, columns: Columns) -> np.ndarray:
+    prompts = tokenization.prompts([row.record[columns.prompt] for row in rows])
+    answers = tokenization.answers([row.record[columns.answer] for row in rows])
+    return np.array([(len(p), len(a)) for p, a in zip(prompts, answers, strict=True)], dtype=np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many rows
+
+# Of a process that counts: how.
+_counting: list[tuple[Tokenization, Columns, TemplateCheck]] = []
+
+
+def _start(tokenization: Tokenization, columns: Columns) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _counting[:] = [(tokenization, columns, TemplateCheck(tokenization.tokenizer, tokenization.template_kwargs))]
+
+
+def _look_at(rows: Sequence[Row]) -> Part:
+    ((tokenization, columns, template),) = _counting
+    return look_at(rows, tokenization, columns, template)
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield batch
+
+
+def parts_of(rows: Iterator[Row], tokenization: Tokenization, columns: Columns, workers: int) -> Iterator[Part]:
+    """The rows' parts in order, made by so many processes; no more of the file is in memory than they need."""
+    if workers <= 1:
+        template = TemplateCheck(tokenization.tokenizer, tokenization.template_kwargs)
+        for batch in _batches(rows):
+            yield look_at(batch, tokenization, columns, template)
+        return
+    # Not forked: this process has threads (torch, tokenizers), and a fork may inherit a held lock.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(tokenization, columns)) as pool:
+        waiting: deque[Future[Part]] = deque()
+        for batch in _batches(rows):
+            waiting.append(pool.submit(_look_at, batch))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def workers_for(rows: int) -> int:
+    """As many processes as there are cores, as far as there is enough work for each to pay for its start."""
+    return max(1, min(os.cpu_count() or 1, rows // ROWS_PER_PROCESS))
 
 
 def faults_in_words(left_out: Mapping[str, int], shown: int = 5) -> str:
@@ -182,22 +218,46 @@ def faults_in_words(left_out: Mapping[str, int], shown: int = 5) -> str:
 
 
 def measure(
-    paths: Sequence[Path], tokenization: Tokenization, columns: Columns, sample: int | None = None, seed: int = 0
+    paths: Sequence[Path],
+    tokenization: Tokenization,
+    columns: Columns,
+    sample: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
 ) -> Lengths:
     """The lengths of all rows of the files, or of a random `sample` of them, with a bar where somebody watches.
+
+    Args:
+        workers: processes; None: as many as pay.
 
     Raises:
         ValueError: a file cannot be read, a row cannot be used (unless columns.on_bad_row is "skip"), or none is left.
     """
-    total = count_rows(paths)
-    chosen = None
+    total, chosen = count_rows(paths), None
     if sample is not None and sample < total:
         chosen = np.sort(np.random.default_rng(seed).choice(total, sample, replace=False))
-    measuring, looked_at = Measuring(tokenization, columns), 0
-    bar: Any = tqdm(total=sample if chosen is not None else total, desc="tokens", unit="row", delay=2, disable=None)
+    wanted = total if chosen is None else len(chosen)
+    found: list[Part] = []
+    bar: Any = tqdm(total=wanted, desc="tokens", unit="row", delay=2, disable=None)
     with bar:
-        for row in stream_rows(paths, chosen):
-            measuring.add(row)
-            looked_at += 1
-            bar.update()
-    return measuring.result(looked_at, None if chosen is None else total)
+        rows = stream_rows(paths, chosen)
+        for part in parts_of(rows, tokenization, columns, workers or workers_for(wanted)):
+            found.append(part)
+            bar.update(part.rows)
+    return _together(found, columns, None if chosen is None else total)
+
+
+def _together(found: Sequence[Part], columns: Columns, sampled_of: int | None) -> Lengths:
+    looked_at = sum(part.rows for part in found)
+    faults = [fault for part in found for fault in part.faults]
+    if columns.on_bad_row == "error":
+        refuse(
+            [row.unreadable or f"{row.place}: {fault}" for row, fault in faults],
+            f"{len(faults)} of {looked_at} rows cannot be used",
+            WAY_OUT,
+        )
+    left_out = dict(Counter("not readable" if row.unreadable else fault for row, fault in faults).most_common())
+    if looked_at == len(faults):
+        raise ValueError(f"no row is left of {looked_at}: {faults_in_words(left_out) or 'there is none'}")
+    prompts, answers = np.concatenate([part.counts for part in found]).T
+    return Lengths(prompts, answers, looked_at, sampled_of or looked_at, left_out)
