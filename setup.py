@@ -35,7 +35,7 @@ setup(
             "matplotlib",
             "scikit-learn",
         ],
-        "data": ["matplotlib", "scikit-learn"],
+        "data": ["matplotlib", "scikit-learn", "scipy"],
         "examples": ["matplotlib"],
         "gpu": ["vllm>=0.26,<0.33"],
         "wandb": ["wandb"],

@@ -14,10 +14,10 @@ import pytest
 import torch
 from scipy import stats
 
-from tests.tiny import write_model
+from tests.tiny import byte_tokenizer, scorer, write_model
 from verl.data_tools.compare.classifier import _folds, told_apart
 from verl.data_tools.compare.command import main
-from verl.data_tools.compare.data import Side
+from verl.data_tools.compare.data import Side, digest, read_side
 from verl.data_tools.compare.gap import measure_gap
 from verl.data_tools.compare.loss import compare_losses, load_student, losses
 from verl.data_tools.compare.overlap import find_overlap
@@ -37,6 +37,7 @@ from verl.data_tools.compare.topics import find_topics
 from verl.data_tools.compare.verdict import discriminator_reading, headline, rank
 from verl.data_tools.compare.vocabulary import find_unseen
 from verl.data_tools.compare.words import shown, terms, units
+from verl.data_tools.lengths.measure import Columns
 from verl.data_tools.lengths.model import find_tokenization
 from verl.tools.judge.statistics import Estimate
 
@@ -46,7 +47,8 @@ NAMES = ("train", "test")
 
 def side(prompts: list[str], answers: list[str], students: list[str] | None = None, name: str = "x") -> Side:
     messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return Side(name, messages, prompts, answers, students, list(prompts), len(prompts), 0)
+    every_key = {digest(prompt) for prompt in prompts}
+    return Side(name, messages, prompts, answers, students, list(prompts), every_key, len(prompts), 0)
 
 
 def sentences(draw: random.Random, words: list[str], count: int, length: int = 12) -> list[str]:
@@ -252,6 +254,14 @@ def test_overlap_by_hand():
     assert (found.same.value, found.near.value, found.examples) == (0.25, 0.5, [(1, 1)])
 
 
+def test_overlap_is_of_the_whole_files_though_rows_are_drawn(tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", [(f"Question {number}?", "yes") for number in range(200)])
+    drawn = read_side("a", [str(file)], Columns(), None, max_rows=30, seed=0)
+    asked = read_side("b", [str(file)], Columns(), None, max_rows=50, seed=1)
+    assert (len(drawn), drawn.total, len(drawn.every_key)) == (30, 200, 200)
+    assert find_overlap(drawn, asked).same.value == 1.0 and drawn.knows("question 7") and not drawn.knows("question x")
+
+
 # --- the student's loss ---
 
 
@@ -398,6 +408,18 @@ def test_set_against_itself(tmp_path, capsys):
     assert "100.0% of B's prompts are A's too" in said
 
 
+def strict_model(folder: Path) -> Path:
+    """A model whose template takes no system messages."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    write_model(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -407,6 +429,8 @@ def test_set_against_itself(tmp_path, capsys):
         (["--b", "{good}", "--teacher_key", "x"], "'x'"),
         (["--b", "{good}", "--student_key", "no"], "'no'"),
         (["--b", "{good}", "--model", "{folder}"], "holds no model"),
+        (["--b", "{system}", "--model", "{model}"], "1 of 21 rows cannot be used"),
+        (["--b", "{good}", "--student", "{critic}"], "discriminator"),
         (["--b", "{good}", "--json", "{json}"], "is there already"),
         (["--b", "{good}", "--device", "tpu"], "expected cpu, cuda"),
     ],
@@ -416,6 +440,13 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path, capsys, flags, said):
     names |= {"bad": tmp_path / "bad.jsonl", "folder": tmp_path, "json": tmp_path / "x.json"}
     names["bad"].write_text("nonsense\n")
     names["json"].write_text("{}")
+    names["model"], names["critic"] = strict_model(tmp_path / "model"), tmp_path / "critic"
+    scorer().save_pretrained(names["critic"])
+    byte_tokenizer().save_pretrained(names["critic"])
+    names["system"] = world(tmp_path / "system.jsonl", 1, count=20)
+    with names["system"].open("a") as out:
+        content = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
+        out.write(json.dumps({"content": content, "teacher_response": "z"}) + "\n")
     with pytest.raises(SystemExit) as end:
         main(["--a", str(names["good"]), *(flag.format(**names) for flag in flags)])
     error = capsys.readouterr().err

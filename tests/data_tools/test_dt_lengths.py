@@ -167,12 +167,12 @@ def test_batches_and_epochs_by_hand():
     small = advise("seqkd", SHORT, 705, 0.99, "x", 8, None)
     assert small.settings["data.train_batch_size"] == 32 and small.steps == 705 * 4 // 32
     assert advise("seqkd", SHORT, 5652, 0.99, "x", 6, None).settings["data.train_batch_size"] == 252
-    # 100 rows, 4 at a time on 4 GPUs: 25 steps an epoch, 2 epochs of warmup are enough.
+    # 100 rows in batches of 16, the smallest: 7 epochs make 43 steps, 6 would make 37.
     tiny = advise("warmup", SHORT, 100, 0.99, "x", 4, None)
-    assert (tiny.settings["data.train_batch_size"], tiny.settings["trainer.total_epochs"], tiny.steps) == (4, 2, 50)
-    # 20 rows, 8 GPUs: 2 batches an epoch, and 8 epochs are the most.
+    assert (tiny.settings["data.train_batch_size"], tiny.settings["trainer.total_epochs"], tiny.steps) == (16, 7, 43)
+    # 20 rows: 8 epochs are the most.
     few = advise("seqkd", SHORT, 20, 0.99, "x", 8, None)
-    assert (few.settings["trainer.total_epochs"], few.steps) == (8, 20)
+    assert (few.settings["trainer.total_epochs"], few.steps) == (8, 10)
     assert any("little" in reason for _, reason in few.reasons)
     with pytest.raises(ValueError, match="3 rows times 8 epochs do not fill one batch of 64"):
         advise("seqkd", SHORT, 3, 0.99, "x", 64, None)

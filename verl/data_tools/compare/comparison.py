@@ -13,7 +13,7 @@ from verl.data_tools.compare import classifier, loss, sizes, style, topics, voca
 from verl.data_tools.compare.classifier import ToldApart, told_apart
 from verl.data_tools.compare.data import Side, name_of, read_side
 from verl.data_tools.compare.gap import Gap, measure_gap
-from verl.data_tools.compare.loss import Difficulty
+from verl.data_tools.compare.loss import Difficulty, check_student
 from verl.data_tools.compare.overlap import Overlap, find_overlap
 from verl.data_tools.compare.sizes import Sizes, compare_sizes
 from verl.data_tools.compare.statistics import Finding
@@ -25,6 +25,7 @@ from verl.data_tools.lengths.measure import Columns
 from verl.data_tools.lengths.model import context_of, find_tokenization
 from verl.models.loading import quiet_transformers
 from verl.tools.command import check_device
+from verl.utils.dataset.faults import TemplateCheck
 from verl.utils.dataset.texts import Tokenization
 
 WHAT = ("prompts", "answers")
@@ -62,35 +63,41 @@ def compare(options: argparse.Namespace) -> Comparison:
     """
     quiet_transformers()
     check_device(options.device)
-    folder = options.model or options.student
-    tokenization = None
-    if folder:
-        tokenization = find_tokenization(
+    folders = dict.fromkeys(folder for folder in (options.model, options.student) if folder)
+    tokenizations = {
+        folder: find_tokenization(
             folder, options.apply_chat_template_kwargs, options.special_token_text, options.trust_remote_code
         )
+        for folder in folders
+    }
+    if options.student:
+        check_student(options.student)
+    templates = [TemplateCheck(each.tokenizer, each.template_kwargs) for each in tokenizations.values()]
     names = _names(options)
     columns = Columns(options.prompt_key, options.teacher_key, options.on_bad_row)
     a, b = (
-        read_side(name, files, columns, options.student_key, options.max_rows, options.seed)
+        read_side(name, files, columns, options.student_key, options.max_rows, options.seed, templates)
         for name, files in zip(names, (options.a, options.b), strict=True)
     )
     with tqdm(total=6 + bool(options.student) + bool(options.student_key), desc="compare", disable=None) as bar:
-        return _compare(a, b, tokenization, options, bar)
+        return _compare(a, b, tokenizations, options, bar)
 
 
-def _compare(a: Side, b: Side, tokenization: Tokenization | None, options: argparse.Namespace, bar: tqdm) -> Comparison:
+def _compare(
+    a: Side, b: Side, tokenizations: dict[str, Tokenization], options: argparse.Namespace, bar: tqdm
+) -> Comparison:
     def done(value: Any) -> Any:
         bar.update()
         return value
 
     seed, texts = options.seed, {"prompts": (a.prompts, b.prompts), "answers": (a.answers, b.answers)}
-    lengths = done(_all_sizes(a, b, tokenization))
+    lengths = done(_all_sizes(a, b, next(iter(tokenizations.values()), None)))
     unseen = done({what: find_unseen(*texts[what], seed) for what in WHAT})
     clusters = done(find_topics(a.prompts, b.prompts, options.topics, seed))
     tests = done({what: told_apart(a, b, texts[what], seed) for what in WHAT})
     shared = done(find_overlap(a, b))
     styles = done(compare_styles(a.answers, b.answers))
-    difficulty = done(_difficulty(a, b, options)) if options.student else None
+    difficulty = done(_difficulty(a, b, tokenizations[options.student], options)) if options.student else None
     tried = done(measure_gap(a, b, seed)) if options.student_key else None
     findings = _findings((a.name, b.name), lengths, unseen, clusters, tests, styles, difficulty)
     accuracies = tuple(options.d_acc) if options.d_acc else None
@@ -121,10 +128,7 @@ def _all_sizes(a: Side, b: Side, tokenization: Tokenization | None) -> list[Size
     return found
 
 
-def _difficulty(a: Side, b: Side, options: argparse.Namespace) -> Difficulty:
-    tokenization = find_tokenization(
-        options.student, options.apply_chat_template_kwargs, options.special_token_text, options.trust_remote_code
-    )
+def _difficulty(a: Side, b: Side, tokenization: Tokenization, options: argparse.Namespace) -> Difficulty:
     model = loss.load_student(options.student, options.device, options.dtype, options.trust_remote_code)
     context = context_of(options.student, options.trust_remote_code)
     found = [

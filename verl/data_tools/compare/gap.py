@@ -39,8 +39,8 @@ def measure_gap(a: Side, b: Side, seed: int) -> Gap | None:
 
     Every fold's judge is asked about all of B, so that A's other prompts and B's meet the same judges.
     """
-    own, known = a.distinct(), set(a.keys)
-    new = [at for at in b.distinct() if b.keys[at] not in known]
+    own = a.distinct()
+    new = [at for at in b.distinct() if not a.knows(b.keys[at])]
     if not new:
         return None
     chosen = [(a, at) for at in own] + [(b, at) for at in new]

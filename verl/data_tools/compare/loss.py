@@ -31,14 +31,14 @@ class Difficulty:
     p: float
 
 
-def load_student(folder: str, device: str, dtype: str, trust_remote_code: bool) -> PolicyModel:
-    """The model, packed where it can be.
-
-    Raises:
-        FileNotFoundError, ValueError: the folder holds no whole language model.
-    """
+def check_student(folder: str) -> None:
+    """FileNotFoundError or ValueError where the folder holds no whole language model."""
     check_files(folder)
     refuse_discriminator(folder)
+
+
+def load_student(folder: str, device: str, dtype: str, trust_remote_code: bool) -> PolicyModel:
+    """The model, packed where it can be."""
     hf = load_model(folder, "policy", trust_remote_code=trust_remote_code, dtype=getattr(torch, dtype))
     verdict = class_verdict(PolicyModel, type(hf), hf.config, remove_padding=True)
     packed = verdict.fault is None and verdict.longest is None

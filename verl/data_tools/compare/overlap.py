@@ -18,7 +18,8 @@ ROWS_AT_ONCE = 500
 
 @dataclass(frozen=True)
 class Overlap:
-    """Shares of B's rows whose prompts are in A but for case, spaces and signs, and of those that are, or nearly.
+    """Shares of B's rows whose prompts are in A's files but for case, spaces and signs, and of those that are, or
+    nearly are in the rows of A that were read.
 
     examples: rows of B and of A, from 0 within what was read, of prompts that are nearly the same.
     """
@@ -30,8 +31,7 @@ class Overlap:
 
 def find_overlap(a: Side, b: Side) -> Overlap:
     """How many of B's prompts A has."""
-    known = set(a.keys)
-    same = np.array([key in known for key in b.keys])
+    same = np.array([a.knows(key) for key in b.keys])
     closest, cosine = _closest(a.prompts, b.prompts)
     near = same | (cosine >= NEAR)
     examples = [(int(at), int(closest[at])) for at in np.flatnonzero(near & ~same)[:3]]

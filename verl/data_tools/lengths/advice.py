@@ -18,6 +18,8 @@ from verl.trainer.config.loading import composed_preset
 
 # Optimizer steps below which a stage has hardly begun, in an epoch and in all, and epochs beyond which no preset goes.
 STEPS_PER_EPOCH, STEPS, MOST_EPOCHS = 20, 40, 8
+# Prompts below which gradients and the discriminator's accuracy are mostly noise.
+SMALLEST_BATCH = 16
 SHORT_PRESET = "gad_short"
 SCRIPTS = {
     "seqkd": "gpt5-8b-SeqKD-gspo.sh",
@@ -127,7 +129,7 @@ def _add_limits(advice: Advice, limits: Limits, keep: float) -> None:
 def _add_batch(advice: Advice, preset: dict[str, Any], rows: int, gpus: int) -> None:
     usual, usual_epochs = preset["data"]["train_batch_size"], preset["trainer"]["total_epochs"]
     batch = usual
-    while batch > gpus and rows // batch < STEPS_PER_EPOCH:
+    while batch > max(gpus, SMALLEST_BATCH) and rows // batch < STEPS_PER_EPOCH:
         batch //= 2
     batch = max(gpus, batch // gpus * gpus)
     epochs = usual_epochs
