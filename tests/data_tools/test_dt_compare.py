@@ -17,7 +17,7 @@ from scipy import stats
 from tests.tiny import byte_tokenizer, scorer, write_model
 from verl.data_tools.compare.classifier import _folds, told_apart
 from verl.data_tools.compare.command import main
-from verl.data_tools.compare.data import Side, digest, read_side
+from verl.data_tools.compare.data import Counts, Side, digest, read_side
 from verl.data_tools.compare.gap import measure_gap
 from verl.data_tools.compare.loss import compare_losses, load_student, losses
 from verl.data_tools.compare.overlap import find_overlap
@@ -48,7 +48,9 @@ NAMES = ("train", "test")
 def side(prompts: list[str], answers: list[str], students: list[str] | None = None, name: str = "x") -> Side:
     messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
     every_key = {digest(prompt) for prompt in prompts}
-    return Side(name, messages, prompts, answers, students, list(prompts), every_key, len(prompts), 0)
+    return Side(
+        name, messages, prompts, answers, students, list(prompts), every_key, Counts(len(prompts), len(prompts), 0)
+    )
 
 
 def sentences(draw: random.Random, words: list[str], count: int, length: int = 12) -> list[str]:
@@ -258,8 +260,14 @@ def test_overlap_is_of_the_whole_files_though_rows_are_drawn(tmp_path):
     file = write_rows(tmp_path / "a.jsonl", [(f"Question {number}?", "yes") for number in range(200)])
     drawn = read_side("a", [str(file)], Columns(), None, max_rows=30, seed=0)
     asked = read_side("b", [str(file)], Columns(), None, max_rows=50, seed=1)
-    assert (len(drawn), drawn.total, len(drawn.every_key)) == (30, 200, 200)
+    assert (len(drawn), drawn.counts.total, len(drawn.every_key)) == (30, 200, 200)
     assert find_overlap(drawn, asked).same.value == 1.0 and drawn.knows("question 7") and not drawn.knows("question x")
+
+
+def test_a_prompt_counts_once(tmp_path):
+    rows = [(f"Question {number % 40}?", f"answer {number}") for number in range(100)]
+    once = read_side("a", [str(write_rows(tmp_path / "a.jsonl", rows))], Columns(), None, max_rows=1000, seed=0)
+    assert once.answers == [f"answer {number}" for number in range(40)] and once.counts == (100, 100, 0)
 
 
 # --- the student's loss ---

@@ -2,7 +2,7 @@
 
 Logistic regression on words and pairs of neighbours (TF-IDF; Chinese by character) is trained on some rows and tested
 on others. Where both sets are drawn from one distribution it is right half of the time, whatever it learned. As many
-rows of either side, one for each prompt; copies of a prompt are never on both sides of the cut.
+rows of either side; a prompt that both have is never on both sides of the cut.
 """
 
 from __future__ import annotations
@@ -62,13 +62,10 @@ def told_apart(a: Side, b: Side, texts: tuple[Sequence[str], Sequence[str]], see
     Args:
         texts: (A,), (B,) to look at, of the sides' rows.
     """
-    own = a.distinct(), b.distinct()
-    both = [texts[0][at] for at in own[0]] + [texts[1][at] for at in own[1]]
-    labels = np.repeat([0, 1], [len(own[0]), len(own[1])])
-    keys = [a.keys[at] for at in own[0]] + [b.keys[at] for at in own[1]]
-    _, prompts = np.unique(np.asarray(keys, dtype=object), return_inverse=True)
-    rows = min(len(own[0]), len(own[1]), MOST_ROWS)
-    table, vectorizer = vectorise(both)
+    labels = np.repeat([0, 1], [len(a), len(b)])
+    _, prompts = np.unique(np.asarray([*a.keys, *b.keys], dtype=object), return_inverse=True)
+    rows = min(len(a), len(b), MOST_ROWS)
+    table, vectorizer = vectorise([*texts[0], *texts[1]])
     outcomes, tested, fitted = [], [], []
     for chosen, train, test in _folds(labels, prompts, rows, seed):
         model = LogisticRegression(C=STRENGTH, solver="liblinear", random_state=seed)
@@ -116,12 +113,11 @@ def _telling(table: Any, labels: np.ndarray, vectorizer: TfidfVectorizer, seed: 
 def finding(what: str, result: ToldApart, names: tuple[str, str]) -> Finding:
     """2 x accuracy - 1 is the share of texts, at least, that tells by itself."""
     accuracy = result.accuracy
-    words = (
-        f"typical of {names[0]}: {' '.join(result.telling[0][:4])}; of {names[1]}: {' '.join(result.telling[1][:4])}"
-    )
+    typical = [f"of {name}: {' '.join(own[:4])}" for name, own in zip(names, result.telling, strict=True) if own]
+    words = "; ".join(["50% is chance", *(["typical " + ", ".join(typical)] if typical else [])])
     return Finding(
         f"words of {what}",
         max(0.0, 2 * accuracy.value - 1),
         result.p,
-        f"a small classifier tells {accuracy.value:.0%} of the {what} apart by their words (50% is chance; {words})",
+        f"a small classifier tells {accuracy.value:.0%} of the {what} apart by their words ({words})",
     )

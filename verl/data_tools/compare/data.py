@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,9 +22,17 @@ from verl.utils.rouge import tokenize
 FEWEST = 20
 
 
+class Counts(NamedTuple):
+    """Rows of the files, rows that were read of them, and rows of these that cannot be used."""
+
+    total: int
+    read: int
+    left_out: int
+
+
 @dataclass(frozen=True)
 class Side:
-    """One set. R rows of `total` in the files.
+    """One set: R rows, the first of each different prompt, since every test takes rows as independent.
 
     prompts: the messages' texts, one after the other, (R,). answers: (R,). students: a student's, (R,), or None.
     keys: of a prompt, equal where two differ in case, spaces and signs alone, (R,). every_key: digests of those
@@ -38,8 +46,7 @@ class Side:
     students: list[str] | None
     keys: list[str]
     every_key: Set[bytes]
-    total: int
-    left_out: int
+    counts: Counts
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -47,10 +54,6 @@ class Side:
     def knows(self, key: str) -> bool:
         """Whether a prompt with this key is in the files, whatever was drawn of them."""
         return digest(key) in self.every_key
-
-    def distinct(self) -> list[int]:
-        """The first row of each different prompt."""
-        return list({key: at for at, key in reversed(list(enumerate(self.keys)))}.values())[::-1]
 
 
 def read_side(
@@ -90,11 +93,14 @@ def read_side(
             "out: --on_bad_row skip",
         )
     good = [row for row, fault in zip(rows, faults, strict=True) if not fault]
-    side = _side(name, good, columns, student_key, every_key, total, len(rows) - len(good))
-    if len(side.distinct()) < FEWEST:
+    first = {key_of(_text(as_messages(row.record[columns.prompt]))): row for row in reversed(good)}
+    chosen = sorted(first.values(), key=lambda row: row.index)
+    counts = Counts(total, len(rows), len(rows) - len(good))
+    side = _side(name, chosen, columns, student_key, every_key, counts)
+    if len(side) < FEWEST:
         raise ValueError(
             f"{', '.join(map(str, paths))}: expected at least {FEWEST} different prompts, without which every two sets "
-            f"look alike, got {len(side.distinct())} in {len(rows)} rows; pass more rows"
+            f"look alike, got {len(side)} in {len(rows)} rows; pass more rows"
         )
     return side
 
@@ -117,8 +123,7 @@ def _side(
     columns: Columns,
     student_key: str | None,
     every_key: Set[bytes],
-    total: int,
-    left_out: int,
+    counts: Counts,
 ) -> Side:
     messages = [as_messages(row.record[columns.prompt]) for row in rows]
     prompts = [_text(each) for each in messages]
@@ -130,8 +135,7 @@ def _side(
         students=[row.record[student_key] for row in rows] if student_key else None,
         keys=[key_of(prompt) for prompt in prompts],
         every_key=every_key,
-        total=total,
-        left_out=left_out,
+        counts=counts,
     )
 
 

@@ -35,12 +35,11 @@ class Gap:
 
 
 def measure_gap(a: Side, b: Side, seed: int) -> Gap | None:
-    """Of sides with a student's answers; None where A has too few prompts, or all of B's are A's too.
+    """Of sides with a student's answers; None where all of B's prompts are A's too.
 
     Every fold's judge is asked about all of B, so that A's other prompts and B's meet the same judges.
     """
-    own = a.distinct()
-    new = [at for at in b.distinct() if not a.knows(b.keys[at])]
+    own, new = range(len(a)), [at for at in range(len(b)) if not a.knows(b.keys[at])]
     if not new:
         return None
     chosen = [(a, at) for at in own] + [(b, at) for at in new]

@@ -42,14 +42,18 @@ def reading(found: Comparison) -> list[str]:
     """The sentences on a discriminator."""
     tests = list(found.told_apart.values())
     return discriminator_reading(
-        found.findings, found.names, tests, found.overlap, found.gap, found.accuracies, found.b.total
+        found.findings, found.names, tests, found.overlap, found.gap, found.accuracies, found.b.counts.total
     )
 
 
 def _source(letter: str, side: Side) -> str:
-    drawn = f", drawn of {side.total}" if side.total > len(side) + side.left_out else ""
-    left_out = f"; {side.left_out} that cannot be used left out" if side.left_out else ""
-    return f"{letter}  {side.name}: {len(side)} rows{drawn}, {len(side.distinct())} different prompts{left_out}"
+    counts = side.counts
+    drawn = f", drawn of {counts.total}" if counts.total > counts.read else ""
+    repeated = counts.read - counts.left_out - len(side)
+    left_out = [f"{repeated} that repeat a prompt"] if repeated else []
+    left_out += [f"{counts.left_out} that cannot be used"] if counts.left_out else []
+    without = f", without {' and '.join(left_out)}" if left_out else ""
+    return f"{letter}  {side.name}: {len(side)} of {counts.read} rows{drawn}{without}"
 
 
 def _interval(interval: Interval, form: str) -> str:
@@ -151,8 +155,8 @@ def to_json(found: Comparison, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Everything but the texts."""
     sides = {
         letter: {
-            "name": side.name, "rows": len(side), "rows_in_files": side.total, "left_out": side.left_out,
-            "different_prompts": len(side.distinct()),
+            "name": side.name, "rows": len(side), "rows_in_files": side.counts.total, "rows_read": side.counts.read,
+            "left_out": side.counts.left_out,
         }
         for letter, side in (("a", found.a), ("b", found.b))
     }  # fmt: skip
