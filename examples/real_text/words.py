@@ -9,21 +9,17 @@ of their sense, and with a thousand pairs it is a sharper judge of these than a 
 
 from __future__ import annotations
 
-import re
 import sys
 import zlib
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import torch
 
+from verl.data_tools.compare.words import units
 from verl.utils.console import printable
 
-# Chinese, Japanese and Korean character by character, other words whole; punctuation and white space count too.
-ALONE = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-WORD = re.compile(rf"[{ALONE}]|[^\W{ALONE}]+|[^\w\s]|\n| +")
 FEATURES = 2**15
 FOLDS, SEEDS, UPDATES = 5, 3, 60
 LEARNING_RATE, WEIGHT_PENALTY = 0.02, 1e-3
@@ -33,11 +29,12 @@ def features(texts: Sequence[str]) -> torch.Tensor:
     """(R, FEATURES), sparse: counts of words and of pairs of neighbours, hashed, over the root of the words' number."""
     rows, places, values = [], [], []
     for row, text in enumerate(texts):
-        words = WORD.findall(text)
-        units = words + [f"{left}\0{right}" for left, right in pairwise(words)]
-        rows += [row] * len(units)
-        places += [zlib.crc32(unit.encode()) % FEATURES for unit in units]
-        values += [max(1, len(words)) ** -0.5] * len(units)
+        found = units(text)
+        # Of n words there are n - 1 pairs.
+        words = (len(found) + 1) // 2
+        rows += [row] * len(found)
+        places += [zlib.crc32(unit.encode()) % FEATURES for unit in found]
+        values += [max(1, words) ** -0.5] * len(found)
     where = torch.tensor([rows, places], dtype=torch.long)
     size = (len(texts), FEATURES)
     return torch.sparse_coo_tensor(where, torch.tensor(values), size, check_invariants=False).coalesce()

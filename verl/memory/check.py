@@ -17,18 +17,22 @@ def check_run_memory(config: Config, sizes: tuple[int, int] | None) -> None:
     """
     if sizes is None:
         return
-    critic = config.critic if config.use_critic else None
-    run = RunSettings(
+    run = run_settings(config)
+    critic_shape = None if run.critic is None else _shape(run.critic.model, "score")
+    check_memory(run, _shape(config.actor_rollout_ref.model, "policy"), critic_shape, *sizes)
+
+
+def run_settings(config: Config) -> RunSettings:
+    """The settings of a run that determine its memory use."""
+    return RunSettings(
         config.actor_rollout_ref,
-        critic,
+        config.critic if config.use_critic else None,
         config.use_reference,
         config.trainer.ranks,
         config.trainer.n_gpus_per_node,
         pairs=config.soda.enable,
         async_save=config.trainer.async_save,
     )
-    critic_shape = None if critic is None else _shape(critic.model, "score")
-    check_memory(run, _shape(config.actor_rollout_ref.model, "policy"), critic_shape, *sizes)
 
 
 def _shape(model: ModelConfig, kind: Kind) -> ModelShape:
