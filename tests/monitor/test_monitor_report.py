@@ -244,8 +244,12 @@ OVERLAPS = """(() => {
     if (!node.textContent.trim() || !node.parentElement.checkVisibility({contentVisibilityAuto: true})) continue;
     const range = document.createRange();
     range.selectNodeContents(node);
-    const end = node.parentElement.getBoundingClientRect().bottom;
-    for (const box of range.getClientRects()) if (box.width > 1 && box.top < end) boxes.push([box, node.textContent]);
+    const {bottom, right} = node.parentElement.getBoundingClientRect();
+    const clips = getComputedStyle(node.parentElement).overflow === 'hidden';
+    for (const box of range.getClientRects()) {
+      const shown = {top: box.top, bottom: box.bottom, left: box.left, right: clips ? Math.min(box.right, right) : box.right};
+      if (box.width > 1 && box.top < bottom) boxes.push([shown, node.textContent]);
+    }
   }
   boxes.sort((one, other) => one[0].top - other[0].top);
   const found = [];
