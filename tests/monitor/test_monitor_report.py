@@ -247,7 +247,8 @@ OVERLAPS = """(() => {
     const {bottom, right} = node.parentElement.getBoundingClientRect();
     const clips = getComputedStyle(node.parentElement).overflow === 'hidden';
     for (const box of range.getClientRects()) {
-      const shown = {top: box.top, bottom: box.bottom, left: box.left, right: clips ? Math.min(box.right, right) : box.right};
+      const end = clips ? Math.min(box.right, right) : box.right;
+      const shown = {top: box.top, bottom: box.bottom, left: box.left, right: end};
       if (box.width > 1 && box.top < bottom) boxes.push([shown, node.textContent]);
     }
   }
