@@ -110,19 +110,24 @@ class TemplateCheck:
     Args:
         tokenizer: whose template it is.
         template_kwargs: what it is given besides the messages.
+
+    Attributes:
+        open_thoughts: answers so far that are all within a thought that the template opens.
+        prompt: the text of the last conversation of which one could be made.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]):
         self.tokenizer = tokenizer
         self.template_kwargs = template_kwargs
-        self.open_thoughts = 0  # answers so far that are all within a thought that the template opens
+        self.open_thoughts = 0
+        self.prompt = ""
         self._dropped: dict[tuple, str | None] = {}
 
     def fault(self, messages: Messages, answer: str | None = None) -> str | None:
         """Why no prompt can be made of sound messages, or not one for this answer."""
         try:
             with at_most(TEMPLATE_SECONDS, "a chat template"):
-                prompt = render_prompt(self.tokenizer, self.template_kwargs, messages)
+                prompt = self.prompt = render_prompt(self.tokenizer, self.template_kwargs, messages)
         except TimeoutError as error:
             # No row's fault, and the next one would take as long.
             raise ValueError(

@@ -24,6 +24,12 @@ SpecialText = Literal["text", "token"]
 # the other hides the texts' from the template.
 _TOKEN, _HIDDEN = "\ufdd0{}\ufdd1", "\ufdd2{}\ufdd3"
 
+# Arguments of apply_chat_template that change the ids, and not the text.
+_OF_TOKENS = frozenset(
+    {"padding", "truncation", "max_length", "return_tensors", "tokenizer_kwargs", "return_assistant_tokens_mask",
+     "sanitize_control_tokens"}
+)  # fmt: skip
+
 
 class _Specials(NamedTuple):
     """The special tokens of a tokenizer: their names and ids, and what finds them in a text."""
@@ -64,16 +70,27 @@ def tokenize_prompts(
     template_kwargs: Mapping[str, Any],
     conversations: Sequence[Messages],
     special_text: SpecialText = "text",
+    rendered: Sequence[str] | None = None,
 ) -> list[list[int]]:
-    """Token ids of each conversation up to where the answer begins."""
-    ids = tokenizer.apply_chat_template(
-        list(conversations), add_generation_prompt=True, tokenize=True, return_dict=False, **template_kwargs
-    )
+    """Token ids of each conversation up to where the answer begins; `rendered`: their texts, if they are there
+    already."""
+    if rendered is not None and _tokenizes_what_it_renders(tokenizer, template_kwargs):
+        ids = tokenizer(list(rendered), add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(
+            list(conversations), add_generation_prompt=True, tokenize=True, return_dict=False, **template_kwargs
+        )
     if special_text == "text":
         for number, messages in enumerate(conversations):
             if any(special_names(tokenizer, message["content"]) for message in messages):
                 ids[number] = _without_special_text(tokenizer, template_kwargs, messages)
     return ids
+
+
+def _tokenizes_what_it_renders(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> bool:
+    """Whether a prompt's ids are those of its text, with no more to it: no method or argument of its own."""
+    usual = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+    return usual and _OF_TOKENS.isdisjoint(template_kwargs)
 
 
 class _Twin(NamedTuple):
@@ -173,9 +190,9 @@ class Tokenization:
     ends: Sequence[str] | None = None
     special_text: SpecialText = "text"
 
-    def prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
+    def prompts(self, conversations: Sequence[Messages], rendered: Sequence[str] | None = None) -> list[list[int]]:
         """Token ids of each conversation, see `tokenize_prompts`."""
-        return tokenize_prompts(self.tokenizer, self.template_kwargs, conversations, self.special_text)
+        return tokenize_prompts(self.tokenizer, self.template_kwargs, conversations, self.special_text, rendered)
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each answer with EOS, see `tokenize_answers`."""
