@@ -24,7 +24,9 @@ train(__import__("pathlib").Path(folder), "run", "stage=seqkd", f"trainer.total_
 """
 
 
-@pytest.mark.e2e
+pytestmark = pytest.mark.faults
+
+
 def test_a_run_from_the_hub_is_pinned(tmp_path):
     files = {path.name: path.read_bytes() for path in write_model(tmp_path / "base").iterdir()}
     rows = {f"{name}.jsonl": write_data(tmp_path / f"{name}.jsonl", 9).read_bytes() for name in ("train", "test")}

@@ -32,11 +32,18 @@ from verl.utils.dataset.faults import (
     TemplateCheck,
     fault_of_answer,
     fault_of_columns,
+    fault_of_conversation,
     fault_of_depth,
-    fault_of_messages,
 )
 from verl.utils.dataset.rows import NOT_READABLE, Rows
-from verl.utils.dataset.texts import Messages, Tokenization, special_names, without_eos_text
+from verl.utils.dataset.texts import (
+    Messages,
+    Tokenization,
+    conversation,
+    conversation_texts,
+    special_names,
+    without_eos_text,
+)
 from verl.utils.dataset.tokenizer_checks import tells_the_time
 from verl.utils.stalls import doing
 
@@ -61,6 +68,7 @@ class Looks:
     special: (R,), bool, the texts have names of special tokens.
     stubborn: (R,), bool, and the tokenizer cannot read these as text.
     open_thoughts: (R,), bool, the template opens a thought that the answer never closes.
+    ignored_tools: (R,), bool, there are tools, and the template does nothing with them.
     """
 
     faults: np.ndarray
@@ -69,11 +77,12 @@ class Looks:
     special: np.ndarray
     stubborn: np.ndarray
     open_thoughts: np.ndarray
+    ignored_tools: np.ndarray
 
     @classmethod
     def empty(cls, rows: int) -> Looks:
         counts = (np.zeros(rows, dtype=np.int32) for _ in range(2))
-        return cls(np.full(rows, None, dtype=object), *counts, *(np.zeros(rows, dtype=bool) for _ in range(3)))
+        return cls(np.full(rows, None, dtype=object), *counts, *(np.zeros(rows, dtype=bool) for _ in range(4)))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Looks]) -> Looks:
@@ -130,11 +139,14 @@ class Looker:
                 if isinstance(record, Unreadable):
                     seen.faults[number] = NOT_READABLE
                     continue
-                before = self.template.open_thoughts
+                template = self.template
+                thoughts, tools = template.open_thoughts, template.ignored_tools
                 seen.faults[number] = self._fault(record)
-                seen.open_thoughts[number] = self.template.open_thoughts > before
+                seen.open_thoughts[number] = template.open_thoughts > thoughts
+                seen.ignored_tools[number] = template.ignored_tools > tools
             if seen.faults[number] is None:
-                sound.append((number, record[self.prompt_key], record[self.response_key]))
+                messages = conversation(record[self.prompt_key], record)
+                sound.append((number, messages, record[self.response_key]))
                 prompts.append(self.template.prompt)
         with doing(f"counting tokens of {file.path}, rows {start} to {stop - 1}"):
             self._count(seen, sound, prompts)
@@ -147,10 +159,10 @@ class Looker:
             return fault
         messages, answer = record[self.prompt_key], record[self.response_key]
         return (
-            fault_of_messages(messages, self.prompt_key)
+            fault_of_conversation(messages, record, self.prompt_key)
             or fault_of_answer(answer, self.response_key)
             or fault_of_depth(record.get("extra_info"), "'extra_info'")
-            or self.template.fault(messages, answer)
+            or self.template.fault(conversation(messages, record), answer)
         )
 
     def _count(self, seen: Looks, sound: Sequence[tuple[int, Messages, str]], prompts: Sequence[str]) -> None:
@@ -170,7 +182,7 @@ class Looker:
     def _specials(self, messages: Messages, answer: str) -> tuple[bool, bool]:
         """Whether the texts have names of special tokens in them, and whether those of one stay tokens."""
         tokenizer = self.tokenization.tokenizer
-        own = [*(message["content"] for message in messages)]
+        own = [*conversation_texts(messages)]
         own.append(without_eos_text(answer, self.tokenization.ends or tokenizer.eos_token))
         names = [special_names(tokenizer, text) for text in own]
         if not any(names):

@@ -22,9 +22,18 @@ from transformers import PreTrainedTokenizerBase
 from verl.utils.columns import object_array
 from verl.utils.dataset.arrow_rows import FileRows
 from verl.utils.dataset.cache import Cache
+from verl.utils.dataset.faults import warn_of_ignored_tools
 from verl.utils.dataset.looks import Looker, Looks, look_at_all
-from verl.utils.dataset.rows import Rows, without_faults
-from verl.utils.dataset.texts import Messages, SpecialText, Tokenization, eos_texts, without_eos_text
+from verl.utils.dataset.rows import Row, Rows, without_faults
+from verl.utils.dataset.texts import (
+    Messages,
+    SpecialText,
+    Tokenization,
+    conversation,
+    conversation_texts,
+    eos_texts,
+    without_eos_text,
+)
 from verl.utils.dataset.tokenizer_checks import check_ids, check_tokenizer, dated_prompt
 from verl.utils.torch_functional import pad_2d_list_to_length, postprocess_data
 
@@ -140,7 +149,8 @@ class RLHFDataset(Dataset):
         teacher_text: the answer as it stands in the file, without an EOS text at its end
         index, uid: the row's number over all files, as int and as str, whatever was dropped
         extra_info: the column of that name, or {}
-        raw_prompt: the chat messages, with config.return_raw_chat only
+        raw_prompt: the chat messages, a system message from a column of its own among them, with
+            config.return_raw_chat only
 
     Args:
         data_files: .parquet and .jsonl files, one or several; `~` is expanded.
@@ -199,7 +209,7 @@ class RLHFDataset(Dataset):
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         row = self.rows[item]
-        messages = row.record[self.config.prompt_key]
+        messages = self._messages(row)
         prompt_ids, prompt_mask = self._prompt(messages)
         answer_ids, answer_mask = self._answer(row.record[self.config.response_key])
         teacher_mask = torch.cat([prompt_mask, answer_mask])
@@ -217,7 +227,10 @@ class RLHFDataset(Dataset):
             "uid": str(row.index),
             "extra_info": row.record.get("extra_info") or {},
         }
-        return sample | {"raw_prompt": messages} if self.config.return_raw_chat else sample
+        return sample | {"raw_prompt": list(messages)} if self.config.return_raw_chat else sample
+
+    def _messages(self, row: Row) -> Messages:
+        return conversation(row.record[self.config.prompt_key], row.record)
 
     def _prompt(self, messages: Messages) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, (P,) each."""
@@ -246,6 +259,7 @@ class RLHFDataset(Dataset):
         """The rows that can be used, and what was seen of them; others are an error, or left out with a count."""
         config = self.config
         _report_open_thoughts(seen)
+        warn_of_ignored_tools(int(seen.ignored_tools.sum()), len(rows))
         kept = without_faults(rows, seen.faults, config.on_bad_row)
         rows, seen = rows[kept], seen[kept]
         if config.filter_overlong_prompts:
@@ -275,10 +289,10 @@ class RLHFDataset(Dataset):
         config = self.config
         some = self.rows[:: max(1, len(self.rows) // COMPARED_ROWS)]
         texts = [(row.record[config.response_key], row.place) for row in some]
-        texts += [(message["content"], row.place) for row in some for message in row.record[config.prompt_key]]
+        texts += [(text, row.place) for row in some for text in conversation_texts(self._messages(row))]
         check_ids(self.tokenizer, texts)
         first = self.rows[0]
-        date = dated_prompt(self.tokenizer, config.apply_chat_template_kwargs, first.record[config.prompt_key])
+        date = dated_prompt(self.tokenizer, config.apply_chat_template_kwargs, self._messages(first))
         if date is not None:
             logger.warning(
                 "the chat template writes the date into prompts (strftime_now; %r in that of %s): they change from day "
