@@ -1,7 +1,10 @@
 """What every test runs under."""
 
 import os
+import tempfile
 
 # Tiny tensors gain nothing from a second thread, and processes that each start one per core stand in each other's way.
 # Set before torch is loaded; processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Rows that tests read are not kept at the user's.
+os.environ.setdefault("VERL_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"verl-tests-{os.getuid()}"))

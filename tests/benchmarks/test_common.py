@@ -258,6 +258,14 @@ def test_saving_runs(tmp_path):
 
 
 @pytest.mark.e2e
+def test_dataset_runs(tmp_path):
+    first, then = run("dataset", tmp_path / "out.json", "--rows", "1200", "--kind", "parquet")
+    assert (first["start"], then["start"]) == ("first", "next")
+    assert first["cache_gb"] == then["cache_gb"] > 0
+    assert min(first["seconds"], then["seconds"], first["own_mib"]) > 0
+
+
+@pytest.mark.e2e
 @pytest.mark.parametrize("algorithm", ["gad", "grpo"])
 def test_step_runs(tmp_path, algorithm):
     sizes = ["--prompts", "4", "--n", "4", "--tokens", "512", "--warmup", "1", "--steps", "1"]

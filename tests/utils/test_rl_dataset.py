@@ -30,7 +30,10 @@ from tests.utils.word_rows import (
     write_parquet,
 )
 from verl.batch import Prompts
-from verl.utils.dataset import rl_dataset, texts
+from verl.utils.dataset import looks, rl_dataset, texts
+from verl.utils.dataset.arrow_rows import FileRows
+from verl.utils.dataset.cache import Cache
+from verl.utils.dataset.looks import Looker
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.dataset.texts import Tokenization
 
@@ -177,13 +180,20 @@ def test_nothing_left_is_an_error(tmp_path):
         open_rows(tmp_path, [make_row(LONG)], filter_overlong_prompts=True)
 
 
-def test_lengths_from_processes_equal_those_from_one(monkeypatch):
-    conversations = [make_row("one " * (i % 7 + 1))["content"] for i in range(10)]
-    arguments = (Tokenization(make_tokenizer(), {"think": "two"}), conversations)
-    expected = [i % 7 + 1 + 3 for i in range(10)]
-    assert rl_dataset._prompt_lengths_in_processes(*arguments, workers=None) == expected
-    monkeypatch.setattr(rl_dataset, "MIN_PROMPTS_PER_PROCESS", 4)  # 10 prompts: enough for two of the three
-    assert rl_dataset._prompt_lengths_in_processes(*arguments, workers=3) == expected
+def test_what_processes_see_is_what_one_sees(tmp_path, monkeypatch):
+    rows = [make_row("one " * (i % 7 + 1), "<eos> two" if i == 4 else "one " * (i % 3)) for i in range(10)]
+    file = FileRows(write_jsonl(tmp_path / "data.jsonl", rows), Cache(tmp_path / "cache"))
+    looker = Looker(Tokenization(make_tokenizer(), {"think": "two"}), "content", "teacher_response", True)
+    monkeypatch.setattr(looks, "ROWS_AT_ONCE", 3)
+    alone = looks._look(file, 10, looker, None)
+    assert alone.prompt_tokens.tolist() == [0 if i % 3 == 0 else i % 7 + 1 + 3 for i in range(10)]
+    assert alone.answer_tokens.tolist() == [0, 2, 3, 0, 3, 3, 0, 2, 3, 0]
+    assert alone.faults[3] == "the answer in 'teacher_response' is empty"
+    assert alone.special.tolist() == [i == 4 for i in range(10)]
+    monkeypatch.setattr(looks, "MIN_ROWS_PER_PROCESS", 4)  # 10 rows: enough for two of the three
+    several = looks._look(file, 10, looker, 3)
+    for name in ("faults", "prompt_tokens", "answer_tokens", "special", "stubborn", "open_thoughts"):
+        assert getattr(several, name).tolist() == getattr(alone, name).tolist()
 
 
 # ---- files
@@ -332,7 +342,7 @@ def test_texts_are_tokenised_in_slices(tmp_path, monkeypatch, caplog):
     answers = ["one two three", "two three one", "one", "你好 one two three two", "one two"]
     rows = [make_row(prompt, answer) for prompt, answer in zip(["one"] * 4 + ["one two three"], answers, strict=True)]
     tokenizer, seen = make_tokenizer(), []
-    monkeypatch.setattr(rl_dataset, "SLICE_CHARACTERS", 20)
+    monkeypatch.setattr(looks, "SLICE_CHARACTERS", 20)
     tokenise = texts.tokenize_answers
 
     def watch(tokenizer, texts, *rest):

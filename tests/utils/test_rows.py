@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny import byte_tokenizer
 from tests.utils.word_rows import make_config
-from verl.utils.dataset import rows
+from verl.utils.dataset import arrow_rows
 from verl.utils.dataset.rl_dataset import RLHFDataset, find_files, read_rows
 
 GOOD = {"content": [{"role": "user", "content": "hi"}], "teacher_response": "yes"}
@@ -108,17 +108,18 @@ class TooLarge:
 
 
 def test_batches_that_are_too_large_are_read_in_smaller_ones(monkeypatch):
-    monkeypatch.setattr(rows, "ROWS_PER_BATCH", 16)
+    monkeypatch.setattr(arrow_rows, "ROWS_PER_BATCH", 16)
     # 16 rows at once are too many; then 2, from row 20 on; a row stands alone in the end. None is lost or repeated.
     file = TooLarge({0: 10, 1: 2, 2: 1})
-    assert [record["number"] for record in rows._read_row_group(file, 0)] == list(range(30))
+    batches = arrow_rows._read_row_group(file, 0)
+    assert [number for batch in batches for number in batch["number"].to_pylist()] == list(range(30))
     assert file.asked == [16, 2, 1]
     with pytest.raises(pa.ArrowNotImplementedError):
-        list(rows._read_row_group(TooLarge({0: 0, 1: 0, 2: 0}), 0))
+        list(arrow_rows._read_row_group(TooLarge({0: 0, 1: 0, 2: 0}), 0))
 
 
 def test_row_groups_and_batches_keep_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(arrow_rows, "ROWS_PER_BATCH", 3)
     pq.write_table(pa.table({"number": list(range(20))}), tmp_path / "data.parquet", row_group_size=7)
     read = read_rows(find_files(tmp_path / "data.parquet"))
     assert [(row.number, row.record["number"]) for row in read] == [(n, n) for n in range(20)]

@@ -27,6 +27,7 @@ class DataConfig:
     filter_overlong_prompts_workers: Positive | None
     on_bad_row: Literal["error", "skip"]
     special_token_text: Literal["text", "token"]
+    cache_dir: str | None
     train_max_samples: int
     val_max_samples: int
     shuffle: bool

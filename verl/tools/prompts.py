@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from verl.models.packing import AnswerRows
-from verl.utils.dataset.faults import fault_of_answer, fault_of_columns, fault_of_messages
+from verl.utils.dataset.faults import fault_of_answer, fault_of_columns, fault_of_conversation
 from verl.utils.dataset.rows import Row
-from verl.utils.dataset.texts import Messages
+from verl.utils.dataset.texts import Messages, conversation
 from verl.utils.torch_functional import Truncation, postprocess_data
 
 # What the files end in, and the columns in which a student's answers are looked for.
@@ -46,8 +46,8 @@ def read_prompt(row: Row, prompt_key: str, teacher_key: str) -> Prompt | str:
     if fault:
         return fault
     messages, teacher = as_messages(row.record[prompt_key]), row.record[teacher_key]
-    fault = fault_of_messages(messages, prompt_key) or fault_of_answer(teacher, teacher_key)
-    return fault or Prompt(row, messages, teacher)
+    fault = fault_of_conversation(messages, row.record, prompt_key) or fault_of_answer(teacher, teacher_key)
+    return fault or Prompt(row, conversation(messages, row.record), teacher)
 
 
 def find_answer_key(record: dict[str, Any], named: str | None) -> str | None:

@@ -62,6 +62,7 @@ def create_rl_dataset(
         max_samples=max_samples,
         eos_token_ids=eos_token_ids,
         special_token_text=data_config.special_token_text,
+        cache_dir=data_config.cache_dir,
     )
 
 

@@ -21,7 +21,7 @@ from verl.tools.prompts import (
     fit_prompt,
     read_prompt,
 )
-from verl.utils.dataset.faults import TemplateCheck, fault_of_messages, fault_of_text
+from verl.utils.dataset.faults import TemplateCheck, fault_of_messages, fault_of_text, warn_of_ignored_tools
 from verl.utils.dataset.rl_dataset import find_files, read_rows
 from verl.utils.dataset.rows import Row, refuse
 from verl.utils.dataset.texts import Messages, Tokenization
@@ -206,6 +206,7 @@ def prompt_ids(prompts: Sequence[Prompt], tokenization: Tokenization, limits: Li
     template = TemplateCheck(tokenization.tokenizer, tokenization.template_kwargs)
     faults = [(prompt.place, template.fault(prompt.messages, prompt.teacher)) for prompt in prompts]
     faults = [f"{place}: {fault}" for place, fault in faults if fault]
+    warn_of_ignored_tools(template.ignored_tools, len(prompts))
     name = tokenization.tokenizer.name_or_path
     refuse(
         faults,

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from verl.tools.prompts import ANSWER_KEYS, Limits, Prompt, PromptAndAnswer, find_answer_key, fit_prompt, read_prompt
-from verl.utils.dataset.faults import TemplateCheck, fault_of_columns
+from verl.utils.dataset.faults import TemplateCheck, fault_of_columns, warn_of_ignored_tools
 from verl.utils.dataset.rl_dataset import find_files, read_rows
 from verl.utils.dataset.rows import Row, refuse
 from verl.utils.dataset.texts import Tokenization
@@ -195,6 +195,7 @@ def tokenize_groups(groups: Sequence[Group], tokenization: Tokenization, limits:
             members.append(seen.setdefault(PromptAndAnswer(cut_prompt, answer, cut_teacher), len(seen)))
         result.teachers.append(members[0])
         result.students.append(members[1:])
+    warn_of_ignored_tools(template.ignored_tools, len(groups))
     result.sequences = list(seen)
     return result
 

@@ -1,7 +1,8 @@
 """The origin of a run, its stage, models and data, kept in its checkpoints: a run that resumes goes on with their
 weights and counters, whatever model, stage or data its own settings name.
 
-Models and data are known by their content, so that a folder may be moved or renamed between two parts of a run.
+Models and data are known by their content, so that a folder may be moved or renamed between two parts of a run; those
+of the hub by their commit as well.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from verl.utils.checkpoint.checkpoint_manager import REJECTED_FILE
 from verl.utils.checkpoint.checksums import checksums_of
 from verl.utils.checkpoint.whole import part_checksums, weight_files
 from verl.utils.dataset.rl_dataset import find_files
+from verl.utils.hub import hub_origin
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +38,19 @@ PLACES, PIECE = 8, 1 << 16
 
 @dataclass(frozen=True)
 class Content:
-    """The path of a model or a data file, and what is in it."""
+    """The path of a model or a data file, or its name on the hub with the commit, and what is in it.
+
+    revision: the commit, or commits of several files; None of what does not come from the hub.
+    """
 
     where: str
     digest: int
+    revision: str | None = None
+
+    def differs(self, now: Content) -> bool:
+        """Whether `now` is something else: another content, or another commit."""
+        commits = {self.revision, now.revision} - {None}
+        return self.digest != now.digest or len(commits) > 1
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class Origin:
             stage=config.stage,
             actor=_model(config.actor_rollout_ref.model.path),
             critic=_model(config.critic.model.path) if config.use_critic else None,
-            data=Content(", ".join(map(str, files)), _digest(sums)),
+            data=_content(files, _digest(sums)),
             rows=rows,
             order=f"shuffled with seed {data.seed}" if data.shuffle else "as in the files",
             batch_size=data.train_batch_size,
@@ -93,7 +105,7 @@ class Origin:
             "data.train_files": (self.data, now.data),
         }
         for key, (before, after) in pairs.items():
-            if before is not None and after is not None and before.digest != after.digest:
+            if before is not None and after is not None and before.differs(after):
                 moved = f", now {after.where}" if after.where != before.where else " has another content now"
                 found.append(f"{key}={before.where}{moved}")
         if self.data.digest == now.data.digest and self.rows != now.rows:
@@ -150,7 +162,14 @@ def _model(path: str) -> Content:
     if sums is not None:
         return Content(path, _digest([value for name, value in sorted(sums.items()) if name.startswith("model/")]))
     files = sorted(source.shards.glob("*.safetensors")) if source.shards else weight_files(source.huggingface)
-    return Content(path, _digest([_sample(file) for file in files]))
+    return _content([path], _digest([_sample(file) for file in files]))
+
+
+def _content(paths: Sequence[str | Path], digest: int) -> Content:
+    origins = [hub_origin(path) for path in paths]
+    names = [str(path) if origin is None else origin.where for path, origin in zip(paths, origins, strict=True)]
+    commits = sorted({origin.commit for origin in origins if origin is not None})
+    return Content(", ".join(names), digest, ", ".join(commits) or None)
 
 
 def _sample(file: Path) -> int:

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 class TaskReward:
     """A function of the user's: `fn(prompt, answer, teacher) -> number`.
 
-    `prompt` is the list of chat messages as the data file has it, `answer` and `teacher` are texts.
+    `prompt` is the list of chat messages, a system message from a column of its own among them; `answer` and `teacher`
+    are texts.
 
     Raises:
         ValueError: `name` (path/to/file.py:function) cannot be loaded.

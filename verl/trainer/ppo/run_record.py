@@ -23,6 +23,7 @@ import verl
 from verl.config.run import Config
 from verl.monitor.report.provenance import NAMES, RECORD_FILE, flat
 from verl.trainer.config.loading import composed_preset, preset_settings
+from verl.utils.hub import hub_origin
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +50,11 @@ def keep_record(config: Config, folder: Path, resumed: bool) -> None:
 
 
 def describe_start(config: Config) -> dict[str, Any]:
-    """Stage, preset, and the settings that differ from it as {key: [preset's, own]}; versions, device, revision."""
+    """Stage, preset, and the settings that differ from it as {key: [preset's, own]}; versions, device, revision;
+    what comes from the hub, with its commit."""
     preset = _preset(config)
     revision, dirty = _revision()
+    hub = hub_names(config)
     return {
         "started": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "stage": config.stage,
@@ -60,8 +63,26 @@ def describe_start(config: Config) -> dict[str, Any]:
         "device": f"{config.trainer.ranks} x {config.trainer.device} ({_device(config.trainer.device)})",
         "git": revision,
         "dirty": dirty,
+        **({"hub": hub} if hub else {}),
         "versions": {"verl": verl.__version__, "python": platform.python_version(), **_versions()},
     }
+
+
+def hub_names(config: Config) -> dict[str, list[str]]:
+    """The models and data that come from the hub, by setting, as names that say the commit."""
+    policy_settings, critic = config.actor_rollout_ref, config.critic
+    given = {
+        "data.train_files": config.data.train_files,
+        "data.val_files": config.data.val_files,
+        "actor_rollout_ref.model.path": policy_settings.model.path,
+        "actor_rollout_ref.model.tokenizer_path": policy_settings.model.tokenizer_path,
+    }
+    if config.use_critic:
+        given["critic.model.path"] = critic.model.path
+    lists = {key: [value] if isinstance(value, str) else value or [] for key, value in given.items()}
+    origins = {key: [hub_origin(path) for path in paths] for key, paths in lists.items()}
+    found = {key: [origin.where for origin in some if origin is not None] for key, some in origins.items()}
+    return {key: names for key, names in found.items() if names}
 
 
 def _earlier(file: Path) -> list[Any]:

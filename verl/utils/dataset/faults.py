@@ -6,14 +6,18 @@ faults can be counted.
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from verl.utils.dataset.texts import Messages, render_prompt
+from verl.utils.dataset.texts import SYSTEM_KEY, TOOLS_KEY, Conversation, Messages, render_prompt, tools_of
 from verl.utils.time_limit import at_most
+
+logger = logging.getLogger(__name__)
 
 # What data calls whoever answers.
 ANSWERING_ROLES = frozenset({"assistant", "model", "gpt", "bot", "chatbot", "ai"})
@@ -75,6 +79,60 @@ def fault_of_messages(messages: Any, key: str) -> str | None:
     return None
 
 
+def fault_of_conversation(messages: Any, record: Mapping[str, Any], key: str) -> str | None:
+    """The reason why a row's messages, from column `key`, system message and tools are no conversation, or None."""
+    fault = fault_of_messages(messages, key)
+    if fault is None and record.get(SYSTEM_KEY) is not None:
+        fault = _fault_of_system(record[SYSTEM_KEY], messages, key)
+    if fault is None and record.get(TOOLS_KEY) is not None:
+        fault = _fault_of_tools(record[TOOLS_KEY])
+    return fault
+
+
+def _fault_of_system(system: Any, messages: Messages, key: str) -> str | None:
+    name = f"the column {SYSTEM_KEY!r}"
+    if not isinstance(system, str):
+        return f"{name} is not text but {type(system).__name__}"
+    own = [message["content"] for message in messages if message["role"] == "system"]
+    if system.strip() and own and own != [system]:
+        return f"{name} and a message of {key!r} are both the system message, and differ: leave one of them out"
+    return fault_of_text(system, name)
+
+
+def _fault_of_tools(tools: Any) -> str | None:
+    name = f"the column {TOOLS_KEY!r}"
+    if isinstance(tools, str):
+        if not tools.strip():
+            return None
+        fault = fault_of_text(tools, name)
+        if fault:
+            return fault
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            return f"{name} is not JSON: {error}"
+    elif _has_null_fields(tools):
+        return (
+            f"{name} has fields that are null, as parquet makes them of tools with different fields, and the template "
+            "would write them out: have the list as a text of JSON in this column"
+        )
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        return f"{name} is not a list of tools, or the JSON of one, but {_kind(tools)}"
+    return fault_of_depth(tools, name)
+
+
+def _has_null_fields(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(item is None or _has_null_fields(item) for item in value.values())
+    return isinstance(value, list) and any(map(_has_null_fields, value))
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, list):
+        return type(value).__name__
+    return f"a list with {next(type(item).__name__ for item in value if not isinstance(item, dict))} in it"
+
+
 def fault_of_answer(answer: Any, key: str) -> str | None:
     """The reason why `answer` is no text to learn from, or None."""
     if answer is None:
@@ -110,19 +168,26 @@ class TemplateCheck:
     Args:
         tokenizer: whose template it is.
         template_kwargs: what it is given besides the messages.
+
+    Attributes:
+        open_thoughts: answers so far that are all within a thought that the template opens.
+        prompt: the text of the last conversation of which one could be made.
+        ignored_tools: conversations so far whose tools change nothing in the prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]):
         self.tokenizer = tokenizer
         self.template_kwargs = template_kwargs
-        self.open_thoughts = 0  # answers so far that are all within a thought that the template opens
+        self.open_thoughts = 0
+        self.prompt = ""
+        self.ignored_tools = 0
         self._dropped: dict[tuple, str | None] = {}
 
     def fault(self, messages: Messages, answer: str | None = None) -> str | None:
         """Why no prompt can be made of sound messages, or not one for this answer."""
         try:
             with at_most(TEMPLATE_SECONDS, "a chat template"):
-                prompt = render_prompt(self.tokenizer, self.template_kwargs, messages)
+                prompt = self.prompt = render_prompt(self.tokenizer, self.template_kwargs, messages)
         except TimeoutError as error:
             # No row's fault, and the next one would take as long.
             raise ValueError(
@@ -134,6 +199,7 @@ class TemplateCheck:
             return f"the chat template refuses it ({type(error).__name__}: {error}){_null_fields(messages)}"
         if not prompt:
             return "the chat template makes an empty prompt of it"
+        self.ignored_tools += self._ignores_tools(prompt, messages)
         fault = fault_of_text(prompt, "what the chat template makes of it")
         if fault:
             return fault
@@ -145,9 +211,19 @@ class TemplateCheck:
             )
         return None if answer is None else self._fault_of_beginning(prompt, messages, answer)
 
+    def _ignores_tools(self, prompt: str, messages: Messages) -> bool:
+        if not tools_of(messages):
+            return False
+        try:
+            return render_prompt(self.tokenizer, self.template_kwargs, list(messages)) == prompt
+        except Exception:
+            # It needs the tools, so it does not ignore them.
+            return False
+
     def _dropped_role(self, messages: Messages) -> str | None:
         """The role of the first message that does not reach the prompt; found once for each sequence of roles."""
         shape = tuple((message["role"], *(key for key, value in message.items() if value)) for message in messages)
+        shape = (*shape, tools_of(messages) is not None)
         if shape not in self._dropped:
             self._dropped[shape] = self._probe(messages)
         return self._dropped[shape]
@@ -155,6 +231,8 @@ class TemplateCheck:
     def _probe(self, messages: Messages) -> str | None:
         probes = [PROBE.format(number) for number in range(len(messages))]
         probing = [message | {"content": probe} for message, probe in zip(messages, probes, strict=True)]
+        tools = tools_of(messages)
+        probing = Conversation(probing, tools) if tools else probing
         try:
             prompt = render_prompt(self.tokenizer, self.template_kwargs, probing)
         except Exception:
@@ -180,6 +258,16 @@ class TemplateCheck:
         if not tag["slash"] and _THOUGHT.search(tag["name"]):
             self.open_thoughts += "{open}/{name}{close}".format(**tag.groupdict()) not in answer
         return None
+
+
+def warn_of_ignored_tools(ignored: int, rows: int) -> None:
+    """Say, if there are any, that tools of so many of the rows do not reach the prompt."""
+    if ignored:
+        logger.warning(
+            "the chat template ignores tools: those in the column %r of %d of %d rows change nothing in the prompts, "
+            "so the model is not told of them; use a model or a template that knows tools, or leave the column out",
+            TOOLS_KEY, ignored, rows,
+        )  # fmt: skip
 
 
 def _null_fields(messages: Messages) -> str:

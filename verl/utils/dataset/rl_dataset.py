@@ -1,56 +1,44 @@
 """Prompts and teacher answers from parquet and jsonl files, as rows of token ids.
 
-Files are read, and every row is checked, at construction, so that bad data ends a run before it begins: its fields and
-what the model's chat template makes of them (`faults.py`), lengths, the tokenizer (`tokenizer_checks.py`). Tokenising
-(`texts.py`) waits until a row is asked for. Shuffling and batching are the sampler's and the loader's business.
+Every row is looked at (`looks.py`) at construction, so that bad data ends a run before it begins: its fields and what
+the model's chat template makes of them (`faults.py`), lengths, the tokenizer (`tokenizer_checks.py`). Rows stay in
+their files, or in Arrow (`arrow_rows.py`); a row is read and tokenised (`texts.py`) when it is asked for. Shuffling and
+batching are the sampler's and the loader's business.
 
 Shapes: P = max_prompt_length, T = max_response_length. Masks come from lengths, never from comparing with the pad id:
 pad and EOS are often the same token.
 """
 
 import logging
-import multiprocessing
-import os
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from verl.utils.columns import object_array
-from verl.utils.dataset.faults import (
-    TemplateCheck,
-    fault_of_answer,
-    fault_of_columns,
-    fault_of_depth,
-    fault_of_messages,
-)
-from verl.utils.dataset.rows import Row, make_row, read_jsonl, read_parquet, without_faults
+from verl.utils.dataset.arrow_rows import FileRows
+from verl.utils.dataset.cache import Cache
+from verl.utils.dataset.faults import warn_of_ignored_tools
+from verl.utils.dataset.looks import Looker, Looks, look_at_all
+from verl.utils.dataset.rows import Row, Rows, without_faults
 from verl.utils.dataset.texts import (
     Messages,
     SpecialText,
     Tokenization,
+    conversation,
+    conversation_texts,
     eos_texts,
-    special_names,
     without_eos_text,
 )
 from verl.utils.dataset.tokenizer_checks import check_ids, check_tokenizer, dated_prompt
-from verl.utils.stalls import doing
 from verl.utils.torch_functional import pad_2d_list_to_length, postprocess_data
 
 logger = logging.getLogger(__name__)
 
-# A process first imports torch and transformers, and in that time one process tokenises about this many prompts.
-MIN_PROMPTS_PER_PROCESS = 5000
-# Texts are tokenised for their lengths in slices of so many characters, of which the ids take some hundred MB.
-SLICE_CHARACTERS = 1_000_000
 # Rows on which the tokenizer is compared with its files.
 COMPARED_ROWS = 200
 
@@ -86,160 +74,57 @@ def find_files(data_files: str | Path | Sequence[str | Path]) -> list[Path]:
     return paths
 
 
-_READERS = {".parquet": read_parquet, ".jsonl": read_jsonl}
-
-
-def read_rows(paths: Sequence[Path], keep_unreadable: bool = False) -> list[Row]:
-    """The rows of all files, in order, numbered over all of them.
+def open_files(paths: Sequence[Path], cache: Cache | None = None) -> Rows:
+    """The rows of all files, in order, numbered over all of them; those that cannot be read have no record.
 
     Args:
-        keep_unreadable: rows that cannot be read are among them, without a record.
+        cache: where the memory-mapped forms of large files are; None: where they usually are.
 
     Raises:
-        ValueError: a file cannot be read, or, unless they are kept, a row.
+        ValueError: a file cannot be read, or has no rows.
     """
-    rows: list[Row] = []
-    for path in paths:
-        if path.suffix not in _READERS:
-            raise ValueError(f"{path} ends in none of {', '.join(_READERS)}")
-        first = len(rows)
-        for number, record in enumerate(_READERS[path.suffix](path)):
-            rows.append(make_row(path, number, first + number, record))
-            if rows[-1].unreadable and not keep_unreadable:
-                raise ValueError(rows[-1].unreadable)
-        if len(rows) == first:
-            raise ValueError(f"{path} has no rows")
+    return Rows([FileRows(path, cache or Cache()) for path in paths])
+
+
+def read_rows(paths: Sequence[Path]) -> Rows:
+    """`open_files` for files whose rows can all be read; ValueError names the first one that cannot."""
+    rows = open_files(paths)
+    unreadable = next((row.unreadable for row in rows if row.unreadable), None)
+    if unreadable:
+        raise ValueError(unreadable)
     return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checks
+# Prompts that are too long
 
 
-def _fault(record: Mapping[str, Any], config: DatasetConfig, template: TemplateCheck) -> str | None:
-    """Why a row cannot be used, or None."""
-    prompt_key, response_key = config.prompt_key, config.response_key
-    fault = fault_of_columns(record, (prompt_key, response_key))
-    if fault:
-        return fault
-    messages, answer = record[prompt_key], record[response_key]
-    return (
-        fault_of_messages(messages, prompt_key)
-        or fault_of_answer(answer, response_key)
-        or fault_of_depth(record.get("extra_info"), "'extra_info'")
-        or template.fault(messages, answer)
-    )
-
-
-def _progress(what: str, total: int) -> tqdm:
-    """A bar for what takes a while."""
-    return tqdm(total=total, desc=what, unit="row", leave=False, dynamic_ncols=True, delay=2)
-
-
-def _usable_rows(rows: list[Row], config: DatasetConfig, template: TemplateCheck) -> list[Row]:
-    """The rows without a fault; others are an error, or left out with a count, as `on_bad_row` says."""
-    faults = []
-    with _progress("looking at rows", len(rows)) as bar:
-        for row in rows:
-            with doing(f"looking at {row.place}"):
-                faults.append(row.unreadable or _fault(row.record, config, template))
-            bar.update()
-    if template.open_thoughts:
-        logger.warning(
-            "the chat template opens a thought (<think> or the like) at the end of the prompt, and %d of %d answers "
-            "never close it: the student would learn to give its answer as a thought; use a template that does not, or "
-            "answers with the thoughts in them", template.open_thoughts, len(rows),
-        )  # fmt: skip
-    return without_faults(rows, faults, config.on_bad_row)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompt lengths
-
-
-def _slices(items: Sequence[Any], characters: Callable[[Any], int]) -> Iterator[list[Any]]:
-    """The items in order, in slices of about SLICE_CHARACTERS; one item at least."""
-    part: list[Any] = []
-    size = 0
-    for item in items:
-        part.append(item)
-        size += characters(item)
-        if size >= SLICE_CHARACTERS:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
-
-
-def _prompt_characters(messages: Messages) -> int:
-    return sum(len(message["content"]) for message in messages)
-
-
-# Of a process that measures prompts: how it reads them.
-_measuring: list[Tokenization] = []
-
-
-def _start_measuring(tokenization: Tokenization) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _measuring[:] = [tokenization]
-
-
-def _measure(conversations: Sequence[Messages]) -> list[int]:
-    (tokenization,) = _measuring
-    return [len(ids) for ids in tokenization.prompts(conversations)]
-
-
-def _prompt_lengths_in_processes(
-    tokenization: Tokenization, conversations: Sequence[Messages], workers: int | None
-) -> list[int]:
-    """Tokens of each prompt, counted in up to `workers` processes, as far as there is enough work for each."""
-    processes = min(workers or 1, len(conversations) // MIN_PROMPTS_PER_PROCESS)
-    slices = _slices(conversations, _prompt_characters)
-    lengths: list[int] = []
-    with ExitStack() as stack:
-        bar = stack.enter_context(_progress("prompt lengths", len(conversations)))
-        if processes <= 1:
-            parts = ([len(ids) for ids in tokenization.prompts(part)] for part in slices)
-        else:
-            # Not forked: this process has threads (torch, tokenizers), and a fork may inherit a held lock.
-            pool = ProcessPoolExecutor(
-                processes,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_start_measuring,
-                initargs=(tokenization,),
-            )
-            parts = stack.enter_context(pool).map(_measure, slices)
-        for part in parts:
-            lengths += part
-            bar.update(len(part))
-    return lengths
-
-
-def _drop_overlong(rows: list[Row], lengths: Sequence[int], limit: int) -> list[Row]:
-    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
-    before, after = Counter(row.path for row in rows), Counter(row.path for row in kept)
-    per_file = ", ".join(f"{path} {before[path] - after[path]} of {before[path]}" for path in before)
+def _with_fitting_prompts(rows: Rows, lengths: np.ndarray, limit: int) -> np.ndarray:
+    """The mask of rows whose prompts fit; says how many do not."""
+    fits = lengths <= limit
+    dropped, before = rows[~fits].by_file(), rows.by_file()
+    per_file = ", ".join(f"{path} {dropped[path]} of {before[path]}" for path in before if before[path])
     logger.log(
-        logging.WARNING if len(kept) < len(rows) else logging.INFO,
+        logging.WARNING if dropped.total() else logging.INFO,
         "data.filter_overlong_prompts: dropped %d of %d rows, whose prompts have more than data.max_prompt_length=%d "
         "tokens (%s)",
-        len(rows) - len(kept),
+        dropped.total(),
         len(rows),
         limit,
         per_file,
     )
-    return kept
+    return fits
 
 
-def _refuse_overlong(rows: Sequence[Row], lengths: Sequence[int], limit: int) -> None:
-    overlong = [(row, length) for row, length in zip(rows, lengths, strict=True) if length > limit]
-    if not overlong:
+def _refuse_overlong(rows: Rows, lengths: np.ndarray, limit: int) -> None:
+    overlong = np.flatnonzero(lengths > limit)
+    if not len(overlong):
         return
-    row, length = overlong[0]
+    row, length = rows[int(overlong[0])], lengths[overlong[0]]
     raise ValueError(
         f"the prompt of {row.path}, row {row.number} (counted from 0) has {length} tokens, more than "
         f"data.max_prompt_length={limit}; so have {len(overlong)} of {len(rows)} prompts. Three ways out: "
-        f"data.max_prompt_length={max(lengths)} fits them all, data.filter_overlong_prompts=True drops them, "
+        f"data.max_prompt_length={lengths.max()} fits them all, data.filter_overlong_prompts=True drops them, "
         "data.truncation=left, right or middle cuts them"
     )
 
@@ -264,7 +149,8 @@ class RLHFDataset(Dataset):
         teacher_text: the answer as it stands in the file, without an EOS text at its end
         index, uid: the row's number over all files, as int and as str, whatever was dropped
         extra_info: the column of that name, or {}
-        raw_prompt: the chat messages, with config.return_raw_chat only
+        raw_prompt: the chat messages, a system message from a column of its own among them, with
+            config.return_raw_chat only
 
     Args:
         data_files: .parquet and .jsonl files, one or several; `~` is expanded.
@@ -275,6 +161,7 @@ class RLHFDataset(Dataset):
         eos_token_ids: the tokens that end an answer of the model (`all_eos_token_ids`); their names at the end of an
             answer are no part of it. The tokenizer's EOS always is one.
         special_token_text: how the name of a special token within a text is read, `data.special_token_text`.
+        cache_dir: where large files' rows and what was seen of rows are kept, `data.cache_dir`.
 
     Raises:
         FileNotFoundError: a file does not exist.
@@ -291,6 +178,7 @@ class RLHFDataset(Dataset):
         max_samples: int = -1,
         eos_token_ids: Sequence[int] = (),
         special_token_text: SpecialText = "text",
+        cache_dir: str | Path | None = None,
     ):
         if processor is not None:
             raise ValueError("only text is supported: processor must be None")
@@ -303,22 +191,25 @@ class RLHFDataset(Dataset):
         )
         # What fills the padding is never looked at, so a tokenizer without a pad token does too.
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        rows = read_rows(find_files(data_files), keep_unreadable=True)
+        cache = Cache(cache_dir)
+        rows = open_files(find_files(data_files), cache)
         rows = rows[:max_samples] if max_samples >= 0 else rows
-        rows = _usable_rows(rows, config, TemplateCheck(tokenizer, config.apply_chat_template_kwargs))
-        self.rows = self._rows_with_tokens(self._rows_with_fitting_prompts(rows))
-        if not self.rows:
+        looker = Looker(self.tokenization, config.prompt_key, config.response_key, self._counts_prompts())
+        seen = look_at_all(rows, looker, config.filter_overlong_prompts_workers, cache)
+        self.rows, seen = self._usable(rows, seen)
+        if not len(self.rows):
             raise ValueError(
                 f"no row is left of {data_files} (max_samples={max_samples}): see the log for what was dropped"
             )
         self._check_tokens()
+        self._report_special_text(seen)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         row = self.rows[item]
-        messages = row.record[self.config.prompt_key]
+        messages = self._messages(row)
         prompt_ids, prompt_mask = self._prompt(messages)
         answer_ids, answer_mask = self._answer(row.record[self.config.response_key])
         teacher_mask = torch.cat([prompt_mask, answer_mask])
@@ -336,7 +227,10 @@ class RLHFDataset(Dataset):
             "uid": str(row.index),
             "extra_info": row.record.get("extra_info") or {},
         }
-        return sample | {"raw_prompt": messages} if self.config.return_raw_chat else sample
+        return sample | {"raw_prompt": list(messages)} if self.config.return_raw_chat else sample
+
+    def _messages(self, row: Row) -> Messages:
+        return conversation(row.record[self.config.prompt_key], row.record)
 
     def _prompt(self, messages: Messages) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, (P,) each."""
@@ -358,47 +252,47 @@ class RLHFDataset(Dataset):
         mask = (torch.arange(limit) < len(ids)).long()
         return pad_2d_list_to_length([ids], self.pad_token_id, limit)[0], mask
 
-    def _rows_with_fitting_prompts(self, rows: list[Row]) -> list[Row]:
-        config = self.config
-        if not config.filter_overlong_prompts and config.truncation != "error":
-            return rows
-        conversations = [row.record[config.prompt_key] for row in rows]
-        lengths = _prompt_lengths_in_processes(self.tokenization, conversations, config.filter_overlong_prompts_workers)
-        if config.filter_overlong_prompts:
-            return _drop_overlong(rows, lengths, config.max_prompt_length)
-        _refuse_overlong(rows, lengths, config.max_prompt_length)
-        return rows
+    def _counts_prompts(self) -> bool:
+        return self.config.filter_overlong_prompts or self.config.truncation == "error"
 
-    def _rows_with_tokens(self, rows: list[Row]) -> list[Row]:
-        """The rows whose answers have a token; what does not fit is reported."""
-        key = self.config.response_key
-        lengths = np.zeros(len(rows), dtype=np.int64)
-        done = 0
-        with _progress("answer lengths", len(rows)) as bar:
-            for part in _slices([row.record[key] for row in rows], len):
-                lengths[done : done + len(part)] = [len(ids) for ids in self.tokenization.answers(part)]
-                done += len(part)
-                bar.update(len(part))
-        empty = lengths == 1
-        faults = [
-            f"the tokenizer makes no token of the answer {row.record[key][:40]!r}: does it belong to this model and "
-            "language?" if none else None
-            for row, none in zip(rows, empty, strict=True)
-        ]  # fmt: skip
-        kept = without_faults(rows, faults, self.config.on_bad_row)
-        if kept:
-            _report_answer_lengths(lengths[~empty], self.config.max_response_length)
-        return kept
+    def _usable(self, rows: Rows, seen: Looks) -> tuple[Rows, Looks]:
+        """The rows that can be used, and what was seen of them; others are an error, or left out with a count."""
+        config = self.config
+        _report_open_thoughts(seen)
+        warn_of_ignored_tools(int(seen.ignored_tools.sum()), len(rows))
+        kept = without_faults(rows, seen.faults, config.on_bad_row)
+        rows, seen = rows[kept], seen[kept]
+        if config.filter_overlong_prompts:
+            kept = _with_fitting_prompts(rows, seen.prompt_tokens, config.max_prompt_length)
+            rows, seen = rows[kept], seen[kept]
+        elif config.truncation == "error":
+            _refuse_overlong(rows, seen.prompt_tokens, config.max_prompt_length)
+        kept = without_faults(rows, self._faults_of_tokens(rows, seen), config.on_bad_row)
+        rows, seen = rows[kept], seen[kept]
+        if len(rows):
+            _report_answer_lengths(seen.answer_tokens, config.max_response_length)
+        return rows, seen
+
+    def _faults_of_tokens(self, rows: Rows, seen: Looks) -> np.ndarray:
+        """Of each row, that its answer has no token but EOS, or None; (R,)."""
+        faults = np.full(len(rows), None, dtype=object)
+        for number in np.flatnonzero(seen.answer_tokens == 1):
+            answer = rows[int(number)].record[self.config.response_key]
+            faults[number] = (
+                f"the tokenizer makes no token of the answer {answer[:40]!r}: does it belong to this model and "
+                "language?"
+            )
+        return faults
 
     def _check_tokens(self) -> None:
         """Compare the tokenizer with its files on some of the data, and say what tokens do that texts do not show."""
         config = self.config
         some = self.rows[:: max(1, len(self.rows) // COMPARED_ROWS)]
         texts = [(row.record[config.response_key], row.place) for row in some]
-        texts += [(message["content"], row.place) for row in some for message in row.record[config.prompt_key]]
+        texts += [(text, row.place) for row in some for text in conversation_texts(self._messages(row))]
         check_ids(self.tokenizer, texts)
         first = self.rows[0]
-        date = dated_prompt(self.tokenizer, config.apply_chat_template_kwargs, first.record[config.prompt_key])
+        date = dated_prompt(self.tokenizer, config.apply_chat_template_kwargs, self._messages(first))
         if date is not None:
             logger.warning(
                 "the chat template writes the date into prompts (strftime_now; %r in that of %s): they change from day "
@@ -406,28 +300,27 @@ class RLHFDataset(Dataset):
                 "with the template's own variable, e.g. +data.apply_chat_template_kwargs.date_string='26 Jul 2024'",
                 date, first.place,
             )  # fmt: skip
-        self._report_special_text()
 
-    def _report_special_text(self) -> None:
+    def _report_special_text(self, seen: Looks) -> None:
         """Count the rows whose texts have the names of special tokens in them, and those whose names stay tokens."""
-        found, stubborn = [], 0
-        for row in self.rows:
-            answer = without_eos_text(row.record[self.config.response_key], self._ends)
-            texts = [*(message["content"] for message in row.record[self.config.prompt_key]), answer]
-            names = [special_names(self.tokenizer, text) for text in texts]
-            if any(names):
-                found.append(row)
-                ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-                pairs = zip(names, ids, strict=True)
-                stubborn += any(not set(own.values()).isdisjoint(read) for own, read in pairs)
-        if not found:
+        found, stubborn = np.flatnonzero(seen.special), int(seen.stubborn.sum())
+        if not len(found):
             return
         says = f"are read as {'text' if self.tokenization.special_text == 'text' else 'the tokens'}"
         if stubborn and self.tokenization.special_text == "text":
             says = f"{says}, which this tokenizer cannot do in {stubborn} of them"
         logger.warning(
             "%d of %d rows have the names of special tokens in their texts, the first being %s; these %s "
-            "(data.special_token_text)", len(found), len(self.rows), found[0].place, says,
+            "(data.special_token_text)", len(found), len(self.rows), self.rows[int(found[0])].place, says,
+        )  # fmt: skip
+
+
+def _report_open_thoughts(seen: Looks) -> None:
+    if seen.open_thoughts.any():
+        logger.warning(
+            "the chat template opens a thought (<think> or the like) at the end of the prompt, and %d of %d answers "
+            "never close it: the student would learn to give its answer as a thought; use a template that does not, or "
+            "answers with the thoughts in them", seen.open_thoughts.sum(), len(seen.faults),
         )  # fmt: skip
 
 

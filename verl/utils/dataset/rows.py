@@ -1,22 +1,23 @@
-"""Rows of parquet and jsonl files as they stand there, and what is said of those that cannot be used."""
+"""Rows of several parquet and jsonl files as they stand there, and what is said of those that cannot be used."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, overload
 
-import pyarrow.parquet
+import numpy as np
+
+from verl.utils.dataset.arrow_rows import ROWS_AT_ONCE, FileRows, Record
 
 logger = logging.getLogger(__name__)
 
 SHOWN_BAD_ROWS = 10
-# Rows of a parquet file that are read at once; fewer where a nested column of them exceeds what Arrow can take.
-ROWS_PER_BATCH = 8192
+# What is said of a row that cannot be read where equal faults are counted.
+NOT_READABLE = "not readable"
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,7 @@ class Row:
         return f"{self.path}, row {self.number}"
 
 
-class Unreadable(NamedTuple):
-    """In the place of a record: the line of the file, from 1, where it has lines, and what is wrong."""
-
-    line: int | None
-    fault: str
-
-
-def make_row(path: Path, number: int, index: int, record: dict[str, Any] | Unreadable) -> Row:
+def make_row(path: Path, number: int, index: int, record: Record) -> Row:
     """A row of what a reader gave."""
     if isinstance(record, dict):
         return Row(path, number, index, record)
@@ -50,93 +44,96 @@ def make_row(path: Path, number: int, index: int, record: dict[str, Any] | Unrea
     return Row(path, number, index, {}, f"{place} {record.fault}")
 
 
-def read_parquet(path: Path) -> Iterator[dict[str, Any] | Unreadable]:
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        for group in range(file.num_row_groups):
-            yield from _read_row_group(file, group)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+class Rows(Sequence[Row]):
+    """Rows of several files, numbered over all of them: all, or a choice. Each is read when it is asked for.
+
+    Args:
+        files: in order.
+        chosen: the rows' numbers over all files, (R,); None: all.
+    """
+
+    def __init__(self, files: Sequence[FileRows], chosen: np.ndarray | None = None):
+        self.files = list(files)
+        self._ends = np.cumsum([len(file) for file in self.files], dtype=np.int64)
+        self.chosen = np.arange(self._ends[-1]) if chosen is None else chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @overload
+    def __getitem__(self, item: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, item: slice | np.ndarray) -> Rows: ...
+
+    def __getitem__(self, item: int | slice | np.ndarray) -> Row | Rows:
+        """A row, or the rows of a slice, of positions or of a mask (R,)."""
+        if isinstance(item, slice | np.ndarray):
+            return Rows(self.files, self.chosen[item])
+        index = int(self.chosen[item])
+        file, first = self._file(index)
+        return make_row(file.path, index - first, index, file.record(index - first))
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            part = self.chosen[start : start + ROWS_AT_ONCE]
+            file, first = self._file(int(part[0]))
+            begin, end = int(part[0]) - first, int(part[0]) - first + len(part)
+            if end > len(file) or (np.diff(part) != 1).any():
+                yield from (self[number] for number in range(start, start + len(part)))
+                continue
+            for number, record in enumerate(file.records(begin, end), start=begin):
+                yield make_row(file.path, number, first + number, record)
+
+    def _file(self, index: int) -> tuple[FileRows, int]:
+        """The file of a row, and the number of the file's first row."""
+        at = int(np.searchsorted(self._ends, index, side="right"))
+        return self.files[at], int(self._ends[at]) - len(self.files[at])
+
+    def by_file(self) -> Counter[Path]:
+        """How many of the rows each file has; files without any count 0."""
+        result: Counter[Path] = Counter()
+        for file, count in zip(self.files, self.counts(), strict=True):
+            result[file.path] += count
+        return result
+
+    def counts(self) -> list[int]:
+        """How many of the rows are of each of `files`."""
+        of_files = np.searchsorted(self._ends, self.chosen, side="right")
+        return np.bincount(of_files, minlength=len(self.files)).tolist()
 
 
-def _read_row_group(file: pyarrow.parquet.ParquetFile, group: int) -> Iterator[dict[str, Any] | Unreadable]:
-    """In batches, because pyarrow cannot convert a nested column of more than 2 GiB at once. How large one is shows
-    when it is decoded and not before: a batch that is too large is read again in smaller ones."""
-    done, size = 0, ROWS_PER_BATCH
-    while True:
-        try:
-            start = 0
-            for batch in file.iter_batches(size, row_groups=[group]):
-                new, start = batch.slice(max(0, done - start)), start + len(batch)
-                yield from _records(new)
-                done += len(new)
-            return
-        except pyarrow.ArrowNotImplementedError:
-            if size == 1:
-                raise
-            size = max(1, size // 8)
-
-
-def _records(batch: pyarrow.RecordBatch) -> Iterator[dict[str, Any] | Unreadable]:
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError as error:
-        # Nothing has been given yet: all of a batch is converted before its first row.
-        if len(batch) == 1:
-            yield Unreadable(None, f"its text is not UTF-8 (byte 0x{error.object[error.start]:02x})")
-        else:
-            for row in range(len(batch)):
-                yield from _records(batch.slice(row, 1))
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any] | Unreadable]:
-    # Bytes that are not UTF-8 become halves of surrogate pairs, which UTF-8 itself cannot have.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _parse(line, number)
-
-
-def _parse(line: str, number: int) -> dict[str, Any] | Unreadable:
-    try:
-        line.encode()
-        record = json.loads(line)
-    except UnicodeEncodeError as error:
-        byte = ord(line[error.start]) - 0xDC00
-        return Unreadable(number, f"is not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8")
-    except RecursionError:
-        return Unreadable(number, "is nested too deeply to be read")
-    except ValueError as error:
-        return Unreadable(number, f"is not JSON: {error}")
-    if not isinstance(record, dict):
-        return Unreadable(number, f"is not a JSON object but {type(record).__name__}")
-    return record
-
-
-def refuse(faults: Sequence[str], head: str, way_out: str) -> None:
-    """ValueError with the first of the faults, if there is one; each names the row that it is of."""
+def refuse(faults: Sequence[str], head: str, way_out: str, count: int | None = None) -> None:
+    """ValueError with the first of the faults, if there is one; each names the row that it is of. `count`: how many
+    there are, if these are the first of them."""
     if faults:
-        more = [f"  ... and {len(faults) - SHOWN_BAD_ROWS} more"] if len(faults) > SHOWN_BAD_ROWS else []
+        count = count or len(faults)
+        more = [f"  ... and {count - SHOWN_BAD_ROWS} more"] if count > SHOWN_BAD_ROWS else []
         shown = [f"  {fault}" for fault in faults[:SHOWN_BAD_ROWS]]
         raise ValueError("\n".join([f"{head} (rows of a file are counted from 0):", *shown, *more, way_out]))
 
 
-def without_faults(rows: list[Row], faults: Sequence[str | None], on_bad_row: Literal["error", "skip"]) -> list[Row]:
-    """The rows without a fault; ValueError lists those with one, unless they are to be skipped, with a count."""
-    bad = [(row, fault) for row, fault in zip(rows, faults, strict=True) if fault]
-    if not bad:
-        return rows
-    if on_bad_row == "error":
+def without_faults(rows: Rows, faults: Sequence[str | None], on_bad_row: Literal["error", "skip"]) -> np.ndarray:
+    """The mask (R,) of rows without a fault; ValueError lists those with one, unless they are to be skipped, with a
+    count. A row that cannot be read says itself why."""
+    bad = [number for number, fault in enumerate(faults) if fault is not None]
+    if bad and on_bad_row == "error":
+        first = [(rows[number], faults[number]) for number in bad[:SHOWN_BAD_ROWS]]
         refuse(
-            [row.unreadable or f"{row.place}: {fault}" for row, fault in bad],
+            [row.unreadable or f"{row.place}: {fault}" for row, fault in first],
             f"{len(bad)} of {len(rows)} rows cannot be used",
             "Correct the files, data.prompt_key or data.response_key, or leave such rows out: data.on_bad_row=skip",
+            len(bad),
         )
-    counts = Counter("not readable" if row.unreadable else fault for row, fault in bad).most_common()
-    reasons = "; ".join(f"{count} x {fault}" for fault, count in counts[:SHOWN_BAD_ROWS])
-    more = f"; and {len(counts) - SHOWN_BAD_ROWS} other reasons" if len(counts) > SHOWN_BAD_ROWS else ""
-    first = bad[0][0].unreadable or bad[0][0].place
-    logger.warning(
-        "data.on_bad_row=skip: left out %d of %d rows: %s%s; the first is %s", len(bad), len(rows), reasons, more, first
-    )
-    return [row for row, fault in zip(rows, faults, strict=True) if not fault]
+    if bad:
+        counts = Counter(faults[number] for number in bad).most_common()
+        reasons = "; ".join(f"{count} x {fault}" for fault, count in counts[:SHOWN_BAD_ROWS])
+        more = f"; and {len(counts) - SHOWN_BAD_ROWS} other reasons" if len(counts) > SHOWN_BAD_ROWS else ""
+        first = rows[bad[0]].unreadable or rows[bad[0]].place
+        logger.warning(
+            "data.on_bad_row=skip: left out %d of %d rows: %s%s; the first is %s",
+            len(bad), len(rows), reasons, more, first,
+        )  # fmt: skip
+    sound = np.ones(len(rows), dtype=bool)
+    sound[bad] = False
+    return sound

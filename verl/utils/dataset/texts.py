@@ -8,8 +8,9 @@ otherwise. A user's message could close its own turn, and a teacher's answer wou
 from __future__ import annotations
 
 import copy
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -17,12 +18,20 @@ from typing import Any, Literal, NamedTuple
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
+# Columns beside the messages that belong to a conversation, if a row has them.
+SYSTEM_KEY, TOOLS_KEY = "system", "tools"
 # What becomes of a special token's name in a text: the letters that it is, or the token.
 SpecialText = Literal["text", "token"]
 
 # Around the number of a special token: noncharacters, which no text has. One pair stands for the template's own tokens,
 # the other hides the texts' from the template.
 _TOKEN, _HIDDEN = "\ufdd0{}\ufdd1", "\ufdd2{}\ufdd3"
+
+# Arguments of apply_chat_template that change the ids, and not the text.
+_OF_TOKENS = frozenset(
+    {"padding", "truncation", "max_length", "return_tensors", "tokenizer_kwargs", "return_assistant_tokens_mask",
+     "sanitize_control_tokens"}
+)  # fmt: skip
 
 
 class _Specials(NamedTuple):
@@ -54,9 +63,45 @@ def special_names(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, in
 # Prompts
 
 
+class Conversation(list[dict[str, Any]]):
+    """Chat messages, and the tools that may be called, which the chat template is given too."""
+
+    def __init__(self, messages: Iterable[dict[str, Any]], tools: list[dict[str, Any]]):
+        super().__init__(messages)
+        self.tools = tools
+
+
+def conversation(messages: Messages, record: Mapping[str, Any]) -> Messages:
+    """The messages of a row in which nothing is wrong (`faults.fault_of_conversation`), with its system message before
+    them if it has one in a column of its own, and its tools."""
+    system, tools = record.get(SYSTEM_KEY), record.get(TOOLS_KEY)
+    if system and system.strip() and all(message["role"] != "system" for message in messages):
+        messages = [{"role": "system", "content": system}, *messages]
+    tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    return Conversation(messages, tools) if tools and not isinstance(tools, str) else messages
+
+
+def tools_of(messages: Messages) -> list[dict[str, Any]] | None:
+    """The tools of a conversation, if it has any."""
+    return messages.tools if isinstance(messages, Conversation) else None
+
+
+def _arguments(template_kwargs: Mapping[str, Any], messages: Messages) -> dict[str, Any]:
+    """What the template is given besides the messages: a row's tools take the place of the settings'."""
+    tools = tools_of(messages)
+    return {**template_kwargs, **({"tools": tools} if tools else {})}
+
+
+def conversation_texts(messages: Messages) -> list[str]:
+    """All text of a conversation that the data's author wrote: contents, and tools as JSON."""
+    tools = tools_of(messages)
+    return [*(message["content"] for message in messages), *([json.dumps(tools, ensure_ascii=False)] if tools else [])]
+
+
 def render_prompt(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], messages: Messages) -> str:
     """The text of a conversation up to where the answer begins; raises whatever the template does."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_kwargs)
+    arguments = _arguments(template_kwargs, messages)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **arguments)
 
 
 def tokenize_prompts(
@@ -64,16 +109,36 @@ def tokenize_prompts(
     template_kwargs: Mapping[str, Any],
     conversations: Sequence[Messages],
     special_text: SpecialText = "text",
+    rendered: Sequence[str] | None = None,
 ) -> list[list[int]]:
-    """Token ids of each conversation up to where the answer begins."""
-    ids = tokenizer.apply_chat_template(
-        list(conversations), add_generation_prompt=True, tokenize=True, return_dict=False, **template_kwargs
-    )
+    """Token ids of each conversation up to where the answer begins; `rendered`: their texts, if they are there
+    already."""
+    if rendered is not None and _tokenizes_what_it_renders(tokenizer, template_kwargs):
+        ids = tokenizer(list(rendered), add_special_tokens=False)["input_ids"]
+    elif any(map(tools_of, conversations)):
+        # One call takes one list of tools.
+        ids = [
+            tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False,
+                **_arguments(template_kwargs, messages),
+            )
+            for messages in conversations
+        ]  # fmt: skip
+    else:
+        ids = tokenizer.apply_chat_template(
+            list(conversations), add_generation_prompt=True, tokenize=True, return_dict=False, **template_kwargs
+        )
     if special_text == "text":
         for number, messages in enumerate(conversations):
-            if any(special_names(tokenizer, message["content"]) for message in messages):
+            if any(special_names(tokenizer, text) for text in conversation_texts(messages)):
                 ids[number] = _without_special_text(tokenizer, template_kwargs, messages)
     return ids
+
+
+def _tokenizes_what_it_renders(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> bool:
+    """Whether a prompt's ids are those of its text, with no more to it: no method or argument of its own."""
+    usual = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+    return usual and _OF_TOKENS.isdisjoint(template_kwargs)
 
 
 class _Twin(NamedTuple):
@@ -111,7 +176,11 @@ def _without_special_text(
             return {key: item if key == "role" else hide(item) for key, item in value.items()}
         return [hide(item) for item in value] if isinstance(value, list) else value
 
-    prompt = render_prompt(tokenizer, template_kwargs, hide(messages))
+    hidden, tools = hide(messages), tools_of(messages)
+    if tools:
+        # As one text, because names of their fields are the author's as well.
+        hidden = Conversation(hidden, json.loads(hide(json.dumps(tools, ensure_ascii=False))))
+    prompt = render_prompt(tokenizer, template_kwargs, hidden)
     prompt = specials.pattern.sub(lambda match: _TOKEN.format(numbers[match[0]]), prompt)
     prompt = re.sub(_HIDDEN.format(r"(\d+)"), lambda match: names[int(match[1])], prompt)
     ids = twin.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -173,9 +242,9 @@ class Tokenization:
     ends: Sequence[str] | None = None
     special_text: SpecialText = "text"
 
-    def prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
+    def prompts(self, conversations: Sequence[Messages], rendered: Sequence[str] | None = None) -> list[list[int]]:
         """Token ids of each conversation, see `tokenize_prompts`."""
-        return tokenize_prompts(self.tokenizer, self.template_kwargs, conversations, self.special_text)
+        return tokenize_prompts(self.tokenizer, self.template_kwargs, conversations, self.special_text, rendered)
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each answer with EOS, see `tokenize_answers`."""

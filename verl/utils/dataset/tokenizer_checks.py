@@ -47,7 +47,7 @@ def check_template_kwargs(tokenizer: PreTrainedTokenizerBase, template_kwargs: M
     """ValueError for an argument that the trainer sets itself, or whose name does not even occur in the template."""
     if not template_kwargs:
         return
-    template = tokenizer.get_chat_template(template_kwargs.get("chat_template"), template_kwargs.get("tools"))
+    template = _template(tokenizer, template_kwargs)
     arguments = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"kwargs"}
     words = set(re.findall(r"\w+", template))
     for name in template_kwargs:
@@ -102,13 +102,22 @@ def _around(text: str, tokenizer: PreTrainedTokenizerBase, got: list[int], wante
     return f"{text[:40]!r}..., it makes {len(got)} tokens, not {len(wanted)} ({pieces[0]}, not {pieces[1]})"
 
 
+def tells_the_time(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> bool:
+    """Whether the chat template can ask for the date or the time."""
+    return _CLOCK in _template(tokenizer, template_kwargs)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> str:
+    return tokenizer.get_chat_template(template_kwargs.get("chat_template"), template_kwargs.get("tools"))
+
+
 def dated_prompt(
     tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], messages: Messages
 ) -> str | None:
     """The date or time that the chat template writes into this prompt, or None; "the date" if its form is not known."""
-    template = tokenizer.get_chat_template(template_kwargs.get("chat_template"), template_kwargs.get("tools"))
-    if _CLOCK not in template:
+    if not tells_the_time(tokenizer, template_kwargs):
         return None
+    template = _template(tokenizer, template_kwargs)
     forms = [single or double for single, double in _CLOCK_CALL.findall(template)]
     before = [datetime.now().strftime(form) for form in forms]
     prompt = render_prompt(tokenizer, template_kwargs, messages)

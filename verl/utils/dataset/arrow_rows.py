@@ -1,0 +1,212 @@
+"""The rows of one file in Arrow: of a large file in memory-mapped form, which takes no memory and is opened at once.
+
+A parquet file's columns stay as they are. Of a jsonl file the lines are kept, not columns: rows may have different
+fields, and fields different types, and each row is to be read as it stands there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from verl.utils.dataset.cache import HEAD, Cache, file_digest
+
+# Rows of a file in one Arrow batch; fewer where a nested column of them exceeds what Arrow can take.
+ROWS_PER_BATCH = 8192
+# Of lines in one batch.
+BYTES_PER_BATCH = 1 << 24
+# A larger file is converted once and mapped from then on; a smaller one is read into memory.
+MAPPED_BYTES = 1 << 24
+# Rows that are Python objects at the same time, where many are looked at.
+ROWS_AT_ONCE = 1024
+_LINES = pa.schema({"number": pa.int64(), "line": pa.large_binary()})
+
+
+class Unreadable(NamedTuple):
+    """In the place of a record: the line of the file, from 1, where it has lines, and what is wrong."""
+
+    line: int | None
+    fault: str
+
+
+Record = dict[str, Any] | Unreadable
+
+
+class FileRows:
+    """The rows of a parquet or jsonl file.
+
+    Args:
+        path: the file.
+        cache: where a large file's rows are mapped from.
+
+    Raises:
+        ValueError: it cannot be read, changed meanwhile, is of another kind, or has no rows.
+    """
+
+    def __init__(self, path: Path, cache: Cache):
+        if path.suffix not in _READERS:
+            raise ValueError(f"{path} ends in none of {', '.join(_READERS)}")
+        self.path = path
+        self.digest = file_digest(path)
+        self.mapped = self._convert(cache) if path.stat().st_size > MAPPED_BYTES else None
+        self._take(_map(self.mapped) if self.mapped else list(self._read()))
+
+    def _read(self) -> Iterator[pa.RecordBatch]:
+        """The batches of the file that has this digest: one, at least."""
+        rows = 0
+        for batch in _READERS[self.path.suffix](self.path):
+            rows += len(batch)
+            yield batch
+        if not rows:
+            raise ValueError(f"{self.path} has no rows")
+        if file_digest(self.path) != self.digest:
+            raise ValueError(f"{self.path} changed while it was read: start again when it is written")
+
+    def _convert(self, cache: Cache) -> Path | None:
+        def write(part: Path) -> None:
+            batches = self._read()
+            first = next(batches)
+            with part.open("ab") as file, pa.ipc.new_stream(file, first.schema) as stream:
+                stream.write_batch(first)
+                for batch in batches:
+                    stream.write_batch(batch)
+
+        key = f"rows-{self.digest}{self.path.suffix}-arrow{pa.__version__.partition('.')[0]}"
+        return cache.file(key, write, f"the memory-mapped form of {self.path}")
+
+    def _take(self, batches: list[pa.RecordBatch]) -> None:
+        self._batches = batches
+        self._ends = np.cumsum([len(batch) for batch in self._batches], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def record(self, number: int) -> Record:
+        """One row, read anew each time."""
+        return next(self.records(number, number + 1))
+
+    def records(self, start: int, stop: int) -> Iterator[Record]:
+        """The rows from `start` to before `stop`."""
+        decode = _RECORDS[self.path.suffix]
+        while start < stop:
+            at = int(np.searchsorted(self._ends, start, side="right"))
+            batch, begin = self._batches[at], int(self._ends[at]) - len(self._batches[at])
+            part = batch.slice(start - begin, min(stop - start, ROWS_AT_ONCE))
+            yield from decode(part)
+            start += len(part)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which maps the same file."""
+        return self.__dict__ | {"_batches": None} if self.mapped else self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if self.mapped:
+            self._take(_map(self.mapped))
+
+
+def _map(file: Path) -> list[pa.RecordBatch]:
+    with pa.memory_map(str(file)) as source:
+        source.seek(HEAD)
+        return list(pa.ipc.open_stream(source.read_buffer()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parquet
+
+
+def _read_parquet(path: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        for group in range(file.num_row_groups):
+            yield from _read_row_group(file, group)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+
+
+def _read_row_group(file: pyarrow.parquet.ParquetFile, group: int) -> Iterator[pa.RecordBatch]:
+    """In batches, because pyarrow cannot convert a nested column of more than 2 GiB at once. How large one is shows
+    when it is decoded and not before: a batch that is too large is read again in smaller ones."""
+    done, size = 0, ROWS_PER_BATCH
+    while True:
+        try:
+            start = 0
+            for batch in file.iter_batches(size, row_groups=[group]):
+                new, start = batch.slice(max(0, done - start)), start + len(batch)
+                if len(new):
+                    yield new
+                done += len(new)
+            return
+        except pa.ArrowNotImplementedError:
+            if size == 1:
+                raise
+            size = max(1, size // 8)
+
+
+def _parquet_records(batch: pa.RecordBatch) -> Iterator[Record]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError as error:
+        # Nothing has been given yet: all of a batch is converted before its first row.
+        if len(batch) == 1:
+            yield Unreadable(None, f"its text is not UTF-8 (byte 0x{error.object[error.start]:02x})")
+        else:
+            for row in range(len(batch)):
+                yield from _parquet_records(batch.slice(row, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines
+
+
+def _read_lines(path: Path) -> Iterator[pa.RecordBatch]:
+    numbers: list[int] = []
+    lines: list[bytes] = []
+    size = 0
+    # Bytes that are not UTF-8 become halves of surrogate pairs, which UTF-8 itself cannot have, and bytes again.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            numbers.append(number)
+            lines.append(line.encode(errors="surrogateescape"))
+            size += len(lines[-1])
+            if len(lines) >= ROWS_PER_BATCH or size >= BYTES_PER_BATCH:
+                yield pa.record_batch([numbers, lines], schema=_LINES)
+                numbers, lines, size = [], [], 0
+    if lines:
+        yield pa.record_batch([numbers, lines], schema=_LINES)
+
+
+def _line_records(batch: pa.RecordBatch) -> Iterator[Record]:
+    numbers, lines = batch.columns
+    for number, line in zip(numbers.to_pylist(), lines.to_pylist(), strict=True):
+        yield _parse(line, number)
+
+
+def _parse(line: bytes, number: int) -> Record:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+        return Unreadable(number, f"is not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8")
+    except RecursionError:
+        return Unreadable(number, "is nested too deeply to be read")
+    except ValueError as error:
+        return Unreadable(number, f"is not JSON: {error}")
+    if not isinstance(record, dict):
+        return Unreadable(number, f"is not a JSON object but {type(record).__name__}")
+    return record
+
+
+_READERS: dict[str, Callable[[Path], Iterator[pa.RecordBatch]]] = {".parquet": _read_parquet, ".jsonl": _read_lines}
+_RECORDS: dict[str, Callable[[pa.RecordBatch], Iterator[Record]]] = {
+    ".parquet": _parquet_records,
+    ".jsonl": _line_records,
+}
