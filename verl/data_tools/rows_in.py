@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc
 
-from verl.utils.dataset.rows import Row, Unreadable, make_row, read_jsonl, read_parquet
+from verl.utils.dataset.arrow_rows import Unreadable, stream_records
+from verl.utils.dataset.rows import Row, make_row
 
 # What a text's line becomes.
 TEXT_KEY = "prompt"
@@ -39,7 +40,7 @@ def read_arrow(path: Path) -> Iterator[dict[str, Any] | Unreadable]:
         raise ValueError(f"{path} is not a readable Arrow stream: {error}") from error
 
 
-_READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_lines, ".arrow": read_arrow}
+_READERS = {".parquet": stream_records, ".jsonl": stream_records, ".txt": read_lines, ".arrow": read_arrow}
 
 
 def files_of(source: str) -> list[Path]:

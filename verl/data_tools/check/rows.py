@@ -16,13 +16,13 @@ from verl.utils.dataset.faults import (
     fault_of_depth,
     fault_of_messages,
 )
-from verl.utils.dataset.rl_dataset import find_files, read_rows
+from verl.utils.dataset.rl_dataset import find_files, open_files
 from verl.utils.dataset.rows import Row
 
 
 def read(files: Sequence[str | Path]) -> list[Row]:
     """All rows of the files, those that cannot be read too; FileNotFoundError or ValueError for a damaged file."""
-    return read_rows(find_files(list(files)), keep_unreadable=True)
+    return list(open_files(find_files(list(files))))
 
 
 def look_at(

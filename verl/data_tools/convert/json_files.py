@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from verl.utils.dataset.rows import Unreadable
+from verl.utils.dataset.arrow_rows import Unreadable
 
 Record = dict[str, Any] | Unreadable
 _DECODER = json.JSONDecoder()

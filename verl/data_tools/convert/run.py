@@ -15,8 +15,9 @@ from verl.data_tools.convert.formats import FORMATS, Layout, Wanted, in_known_le
 from verl.data_tools.convert.sources import Reading, Source, read_sources
 from verl.data_tools.convert.text_files import check_encoding
 from verl.data_tools.convert.writing import SUFFIXES, check_target, write_rows
+from verl.utils.dataset.arrow_rows import Unreadable
 from verl.utils.dataset.faults import fault_of_depth
-from verl.utils.dataset.rows import Unreadable, refuse
+from verl.utils.dataset.rows import refuse
 
 PROMPT, ANSWER = "content", "teacher_response"
 # Which conversation a row is of, and which of its answers it has.

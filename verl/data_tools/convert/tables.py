@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.data_tools.convert.json_files import Record
-from verl.utils.dataset.rows import Unreadable
+from verl.utils.dataset.arrow_rows import Unreadable
 
 DELIMITERS = (",", "\t", ";", "|")
 # What Excel itself keeps of a number.

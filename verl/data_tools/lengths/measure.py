@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.parquet
 from tqdm import tqdm
 
+from verl.utils.dataset.arrow_rows import stream_records
 from verl.utils.dataset.faults import (
     TemplateCheck,
     fault_of_answer,
@@ -26,14 +27,14 @@ from verl.utils.dataset.faults import (
     fault_of_depth,
     fault_of_messages,
 )
-from verl.utils.dataset.rows import Row, make_row, read_jsonl, read_parquet, refuse
+from verl.utils.dataset.rows import Row, make_row, refuse
 from verl.utils.dataset.texts import Tokenization
 
 # Of texts that are tokenised together: their ids take some tens of MB.
 BATCH_CHARACTERS = 1_000_000
 # Rows that a process is handed at once, and rows in the time of which one starts.
 BATCH_ROWS, ROWS_PER_PROCESS = 500, 20_000
-READERS = {".parquet": read_parquet, ".jsonl": read_jsonl}
+ENDINGS = (".parquet", ".jsonl")
 WAY_OUT = (
     "Correct the files, name other columns (--prompt_key, --teacher_key), or leave such rows out: --on_bad_row skip"
 )
@@ -74,8 +75,8 @@ def count_rows(paths: Sequence[Path]) -> int:
 
 
 def _count(path: Path) -> int:
-    if path.suffix not in READERS:
-        raise ValueError(f"{path}: expected a file that ends in {' or '.join(READERS)}; convert it first")
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"{path}: expected a file that ends in {' or '.join(ENDINGS)}; convert it first")
     if path.suffix == ".parquet":
         try:
             return pyarrow.parquet.ParquetFile(path).metadata.num_rows
@@ -96,7 +97,7 @@ def stream_rows(paths: Sequence[Path], chosen: np.ndarray | None = None) -> Iter
     """
     index, wanted = 0, None if chosen is None else set(chosen.tolist())
     for path in paths:
-        for number, record in enumerate(READERS[path.suffix](path)):
+        for number, record in enumerate(stream_records(path)):
             if wanted is None or index in wanted:
                 yield make_row(path, number, index, record)
             index += 1

@@ -38,6 +38,13 @@ class Unreadable(NamedTuple):
 Record = dict[str, Any] | Unreadable
 
 
+def stream_records(path: Path) -> Iterator[Record]:
+    """The rows of a parquet or jsonl file while it is read, for those who look at each of them once. ValueError: it
+    cannot be read."""
+    for batch in _READERS[path.suffix](path):
+        yield from _RECORDS[path.suffix](batch)
+
+
 class FileRows:
     """The rows of a parquet or jsonl file.
 
