@@ -5,7 +5,6 @@ import datetime
 import gzip
 import io
 import json
-import subprocess
 import sys
 import zipfile
 
@@ -383,14 +382,3 @@ def test_without_the_extra_it_is_named(tmp_path, monkeypatch, capsys, package, n
     capsys.readouterr()
     error = refused(tmp_path / name, capsys)
     assert package in error and "pip install -e '.[data]'" in error
-
-
-@pytest.mark.parametrize("tool", ["convert", "check"])
-def test_help_is_short_and_brings_nothing_heavy_along(tool):
-    code = f"import sys; from verl.data_tools.{tool} import parse\n"
-    code += "try: parse(['--help'])\nfinally: print(sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    text, _, modules = done.stdout.rpartition("[")
-    assert done.returncode == 0 and len(text.splitlines()) < 40 and f"  python -m verl.data_tools.{tool} " in text
-    heavy = {"'torch'", "'transformers'", "'pandas'", "'pyarrow'", "'datasets'", "'datasketch'"}
-    assert not heavy & set(modules.strip(" ]\n").split(", "))

@@ -25,11 +25,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from verl.data_tools.rows_out import check_target, write_rows
-from verl.tools.flags import number, whole
-from verl.utils.console import printable, shorten
+from verl.data_tools.command_line import Outcome, run_tool, tool_parser
+from verl.data_tools.writing import check_columns, check_target, write_rows
+from verl.tools.flags import number, share, whole
+from verl.utils.console import shorten
 
-DONE, USAGE = 0, 2
 # The trainer's scripts look for train.parquet and test.parquet in DATA_DIR.
 NAMES = {"train": "train", "validation": "test", "judge": "judge"}
 PERMUTATIONS = 128
@@ -45,11 +45,11 @@ writes:  data/train.parquet, data/test.parquet (the trainer's name for validatio
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's settings."""
-    parser = argparse.ArgumentParser(
-        prog="python -m verl.data_tools.split",
-        description="Rows into train, validation and judge sets without a common prompt. More: docs/data.md",
-        epilog=EPILOG,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=119),
+    parser = tool_parser(
+        "split",
+        "FILE [FILE ...] --out DIR",
+        "Rows into train, validation and judge sets without a common prompt.",
+        EPILOG,
     )
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help=".parquet, .jsonl, or a dataset's folder")
@@ -58,7 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--judge", type=_size, default="0", metavar="SIZE", help="rows, or a share; 0 for none (0)")
     add("--seed", type=whole(0), default=0, metavar="N", help="of the draw (0)")
     add("--stratify", metavar="COLUMN", help="each of its values gets its share in every set")
-    add("--threshold", type=_share, default=0.8, metavar="X", help="from which prompts are near-duplicates (0.8)")
+    add("--threshold", type=share(0.1), default=0.8, metavar="X", help="from which prompts are near-duplicates (0.8)")
     add("--prompt_key", default="content", metavar="KEY", help="column of prompts (content)")
     add("--format", choices=("parquet", "jsonl"), default="parquet", help="of the sets (parquet)")
     add("--overwrite", action="store_true", help="replace sets that are there")
@@ -67,13 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    options = parse(argv)
-    try:
-        print(printable(run(options)))
-    except (OSError, ValueError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return USAGE
-    return DONE
+    return run_tool(lambda options: Outcome(run(options)), parse(argv))
 
 
 def run(options: argparse.Namespace) -> str:
@@ -84,8 +78,9 @@ def run(options: argparse.Namespace) -> str:
     """
     targets = {name: Path(options.out).expanduser() / f"{file}.{options.format}" for name, file in NAMES.items()}
     for path in targets.values():
-        check_target(path, options.overwrite, options.files)
+        check_target("--out", path, options.overwrite, options.files)
     records, texts = _read(options.files, options.prompt_key)
+    check_columns(targets["train"], records)
     strata = _strata(records, options.stratify)
     sizes = {name: _rows(f"--{name}", getattr(options, name), len(records)) for name in ("judge", "validation")}
     groups = find_groups([normalise(text) for text in texts], options.threshold)
@@ -327,13 +322,6 @@ def _size(text: str) -> float:
     value = number(0)(text)
     if value >= 1 and (value != int(value) or "." in text):
         raise argparse.ArgumentTypeError(f"expected a share below 1 or a whole number of rows, got {text!r}")
-    return value
-
-
-def _share(text: str) -> float:
-    value = number(0.1)(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0.1 to 1, got {text!r}")
     return value
 
 
