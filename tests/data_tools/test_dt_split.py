@@ -11,7 +11,8 @@ from scipy.cluster.hierarchy import DisjointSet
 
 from tests.data_tools.teaching import rows_of
 from verl.data_tools import split as split_module
-from verl.data_tools.split import assign, bands, find_groups, main, normalise, prove, shares, shingles
+from verl.data_tools.near import bands, normalise, shingles
+from verl.data_tools.split import assign, find_groups, main, prove, shares
 
 ENGLISH = "Please write a short story about a fox that learns to read the letters which its neighbours throw away."
 CHINESE = "请用三百字左右写一个关于小狐狸学会阅读邻居扔掉的旧信件的童话故事，要求语言生动，结尾出人意料。"
@@ -60,7 +61,7 @@ def test_what_is_together(one, other, together):
 
 def test_shingles_by_hand():
     assert shingles("abcdefgh") == {"abcde", "bcdef", "cdefg", "defgh"}
-    assert shingles("你好世界") == {"你好世", "好世界"} and shingles("ab") == {"ab"} and shingles("") == {""}
+    assert shingles("你好世界") == {"你好世", "好世界"} and shingles("ab") == {"ab"} and shingles("") == set()
     assert groups_of("abcdefgh", "abcdefgx", threshold=0.6) in ([0, 0], [1, 1])
 
 
@@ -72,6 +73,16 @@ def test_what_is_near_to_something_near_is_in_the_group():
     assert others[0] != first and others[1:] == [first] * 3
     # The ends of the chain alone are not near.
     assert len(set(groups_of(chain[0], chain[-1]))) == 2
+
+
+def test_prompts_of_one_template_are_apart():
+    """Its frame, of which they mostly consist, does not count; a prompt of the frame alone is like itself."""
+    frame = "Translate the following sentence into French, and keep its tone, its register and its punctuation: "
+    verbs, nouns = ("sings", "sleeps", "waits", "dreams", "paints"), ("fox", "judge", "river", "clock", "widow")
+    texts = [f"{frame}The {noun} {verb} beside the {verb[::-1]} door." for noun in nouns for verb in verbs]
+    assert len(set(groups_of(*texts, frame))) == 26
+    # Without so many to see a frame in, it counts.
+    assert len(set(groups_of(*texts[:5], threshold=0.7))) == 1
 
 
 def test_bands_by_hand():

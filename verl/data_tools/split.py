@@ -3,9 +3,8 @@
     python -m verl.data_tools.split teacher.parquet --out data --validation 0.05 --judge 300
 
 Rows whose prompts are equal but for case, white space and Unicode's compatible forms, or near-duplicates, are a group
-and stay together. Near-duplicates share most of their runs of characters (Jaccard index of 5-grams, 3-grams where a
-text is mostly ideographs), found with MinHash and confirmed exactly; what is near to something near is in the group
-too. System messages do not count, as many prompts have the same one.
+and stay together; what near-duplicates are says `near.py`, and what is near to something near is in the group too.
+System messages do not count, as many prompts have the same one.
 
 Left out: prompts that mean the same in other words.
 """
@@ -14,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import re
 import sys
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,18 +22,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from verl.data_tools.command_line import Outcome, run_tool, tool_parser
+from verl.data_tools.command_line import Outcome, require, run_tool, tool_parser
+from verl.data_tools.near import NearTexts, frame_of, normalise
 from verl.data_tools.writing import check_columns, check_target, write_rows
 from verl.tools.flags import number, share, whole
 from verl.utils.console import shorten
 
 # The trainer's scripts look for train.parquet and test.parquet in DATA_DIR.
 NAMES = {"train": "train", "validation": "test", "judge": "judge"}
-PERMUTATIONS = 128
-# The share of pairs at the threshold that MinHash may miss.
-MISSED = 1e-6
-_IDEOGRAPHS = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
-_SPACES = re.compile(r"\s+")
 EPILOG = """\
 example: python -m verl.data_tools.split data/teacher.parquet --out data --validation 0.05 --judge 300 --stratify lang
 writes:  data/train.parquet, data/test.parquet (the trainer's name for validation), data/judge.parquet
@@ -154,62 +147,27 @@ def prompt_text(messages: Sequence[dict[str, str]]) -> str:
     return "\n".join(texts or [message["content"] for message in messages])
 
 
-def normalise(text: str) -> str:
-    """The text without what does not make another prompt: case, white space, compatible forms of characters."""
-    return _SPACES.sub("", unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()))
-
-
-def shingles(text: str) -> frozenset[str]:
-    """The runs of characters that a normalised text is made of."""
-    length = 3 if len(_IDEOGRAPHS.findall(text)) * 2 > len(text) else 5
-    return frozenset(text[start : start + length] for start in range(max(1, len(text) - length + 1)))
-
-
 def find_groups(texts: Sequence[str], threshold: float) -> list[int]:
     """The number of each normalised text's group, from 0: equal ones and near-duplicates are in one.
 
     Raises:
         ValueError: the extra is not installed.
     """
-    try:
-        from datasketch import MinHash, MinHashLSH
-        from scipy.cluster.hierarchy import DisjointSet
-    except ImportError as error:
-        raise ValueError(
-            f"expected datasketch and scipy for near-duplicates, got {error}; pip install -e '.[data]'"
-        ) from None
+    require("scipy", "scipy", "grouping prompts")
+    from scipy.cluster.hierarchy import DisjointSet
 
     different = list(dict.fromkeys(texts))
-    found = MinHashLSH(num_perm=PERMUTATIONS, params=bands(threshold))
+    near = NearTexts(threshold, frame_of(different))
     joined = DisjointSet(range(len(different)))
     for index, text in enumerate(tqdm(different, desc="prompts", unit="", disable=None, leave=False, delay=2)):
-        own = shingles(text)
-        sketch = MinHash(num_perm=PERMUTATIONS)
-        sketch.update_batch([run.encode("utf-8", "surrogatepass") for run in own])
-        for near in found.query(sketch):
+        sketch = near.sketch(text)
+        for other in near.candidates(sketch):
             # Within a group there is nothing to find out, and a large one has many pairs.
-            if not joined.connected(index, near) and _similarity(own, shingles(different[near])) >= threshold:
-                joined.merge(index, near)
-        found.insert(index, sketch)
+            if not joined.connected(index, other) and near.similarity(sketch, other) >= threshold:
+                joined.merge(index, other)
+        near.add(sketch)
     of_text = {text: joined[index] for index, text in enumerate(different)}
     return [of_text[text] for text in texts]
-
-
-def bands(threshold: float) -> tuple[int, int]:
-    """Bands of MinHash, and rows in each: the fewest comparisons that find all pairs at the threshold but MISSED.
-
-    A band of r rows agrees with probability t^r, and b bands all differ with (1 - t^r)^b.
-    """
-    for rows in range(PERMUTATIONS, 1, -1):
-        if (1 - threshold**rows) ** (PERMUTATIONS // rows) < MISSED:
-            return PERMUTATIONS // rows, rows
-    return PERMUTATIONS, 1
-
-
-def _similarity(one: frozenset[str], other: frozenset[str]) -> float:
-    """Jaccard index."""
-    both = len(one & other)
-    return both / (len(one) + len(other) - both)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
