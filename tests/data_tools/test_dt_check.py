@@ -322,9 +322,10 @@ def test_refusals_in_english_and_chinese():
 
 
 def test_refusals_that_name_a_task_are_told_from_those_that_may_help_all_the_same():
-    helpless = ["I'm sorry, but I can't help with that.", "As an AI, I cannot write this.", "抱歉，我无法回答这个问题。",
-                "I must decline to discuss that."]  # fmt: skip
-    helping = ["As an AI, I cannot feel joy. But here is a poem:", "Unfortunately, I can't say when. Here is what helps:",
+    helpless = ["I'm sorry, but I can't help with that.", "As an AI, I cannot write this.",
+                "抱歉，我无法回答这个问题。", "I must decline to discuss that."]  # fmt: skip
+    helping = ["As an AI, I cannot feel joy. But here is a poem:",
+               "Unfortunately, I can't say when. Here is what helps:",
                "作为人工智能，我无法拥有超能力。但我可以提供一些建议。"]  # fmt: skip
     assert [refuses_to_help(text) for text in helpless + helping] == [True] * 4 + [False] * 3
     assert all(map(refuses, helpless + helping)) and not any(map(refuses_to_help, ANSWERS))

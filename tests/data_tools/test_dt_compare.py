@@ -35,8 +35,8 @@ from verl.data_tools.compare.topics import find_topics
 from verl.data_tools.compare.verdict import discriminator_reading, headline, rank
 from verl.data_tools.compare.vocabulary import find_unseen
 from verl.data_tools.compare.words import shown, terms, units
-from verl.data_tools.lengths.measure import Columns
-from verl.data_tools.lengths.model import find_tokenization
+from verl.data_tools.model import find_tokenization
+from verl.data_tools.rows import Columns
 from verl.tools.judge.statistics import Estimate
 
 REPOSITORY = Path(__file__).parents[2]

@@ -14,8 +14,9 @@ from verl.config.run import DataConfig
 from verl.data_tools.lengths.advice import advise
 from verl.data_tools.lengths.command import main, parse
 from verl.data_tools.lengths.limits import Limits, fit, histogram, limit_for, rounded_up, summarise
-from verl.data_tools.lengths.measure import Columns, measure, workers_for
+from verl.data_tools.lengths.measure import measure, workers_for
 from verl.data_tools.lengths.room import Machine, find_room
+from verl.data_tools.rows import Columns
 from verl.memory.check import run_settings
 from verl.memory.estimate import GIB, estimate_memory
 from verl.models.shape import ModelShape
@@ -257,7 +258,7 @@ def test_the_command_on_files(model, tmp_path, capsys):
         (["--data", "no.parquet"], "no such data file"),
         (["--data", "{bad}"], "not a readable parquet file"),
         (["--data", "{csv}"], "ends in .parquet or .jsonl"),
-        (["--data", "{empty}"], "no row is left of 0"),
+        (["--data", "{empty}"], "empty.jsonl has no rows"),
         (["--data", "{good}", "--teacher_key", "x"], "x"),
         (["--data", "{good}", "--json", "{good}"], "expected a file that ends in .json"),
         (["--data", "{good}", "--chart", "{png}"], "is there already"),

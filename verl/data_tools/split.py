@@ -107,7 +107,7 @@ def _replaced(targets: dict[str, Path]) -> Iterator[dict[str, Path]]:
 
 def _read(files: Sequence[str], key: str) -> tuple[list[dict[str, Any]], list[str]]:
     """All rows, and the text by which each prompt is compared."""
-    from verl.data_tools.rows_in import read_sources
+    from verl.data_tools.reading import read_sources
     from verl.utils.dataset.faults import fault_of_columns, fault_of_messages
     from verl.utils.dataset.rows import refuse
 

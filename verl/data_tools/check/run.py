@@ -70,8 +70,11 @@ def _look(options: argparse.Namespace, rows: list[Row], others: list[Row]) -> Re
     tokenization = None
     if options.model:
         from verl.data_tools.check import model
+        from verl.data_tools.model import find_tokenization
 
-        tokenization = model.load(options.model, options.apply_chat_template_kwargs, options.trust_remote_code)
+        tokenization = find_tokenization(
+            options.model, options.apply_chat_template_kwargs, "text", options.trust_remote_code
+        )
     template = None if tokenization is None else model.template_check(tokenization)
     samples, found = look_at(rows, options.prompt_key, options.teacher_key, template)
     looked_for = [kind for kind in KINDS if kind not in NEEDS or getattr(options, NEEDS[kind])]

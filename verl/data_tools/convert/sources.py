@@ -12,7 +12,7 @@ from typing import Any
 from verl.data_tools.convert.json_files import Record, read_json_text
 from verl.data_tools.convert.tables import read_csv_text, read_xlsx
 from verl.data_tools.convert.text_files import read_text
-from verl.utils.dataset.rows import read_parquet
+from verl.data_tools.reading import TRAINED
 
 # By the ending of a file's name, without .gz.
 JSON, TABLES, EXCEL, PARQUET = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".xlsx", ".xlsm"), (".parquet",)
@@ -92,7 +92,7 @@ def _checked(source: Source) -> Source:
 def _read_file(path: Path, reading: Reading) -> Source:
     suffix = Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
     if suffix in PARQUET and path.suffix != ".gz":
-        return Source(str(path), "parquet", list(read_parquet(path)))
+        return Source(str(path), "parquet", list(TRAINED[suffix](path)))
     if suffix in EXCEL and path.suffix != ".gz":
         sheet, records = read_xlsx(path, reading.sheet)
         return Source(str(path), f"Excel, sheet {sheet!r}", records, text_cells=True)

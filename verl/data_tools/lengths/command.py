@@ -94,8 +94,8 @@ def _look(options: argparse.Namespace) -> tuple[Lengths, Limits, list[Advice]]:
     from verl.data_tools.lengths.advice import advise
     from verl.data_tools.lengths.limits import fit
     from verl.data_tools.lengths.measure import Columns, measure
-    from verl.data_tools.lengths.model import context_of, find_tokenization
     from verl.data_tools.lengths.room import Machine
+    from verl.data_tools.model import context_of, find_tokenization
     from verl.models.loading import quiet_transformers
     from verl.utils.dataset.rl_dataset import find_files
 

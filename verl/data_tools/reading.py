@@ -39,7 +39,9 @@ def read_arrow(path: Path) -> Iterator[dict[str, Any] | Unreadable]:
         raise ValueError(f"{path} is not a readable Arrow stream: {error}") from error
 
 
-_READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_lines, ".arrow": read_arrow}
+# What training reads, and what these tools read besides.
+TRAINED = {".parquet": read_parquet, ".jsonl": read_jsonl}
+_READERS = TRAINED | {".txt": read_lines, ".arrow": read_arrow}
 
 
 def files_of(source: str) -> list[Path]:
