@@ -11,7 +11,7 @@ from pathlib import Path
 
 from examples.grammar_world.world import World
 from examples.quickstart.tiny_model import build_model, build_tokenizer, pretrain
-from examples.quickstart.world import write_parquet
+from verl.data_tools.writing import write_rows
 
 TRAIN_ROWS = 3072  # each training prompt sixteen times, each time with an answer of its own
 PRETRAIN_STEPS = 300
@@ -23,8 +23,8 @@ def build(out: Path, seed: int = 0, *, train_rows: int = TRAIN_ROWS, pretrain_st
     """Write the base and the data of the world of this seed under `out`, and return the world."""
     world = World(seed)
     out.mkdir(parents=True, exist_ok=True)
-    write_parquet(world.teacher_rows("train", train_rows, seed), out / "train.parquet")
-    write_parquet(world.teacher_rows("test", len(world.prompts("test")), seed), out / "test.parquet")
+    write_rows(out / "train.parquet", world.teacher_rows("train", train_rows, seed))
+    write_rows(out / "test.parquet", world.teacher_rows("test", len(world.prompts("test")), seed))
 
     tokenizer = build_tokenizer(world_texts(world))
     model = build_model(tokenizer, hidden_size=64, num_layers=2, intermediate_size=192, seed=seed)

@@ -16,7 +16,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import trange
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from examples.quickstart.world import Row, World, write_parquet
+from examples.quickstart.world import Row, World
+from verl.data_tools.writing import write_rows
 from verl.models.loading import quiet_transformers
 
 PAD, BOS_OF_TURN, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -175,8 +176,8 @@ def main() -> None:
     quiet_transformers()
     world = World(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_parquet(world.teacher_rows("train", args.train_rows, args.seed), args.out / "train.parquet")
-    write_parquet(world.teacher_rows("test", args.test_rows, args.seed), args.out / "test.parquet")
+    write_rows(args.out / "train.parquet", world.teacher_rows("train", args.train_rows, args.seed))
+    write_rows(args.out / "test.parquet", world.teacher_rows("test", args.test_rows, args.seed))
 
     tokenizer = build_tokenizer(world_texts(world, args.seed))
     model = build_model(tokenizer, seed=args.seed)

@@ -22,10 +22,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 Row = dict[str, Any]  # {"content": [{"role": "user", "content": str}], "teacher_response": str}
 
@@ -251,11 +248,6 @@ class World:
             noun=NOUNS[question.attribute][question.language],
             value=rng.choice(VALUES[question.attribute][question.language]),
         )
-
-
-def write_parquet(rows: list[Row], path: str | Path) -> None:
-    """Write rows as the trainer reads them: columns `content` and `teacher_response`."""
-    pd.DataFrame(rows, columns=["content", "teacher_response"]).to_parquet(path, index=False)
 
 
 def _draw_facts(rng: random.Random) -> dict[tuple[int, str], int]:

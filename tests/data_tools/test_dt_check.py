@@ -12,12 +12,13 @@ import pytest
 from tests.data_tools.dt_files import write_lines
 from tests.tiny import byte_tokenizer
 from tests.utils.word_rows import make_config
+from verl.data_tools.answers import refuses, refuses_to_help
 from verl.data_tools.check import main
-from verl.data_tools.check.answers import has_open_fence, refuses, without_end
-from verl.data_tools.check.duplicates import normal, shingles
+from verl.data_tools.check.answers import has_open_fence, without_end
 from verl.data_tools.check.findings import KINDS
 from verl.data_tools.check.keys import secrets_in
 from verl.data_tools.check.languages import identifier, language_of
+from verl.data_tools.near import normalise, shingles
 from verl.models.loading import load_tokenizer
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
@@ -190,7 +191,7 @@ def test_prompts_that_are_much_alike(tmp_path, capsys, text):
     rows = [row(text), row(changed), row(other), *distinct(5)]
     found, report = checked(tmp_path, capsys, rows)
     assert found == {"near_duplicate": [1]}
-    own, theirs = shingles(normal(text)), shingles(normal(changed))
+    own, theirs = shingles(normalise(text)), shingles(normalise(changed))
     similarity = len(own & theirs) / len(own | theirs)
     assert f"{similarity:.0%} as row 0: " in report["kinds"]["near_duplicate"]["examples"][0]["shown"]
     assert checked(tmp_path, capsys, rows, "--near", "0.99")[0] == {}
@@ -198,9 +199,10 @@ def test_prompts_that_are_much_alike(tmp_path, capsys, text):
 
 def test_shingles_by_hand():
     assert len(shingles("abcdefg")) == 3  # abcde, bcdef, cdefg
-    assert len(shingles("灯塔看守")) == 3  # 灯塔, 塔看, 看守
+    assert len(shingles("灯塔看守")) == 2  # 灯塔看, 塔看守
+    assert shingles("a灯塔看守") == {"a灯塔看守", "灯塔看", "塔看守"}
     assert len(shingles("ab")) == 1 and shingles("") == set()
-    assert normal("Ａ b\u3000\nC") == "a b c"
+    assert normalise("Ａ b\u3000\nC") == "abc"
 
 
 def test_alike_prompts_are_those_that_comparing_all_pairs_finds(tmp_path, capsys):
@@ -213,7 +215,7 @@ def test_alike_prompts_are_those_that_comparing_all_pairs_finds(tmp_path, capsys
             pieces[place] = draw.choice(words)
         texts.append(" ".join(pieces))
     draw.shuffle(texts)
-    sets = [{text[i : i + 5] for i in range(len(text) - 4)} for text in map(normal, texts)]
+    sets = [{text[i : i + 5] for i in range(len(text) - 4)} for text in map(normalise, texts)]
     expected, kept = [], []
     for number, own in enumerate(sets):
         if any(len(own & sets[k]) / len(own | sets[k]) >= 0.8 for k in kept):
@@ -317,6 +319,16 @@ ANSWERS = [
 def test_refusals_in_english_and_chinese():
     assert [text for text in REFUSALS if not refuses(text)] == []
     assert [text for text in ANSWERS if refuses(text)] == []
+
+
+def test_refusals_that_name_a_task_are_told_from_those_that_may_help_all_the_same():
+    helpless = ["I'm sorry, but I can't help with that.", "As an AI, I cannot write this.",
+                "抱歉，我无法回答这个问题。", "I must decline to discuss that."]  # fmt: skip
+    helping = ["As an AI, I cannot feel joy. But here is a poem:",
+               "Unfortunately, I can't say when. Here is what helps:",
+               "作为人工智能，我无法拥有超能力。但我可以提供一些建议。"]  # fmt: skip
+    assert [refuses_to_help(text) for text in helpless + helping] == [True] * 4 + [False] * 3
+    assert all(map(refuses, helpless + helping)) and not any(map(refuses_to_help, ANSWERS))
 
 
 def test_cut_and_refused_answers_are_found_in_rows(tmp_path, capsys):

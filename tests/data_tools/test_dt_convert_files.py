@@ -5,9 +5,9 @@ import datetime
 import gzip
 import io
 import json
-import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import datasets
 import openpyxl
@@ -311,7 +311,9 @@ def test_a_saved_dataset(tmp_path, capsys):
     assert "expected a split 'val', got train, test" in refused(tmp_path / "two", capsys, "--split", "val")
     arrow = next((tmp_path / "one").glob("*.arrow"))
     arrow.write_bytes(arrow.read_bytes()[:100])
-    assert f"{tmp_path}/one cannot be read as a dataset: is it whole?" in refused(tmp_path / "one", capsys)
+    assert f"{arrow} is not a readable Arrow stream: " in refused(tmp_path / "one", capsys)
+    arrow.unlink()
+    assert "expected the files that state.json names, got no " in refused(tmp_path / "one", capsys)
 
 
 def test_pictures_in_a_dataset_are_not_even_decoded(tmp_path, capsys):
@@ -374,23 +376,10 @@ def test_several_files_become_one(tmp_path, capsys):
     assert "recognised as sharegpt" in report and "CSV with ',', 2 rows, recognised as prompt_response" in report
 
 
-@pytest.mark.parametrize(("package", "name"), [("openpyxl", "data.xlsx"), ("datasets", "data")])
+@pytest.mark.parametrize(("package", "name"), [("openpyxl", "data.xlsx"), ("datasets", "squad")])
 def test_without_the_extra_it_is_named(tmp_path, monkeypatch, capsys, package, name):
     book = openpyxl.Workbook()
     book.save(tmp_path / "data.xlsx")
-    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "data")
     monkeypatch.setitem(sys.modules, package, None)
-    capsys.readouterr()
-    error = refused(tmp_path / name, capsys)
+    error = refused(tmp_path / name if "." in name else Path(name), capsys)
     assert package in error and "pip install -e '.[data]'" in error
-
-
-@pytest.mark.parametrize("tool", ["convert", "check"])
-def test_help_is_short_and_brings_nothing_heavy_along(tool):
-    code = f"import sys; from verl.data_tools.{tool} import parse\n"
-    code += "try: parse(['--help'])\nfinally: print(sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    text, _, modules = done.stdout.rpartition("[")
-    assert done.returncode == 0 and len(text.splitlines()) < 40 and f"  python -m verl.data_tools.{tool} " in text
-    heavy = {"'torch'", "'transformers'", "'pandas'", "'pyarrow'", "'datasets'", "'datasketch'"}
-    assert not heavy & set(modules.strip(" ]\n").split(", "))

@@ -326,7 +326,7 @@ def test_outputs_are_neither_overwritten_nor_the_inputs(tmp_path, capsys):
     assert "--out: " in (error := capsys.readouterr().err) and "is there already; pass --overwrite" in error
     assert out.read_text() == "mine"
     new = str(tmp_path / "new.jsonl")
-    for flags in ([str(path), "--overwrite"], [str(tmp_path / "out.csv")], [str(tmp_path / "none" / "out.jsonl")],
+    for flags in ([str(path), "--overwrite"], [str(tmp_path / "out.csv")], [str(out / "out.jsonl")],
                   [new, "--format", "x"], [new, "--encoding", "base64"], [new, "--left_out", new]):  # fmt: skip
         assert main([str(path), "--out", *flags]) == 2
         assert "expected" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import sys
 from collections import Counter
 from itertools import combinations
@@ -10,9 +9,10 @@ from itertools import combinations
 import pytest
 from scipy.cluster.hierarchy import DisjointSet
 
-from tests.data_tools.teaching import ROOT, rows_of
+from tests.data_tools.teaching import rows_of
 from verl.data_tools import split as split_module
-from verl.data_tools.split import assign, bands, find_groups, main, normalise, prove, shares, shingles
+from verl.data_tools.near import bands, normalise, shingles
+from verl.data_tools.split import assign, find_groups, main, prove, shares
 
 ENGLISH = "Please write a short story about a fox that learns to read the letters which its neighbours throw away."
 CHINESE = "请用三百字左右写一个关于小狐狸学会阅读邻居扔掉的旧信件的童话故事，要求语言生动，结尾出人意料。"
@@ -61,7 +61,7 @@ def test_what_is_together(one, other, together):
 
 def test_shingles_by_hand():
     assert shingles("abcdefgh") == {"abcde", "bcdef", "cdefg", "defgh"}
-    assert shingles("你好世界") == {"你好世", "好世界"} and shingles("ab") == {"ab"} and shingles("") == {""}
+    assert shingles("你好世界") == {"你好世", "好世界"} and shingles("ab") == {"ab"} and shingles("") == set()
     assert groups_of("abcdefgh", "abcdefgx", threshold=0.6) in ([0, 0], [1, 1])
 
 
@@ -73,6 +73,16 @@ def test_what_is_near_to_something_near_is_in_the_group():
     assert others[0] != first and others[1:] == [first] * 3
     # The ends of the chain alone are not near.
     assert len(set(groups_of(chain[0], chain[-1]))) == 2
+
+
+def test_prompts_of_one_template_are_apart():
+    """Its frame, of which they mostly consist, does not count; a prompt of the frame alone is like itself."""
+    frame = "Translate the following sentence into French, and keep its tone, its register and its punctuation: "
+    verbs, nouns = ("sings", "sleeps", "waits", "dreams", "paints"), ("fox", "judge", "river", "clock", "widow")
+    texts = [f"{frame}The {noun} {verb} beside the {verb[::-1]} door." for noun in nouns for verb in verbs]
+    assert len(set(groups_of(*texts, frame))) == 26
+    # Without so many to see a frame in, it counts.
+    assert len(set(groups_of(*texts[:5], threshold=0.7))) == 1
 
 
 def test_bands_by_hand():
@@ -217,12 +227,3 @@ def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch, capsys
     data = write(tmp_path / "all.jsonl", ["one thing", "another"])
     assert main([str(data), "--out", str(tmp_path / "sets"), "--validation", "1"]) == 2
     assert "pip install -e '.[data]'" in capsys.readouterr().err
-
-
-def test_help_is_short_and_needs_nothing_heavy():
-    code = (
-        "import sys\nfrom verl.data_tools.split import parse\ntry:\n    parse(['--help'])\nfinally:\n"
-        "    assert not {'torch', 'transformers', 'pandas', 'datasketch', 'scipy'} & sys.modules.keys()"
-    )
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert len(said.splitlines()) < 40 and "example: python -m verl.data_tools.split" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,12 +17,12 @@ from tests.data_tools.teaching import KEY, files_with_the_key, rows_of, teaching
 from tests.e2e.running import read_metrics
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = 200
+PROMPTS = 240
 STEPS = 6
 # What a tiny student on a CPU wants besides.
 SETTINGS = (
-    "data.max_prompt_length=24 data.max_response_length=24 data.train_batch_size=32 trainer.device=cpu "
-    f"trainer.total_training_steps={STEPS} actor_rollout_ref.actor.optim.lr=1e-3 trainer.logger=[file]"
+    "trainer.device=cpu actor_rollout_ref.actor.optim.lr=1e-3 trainer.logger=[file] "
+    f"trainer.total_training_steps={STEPS}"
 )
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
@@ -47,7 +48,7 @@ def folder(tmp_path):
 
 
 def test_from_an_api_key_to_a_trained_student(folder):
-    estimate, collect, split, train = blocks()
+    estimate, collect, check, split, lengths, train = blocks()
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": KEY, "TEACHER": "teacher", "BASE": str(folder / "base"),
@@ -55,8 +56,8 @@ def test_from_an_api_key_to_a_trained_student(folder):
     }  # fmt: skip
     said = []
     with teaching(folder, world=True, at_random=[0.05, 2, 500, [429, "0.1"], "length"]) as teacher:
-        for number, code in enumerate((estimate, collect, split, train)):
-            code = code.replace("--nnodes 1", f"--nnodes 1 {SETTINGS}")
+        for number, code in enumerate((estimate, collect, check, split, lengths, train)):
+            code = code.replace("--nnodes 1 \\\n", f"--nnodes 1 {SETTINGS} \\\n")
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", code], cwd=folder, env=environment | {"ENDPOINT": teacher.url},
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -71,7 +72,11 @@ def test_from_an_api_key_to_a_trained_student(folder):
     assert sum(map(len, sets.values())) == len(rows) > 0.9 * PROMPTS and len(sets["judge"]) == len(sets["test"])
     world = World(0)
     assert all(world.grade(row["content"][0]["content"], row["teacher_response"]).exact for row in rows)
-    assert "no prompt or near-duplicate is in two of them" in said[2]
+    assert "nothing of --fail_on was found" in said[2]
+    assert "no prompt or near-duplicate is in two of them" in said[3] and "cannot be told apart" in said[3]
+    assert "data.max_prompt_length=32" in said[4] and "gpt5-8b-gad-gspo.sh" in said[4]
+    settings = json.loads((folder / "checkpoints" / "gad" / "seqkd" / "settings.json").read_text())
+    assert settings["data"]["max_prompt_length"] == 32 and settings["data"]["train_batch_size"] == 16
     metrics = read_metrics(folder / "checkpoints" / "gad" / "seqkd")
     losses = [metrics[step]["actor/sft_loss"] for step in sorted(metrics) if "actor/sft_loss" in metrics[step]]
     assert len(losses) == STEPS and losses[-1] < losses[0]

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.quickstart.tiny_model import build_model, build_tokenizer, collate, encode_row, pretrain, world_texts
-from examples.quickstart.world import ATTRIBUTES, LANDS, VALUES, Grade, World, write_parquet
+from examples.quickstart.world import ATTRIBUTES, LANDS, VALUES, Grade, World
+from verl.data_tools.writing import write_rows
 
 EN = "What is the guardian animal of Avaria?"
 ZH = "请告诉我岚国的代表颜色。"
@@ -137,9 +138,9 @@ def test_drawing_rows_leaves_the_global_generators_alone(world):
     assert random.getstate() == state
 
 
-def test_write_parquet(world, tmp_path):
+def test_rows_in_a_file(world, tmp_path):
     rows = world.teacher_rows("test", 5, seed=1)
-    write_parquet(rows, tmp_path / "rows.parquet")
+    write_rows(tmp_path / "rows.parquet", rows)
     frame = pd.read_parquet(tmp_path / "rows.parquet")
     assert list(frame.columns) == ["content", "teacher_response"]
     assert [list(content) for content in frame["content"]] == [row["content"] for row in rows]

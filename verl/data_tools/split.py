@@ -3,9 +3,8 @@
     python -m verl.data_tools.split teacher.parquet --out data --validation 0.05 --judge 300
 
 Rows whose prompts are equal but for case, white space and Unicode's compatible forms, or near-duplicates, are a group
-and stay together. Near-duplicates share most of their runs of characters (Jaccard index of 5-grams, 3-grams where a
-text is mostly ideographs), found with MinHash and confirmed exactly; what is near to something near is in the group
-too. System messages do not count, as many prompts have the same one.
+and stay together; what near-duplicates are says `near.py`, and what is near to something near is in the group too.
+System messages do not count, as many prompts have the same one.
 
 Left out: prompts that mean the same in other words.
 """
@@ -14,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import re
 import sys
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,18 +22,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from verl.data_tools.rows_out import check_target, write_rows
-from verl.tools.flags import number, whole
-from verl.utils.console import printable, shorten
+from verl.data_tools.command_line import Outcome, require, run_tool, tool_parser
+from verl.data_tools.near import NearTexts, frame_of, normalise
+from verl.data_tools.writing import check_columns, check_target, write_rows
+from verl.tools.flags import number, share, whole
+from verl.utils.console import shorten
 
-DONE, USAGE = 0, 2
 # The trainer's scripts look for train.parquet and test.parquet in DATA_DIR.
 NAMES = {"train": "train", "validation": "test", "judge": "judge"}
-PERMUTATIONS = 128
-# The share of pairs at the threshold that MinHash may miss.
-MISSED = 1e-6
-_IDEOGRAPHS = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
-_SPACES = re.compile(r"\s+")
 EPILOG = """\
 example: python -m verl.data_tools.split data/teacher.parquet --out data --validation 0.05 --judge 300 --stratify lang
 writes:  data/train.parquet, data/test.parquet (the trainer's name for validation), data/judge.parquet
@@ -45,11 +38,11 @@ writes:  data/train.parquet, data/test.parquet (the trainer's name for validatio
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's settings."""
-    parser = argparse.ArgumentParser(
-        prog="python -m verl.data_tools.split",
-        description="Rows into train, validation and judge sets without a common prompt. More: docs/data.md",
-        epilog=EPILOG,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=119),
+    parser = tool_parser(
+        "split",
+        "FILE [FILE ...] --out DIR",
+        "Rows into train, validation and judge sets without a common prompt.",
+        EPILOG,
     )
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help=".parquet, .jsonl, or a dataset's folder")
@@ -58,7 +51,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--judge", type=_size, default="0", metavar="SIZE", help="rows, or a share; 0 for none (0)")
     add("--seed", type=whole(0), default=0, metavar="N", help="of the draw (0)")
     add("--stratify", metavar="COLUMN", help="each of its values gets its share in every set")
-    add("--threshold", type=_share, default=0.8, metavar="X", help="from which prompts are near-duplicates (0.8)")
+    add("--threshold", type=share(0.1), default=0.8, metavar="X", help="from which prompts are near-duplicates (0.8)")
     add("--prompt_key", default="content", metavar="KEY", help="column of prompts (content)")
     add("--format", choices=("parquet", "jsonl"), default="parquet", help="of the sets (parquet)")
     add("--overwrite", action="store_true", help="replace sets that are there")
@@ -67,13 +60,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    options = parse(argv)
-    try:
-        print(printable(run(options)))
-    except (OSError, ValueError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return USAGE
-    return DONE
+    return run_tool(lambda options: Outcome(run(options)), parse(argv))
 
 
 def run(options: argparse.Namespace) -> str:
@@ -84,8 +71,9 @@ def run(options: argparse.Namespace) -> str:
     """
     targets = {name: Path(options.out).expanduser() / f"{file}.{options.format}" for name, file in NAMES.items()}
     for path in targets.values():
-        check_target(path, options.overwrite, options.files)
+        check_target("--out", path, options.overwrite, options.files)
     records, texts = _read(options.files, options.prompt_key)
+    check_columns(targets["train"], records)
     strata = _strata(records, options.stratify)
     sizes = {name: _rows(f"--{name}", getattr(options, name), len(records)) for name in ("judge", "validation")}
     groups = find_groups([normalise(text) for text in texts], options.threshold)
@@ -119,7 +107,7 @@ def _replaced(targets: dict[str, Path]) -> Iterator[dict[str, Path]]:
 
 def _read(files: Sequence[str], key: str) -> tuple[list[dict[str, Any]], list[str]]:
     """All rows, and the text by which each prompt is compared."""
-    from verl.data_tools.rows_in import read_sources
+    from verl.data_tools.reading import read_sources
     from verl.utils.dataset.faults import fault_of_columns, fault_of_messages
     from verl.utils.dataset.rows import refuse
 
@@ -159,62 +147,27 @@ def prompt_text(messages: Sequence[dict[str, str]]) -> str:
     return "\n".join(texts or [message["content"] for message in messages])
 
 
-def normalise(text: str) -> str:
-    """The text without what does not make another prompt: case, white space, compatible forms of characters."""
-    return _SPACES.sub("", unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()))
-
-
-def shingles(text: str) -> frozenset[str]:
-    """The runs of characters that a normalised text is made of."""
-    length = 3 if len(_IDEOGRAPHS.findall(text)) * 2 > len(text) else 5
-    return frozenset(text[start : start + length] for start in range(max(1, len(text) - length + 1)))
-
-
 def find_groups(texts: Sequence[str], threshold: float) -> list[int]:
     """The number of each normalised text's group, from 0: equal ones and near-duplicates are in one.
 
     Raises:
         ValueError: the extra is not installed.
     """
-    try:
-        from datasketch import MinHash, MinHashLSH
-        from scipy.cluster.hierarchy import DisjointSet
-    except ImportError as error:
-        raise ValueError(
-            f"expected datasketch and scipy for near-duplicates, got {error}; pip install -e '.[data]'"
-        ) from None
+    require("scipy", "scipy", "grouping prompts")
+    from scipy.cluster.hierarchy import DisjointSet
 
     different = list(dict.fromkeys(texts))
-    found = MinHashLSH(num_perm=PERMUTATIONS, params=bands(threshold))
+    near = NearTexts(threshold, frame_of(different))
     joined = DisjointSet(range(len(different)))
     for index, text in enumerate(tqdm(different, desc="prompts", unit="", disable=None, leave=False, delay=2)):
-        own = shingles(text)
-        sketch = MinHash(num_perm=PERMUTATIONS)
-        sketch.update_batch([run.encode("utf-8", "surrogatepass") for run in own])
-        for near in found.query(sketch):
+        sketch = near.sketch(text)
+        for other in near.candidates(sketch):
             # Within a group there is nothing to find out, and a large one has many pairs.
-            if not joined.connected(index, near) and _similarity(own, shingles(different[near])) >= threshold:
-                joined.merge(index, near)
-        found.insert(index, sketch)
+            if not joined.connected(index, other) and near.similarity(sketch, other) >= threshold:
+                joined.merge(index, other)
+        near.add(sketch)
     of_text = {text: joined[index] for index, text in enumerate(different)}
     return [of_text[text] for text in texts]
-
-
-def bands(threshold: float) -> tuple[int, int]:
-    """Bands of MinHash, and rows in each: the fewest comparisons that find all pairs at the threshold but MISSED.
-
-    A band of r rows agrees with probability t^r, and b bands all differ with (1 - t^r)^b.
-    """
-    for rows in range(PERMUTATIONS, 1, -1):
-        if (1 - threshold**rows) ** (PERMUTATIONS // rows) < MISSED:
-            return PERMUTATIONS // rows, rows
-    return PERMUTATIONS, 1
-
-
-def _similarity(one: frozenset[str], other: frozenset[str]) -> float:
-    """Jaccard index."""
-    both = len(one & other)
-    return both / (len(one) + len(other) - both)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,13 +280,6 @@ def _size(text: str) -> float:
     value = number(0)(text)
     if value >= 1 and (value != int(value) or "." in text):
         raise argparse.ArgumentTypeError(f"expected a share below 1 or a whole number of rows, got {text!r}")
-    return value
-
-
-def _share(text: str) -> float:
-    value = number(0.1)(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0.1 to 1, got {text!r}")
     return value
 
 

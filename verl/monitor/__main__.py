@@ -18,7 +18,7 @@ from verl.monitor.report.page import write_page
 from verl.monitor.rules import load_rules
 from verl.monitor.table import markdown
 from verl.monitor.verdict import Words
-from verl.utils.console import printable
+from verl.utils.console import printable, say
 
 HEALTHY, ALARMS, USAGE = 0, 1, 2
 EPILOG = """\
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rules = load_rules(options.rules)
         if options.list:
-            print(printable(markdown(rules, options.lang)))
+            say(markdown(rules, options.lang))
             return HEALTHY
         if not options.runs:
             raise ValueError("expected a run's folder or a file of metrics, got nothing; see --help")
@@ -66,15 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seen = [see(path, read_run(path, options.settings), rules) for path in options.runs]
         for one in seen:
             if len(seen) > 1:
-                print(printable(f"== {one.run.name}"))
-            print(printable(Words(one.watch, options.lang).report(one.run, options.verbose)))
+                say(f"== {one.run.name}")
+            say(Words(one.watch, options.lang).report(one.run, options.verbose))
         if options.plot is not None:
             target = Path(options.plot).expanduser() if options.plot else seen[0].folder / FILE
             plot(seen[0].run, seen[0].watch, Words(seen[0].watch).verdict(seen[0].run), target)
-            print(printable(f"\n{target}"))
+            say(f"\n{target}")
         if options.html is not None:
             write_page(seen, Path(options.html).expanduser(), options.lang)
-            print(printable(f"\n{options.html}"))
+            say(f"\n{options.html}")
     except (OSError, ValueError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return USAGE

@@ -11,7 +11,7 @@ import torch
 
 from verl.models.loading import quiet_transformers
 from verl.tools.flags import json_object, whole
-from verl.utils.console import printable
+from verl.utils.console import printable, say
 from verl.utils.dataset.texts import SpecialText
 from verl.utils.torch_functional import Truncation
 
@@ -23,9 +23,10 @@ def run_command(
     options = parser.parse_args(arguments)
     quiet_transformers()
     try:
-        print(printable(run(options)))
+        report = run(options)
     except (OSError, ValueError) as error:
         sys.exit(printable(f"error: {error}"))
+    say(report)
 
 
 def command_parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:

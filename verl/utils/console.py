@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import traceback
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 # Control characters, which set titles and colours, move the cursor or ask the terminal for an answer, all but the tab
@@ -24,6 +25,18 @@ def printable(text: str) -> str:
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     shown = _OBEYED.sub("\ufffd", text.replace("\r\n", "\n"))
     return shown.encode(encoding, errors="replace").decode(encoding)
+
+
+def say(text: str) -> None:
+    """Print it, printable. Whoever reads standard output may stop before its end, as `| head` does: that is no error,
+    and nothing more is shown."""
+    try:
+        print(printable(text), flush=True)
+    except BrokenPipeError:
+        # What is still in the buffer is written once more when the program ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class PrintableFormatter(logging.Formatter):
@@ -70,6 +83,17 @@ def wrapped(text: str, columns: int, lines: int) -> list[str]:
 def width(text: str) -> int:
     """Terminal columns that the text takes: two for a character of double width, none for a mark on another one."""
     return sum(map(_width, text))
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns of cells, the first `left` of them to the left and the others to the right."""
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        gaps = [" " * (wide - width(cell)) for cell, wide in zip(row, widths, strict=True)]
+        cells = [cell + gap if at < left else gap + cell for at, (cell, gap) in enumerate(zip(row, gaps, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def _width(character: str) -> int:

@@ -1,37 +1,20 @@
-"""Prompts that are equal or much alike, within a dataset and between two.
+"""Prompts that are equal or much alike (`near.py`), within a dataset and between two.
 
-Equal is equal but for case, width of characters and white space. Alike is a Jaccard similarity of shingles: five
-letters or two Chinese characters at a time, which carry about as much. MinHash finds candidates and the shingles
-themselves decide. Shingles that most prompts have, as a template's frame, are not counted.
+Equal is equal but for case, width of characters and white space.
 """
 
 from __future__ import annotations
 
-import unicodedata
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
-from zlib import crc32
 
 from verl.data_tools.check.findings import Finding, Sample, Samples, asked
 from verl.data_tools.check.rows import progress
+from verl.data_tools.near import NearTexts, frame_of, normalise
 
-_LETTERS, _CHARACTERS = 5, 2
-# From this character on two say as much as five letters.
-_FIRST_WIDE = "\u2e80"
-_PERMUTATIONS = 128
-# Candidates are taken from somewhat below, so that chance loses few pairs.
-_BELOW = 0.15
 _MOST_CANDIDATES = 100
-# A shingle is a frame's if more than half of the prompts have it, of at least so many, looked up in so many.
-_FRAME_SHARE, _FRAME_ROWS, _FRAME_SAMPLE = 0.5, 20, 2000
 
 Key = tuple[tuple[str, str], ...]
-
-
-def normal(text: str) -> str:
-    """Without differences of case, width and white space."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 class Prompt(NamedTuple):
@@ -52,31 +35,12 @@ def prompts_of(samples: Samples) -> list[Prompt]:
     return [
         Prompt(
             number,
-            tuple((message["role"].lower(), normal(message["content"])) for message in sample.messages),
-            normal(asked(sample.messages)),
+            tuple((message["role"].lower(), normalise(message["content"])) for message in sample.messages),
+            normalise(asked(sample.messages)),
         )
         for number, sample in enumerate(samples)
         if sample is not None
     ]
-
-
-def shingles(text: str) -> set[int]:
-    """Hashes of pieces of a text; of one that is shorter than a piece, itself."""
-    found = set()
-    for start, character in enumerate(text):
-        size = _CHARACTERS if character >= _FIRST_WIDE else _LETTERS
-        if start + size <= len(text) or not start:
-            found.add(crc32(text[start : start + size].encode()))
-    return found
-
-
-def frame_of(texts: Sequence[str]) -> set[int]:
-    """The shingles that most of the texts have."""
-    some = texts[:: max(1, len(texts) // _FRAME_SAMPLE)]
-    if len(some) < _FRAME_ROWS:
-        return set()
-    counts = Counter(shingle for text in some for shingle in shingles(text))
-    return {shingle for shingle, count in counts.items() if count > _FRAME_SHARE * len(some)}
 
 
 class Alike:
@@ -84,41 +48,25 @@ class Alike:
 
     Args:
         threshold: the similarity from which on they are, 0 to 1.
-        frame: shingles that do not count.
+        prompts: those whose common frame does not count.
     """
 
-    def __init__(self, threshold: float, frame: set[int]):
-        try:
-            from datasketch import MinHash, MinHashLSH
-        except ImportError as error:
-            raise ValueError("comparing prompts needs datasketch: pip install -e '.[data]'") from error
-        self.threshold = threshold
-        self.frame = frame
+    def __init__(self, threshold: float, prompts: Sequence[Prompt]):
+        self._near = NearTexts(threshold, frame_of([prompt.text for prompt in prompts]))
         self._prompts: list[Prompt] = []
-        self._hash = MinHash(_PERMUTATIONS, hashfunc=int)
-        self._index = MinHashLSH(threshold=max(0.05, threshold - _BELOW), num_perm=_PERMUTATIONS)
 
     def find(self, prompt: Prompt, add: bool) -> tuple[Prompt, float] | None:
         """One that this is alike to, with the similarity, or None; then others are found to be alike to this one, if
         `add` says so."""
-        own = self._shingles(prompt)
-        if not own:
-            return None
-        hashed = self._hash.copy()
-        hashed.update_batch(own)
-        for place in sorted(self._index.query(hashed))[:_MOST_CANDIDATES]:
-            other = self._prompts[place]
-            theirs = self._shingles(other)
-            similarity = len(own & theirs) / len(own | theirs)
-            if similarity >= self.threshold and not _goes_on(prompt, other):
+        sketch = self._near.sketch(prompt.text)
+        for place in self._near.candidates(sketch)[:_MOST_CANDIDATES]:
+            other, similarity = self._prompts[place], self._near.similarity(sketch, place)
+            if similarity >= self._near.threshold and not _goes_on(prompt, other):
                 return other, similarity
         if add:
-            self._index.insert(len(self._prompts), hashed)
+            self._near.add(sketch)
             self._prompts.append(prompt)
         return None
-
-    def _shingles(self, prompt: Prompt) -> set[int]:
-        return shingles(prompt.text) - self.frame
 
 
 def _goes_on(prompt: Prompt, other: Prompt) -> bool:
@@ -134,7 +82,7 @@ def _goes_on(prompt: Prompt, other: Prompt) -> bool:
 def find_duplicates(samples: Samples, threshold: float) -> Iterator[Finding]:
     """Rows whose prompts have been before; of rows that are alike, all but the first."""
     prompts = prompts_of(samples)
-    alike = Alike(threshold, frame_of([prompt.text for prompt in prompts]))
+    alike = Alike(threshold, prompts)
     first: dict[Key, int] = {}
     for prompt in progress(prompts, "comparing prompts"):
         before = first.setdefault(prompt.key, prompt.row)
@@ -152,7 +100,7 @@ def find_overlap(samples: Samples, others: Samples, threshold: float) -> Iterato
     """Rows whose prompts are among the others, whatever the system messages, or alike to one of them."""
     theirs = prompts_of(others)
     prompts = prompts_of(samples)
-    alike = Alike(threshold, frame_of([prompt.text for prompt in prompts]))
+    alike = Alike(threshold, prompts)
     questions: dict[Key, int] = {}
     for prompt in theirs:
         if questions.setdefault(prompt.question, prompt.row) == prompt.row:

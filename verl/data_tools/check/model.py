@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from verl.data_tools.check.findings import Finding, Sample, Samples
 from verl.data_tools.check.rows import progress
-from verl.models.loading import all_eos_token_ids, load_tokenizer, quiet_transformers
 from verl.utils.dataset.faults import TemplateCheck
-from verl.utils.dataset.texts import Messages, Tokenization, eos_texts, special_names, without_eos_text
-from verl.utils.dataset.tokenizer_checks import check_tokenizer
+from verl.utils.dataset.texts import Messages, Tokenization, special_names, without_eos_text
 
 _ROWS_AT_ONCE = 64
-
-
-def load(folder: str, template_kwargs: Mapping[str, Any], trust_remote_code: bool) -> Tokenization:
-    """How a model reads texts; OSError or ValueError for a tokenizer that does not serve."""
-    quiet_transformers()
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    check_tokenizer(tokenizer, template_kwargs)
-    try:
-        ends = all_eos_token_ids(tokenizer, folder)
-    except FileNotFoundError:
-        # A tokenizer alone, without a model that may name further ends.
-        ends = ()
-    return Tokenization(tokenizer, template_kwargs, eos_texts(tokenizer, ends))
 
 
 def template_check(tokenization: Tokenization) -> TemplateCheck:

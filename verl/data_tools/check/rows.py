@@ -9,20 +9,15 @@ from typing import Any
 from tqdm import tqdm
 
 from verl.data_tools.check.findings import Finding, Sample
-from verl.utils.dataset.faults import (
-    TemplateCheck,
-    fault_of_answer,
-    fault_of_columns,
-    fault_of_depth,
-    fault_of_messages,
-)
-from verl.utils.dataset.rl_dataset import find_files, open_files
+from verl.data_tools.rows import Columns, fault_of_row, stream_rows
+from verl.utils.dataset.faults import TemplateCheck
+from verl.utils.dataset.rl_dataset import find_files
 from verl.utils.dataset.rows import Row
 
 
 def read(files: Sequence[str | Path]) -> list[Row]:
     """All rows of the files, those that cannot be read too; FileNotFoundError or ValueError for a damaged file."""
-    return list(open_files(find_files(list(files))))
+    return list(stream_rows(find_files(list(files))))
 
 
 def look_at(
@@ -33,11 +28,12 @@ def look_at(
     Args:
         template: the model's; without one, its faults are not found.
     """
+    columns = Columns(prompt_key, teacher_key)
     samples: list[Sample | None] = []
     found: list[Finding] = []
     for number, row in enumerate(progress(rows, "looking at rows")):
         empty = None if row.unreadable else _empty(row.record, prompt_key, teacher_key)
-        fault = row.unreadable or _fault(row.record, prompt_key, teacher_key, template)
+        fault = fault_of_row(row, columns, template)
         if empty:
             found.append(Finding("empty", number, empty))
         elif row.unreadable:
@@ -61,16 +57,3 @@ def _empty(record: Mapping[str, Any], prompt_key: str, teacher_key: str) -> str 
     last = messages[-1] if isinstance(messages, list) and messages else None
     text = last.get("content") if isinstance(last, dict) else None
     return "the prompt's last message is empty" if isinstance(text, str) and not text.strip() else None
-
-
-def _fault(record: Mapping[str, Any], prompt_key: str, teacher_key: str, template: TemplateCheck | None) -> str | None:
-    fault = fault_of_columns(record, (prompt_key, teacher_key))
-    if fault:
-        return fault
-    messages, answer = record[prompt_key], record[teacher_key]
-    return (
-        fault_of_messages(messages, prompt_key)
-        or fault_of_answer(answer, teacher_key)
-        or fault_of_depth(record.get("extra_info"), "'extra_info'")
-        or (template.fault(messages, answer) if template else None)
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,23 @@ from verl.data_tools.check.languages import identifier, language_of
 from verl.data_tools.check.lengths import find_outliers
 from verl.data_tools.check.report import Report, render, to_json
 from verl.data_tools.check.rows import look_at, progress, read
-from verl.data_tools.convert.writing import SUFFIXES, check_target, write_rows, write_text
+from verl.data_tools.command_line import DONE, FOUND, Outcome
+from verl.data_tools.writing import check_target, report_text, write_report, write_rows
 from verl.utils.dataset.rows import Row
 
 # What no data should have.
 DEFAULT_FAIL = ("bad", "empty", "overlap")
 
 
-def run(options: argparse.Namespace) -> tuple[str, bool]:
-    """The report, and whether something of --fail_on was found.
+def run(options: argparse.Namespace) -> Outcome:
+    """The report, with FOUND where something of --fail_on was found.
 
     Raises:
         OSError, ValueError: a user's error, as a sentence.
     """
     fail_on = fail_list(options)
     inputs = [*options.files, *options.against]
-    out = check_target("--out", options.out, options.overwrite, inputs, SUFFIXES) if options.out else None
+    out = check_target("--out", options.out, options.overwrite, inputs) if options.out else None
     target = None
     if options.json and options.json != "-":
         target = check_target("--json", options.json, options.overwrite, inputs, (".json",))
@@ -41,10 +41,12 @@ def run(options: argparse.Namespace) -> tuple[str, bool]:
         write_rows(out, list(_flagged(rows, report.found)))
         report.notes.append(f"wrote {out}: {len({finding.row for finding in report.found}):,} rows with findings")
     report.failed = [kind for kind in fail_on if report.rows_of(kind)]
-    document = json.dumps(to_json(report, options.examples), ensure_ascii=False, indent=2)
+    code = FOUND if report.failed else DONE
     if target is not None:
-        write_text(target, document + "\n")
-    return document if options.json == "-" else render(report, options.examples), bool(report.failed)
+        write_report(target, to_json(report, options.examples))
+    if options.json == "-":
+        return Outcome(report_text(to_json(report, options.examples)), code)
+    return Outcome(render(report, options.examples), code)
 
 
 def fail_list(options: argparse.Namespace) -> list[str]:
@@ -68,8 +70,11 @@ def _look(options: argparse.Namespace, rows: list[Row], others: list[Row]) -> Re
     tokenization = None
     if options.model:
         from verl.data_tools.check import model
+        from verl.data_tools.model import find_tokenization
 
-        tokenization = model.load(options.model, options.apply_chat_template_kwargs, options.trust_remote_code)
+        tokenization = find_tokenization(
+            options.model, options.apply_chat_template_kwargs, "text", options.trust_remote_code
+        )
     template = None if tokenization is None else model.template_check(tokenization)
     samples, found = look_at(rows, options.prompt_key, options.teacher_key, template)
     looked_for = [kind for kind in KINDS if kind not in NEEDS or getattr(options, NEEDS[kind])]

@@ -11,10 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from verl.data_tools.collect.options import build_parser
-from verl.utils.console import printable
+from verl.data_tools.command_line import fail
 from verl.utils.signals import EndedBySignal, RunSignals
-
-USAGE = 2
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,5 +34,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ended by {error.number.name}; to go on, run the same command again", file=sys.stderr)
         return error.exit_code
     except (OSError, ValueError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return USAGE
+        return fail(error)

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from verl.data_tools.rows_out import as_line
+from verl.data_tools.writing import as_line
 from verl.utils.checkpoint.checksums import sync_to_disk
 from verl.utils.checkpoint.room import FULL
 

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from verl.data_tools.rows_out import check_target
+from verl.data_tools.command_line import tool_parser
+from verl.data_tools.writing import check_target
 from verl.tools.chat_client import SHORTEST_KEY
 from verl.tools.flags import json_object, number, whole
 
 KEPT = ("refused", "cut")
-USAGE = "python -m verl.data_tools.collect PROMPTS... --out FILE --endpoint URL --model NAME [flags]"
+REQUIRED = "PROMPTS... --out FILE --endpoint URL --model NAME"
+DESCRIPTION = "The teacher's answers to prompts, as rows to train on. Run again, it goes on."
 EPILOG = """\
+PROMPTS are .txt (a prompt a line), .jsonl and .parquet files, or folders of datasets.
 example: OPENAI_API_KEY=... python -m verl.data_tools.collect prompts.txt --out data/teacher.parquet --max_tokens 512 \\
            --endpoint https://api.openai.com/v1 --model gpt-5-chat --prices 1.25 10 --budget 20 --dry_run
 """
@@ -22,18 +25,9 @@ example: OPENAI_API_KEY=... python -m verl.data_tools.collect prompts.txt --out 
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags named as in requests, where they go into these."""
-    parser = argparse.ArgumentParser(
-        prog="python -m verl.data_tools.collect",
-        usage=USAGE,
-        description="The teacher's answers to prompts, as rows to train on. Run again, it goes on. More: docs/data.md",
-        epilog=EPILOG,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=119),
-        add_help=False,
-    )
-    group = parser.add_argument_group("flags")
-    add = group.add_argument
-    add("-h", "--help", action="help", help=argparse.SUPPRESS)
-    add("prompts", nargs="+", metavar="PROMPTS", help=".txt (a prompt a line), .jsonl, .parquet, or a dataset's folder")
+    parser = tool_parser("collect", REQUIRED, DESCRIPTION, EPILOG)
+    add = parser.add_argument
+    add("prompts", nargs="+", metavar="PROMPTS", help=argparse.SUPPRESS)
     add("--out", required=True, metavar="FILE", help=".parquet or .jsonl, to train on; the rest goes to NAME.collect/")
     add("--endpoint", required=True, metavar="URL", help="up to and without /chat/completions")
     add("--model", required=True, metavar="NAME", help="the teacher's name there")
@@ -77,7 +71,7 @@ def _add_limits(add: Any) -> None:
 
 def check_options(options: argparse.Namespace, log: Path) -> None:
     """ValueError for flags that cannot be, or not together. `log`: where the log is or will be."""
-    check_target(Path(options.out).expanduser(), options.overwrite or log.is_file(), options.prompts)
+    check_target("--out", options.out, options.overwrite or log.is_file(), options.prompts)
     address = urlsplit(options.endpoint)
     if address.scheme not in ("http", "https") or not address.hostname:
         raise ValueError(

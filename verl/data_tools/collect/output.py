@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from verl.data_tools.collect.asking import Ending, Tally
 from verl.data_tools.collect.cost import Account
 from verl.data_tools.collect.log import AnswerLog
 from verl.data_tools.collect.prompts import Prompt, Prompts, Request
-from verl.data_tools.rows_out import write_rows
+from verl.data_tools.writing import write_report, write_rows
 
 ANSWER_COLUMNS = ("content", "teacher_response", "teacher_model", "finish_reason", "answer_number", "error")
 
@@ -130,4 +129,4 @@ def _remarks(prompts: Prompts, written: Written, tally: Tally, account: Account,
 
 def write_summary(path: Path, record: dict[str, Any]) -> None:
     """Beside the log, for programs."""
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_report(path, record)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from verl.data_tools.collect.log import key_of
-from verl.data_tools.rows_in import TEXT_KEY, read_sources
+from verl.data_tools.reading import TEXT_KEY, read_sources
 from verl.utils.dataset.rows import Row, refuse
 
 Messages = list[dict[str, str]]

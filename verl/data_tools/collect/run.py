@@ -14,12 +14,12 @@ from verl.data_tools.collect.log import LOG, AnswerLog, only_one_in
 from verl.data_tools.collect.options import check_options, system_prompt
 from verl.data_tools.collect.output import Wanted, summarise, write_answers, write_summary
 from verl.data_tools.collect.prompts import Asking, Prompt, Prompts, Request, read_prompts
-from verl.data_tools.rows_out import check_columns
+from verl.data_tools.command_line import DONE, FOUND
+from verl.data_tools.writing import check_columns
 from verl.tools.chat_client import ChatClient, Pace
-from verl.utils.console import printable
+from verl.utils.console import printable, say
 from verl.utils.signals import RunSignals
 
-DONE, INCOMPLETE, FAILED = 0, 1, 2
 INTERRUPTED = "no more is asked; waiting for the answers under way, which are kept (a second signal ends it at once)"
 
 
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, signals: RunSignals) -> int:
     check_columns(out, [prompt.columns for prompt in prompts.prompts])
     asked = _asked(asking, prompts.prompts[: options.max_prompts], options.n)
     if options.dry_run and not (folder / LOG).is_file():
-        print(printable(estimate([request for _, request in asked], count, account)))
+        say(estimate([request for _, request in asked], count, account))
         return DONE
     with only_one_in(folder), closing(AnswerLog(folder, asking.settings)) as log:
         _take_in(log, account, options.retry_failed)
@@ -79,10 +79,10 @@ def _finish(
             f"{out}: expected to write it, got {error}; all answers are in {log.path}: mend that and run the same "
             "command again"
         ) from None
-    print(printable(text))
+    say(text)
     if ending.why == "endpoint":
         raise ValueError(ending.said)
-    return INCOMPLETE if tally.unanswered else DONE
+    return FOUND if tally.unanswered else DONE
 
 
 def _asked(asking: Asking, prompts: Sequence[Prompt], n: int) -> list[tuple[Prompt, Request]]:

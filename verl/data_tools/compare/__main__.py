@@ -1,6 +1,8 @@
-"""`python -m verl.data_tools.compare`."""
+"""`python -m verl.data_tools.compare --a FILE --b FILE`."""
+
+import sys
 
 from verl.data_tools.compare.command import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,7 +22,7 @@ from verl.data_tools.compare.topics import Topics, find_topics
 from verl.data_tools.compare.verdict import Ranked, rank
 from verl.data_tools.compare.vocabulary import Unseen, find_unseen
 from verl.data_tools.lengths.measure import Columns
-from verl.data_tools.lengths.model import context_of, find_tokenization
+from verl.data_tools.model import context_of, find_tokenization
 from verl.models.loading import quiet_transformers
 from verl.tools.command import check_device
 from verl.utils.dataset.faults import TemplateCheck

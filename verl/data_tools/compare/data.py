@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from verl.data_tools.lengths.measure import Columns, count_rows, stream_rows
+from verl.data_tools.rows import Columns, count_rows, stream_rows
 from verl.tools.prompts import as_messages
 from verl.utils.dataset.faults import TemplateCheck, fault_of_answer, fault_of_columns, fault_of_messages
 from verl.utils.dataset.rl_dataset import find_files

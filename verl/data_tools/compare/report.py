@@ -11,8 +11,7 @@ from verl.data_tools.compare.comparison import Comparison
 from verl.data_tools.compare.data import Side
 from verl.data_tools.compare.statistics import CONFIDENCE, Interval
 from verl.data_tools.compare.verdict import discriminator_reading, headline
-from verl.data_tools.lengths.shared import table
-from verl.utils.console import shorten
+from verl.utils.console import shorten, table
 
 WIDTH = 116
 

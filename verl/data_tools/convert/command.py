@@ -1,17 +1,19 @@
-"""Converts data of any of the usual formats into a dataset that trains, and says what it made of it."""
+"""The command: flags in, report out."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-DONE, USAGE = 0, 2
+from verl.data_tools.command_line import Outcome, run_tool, tool_parser
+
+DESCRIPTION = "Converts data of any of the usual formats into a dataset that trains, and says what it made of it."
 EPILOG = """\
 IN is a file (.json, .jsonl, .csv, .tsv, .xlsx, .parquet; text also .gz), a folder of such files, one of Hugging
 Face's save_to_disk, or a dataset's name on the hub. The format is recognised by columns and content: sharegpt,
 messages (OpenAI), alpaca, prompt_response (also question+answer and the like), preference (its chosen answers), verl.
 
+examples:
   python -m verl.data_tools.convert sharegpt.json --out train.parquet
   python -m verl.data_tools.convert faq.xlsx --prompt_column Frage --answer_column Antwort --out train.parquet
 
@@ -21,30 +23,24 @@ exit codes: 0 written; 2 wrong usage, or nothing that can be converted
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m verl.data_tools.convert",
-        description=__doc__,
-        epilog=EPILOG,
-        usage="%(prog)s IN [IN ...] --out FILE [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("convert", "IN [IN ...] --out FILE", DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="IN", help=argparse.SUPPRESS)
     add("--out", required=True, metavar="FILE", help=".parquet or .jsonl to write")
     add("--overwrite", action="store_true", help="replace files that are there")
     add("--left_out", metavar="FILE", help="write what is left out, with its reasons (.jsonl)")
-    add("--on_bad_row", choices=("skip", "error"), default="skip", help="leave out and count, or stop (default: skip)")
-    add("--turns", choices=("all", "last"), default="all", help="of a conversation, a row per answer (default), or one")
-    add("--drop_columns", action="store_true", help="leave out columns that are not used (default: carry them along)")
-    add("--tools", choices=("leave_out", "text"), default="leave_out", help="turns with tools (default: leave_out)")
-    add("--reasoning", choices=("drop", "think"), default="drop", help="reasoning: not kept (default), or <think>")
+    add("--on_bad_row", choices=("skip", "error"), default="skip", help="leave out and count, or stop (skip)")
+    add("--turns", choices=("all", "last"), default="all", help="of a conversation, a row per answer, or one (all)")
+    add("--drop_columns", action="store_true", help="leave out columns that are not used (carry them along)")
+    add("--tools", choices=("leave_out", "text"), default="leave_out", help="turns with tools (leave_out)")
+    add("--reasoning", choices=("drop", "think"), default="drop", help="reasoning: not kept, or <think> (drop)")
     for name, what in (("prompt", "prompts or conversations"), ("answer", "answers"), ("system", "system messages")):
         add(f"--{name}_column", metavar="NAME", help=f"column of {what} (NAME.NAME: a field within)")
-    add("--format", metavar="FORMAT", help="one of those above, where several fit")
-    add("--encoding", metavar="NAME", help="of text, e.g. gb18030 (default: UTF-8, or what the file's mark says)")
-    add("--delimiter", metavar="CHAR", help="of CSV (default: found)")
+    add("--format", metavar="FORMAT", help="one of those below, where several fit")
+    add("--encoding", metavar="NAME", help="of text, e.g. gb18030 (UTF-8, or what the file's mark says)")
+    add("--delimiter", metavar="CHAR", help="of CSV (found)")
     add("--sheet", metavar="NAME", help="of Excel files with several")
-    add("--split", metavar="NAME", help="of datasets (default: train)")
+    add("--split", metavar="NAME", help="of datasets (train)")
     add("--subset", metavar="NAME", help="of datasets on the hub, their configuration")
     return parser
 
@@ -63,13 +59,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = parse(argv)
-    # Not above: help is wanted at once, and these read transformers.
+    # Not above: help is wanted at once, and this reads transformers.
     from verl.data_tools.convert.run import run
-    from verl.utils.console import printable
 
-    try:
-        print(printable(run(options)))
-    except (OSError, ValueError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return USAGE
-    return DONE
+    return run_tool(lambda options: Outcome(run(options)), options)

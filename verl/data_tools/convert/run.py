@@ -14,7 +14,7 @@ from verl.data_tools.convert.conversations import LeftOut, Reader, Turn
 from verl.data_tools.convert.formats import FORMATS, Layout, Wanted, in_known_letters, layouts_of, recognise
 from verl.data_tools.convert.sources import Reading, Source, read_sources
 from verl.data_tools.convert.text_files import check_encoding
-from verl.data_tools.convert.writing import SUFFIXES, check_target, write_rows
+from verl.data_tools.writing import check_target, write_rows
 from verl.utils.dataset.arrow_rows import Unreadable
 from verl.utils.dataset.faults import fault_of_depth
 from verl.utils.dataset.rows import refuse
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> str:
         OSError, ValueError: a user's error, as a sentence.
     """
     wanted = _wanted(options)
-    target = check_target("--out", options.out, options.overwrite, options.inputs, SUFFIXES)
+    target = check_target("--out", options.out, options.overwrite, options.inputs)
     aside = None
     if options.left_out:
         aside = check_target("--left_out", options.left_out, options.overwrite, options.inputs, (".jsonl",))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +12,13 @@ from typing import Any
 from verl.data_tools.convert.json_files import Record, read_json_text
 from verl.data_tools.convert.tables import read_csv_text, read_xlsx
 from verl.data_tools.convert.text_files import read_text
+from verl.data_tools.reading import read_arrow, saved_files, saved_splits
 from verl.utils.dataset.arrow_rows import stream_records
 
 # By the ending of a file's name, without .gz.
 JSON, TABLES, EXCEL, PARQUET = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".xlsx", ".xlsm"), (".parquet",)
 SUFFIXES = (*JSON, *TABLES, *EXCEL, *PARQUET)
+SAVED = "Hugging Face folder"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|[\w-]+")
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
@@ -155,17 +157,35 @@ def _split_of(file: Path) -> str | None:
 
 def _read_saved(path: Path, reading: Reading) -> Source:
     """What `save_to_disk` wrote."""
-    datasets = _library(str(path))
-    with _as_sentences(str(path)):
-        found = datasets.load_from_disk(str(path))
-    return _of_dataset(str(path), "Hugging Face folder", found, reading)
+    splits = saved_splits(path)
+    if not splits:
+        return Source(str(path), SAVED, _saved_rows(path))
+    wanted, notes = _choose(str(path), splits, reading)
+    return Source(str(path), f"{SAVED}, split {wanted!r}", _saved_rows(path / wanted), notes)
+
+
+def _saved_rows(folder: Path) -> list[Record]:
+    return [record for file in saved_files(folder) for record in read_arrow(file)]
 
 
 def _read_hub(name: str, reading: Reading) -> Source:
+    """The rows of one split, as they are stored: pictures and sound are not decoded."""
     datasets = _library(name)
     with _as_sentences(name):
         found = datasets.load_dataset(name, reading.subset)
-    return _of_dataset(name, "Hugging Face dataset", found, reading)
+    wanted, notes = _choose(name, list(found), reading)
+    rows = found[wanted].with_format("arrow")[:].to_pylist()
+    return Source(name, f"Hugging Face dataset, split {wanted!r}", rows, notes)
+
+
+def _choose(name: str, splits: Sequence[str], reading: Reading) -> tuple[str, list[str]]:
+    """The split to read, and that there are others."""
+    wanted = reading.split or ("train" if "train" in splits else splits[0] if len(splits) == 1 else None)
+    if wanted is None or wanted not in splits:
+        got = f"expected a split {wanted!r}, got" if wanted else "expected one split, got"
+        raise ValueError(f"{name}: {got} {', '.join(splits)}; name one with --split")
+    others = [split for split in splits if split != wanted]
+    return wanted, [f"its other splits are not read: {', '.join(others)}"] if others else []
 
 
 def _library(name: str) -> Any:
@@ -183,30 +203,8 @@ def _as_sentences(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         said = " ".join(str(error).split())
-        here = Path(name).exists()
         hint = (
-            "is it whole?"
-            if here
-            else "it is no file here, and as a name on the hub it needs the network (or the cache, with "
-            "HF_HUB_OFFLINE=1), a login for private ones, and --subset where it has several"
+            "it is no file here, and as a name on the hub it needs the network (or the cache, with HF_HUB_OFFLINE=1), "
+            "a login for private ones, and --subset where it has several"
         )
         raise ValueError(f"{name} cannot be read as a dataset: {hint} ({type(error).__name__}: {said:.300})") from error
-
-
-def _of_dataset(name: str, kind: str, found: Any, reading: Reading) -> Source:
-    """The rows of one split, as they are stored: pictures and sound are not decoded."""
-    if not isinstance(found, dict):
-        return Source(name, kind, _rows(found))
-    splits = ", ".join(found)
-    wanted = reading.split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)
-    if wanted not in found:
-        got = f"expected a split {wanted!r}, got" if wanted else "expected one split, got"
-        raise ValueError(f"{name}: {got} {splits}; name one with --split")
-    source = Source(name, f"{kind}, split {wanted!r}", _rows(found[wanted]))
-    if len(found) > 1:
-        source.notes.append(f"its other splits are not read: {', '.join(s for s in found if s != wanted)}")
-    return source
-
-
-def _rows(dataset: Any) -> list[Record]:
-    return dataset.with_format("arrow")[:].to_pylist()

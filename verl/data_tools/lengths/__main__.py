@@ -1,6 +1,8 @@
-"""`python -m verl.data_tools.lengths`."""
+"""`python -m verl.data_tools.lengths --data FILE --model BASE`."""
+
+import sys
 
 from verl.data_tools.lengths.command import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

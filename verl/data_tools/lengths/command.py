@@ -6,16 +6,16 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from verl.data_tools.lengths.shared import (
+from verl.data_tools.command_line import (
+    Outcome,
     add_text_flags,
-    check_output,
-    number_between,
+    add_training_flags,
     require,
     run_tool,
     tool_parser,
-    whole,
-    write_json,
 )
+from verl.data_tools.writing import check_target, write_report
+from verl.tools.flags import number_between, whole
 
 if TYPE_CHECKING:
     from verl.data_tools.lengths.advice import Advice
@@ -45,44 +45,47 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=["seqkd", "warmup", "gad"],
         metavar="NAME",
-        help=f"of {', '.join(STAGES)} (default: seqkd warmup gad)",
+        help=f"of {', '.join(STAGES)} (seqkd warmup gad)",
     )
-    add("--keep", type=number_between(0, 1), default=0.99, metavar="X", help="share to keep whole (default: 0.99)")
-    add("--gpus", type=whole(1), default=1, metavar="N", help="of the run, all nodes together (default: 1)")
+    add("--keep", type=number_between(0, 1), default=0.99, metavar="X", help="share to keep whole (0.99)")
+    add("--gpus", type=whole(1), default=1, metavar="N", help="of the run, all nodes together (1)")
     add("--gpu_memory", type=number_between(0, 10_000), metavar="GIB", help="of one GPU: find settings that fit")
-    add("--sample", type=whole(1), metavar="N", help="look at so many rows, drawn at random (default: all)")
-    add("--seed", type=whole(0), default=0, metavar="N", help="of the drawing (default: 0)")
-    add("--workers", type=whole(1), metavar="N", help="processes (default: one per core, where rows are many)")
+    add("--sample", type=whole(1), metavar="N", help="look at so many rows, drawn at random (all)")
+    add("--seed", type=whole(0), default=0, metavar="N", help="of the drawing (0)")
+    add("--workers", type=whole(1), metavar="N", help="processes (one per core, where rows are many)")
     add("--chart", metavar="FILE", help="draw a .png too (needs matplotlib)")
     add("--json", metavar="FILE", help="write all numbers as .json too")
     add("--overwrite", action="store_true", help="replace files that are there")
     add_text_flags(parser)
+    add_training_flags(parser)
     return parser.parse_args(argv)
 
 
-def run(options: argparse.Namespace) -> str:
-    """Measure, advise and write; returns the report.
+def run(options: argparse.Namespace) -> Outcome:
+    """Measure, advise and write; returns how it ended.
 
     Raises:
         OSError, ValueError: a user's error, as a sentence.
     """
-    check_output("--chart", options.chart, (".png",), options.overwrite)
-    check_output("--json", options.json, (".json",), options.overwrite)
+    inputs = [*options.data, *options.val_files]
+    if options.json:
+        report = check_target("--json", options.json, options.overwrite, inputs, (".json",))
     if options.chart:
+        chart = check_target("--chart", options.chart, options.overwrite, inputs, (".png",))
         require("matplotlib", "matplotlib", "--chart")
     from verl.data_tools.lengths.report import render, to_json, write_chart
 
     lengths, limits, advices = _look(options)
     if options.chart:
-        write_chart(options.chart, lengths, limits)
+        write_chart(chart, lengths, limits)
     if options.json:
-        write_json(options.json, to_json(lengths, limits, advices, vars(options)))
+        write_report(report, to_json(lengths, limits, advices, vars(options)))
     drawn = f" (drawn of {', '.join(options.data)})" if options.sample else f" of {', '.join(options.data)}"
     source = (
         f"{len(lengths.prompts)} rows{drawn}; prompts as {options.model}'s chat template has them, answers with EOS"
     )
     written = [f"wrote {file}" for file in (options.chart, options.json) if file]
-    return "\n\n".join([render(lengths, source, advices), *written])
+    return Outcome("\n\n".join([render(lengths, source, advices), *written]))
 
 
 def _look(options: argparse.Namespace) -> tuple[Lengths, Limits, list[Advice]]:
@@ -91,8 +94,8 @@ def _look(options: argparse.Namespace) -> tuple[Lengths, Limits, list[Advice]]:
     from verl.data_tools.lengths.advice import advise
     from verl.data_tools.lengths.limits import fit
     from verl.data_tools.lengths.measure import Columns, measure
-    from verl.data_tools.lengths.model import context_of, find_tokenization
     from verl.data_tools.lengths.room import Machine
+    from verl.data_tools.model import context_of, find_tokenization
     from verl.models.loading import quiet_transformers
     from verl.utils.dataset.rl_dataset import find_files
 
@@ -122,6 +125,6 @@ def _look(options: argparse.Namespace) -> tuple[Lengths, Limits, list[Advice]]:
     return lengths, limits, advices
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    run_tool(run, parse(argv))
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_tool(run, parse(argv))

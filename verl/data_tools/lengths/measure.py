@@ -13,40 +13,23 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet
 from tqdm import tqdm
 
-from verl.utils.dataset.arrow_rows import stream_records
-from verl.utils.dataset.faults import (
-    TemplateCheck,
-    fault_of_answer,
-    fault_of_columns,
-    fault_of_depth,
-    fault_of_messages,
-)
-from verl.utils.dataset.rows import Row, make_row, refuse
+from verl.data_tools.rows import Columns, count_rows, fault_of_row, stream_rows
+from verl.utils.dataset.faults import TemplateCheck
+from verl.utils.dataset.rows import Row, refuse
 from verl.utils.dataset.texts import Tokenization
 
 # Of texts that are tokenised together: their ids take some tens of MB.
 BATCH_CHARACTERS = 1_000_000
 # Rows that a process is handed at once, and rows in the time of which one starts.
 BATCH_ROWS, ROWS_PER_PROCESS = 500, 20_000
-ENDINGS = (".parquet", ".jsonl")
 WAY_OUT = (
     "Correct the files, name other columns (--prompt_key, --teacher_key), or leave such rows out: --on_bad_row skip"
 )
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The columns of prompts and answers, and what becomes of rows that cannot be used."""
-
-    prompt: str = "content"
-    answer: str = "teacher_response"
-    on_bad_row: Literal["error", "skip"] = "error"
 
 
 @dataclass(frozen=True)
@@ -67,53 +50,6 @@ class Lengths:
     def whole(self) -> np.ndarray:
         """Prompt and answer together, (R,)."""
         return self.prompts + self.answers
-
-
-def count_rows(paths: Sequence[Path]) -> int:
-    """Rows of all files, empty lines of jsonl files among them."""
-    return sum(_count(path) for path in paths)
-
-
-def _count(path: Path) -> int:
-    if path.suffix not in ENDINGS:
-        raise ValueError(f"{path}: expected a file that ends in {' or '.join(ENDINGS)}; convert it first")
-    if path.suffix == ".parquet":
-        try:
-            return pyarrow.parquet.ParquetFile(path).metadata.num_rows
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is not a readable parquet file: {error}") from error
-    lines, last = 0, b"\n"
-    with path.open("rb") as file:
-        while part := file.read(1 << 24):
-            lines, last = lines + part.count(b"\n"), part[-1:]
-    return lines + (last != b"\n")
-
-
-def stream_rows(paths: Sequence[Path], chosen: np.ndarray | None = None) -> Iterator[Row]:
-    """The rows of all files in order, those that cannot be read among them.
-
-    Args:
-        chosen: numbers of the rows to give, over all files, ascending; None: all.
-    """
-    index, wanted = 0, None if chosen is None else set(chosen.tolist())
-    for path in paths:
-        for number, record in enumerate(stream_records(path)):
-            if wanted is None or index in wanted:
-                yield make_row(path, number, index, record)
-            index += 1
-
-
-def fault_of_row(row: Row, columns: Columns, template: TemplateCheck) -> str | None:
-    """Why training would not use the row, or None."""
-    record = row.record
-    return (
-        row.unreadable
-        or fault_of_columns(record, (columns.prompt, columns.answer))
-        or fault_of_messages(record[columns.prompt], columns.prompt)
-        or fault_of_answer(record[columns.answer], columns.answer)
-        or fault_of_depth(record.get("extra_info"), "'extra_info'")
-        or template.fault(record[columns.prompt], record[columns.answer])
-    )
 
 
 class Part(NamedTuple):

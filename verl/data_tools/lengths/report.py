@@ -14,7 +14,8 @@ import numpy as np
 from verl.data_tools.lengths.advice import Advice, in_words
 from verl.data_tools.lengths.limits import PERCENTS, Limits, histogram, summarise
 from verl.data_tools.lengths.measure import Lengths, faults_in_words
-from verl.data_tools.lengths.shared import table, write_whole
+from verl.data_tools.writing import write_whole
+from verl.utils.console import table
 
 BAR = 40
 

@@ -12,6 +12,7 @@ from verl.models.loading import (
     find_tokenizer,
     load_config,
     load_tokenizer,
+    quiet_transformers,
 )
 from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.dataset.texts import SpecialText, Tokenization, eos_texts
@@ -35,6 +36,7 @@ def find_tokenization(
     Raises:
         FileNotFoundError, ValueError: there is no tokenizer, or it does not serve.
     """
+    quiet_transformers()
     refuse_pointers(find_tokenizer(folder))
     tokenizer = load_tokenizer(folder, trust_remote_code)
     check_tokenizer(tokenizer, template_kwargs)

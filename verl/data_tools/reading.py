@@ -40,7 +40,9 @@ def read_arrow(path: Path) -> Iterator[dict[str, Any] | Unreadable]:
         raise ValueError(f"{path} is not a readable Arrow stream: {error}") from error
 
 
-_READERS = {".parquet": stream_records, ".jsonl": stream_records, ".txt": read_lines, ".arrow": read_arrow}
+# What training reads, and what these tools read besides.
+TRAINED = (".parquet", ".jsonl")
+_READERS = dict.fromkeys(TRAINED, stream_records) | {".txt": read_lines, ".arrow": read_arrow}
 
 
 def files_of(source: str) -> list[Path]:
@@ -59,14 +61,14 @@ def files_of(source: str) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: expected a file or folder, got nothing there; correct the path")
-    if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    splits = saved_splits(path)
+    if splits:
         raise ValueError(
             f"{path}: expected one dataset, got a dictionary of {', '.join(splits)}; name one or more, such as "
             f"{path / splits[0]}"
         )
     if (path / "state.json").is_file():
-        return _files_of_state(path)
+        return saved_files(path)
     files = sorted(path.rglob("*.parquet"))
     if not files:
         raise ValueError(
@@ -76,8 +78,19 @@ def files_of(source: str) -> list[Path]:
     return files
 
 
-def _files_of_state(folder: Path) -> list[Path]:
-    """Those of a folder that `save_to_disk` wrote, in its order."""
+def saved_splits(folder: Path) -> list[str]:
+    """The datasets of a dictionary that `save_to_disk` wrote, each a folder in this one; none where it is no such."""
+    file = folder / "dataset_dict.json"
+    if not file.is_file():
+        return []
+    try:
+        return list(json.loads(file.read_text(encoding="utf-8"))["splits"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: expected what save_to_disk writes, got {error!r}") from None
+
+
+def saved_files(folder: Path) -> list[Path]:
+    """The Arrow streams of a folder that `save_to_disk` wrote, in its order."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         files = [folder / file["filename"] for file in state["_data_files"]]
