@@ -18,6 +18,7 @@ class DataConfig:
     val_files: str | list[str] | None
     prompt_key: str
     response_key: str
+    turns: Literal["none", "all", "last"]
     train_batch_size: Positive
     val_batch_size: Positive | None
     max_prompt_length: Positive

@@ -63,6 +63,7 @@ def create_rl_dataset(
         eos_token_ids=eos_token_ids,
         special_token_text=data_config.special_token_text,
         cache_dir=data_config.cache_dir,
+        turns=data_config.turns,
     )
 
 

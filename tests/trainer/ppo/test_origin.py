@@ -69,6 +69,7 @@ CHANGES = {
     "another stage": ({"stage": "soda"}, 8, "stage SeqKD, now SODA"),
     "other data": ({"data": "other.jsonl"}, 8, r"data\.train_files=.*train\.jsonl, now .*other\.jsonl"),
     "rows left out": ({}, 7, "8 rows of the training data, now 7"),
+    "other turns": ({"turns": "all"}, 8, r"data\.turns=none, now all"),
     "another order": ({"seed": 5}, 8, "rows shuffled with seed .*, now shuffled with seed 5"),
 }
 
@@ -78,8 +79,8 @@ def test_another_run_in_the_same_folder_is_refused(folder, change, caplog):
     how, rows, says = CHANGES[change]
     write_data(folder / "other.jsonl", 9)
     checkpoint = save(folder, check_resume(config(folder), 8), files=("rejected.safetensors",))
-    overrides = [f"data.seed={how['seed']}"] if "seed" in how else []
-    how = {key: value for key, value in how.items() if key != "seed"}
+    overrides = [f"data.{key}={value}" for key, value in how.items() if key in ("seed", "turns")]
+    how = {key: value for key, value in how.items() if key not in ("seed", "turns")}
     with pytest.raises(
         ValueError, match=f"{says}.*experiment_name.*resume_mode=disable.*resume_from_path={checkpoint}"
     ):
@@ -114,7 +115,7 @@ def test_what_may_change_is_not_warned_of(folder, caplog):
 def test_an_origin_of_an_older_trainer_has_no_batch_size(folder, caplog):
     checkpoint = save(folder, None)
     fields = json.loads(json.dumps(asdict(Origin.of(config(folder), 8))))
-    old = {name: value for name, value in fields.items() if name not in ("batch_size", "seed")}
+    old = {name: value for name, value in fields.items() if name not in ("batch_size", "seed", "turns")}
     (checkpoint / "origin.json").write_text(json.dumps(old))
     check_resume(config(folder, "data.train_batch_size=4"), 8)
     assert caplog.text == ""

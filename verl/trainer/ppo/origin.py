@@ -66,6 +66,7 @@ class Origin:
     # None in a checkpoint of an older trainer.
     batch_size: int | None = None
     seed: int | None = None
+    turns: str = "none"
 
     @classmethod
     def of(cls, config: Config, rows: int) -> Origin:
@@ -81,6 +82,7 @@ class Origin:
             order=f"shuffled with seed {data.seed}" if data.shuffle else "as in the files",
             batch_size=data.train_batch_size,
             seed=data.seed,
+            turns=data.turns,
         )
 
     def write(self, folder: Path) -> None:
@@ -108,7 +110,9 @@ class Origin:
             if before is not None and after is not None and before.differs(after):
                 moved = f", now {after.where}" if after.where != before.where else " has another content now"
                 found.append(f"{key}={before.where}{moved}")
-        if self.data.digest == now.data.digest and self.rows != now.rows:
+        if self.turns != now.turns:
+            found.append(f"data.turns={self.turns}, now {now.turns}")
+        elif self.data.digest == now.data.digest and self.rows != now.rows:
             found.append(f"{self.rows} rows of the training data, now {now.rows}")
         if self.order != now.order:
             found.append(f"rows {self.order}, now {now.order}")

@@ -35,7 +35,23 @@ class Unreadable(NamedTuple):
     fault: str
 
 
-Record = dict[str, Any] | Unreadable
+class NoTurn(NamedTuple):
+    """In the place of a record: why a conversation has no row to train on here."""
+
+    fault: str
+
+
+Record = dict[str, Any] | Unreadable | NoTurn
+
+
+class Place(NamedTuple):
+    """Where a row stands in its file, counted from 0: the file's row, and which assistant turn of a conversation."""
+
+    row: int
+    turn: int | None = None
+
+    def __str__(self) -> str:
+        return f"row {self.row}" if self.turn is None else f"row {self.row}, turn {self.turn}"
 
 
 def stream_records(path: Path) -> Iterator[Record]:
@@ -93,6 +109,10 @@ class FileRows:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def place(self, number: int) -> Place:
+        """Where a row stands in the file."""
+        return Place(number)
 
     def record(self, number: int) -> Record:
         """One row, read anew each time."""

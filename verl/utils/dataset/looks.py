@@ -25,7 +25,7 @@ import pyarrow as pa
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from verl.utils.dataset import arrow_rows, faults, texts
+from verl.utils.dataset import arrow_rows, faults, texts, turns
 from verl.utils.dataset.arrow_rows import ROWS_AT_ONCE, FileRows, Unreadable
 from verl.utils.dataset.cache import HEAD, Cache
 from verl.utils.dataset.faults import (
@@ -45,6 +45,7 @@ from verl.utils.dataset.texts import (
     without_eos_text,
 )
 from verl.utils.dataset.tokenizer_checks import tells_the_time
+from verl.utils.dataset.turns import TurnRows
 from verl.utils.stalls import doing
 
 # A process first imports torch and transformers, and in that time one process looks at about this many rows.
@@ -55,7 +56,7 @@ SLICE_CHARACTERS = 1_000_000
 CACHED_ROWS = 1000
 # On what, besides the row, the tokenizer and the settings, it depends what is seen.
 PACKAGES = ("transformers", "tokenizers", "jinja2", "pyarrow")
-SOURCES = (arrow_rows.__file__, faults.__file__, texts.__file__, __file__)
+SOURCES = (arrow_rows.__file__, faults.__file__, texts.__file__, turns.__file__, __file__)
 
 
 @dataclass(frozen=True)
@@ -129,15 +130,15 @@ class Looker:
         """The model's chat template, which remembers roles that it has been tried on."""
         return TemplateCheck(self.tokenization.tokenizer, self.tokenization.template_kwargs)
 
-    def look(self, file: FileRows, start: int, stop: int) -> Looks:
+    def look(self, file: FileRows | TurnRows, start: int, stop: int) -> Looks:
         """Look at the rows of a file from `start` to before `stop`."""
         seen = Looks.empty(stop - start)
         sound: list[tuple[int, Messages, str]] = []
         prompts: list[str] = []
         for number, record in enumerate(file.records(start, stop)):
-            with doing(f"looking at {file.path}, row {start + number}"):
-                if isinstance(record, Unreadable):
-                    seen.faults[number] = NOT_READABLE
+            with doing(f"looking at {file.path}, {file.place(start + number)}"):
+                if not isinstance(record, dict):
+                    seen.faults[number] = NOT_READABLE if isinstance(record, Unreadable) else record.fault
                     continue
                 template = self.template
                 thoughts, tools = template.open_thoughts, template.ignored_tools
@@ -148,7 +149,7 @@ class Looker:
                 messages = conversation(record[self.prompt_key], record)
                 sound.append((number, messages, record[self.response_key]))
                 prompts.append(self.template.prompt)
-        with doing(f"counting tokens of {file.path}, rows {start} to {stop - 1}"):
+        with doing(f"counting tokens of {file.path}, {file.place(start)} to {file.place(stop - 1)}"):
             self._count(seen, sound, prompts)
         return seen
 
@@ -191,7 +192,7 @@ class Looker:
         pairs = zip(names, ids, strict=True)
         return True, any(not set(found.values()).isdisjoint(read) for found, read in pairs)
 
-    def key(self, file: FileRows, rows: int) -> str | None:
+    def key(self, file: FileRows | TurnRows, rows: int) -> str | None:
         """The name under which what is seen of a file's first rows is kept; None if it depends on more than can be
         told: a tokenizer that is not described by its files, or a template that tells the time."""
         tokenizer = self.tokenization.tokenizer
@@ -248,7 +249,7 @@ def look_at_all(rows: Rows, looker: Looker, workers: int | None, cache: Cache) -
 
 
 def _look_at_file(
-    file: FileRows, count: int, looker: Looker, workers: int | None, cache: Cache, key: str | None
+    file: FileRows | TurnRows, count: int, looker: Looker, workers: int | None, cache: Cache, key: str | None
 ) -> Looks:
     seen: list[Looks] = []
 
@@ -262,7 +263,7 @@ def _look_at_file(
     return _look(file, count, looker, workers) if kept is None else Looks.read(kept)
 
 
-def _look(file: FileRows, count: int, looker: Looker, workers: int | None) -> Looks:
+def _look(file: FileRows | TurnRows, count: int, looker: Looker, workers: int | None) -> Looks:
     processes = min(workers or 1, count // MIN_ROWS_PER_PROCESS)
     starts = range(0, count, ROWS_AT_ONCE)
     stops = [min(start + ROWS_AT_ONCE, count) for start in starts]
@@ -288,10 +289,10 @@ def _look(file: FileRows, count: int, looker: Looker, workers: int | None) -> Lo
 
 
 # Of a process that looks at rows: how, and those of which file.
-_looking: list[tuple[Looker, FileRows]] = []
+_looking: list[tuple[Looker, FileRows | TurnRows]] = []
 
 
-def _start_looking(looker: Looker, file: FileRows) -> None:
+def _start_looking(looker: Looker, file: FileRows | TurnRows) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _looking[:] = [(looker, file)]
 

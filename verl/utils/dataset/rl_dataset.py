@@ -35,6 +35,7 @@ from verl.utils.dataset.texts import (
     without_eos_text,
 )
 from verl.utils.dataset.tokenizer_checks import check_ids, check_tokenizer, dated_prompt
+from verl.utils.dataset.turns import TurnRows, Turns
 from verl.utils.torch_functional import pad_2d_list_to_length, postprocess_data
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def _refuse_overlong(rows: Rows, lengths: np.ndarray, limit: int) -> None:
         return
     row, length = rows[int(overlong[0])], lengths[overlong[0]]
     raise ValueError(
-        f"the prompt of {row.path}, row {row.number} (counted from 0) has {length} tokens, more than "
+        f"the prompt of {row.place} (counted from 0) has {length} tokens, more than "
         f"data.max_prompt_length={limit}; so have {len(overlong)} of {len(rows)} prompts. Three ways out: "
         f"data.max_prompt_length={lengths.max()} fits them all, data.filter_overlong_prompts=True drops them, "
         "data.truncation=left, right or middle cuts them"
@@ -162,6 +163,8 @@ class RLHFDataset(Dataset):
             answer are no part of it. The tokenizer's EOS always is one.
         special_token_text: how the name of a special token within a text is read, `data.special_token_text`.
         cache_dir: where large files' rows and what was seen of rows are kept, `data.cache_dir`.
+        turns: which assistant turns of whole conversations are rows (`turns.py`), `data.turns`; they count for `index`
+            and `max_samples`.
 
     Raises:
         FileNotFoundError: a file does not exist.
@@ -179,6 +182,7 @@ class RLHFDataset(Dataset):
         eos_token_ids: Sequence[int] = (),
         special_token_text: SpecialText = "text",
         cache_dir: str | Path | None = None,
+        turns: Turns = "none",
     ):
         if processor is not None:
             raise ValueError("only text is supported: processor must be None")
@@ -193,6 +197,9 @@ class RLHFDataset(Dataset):
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         cache = Cache(cache_dir)
         rows = open_files(find_files(data_files), cache)
+        if turns != "none":
+            keys = config.prompt_key, config.response_key
+            rows = Rows([TurnRows(file, turns, *keys, cache) for file in rows.files])
         rows = rows[:max_samples] if max_samples >= 0 else rows
         looker = Looker(self.tokenization, config.prompt_key, config.response_key, self._counts_prompts())
         seen = look_at_all(rows, looker, config.filter_overlong_prompts_workers, cache)

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from verl.utils.dataset.arrow_rows import ROWS_AT_ONCE, FileRows, Record
+from verl.utils.dataset.arrow_rows import ROWS_AT_ONCE, FileRows, NoTurn, Place, Record, Unreadable
+
+if TYPE_CHECKING:
+    from verl.utils.dataset.turns import TurnRows
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +32,18 @@ class Row:
     index: int  # over all files, from 0; the same whatever is dropped
     record: dict[str, Any]
     unreadable: str | None = None  # where and why, if there is no record
+    turn: int | None = None  # of a conversation, the assistant turn, from 0
 
     @property
     def place(self) -> str:
         """The file and the row's number in it, for messages."""
-        return f"{self.path}, row {self.number}"
+        return f"{self.path}, {Place(self.number, self.turn)}"
 
 
-def make_row(path: Path, number: int, index: int, record: Record) -> Row:
+def make_row(path: Path, number: int, index: int, record: Record, turn: int | None = None) -> Row:
     """A row of what a reader gave."""
-    if isinstance(record, dict):
-        return Row(path, number, index, record)
+    if not isinstance(record, Unreadable):
+        return Row(path, number, index, {} if isinstance(record, NoTurn) else record, turn=turn)
     place = f"{path}, row {number}:" if record.line is None else f"{path}, line {record.line} (from 1)"
     return Row(path, number, index, {}, f"{place} {record.fault}")
 
@@ -52,7 +56,7 @@ class Rows(Sequence[Row]):
         chosen: the rows' numbers over all files, (R,); None: all.
     """
 
-    def __init__(self, files: Sequence[FileRows], chosen: np.ndarray | None = None):
+    def __init__(self, files: Sequence[FileRows | TurnRows], chosen: np.ndarray | None = None):
         self.files = list(files)
         self._ends = np.cumsum([len(file) for file in self.files], dtype=np.int64)
         self.chosen = np.arange(self._ends[-1]) if chosen is None else chosen
@@ -72,7 +76,7 @@ class Rows(Sequence[Row]):
             return Rows(self.files, self.chosen[item])
         index = int(self.chosen[item])
         file, first = self._file(index)
-        return make_row(file.path, index - first, index, file.record(index - first))
+        return _row(file, index - first, index, file.record(index - first))
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), ROWS_AT_ONCE):
@@ -83,9 +87,9 @@ class Rows(Sequence[Row]):
                 yield from (self[number] for number in range(start, start + len(part)))
                 continue
             for number, record in enumerate(file.records(begin, end), start=begin):
-                yield make_row(file.path, number, first + number, record)
+                yield _row(file, number, first + number, record)
 
-    def _file(self, index: int) -> tuple[FileRows, int]:
+    def _file(self, index: int) -> tuple[FileRows | TurnRows, int]:
         """The file of a row, and the number of the file's first row."""
         at = int(np.searchsorted(self._ends, index, side="right"))
         return self.files[at], int(self._ends[at]) - len(self.files[at])
@@ -101,6 +105,11 @@ class Rows(Sequence[Row]):
         """How many of the rows are of each of `files`."""
         of_files = np.searchsorted(self._ends, self.chosen, side="right")
         return np.bincount(of_files, minlength=len(self.files)).tolist()
+
+
+def _row(file: FileRows | TurnRows, number: int, index: int, record: Record) -> Row:
+    place = file.place(number)
+    return make_row(file.path, place.row, index, record, place.turn)
 
 
 def refuse(faults: Sequence[str], head: str, way_out: str, count: int | None = None) -> None:
