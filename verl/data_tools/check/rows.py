@@ -46,7 +46,7 @@ def look_at(
 
 def progress(items: Sequence[Any], what: str) -> tqdm:
     """A bar for what takes a while."""
-    return tqdm(items, desc=what, unit="row", leave=False, dynamic_ncols=True, delay=2)
+    return tqdm(items, desc=what, unit="row", leave=False, dynamic_ncols=True, delay=2, disable=None)
 
 
 def _empty(record: Mapping[str, Any], prompt_key: str, teacher_key: str) -> str | None:

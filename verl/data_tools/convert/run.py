@@ -114,7 +114,15 @@ def _convert(source: Source, layout: Layout, wanted: Wanted, options: argparse.N
     reader = Reader(layout, wanted.system, source.text_cells, last, tools, thoughts)
     reserved = (PROMPT, ANSWER, CONVERSATION, TURN) if reader.several else (PROMPT, ANSWER)
     dropped: Counter[str] = Counter()
-    bar = tqdm(source.records, desc=f"converting {source.name}", unit="row", leave=False, dynamic_ncols=True, delay=2)
+    bar = tqdm(
+        source.records,
+        desc=f"converting {source.name}",
+        unit="row",
+        leave=False,
+        dynamic_ncols=True,
+        delay=2,
+        disable=None,
+    )
     for number, record in enumerate(bar):
         if isinstance(record, Unreadable):
             done.left.append(Left(number, None, record.fault, record.line))
