@@ -12,14 +12,9 @@ import pyarrow.parquet
 
 from verl.data_tools.reading import TRAINED
 from verl.utils.dataset.arrow_rows import stream_records
-from verl.utils.dataset.faults import (
-    TemplateCheck,
-    fault_of_answer,
-    fault_of_columns,
-    fault_of_depth,
-    fault_of_messages,
-)
+from verl.utils.dataset.faults import TemplateCheck, fault_of_row
 from verl.utils.dataset.rows import Row, make_row
+from verl.utils.dataset.texts import Messages, conversation
 
 
 @dataclass(frozen=True)
@@ -76,20 +71,15 @@ def stream_rows(paths: Sequence[Path], chosen: np.ndarray | None = None) -> Iter
             raise ValueError(f"{path} has no rows")
 
 
-def fault_of_row(row: Row, columns: Columns, template: TemplateCheck | None) -> str | None:
+def fault_of_read(row: Row, columns: Columns, template: TemplateCheck | None) -> str | None:
     """Why training would not use the row, or None.
 
     Args:
         template: the model's; without one, its faults are not found.
     """
-    record = row.record
-    fault = row.unreadable or fault_of_columns(record, (columns.prompt, columns.answer))
-    if fault:
-        return fault
-    messages, answer = record[columns.prompt], record[columns.answer]
-    return (
-        fault_of_messages(messages, columns.prompt)
-        or fault_of_answer(answer, columns.answer)
-        or fault_of_depth(record.get("extra_info"), "'extra_info'")
-        or (template.fault(messages, answer) if template else None)
-    )
+    return row.unreadable or fault_of_row(row.record, columns.prompt, columns.answer, template)
+
+
+def conversation_of(row: Row, columns: Columns) -> Messages:
+    """The messages of a row without a fault, as training gives them to the template."""
+    return conversation(row.record[columns.prompt], row.record)

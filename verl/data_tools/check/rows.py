@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from verl.data_tools.check.findings import Finding, Sample
-from verl.data_tools.rows import Columns, fault_of_row, stream_rows
+from verl.data_tools.rows import Columns, fault_of_read, stream_rows
 from verl.utils.dataset.faults import TemplateCheck
 from verl.utils.dataset.rl_dataset import find_files
 from verl.utils.dataset.rows import Row
@@ -33,7 +33,7 @@ def look_at(
     found: list[Finding] = []
     for number, row in enumerate(progress(rows, "looking at rows")):
         empty = None if row.unreadable else _empty(row.record, prompt_key, teacher_key)
-        fault = fault_of_row(row, columns, template)
+        fault = fault_of_read(row, columns, template)
         if empty:
             found.append(Finding("empty", number, empty))
         elif row.unreadable:

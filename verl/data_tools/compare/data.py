@@ -12,10 +12,16 @@ import numpy as np
 
 from verl.data_tools.rows import Columns, count_rows, stream_rows
 from verl.tools.prompts import as_messages
-from verl.utils.dataset.faults import TemplateCheck, fault_of_answer, fault_of_columns, fault_of_messages
+from verl.utils.dataset.faults import (
+    TemplateCheck,
+    fault_of_answer,
+    fault_of_columns,
+    fault_of_conversation,
+    fault_of_messages,
+)
 from verl.utils.dataset.rl_dataset import find_files
 from verl.utils.dataset.rows import Row, refuse
-from verl.utils.dataset.texts import Messages
+from verl.utils.dataset.texts import Messages, conversation
 from verl.utils.rouge import tokenize
 
 # Fewer different prompts tell nothing.
@@ -113,8 +119,11 @@ def _fault(row: Row, columns: Columns, student_key: str | None, templates: Seque
     answers: list[Any] = [row.record[key] for key in keys[1:]]
     faults = (fault_of_answer(answer, key) for answer, key in zip(answers, keys[1:], strict=True))
     messages = as_messages(row.record[columns.prompt])
-    fault = fault_of_messages(messages, columns.prompt) or next(filter(None, faults), None)
-    return fault or next(filter(None, (template.fault(messages) for template in templates)), None)
+    fault = fault_of_conversation(messages, row.record, columns.prompt) or next(filter(None, faults), None)
+    if fault:
+        return fault
+    messages = conversation(messages, row.record)
+    return next(filter(None, (template.fault(messages) for template in templates)), None)
 
 
 def _side(
@@ -129,7 +138,7 @@ def _side(
     prompts = [_text(each) for each in messages]
     return Side(
         name=name,
-        messages=messages,
+        messages=[conversation(each, row.record) for each, row in zip(messages, rows, strict=True)],
         prompts=prompts,
         answers=[row.record[columns.answer] for row in rows],
         students=[row.record[student_key] for row in rows] if student_key else None,

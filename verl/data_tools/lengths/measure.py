@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from verl.data_tools.rows import Columns, count_rows, fault_of_row, stream_rows
+from verl.data_tools.rows import Columns, conversation_of, count_rows, fault_of_read, stream_rows
 from verl.utils.dataset.faults import TemplateCheck
 from verl.utils.dataset.rows import Row, refuse
 from verl.utils.dataset.texts import Tokenization
@@ -65,7 +65,7 @@ def look_at(rows: Sequence[Row], tokenization: Tokenization, columns: Columns, t
     faults: list[tuple[Row, str]] = []
     good: list[Row] = []
     for row in rows:
-        fault = fault_of_row(row, columns, template)
+        fault = fault_of_read(row, columns, template)
         if fault:
             faults.append((row, fault))
         else:
@@ -97,7 +97,7 @@ def _slices(rows: Sequence[Row], columns: Columns) -> Iterator[list[Row]]:
 
 
 def _count_tokens(rows: Sequence[Row], tokenization: Tokenization, columns: Columns) -> np.ndarray:
-    prompts = tokenization.prompts([row.record[columns.prompt] for row in rows])
+    prompts = tokenization.prompts([conversation_of(row, columns) for row in rows])
     answers = tokenization.answers([row.record[columns.answer] for row in rows])
     return np.array([(len(p), len(a)) for p, a in zip(prompts, answers, strict=True)], dtype=np.int64)
 

@@ -14,7 +14,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from verl.utils.dataset.texts import SYSTEM_KEY, TOOLS_KEY, Conversation, Messages, render_prompt, tools_of
+from verl.utils.dataset.texts import (
+    SYSTEM_KEY,
+    TOOLS_KEY,
+    Conversation,
+    Messages,
+    conversation,
+    render_prompt,
+    tools_of,
+)
 from verl.utils.time_limit import at_most
 
 logger = logging.getLogger(__name__)
@@ -258,6 +266,26 @@ class TemplateCheck:
         if not tag["slash"] and _THOUGHT.search(tag["name"]):
             self.open_thoughts += "{open}/{name}{close}".format(**tag.groupdict()) not in answer
         return None
+
+
+def fault_of_row(
+    record: Mapping[str, Any], prompt_key: str, response_key: str, template: TemplateCheck | None
+) -> str | None:
+    """Why a row cannot be used, or None.
+
+    Args:
+        template: the model's; without one, what it would refuse is not found.
+    """
+    fault = fault_of_columns(record, (prompt_key, response_key))
+    if fault:
+        return fault
+    messages, answer = record[prompt_key], record[response_key]
+    return (
+        fault_of_conversation(messages, record, prompt_key)
+        or fault_of_answer(answer, response_key)
+        or fault_of_depth(record.get("extra_info"), "'extra_info'")
+        or (template.fault(conversation(messages, record), answer) if template else None)
+    )
 
 
 def warn_of_ignored_tools(ignored: int, rows: int) -> None:

@@ -28,13 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from verl.utils.dataset import arrow_rows, faults, texts, turns
 from verl.utils.dataset.arrow_rows import ROWS_AT_ONCE, FileRows, Unreadable
 from verl.utils.dataset.cache import HEAD, Cache
-from verl.utils.dataset.faults import (
-    TemplateCheck,
-    fault_of_answer,
-    fault_of_columns,
-    fault_of_conversation,
-    fault_of_depth,
-)
+from verl.utils.dataset.faults import TemplateCheck, fault_of_row
 from verl.utils.dataset.rows import NOT_READABLE, Rows
 from verl.utils.dataset.texts import (
     Messages,
@@ -142,7 +136,7 @@ class Looker:
                     continue
                 template = self.template
                 thoughts, tools = template.open_thoughts, template.ignored_tools
-                seen.faults[number] = self._fault(record)
+                seen.faults[number] = fault_of_row(record, self.prompt_key, self.response_key, template)
                 seen.open_thoughts[number] = template.open_thoughts > thoughts
                 seen.ignored_tools[number] = template.ignored_tools > tools
             if seen.faults[number] is None:
@@ -152,19 +146,6 @@ class Looker:
         with doing(f"counting tokens of {file.path}, {file.place(start)} to {file.place(stop - 1)}"):
             self._count(seen, sound, prompts)
         return seen
-
-    def _fault(self, record: dict[str, Any]) -> str | None:
-        """Why a row cannot be used, or None."""
-        fault = fault_of_columns(record, (self.prompt_key, self.response_key))
-        if fault:
-            return fault
-        messages, answer = record[self.prompt_key], record[self.response_key]
-        return (
-            fault_of_conversation(messages, record, self.prompt_key)
-            or fault_of_answer(answer, self.response_key)
-            or fault_of_depth(record.get("extra_info"), "'extra_info'")
-            or self.template.fault(conversation(messages, record), answer)
-        )
 
     def _count(self, seen: Looks, sound: Sequence[tuple[int, Messages, str]], prompts: Sequence[str]) -> None:
         """Tokens and special tokens of sound rows, of which `prompts` are the rendered conversations."""
