@@ -159,13 +159,20 @@ def _read_row_group(file: pyarrow.parquet.ParquetFile, group: int) -> Iterator[p
 def _parquet_records(batch: pa.RecordBatch) -> Iterator[Record]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError as error:
+    # A date after the year 9999 is an OverflowError, a time zone or field name that Python cannot have a ValueError.
+    except (ValueError, OverflowError) as error:
         # Nothing has been given yet: all of a batch is converted before its first row.
         if len(batch) == 1:
-            yield Unreadable(None, f"its text is not UTF-8 (byte 0x{error.object[error.start]:02x})")
+            yield Unreadable(None, _fault_of_value(error))
         else:
             for row in range(len(batch)):
                 yield from _parquet_records(batch.slice(row, 1))
+
+
+def _fault_of_value(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"its text is not UTF-8 (byte 0x{error.object[error.start]:02x})"
+    return f"one of its columns has a value that cannot be read ({error}): mend that column or leave it out"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
