@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.utils.word_rows import ONE, TEMPLATE, make_config, make_row, make_tokenizer, write_jsonl, write_parquet
-from verl.utils.dataset import arrow_rows, faults, looks
+from verl.utils.dataset import arrow_rows, cache, faults, looks
 from verl.utils.dataset.arrow_rows import FileRows
 from verl.utils.dataset.cache import HEAD, Cache
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, find_files, open_files
@@ -188,6 +188,21 @@ def test_a_folder_that_cannot_be_used_is_said_and_does_without(tmp_path, caplog)
     messages = [record.message for record in caplog.records if "cannot be kept in" in record.message]
     assert len(messages) == 2
     assert all("set data.cache_dir" in message for message in messages)
+
+
+def test_a_folder_without_locks_to_get_serves_what_it_has(tmp_path, monkeypatch, caplog, no_look):
+    """One that is read-only, or another user's."""
+    path = write(tmp_path, "jsonl")
+    expected = content(start(tmp_path, path))
+    no_look()
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache.FileLock, "acquire", refused)
+    with caplog.at_level(logging.WARNING):
+        assert content(start(tmp_path, path)) == expected
+    assert not [record for record in caplog.records if "cannot be kept" in record.message]
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, caplog):
