@@ -170,6 +170,24 @@ def test_other_rows_and_other_readings_are_other_keys(tmp_path):
     assert len(kept(tmp_path, "looks")) == 2 + len(readings)
 
 
+@pytest.mark.parametrize("what", ["the code", "pyarrow"])
+def test_rows_of_another_reader_are_another_key(tmp_path, monkeypatch, what):
+    """A line that was read wrongly once is not believed after the reader has been mended."""
+    path = write(tmp_path, "jsonl")
+    FileRows(path, Cache(tmp_path / "cache"))
+    other = tmp_path / "arrow_rows.py"
+    other.write_bytes(Path(arrow_rows.__file__).read_bytes() + b"# mended\n")
+    if what == "the code":
+        monkeypatch.setattr(arrow_rows, "__file__", str(other))
+    else:
+        monkeypatch.setattr(arrow_rows.pa, "__version__", "99.0.0")
+    arrow_rows._reader.cache_clear()
+    FileRows(path, Cache(tmp_path / "cache"))
+    monkeypatch.undo()
+    arrow_rows._reader.cache_clear()
+    assert len(kept(tmp_path, "rows")) == 2
+
+
 def test_what_depends_on_more_than_can_be_told_is_not_kept(tmp_path):
     path = write(tmp_path, "jsonl")
     start(tmp_path, path, make_tokenizer(template="{{ strftime_now('%Y') }}" + TEMPLATE), max_prompt_length=9)

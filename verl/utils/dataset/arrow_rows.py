@@ -6,8 +6,10 @@ fields, and fields different types, and each row is to be read as it stands ther
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,8 +86,9 @@ class FileRows:
                 for batch in batches:
                     stream.write_batch(batch)
 
-        key = f"rows-{self.digest}{self.path.suffix}-arrow{pa.__version__.partition('.')[0]}"
-        return cache.file(key, write, f"the memory-mapped form of {self.path}")
+        return cache.file(
+            f"rows-{self.digest}{self.path.suffix}-{_reader()}", write, f"the memory-mapped form of {self.path}"
+        )
 
     def _take(self, batches: list[pa.RecordBatch]) -> None:
         self._batches = batches
@@ -116,6 +119,12 @@ class FileRows:
         self.__dict__ |= state
         if self.mapped:
             self._take(_map(self.mapped))
+
+
+@lru_cache
+def _reader() -> str:
+    """What makes rows of a file besides its content: this code, and pyarrow."""
+    return hashlib.sha256(Path(__file__).read_bytes() + pa.__version__.encode()).hexdigest()[:16]
 
 
 def _map(file: Path) -> list[pa.RecordBatch]:
