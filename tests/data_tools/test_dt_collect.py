@@ -406,6 +406,23 @@ def test_prompts_that_the_system_prompt_makes_alike_are_asked_once(folder):
     assert [row["content"] for row in rows_of(out)] == [[user], [other, user]]
 
 
+def test_a_system_column_is_asked_with_and_tools_are_refused(folder, capsys):
+    """Training puts both into the prompt, so a teacher who has not seen them answers another one."""
+    data, out = folder / "p.jsonl", folder / "t.jsonl"
+    rows = [{"prompt": "one", "system": "Be a cat."}, {"prompt": "one", "system": "Be a dog."}, {"prompt": "one"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    user = {"role": "user", "content": "one"}
+    wanted = [[{"role": "system", "content": text}, user] for text in ("Be a cat.", "Be a dog.", "Be brief.")]
+    with teaching(folder) as teacher:
+        assert main(command(data, out, teacher.url, "--system_prompt", "Be brief.")) == 0
+        asked = [line["body"]["messages"] for line in teacher.lines("answered")]
+        assert sorted(asked, key=json.dumps) == sorted(wanted, key=json.dumps)
+    assert [row["content"] for row in rows_of(out)] == wanted and not any("system" in row for row in rows_of(out))
+    data.write_text(json.dumps({"prompt": "two", "tools": [{"name": "f"}]}) + "\n")
+    assert main(command(data, folder / "u.jsonl", "http://127.0.0.1:9/v1")) == 2
+    assert "the column 'tools' has tools" in capsys.readouterr().err
+
+
 def test_what_is_read_is_not_written_over(folder, capsys):
     prompts = folder / "p.jsonl"
     prompts.write_text('{"prompt": "one"}\n')

@@ -83,6 +83,19 @@ def test_a_log_without_an_answer_takes_other_settings(tmp_path):
     assert [line.get("key") for line in lines(log.path)] == [None, "a"]
 
 
+def test_a_log_behind_another_is_one_log(tmp_path):
+    """cat b/log.jsonl >> a/log.jsonl: its first line, with the same settings, is no answer."""
+    log = AnswerLog(tmp_path, SETTINGS)
+    log.append([record("a")])
+    log.close()
+    head = log.path.read_bytes().splitlines(keepends=True)[0]
+    with log.path.open("ab") as file:
+        file.write(head + json.dumps(record("b")).encode() + b"\n")
+    log = AnswerLog(tmp_path, SETTINGS)
+    assert [found["key"] for found in log.records()] == ["a", "b"] and not log.damaged
+    log.close()
+
+
 def test_a_file_that_is_no_log_is_left_alone(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"mine": 1}\n{"key": "a"}\n')
     with pytest.raises(ValueError, match="expected a log of collect, got another file"):

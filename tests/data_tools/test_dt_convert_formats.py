@@ -210,6 +210,22 @@ def test_a_text_that_is_json_stays_the_text(tmp_path):
         assert len(converted(write_lines(tmp_path / "packed.jsonl", [row]))) == count
 
 
+def test_columns_that_training_reads_with_the_prompt_are_looked_at(tmp_path, capsys):
+    rows = [
+        {"prompt": "one", "response": "a", "tools": "a hammer", "system": "S", "mine": "S"},
+        {"prompt": "two", "response": "b", "tools": "[]", "system": "S", "mine": "T"},
+        {"prompt": "three", "response": "c", "tools": None, "system": "S", "mine": "S"},
+    ]
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(source), "--out", str(out), "--system_column", "mine"]) == 0
+    assert [json.loads(line)["teacher_response"] for line in out.read_text().splitlines()] == ["c"]
+    said = capsys.readouterr().out
+    assert "1 x the column 'tools' is not JSON" in said and "are both the system message, and differ" in said
+    assert main([str(source), "--out", str(out), "--system_column", "mine", "--drop_columns", "--overwrite"]) == 0
+    assert len(out.read_text().splitlines()) == 3
+
+
 def test_columns_named_by_hand(tmp_path, capsys):
     import pyarrow as pa
     import pyarrow.parquet as pq

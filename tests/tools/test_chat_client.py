@@ -135,3 +135,11 @@ def test_a_key_is_not_in_what_a_server_says(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\r\nHost: elsewhere")
     with pytest.raises(EndpointError, match=r"^OPENAI_API_KEY: expected a key"):
         ChatClient(server.url).ask({"messages": [{"content": "?"}]})
+
+
+@pytest.mark.parametrize(
+    "said", [r"sk-ab/cd+ef==12", r"sk-ab\/cd+ef==12", r"sk-ab/cd\u002bef==12", r"sk-ab\u002Fcd\u002Bef\u003d=12"]
+)
+def test_a_key_is_found_as_json_may_write_it(monkeypatch, said):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-ab/cd+ef==12")
+    assert ChatClient("http://127.0.0.1:9/v1")._without_key(f'{{"content": "of {said}."}}') == '{"content": "of ***."}'

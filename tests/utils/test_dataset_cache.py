@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.utils.word_rows import ONE, TEMPLATE, make_config, make_row, make_tokenizer, write_jsonl, write_parquet
-from verl.utils.dataset import arrow_rows, faults, looks
+from verl.utils.dataset import arrow_rows, cache, faults, looks
 from verl.utils.dataset.arrow_rows import FileRows
 from verl.utils.dataset.cache import HEAD, Cache
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, find_files, open_files
@@ -170,6 +170,24 @@ def test_other_rows_and_other_readings_are_other_keys(tmp_path):
     assert len(kept(tmp_path, "looks")) == 2 + len(readings)
 
 
+@pytest.mark.parametrize("what", ["the code", "pyarrow"])
+def test_rows_of_another_reader_are_another_key(tmp_path, monkeypatch, what):
+    """A line that was read wrongly once is not believed after the reader has been mended."""
+    path = write(tmp_path, "jsonl")
+    FileRows(path, Cache(tmp_path / "cache"))
+    other = tmp_path / "arrow_rows.py"
+    other.write_bytes(Path(arrow_rows.__file__).read_bytes() + b"# mended\n")
+    if what == "the code":
+        monkeypatch.setattr(arrow_rows, "__file__", str(other))
+    else:
+        monkeypatch.setattr(arrow_rows.pa, "__version__", "99.0.0")
+    arrow_rows._reader.cache_clear()
+    FileRows(path, Cache(tmp_path / "cache"))
+    monkeypatch.undo()
+    arrow_rows._reader.cache_clear()
+    assert len(kept(tmp_path, "rows")) == 2
+
+
 def test_what_depends_on_more_than_can_be_told_is_not_kept(tmp_path):
     path = write(tmp_path, "jsonl")
     start(tmp_path, path, make_tokenizer(template="{{ strftime_now('%Y') }}" + TEMPLATE), max_prompt_length=9)
@@ -188,6 +206,21 @@ def test_a_folder_that_cannot_be_used_is_said_and_does_without(tmp_path, caplog)
     messages = [record.message for record in caplog.records if "cannot be kept in" in record.message]
     assert len(messages) == 2
     assert all("set data.cache_dir" in message for message in messages)
+
+
+def test_a_folder_without_locks_to_get_serves_what_it_has(tmp_path, monkeypatch, caplog, no_look):
+    """One that is read-only, or another user's."""
+    path = write(tmp_path, "jsonl")
+    expected = content(start(tmp_path, path))
+    no_look()
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache.FileLock, "acquire", refused)
+    with caplog.at_level(logging.WARNING):
+        assert content(start(tmp_path, path)) == expected
+    assert not [record for record in caplog.records if "cannot be kept" in record.message]
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, caplog):

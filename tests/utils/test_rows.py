@@ -79,6 +79,22 @@ def test_a_parquet_row_in_another_encoding_is_named_or_left_out(tmp_path):
     assert [(row["index"], row["teacher_text"]) for row in dataset] == [(0, "yes"), (2, "好")]
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (pa.array([0, 2**40], pa.timestamp("s")), "date value out of range"),
+        (pa.array([0, 10**7], pa.date32()), "date value out of range"),
+        (pa.array([None, 0], pa.timestamp("us", tz="Mars/Base")), "zoneinfo"),
+    ],
+)
+def test_a_value_that_python_cannot_have_is_named_or_left_out(tmp_path, values, says):
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.Table.from_pylist([GOOD, GOOD]).append_column("when", values), path)
+    with pytest.raises(ValueError, match=f"d.parquet, row 1: one of its columns .*{says}"):
+        open_file(path)
+    assert [row["index"] for row in open_file(path, "skip")] == [0]
+
+
 def test_a_damaged_parquet_file_is_named(tmp_path):
     pq.write_table(pa.table({"content": [GOOD["content"]], "teacher_response": ["yes"]}), tmp_path / "whole.parquet")
     whole = (tmp_path / "whole.parquet").read_bytes()

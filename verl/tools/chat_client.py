@@ -287,7 +287,11 @@ class ChatClient:
         return key
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if len(self._key) >= SHORTEST_KEY else text
+        """Nor as JSON may write it: some servers escape the / and + of base64."""
+        if len(self._key) < SHORTEST_KEY:
+            return text
+        signs = (rf"(?:\\?{re.escape(sign)}|\\u(?i:{ord(sign):04x}))" for sign in self._key)
+        return re.sub("".join(signs), "***", text)
 
     def _clean(self, value: object) -> str:
         """Printable, on one line, short, without the key."""

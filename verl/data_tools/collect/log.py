@@ -128,7 +128,7 @@ class AnswerLog:
                     head = record or {}
                 elif record is None:
                     self.damaged += 1
-                else:
+                elif "key" in record:  # Not so the first line of another log, behind which it was appended.
                     self._places[record["key"]] = end
                 end += len(line)
         return end if head is not None and self._same_settings(head, settings) else 0

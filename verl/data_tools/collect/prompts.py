@@ -121,7 +121,8 @@ def _find_key(rows: Sequence[Row]) -> str:
 
 def _read(row: Row, key: str) -> Prompt | str:
     # Not at the top: what looks at rows brings transformers along, which takes seconds.
-    from verl.utils.dataset.faults import fault_of_columns, fault_of_messages
+    from verl.utils.dataset.faults import fault_of_columns, fault_of_conversation
+    from verl.utils.dataset.texts import SYSTEM_KEY, TOOLS_KEY, conversation, tools_of
 
     if row.unreadable:
         return row.unreadable
@@ -130,14 +131,23 @@ def _read(row: Row, key: str) -> Prompt | str:
         return fault
     value = row.record[key]
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    fault = fault_of_messages(messages, key)
+    # Columns that training reads as part of the prompt are part of what is asked.
+    fault = fault_of_conversation(messages, row.record, key)
     if fault is None and not messages[-1]["content"].strip():
         fault = f"the last message of {key!r} is empty"
+    if fault is None and tools_of(conversation(messages, row.record)):
+        fault = (
+            f"the column {TOOLS_KEY!r} has tools, which training would tell the student of and the teacher is not told "
+            "of: leave the column out, or give it another name"
+        )
     if fault:
         return fault
     # Parquet fills fields that other messages have with null, which endpoints refuse.
-    messages = [{name: field for name, field in message.items() if field is not None} for message in messages]
-    return Prompt(messages, {name: field for name, field in row.record.items() if name != key})
+    messages = [
+        {name: field for name, field in message.items() if field is not None}
+        for message in conversation(messages, row.record)
+    ]
+    return Prompt(messages, {name: field for name, field in row.record.items() if name not in (key, SYSTEM_KEY)})
 
 
 def _identity(messages: Messages) -> Any:

@@ -16,7 +16,7 @@ from verl.data_tools.convert.sources import Reading, Source, read_sources
 from verl.data_tools.convert.text_files import check_encoding
 from verl.data_tools.writing import check_target, write_rows
 from verl.utils.dataset.arrow_rows import Unreadable
-from verl.utils.dataset.faults import fault_of_depth
+from verl.utils.dataset.faults import fault_of_conversation, fault_of_depth
 from verl.utils.dataset.rows import refuse
 
 PROMPT, ANSWER = "content", "teacher_response"
@@ -134,7 +134,11 @@ def _convert(source: Source, layout: Layout, wanted: Wanted, options: argparse.N
         turns = _turns(reader, record, layout, wanted, extra)
         made = []
         for turn in turns:
-            if isinstance(turn, Turn):
+            # Training reads columns of these names as part of the prompt.
+            fault = fault_of_conversation(turn.messages, extra, PROMPT) if isinstance(turn, Turn) else None
+            if fault:
+                done.left.append(Left(number, turn.number, fault))
+            elif isinstance(turn, Turn):
                 made.append({PROMPT: turn.messages, ANSWER: turn.answer} | extra)
                 made[-1] |= {CONVERSATION: f"{source.name}:{number}", TURN: turn.number}
             else:

@@ -6,8 +6,10 @@ fields, and fields different types, and each row is to be read as it stands ther
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,8 +102,9 @@ class FileRows:
                 for batch in batches:
                     stream.write_batch(batch)
 
-        key = f"rows-{self.digest}{self.path.suffix}-arrow{pa.__version__.partition('.')[0]}"
-        return cache.file(key, write, f"the memory-mapped form of {self.path}")
+        return cache.file(
+            f"rows-{self.digest}{self.path.suffix}-{_reader()}", write, f"the memory-mapped form of {self.path}"
+        )
 
     def _take(self, batches: list[pa.RecordBatch]) -> None:
         self._batches = batches
@@ -136,6 +139,12 @@ class FileRows:
         self.__dict__ |= state
         if self.mapped:
             self._take(_map(self.mapped))
+
+
+@lru_cache
+def _reader() -> str:
+    """What makes rows of a file besides its content: this code, and pyarrow."""
+    return hashlib.sha256(Path(__file__).read_bytes() + pa.__version__.encode()).hexdigest()[:16]
 
 
 def _map(file: Path) -> list[pa.RecordBatch]:
@@ -179,13 +188,20 @@ def _read_row_group(file: pyarrow.parquet.ParquetFile, group: int) -> Iterator[p
 def _parquet_records(batch: pa.RecordBatch) -> Iterator[Record]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError as error:
+    # A date after the year 9999 is an OverflowError, a time zone or field name that Python cannot have a ValueError.
+    except (ValueError, OverflowError) as error:
         # Nothing has been given yet: all of a batch is converted before its first row.
         if len(batch) == 1:
-            yield Unreadable(None, f"its text is not UTF-8 (byte 0x{error.object[error.start]:02x})")
+            yield Unreadable(None, _fault_of_value(error))
         else:
             for row in range(len(batch)):
                 yield from _parquet_records(batch.slice(row, 1))
+
+
+def _fault_of_value(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"its text is not UTF-8 (byte 0x{error.object[error.start]:02x})"
+    return f"one of its columns has a value that cannot be read ({error}): mend that column or leave it out"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -60,9 +60,13 @@ class Cache:
             None where the folder cannot be used, which is said.
         """
         try:
+            # Before the lock, which nobody gets in a folder that can only be read, or is another user's.
+            found = self._found(key)
+            if found:
+                return found
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._alone(key, what):
-                return self._found(key, what) or self._made(key, write)
+                return self._found(key) or self._made(key, write, what)
         except OSError as error:
             logger.warning(
                 "%s cannot be kept in %s (%s), so the next start makes it again: free some room, or set data.cache_dir",
@@ -86,18 +90,17 @@ class Cache:
         finally:
             lock.release()
 
-    def _found(self, key: str, what: str) -> Path | None:
+    def _found(self, key: str) -> Path | None:
         path = self.folder / key
         if not path.is_file():
             return None
         with path.open("rb") as file:
             head = file.read(HEAD)
-        if head == _head(file_digest(path, HEAD)):
-            return path
-        logger.warning("%s in %s is damaged: it is made anew", what, path)
-        return None
+        return path if head == _head(file_digest(path, HEAD)) else None
 
-    def _made(self, key: str, write: Callable[[Path], None]) -> Path:
+    def _made(self, key: str, write: Callable[[Path], None], what: str) -> Path:
+        if (self.folder / key).is_file():
+            logger.warning("%s in %s is damaged: it is made anew", what, self.folder / key)
         for left in self.folder.glob(f"{key}.*.part"):
             with suppress(OSError):
                 left.unlink()
