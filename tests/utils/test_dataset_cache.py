@@ -122,7 +122,7 @@ DAMAGE = {
     "nothing left": lambda data: b"",
     "more": lambda data: data + b"\0",
     "zeros": lambda data: bytes(len(data)),
-    "another version": lambda data: data.replace(b"verl cache 1", b"verl cache 0"),
+    "another version": lambda data: data.replace(b"verl cache 2", b"verl cache 1"),
 }
 
 
@@ -138,6 +138,23 @@ def test_what_is_damaged_is_made_anew(tmp_path, what, damage, caplog):
         assert content(start(tmp_path, path)) == expected
     assert [record.message for record in caplog.records if "is damaged: it is made anew" in record.message]
     assert file.read_bytes() == whole
+
+
+def test_a_file_under_another_ones_key_is_not_believed(tmp_path):
+    for name in ("one", "other"):
+        assert Cache(tmp_path).file(name, lambda part, name=name: part.open("ab").write(name.encode()), "a name")
+    (tmp_path / "one").write_bytes((tmp_path / "other").read_bytes())
+    found = Cache(tmp_path).file("one", lambda part: part.open("ab").write(b"again"), "a name")
+    assert found.read_bytes()[HEAD:] == b"again"
+
+
+def test_what_another_process_writes_at_this_moment_is_left_to_it(tmp_path):
+    young, old = tmp_path / "one.1.part", tmp_path / "one.2.part"
+    young.touch()
+    old.touch()
+    os.utime(old, (0, 0))
+    assert Cache(tmp_path).file("one", lambda part: part.open("ab").write(b"x"), "a name")
+    assert young.exists() and not old.exists()
 
 
 def test_other_rows_and_other_readings_are_other_keys(tmp_path):
@@ -290,7 +307,9 @@ def test_processes_that_start_together_make_it_once(tmp_path):
     digest = FileRows(path, Cache(tmp_path / "other")).digest
     (left,) = [file.name for file in (tmp_path / "other").iterdir() if file.suffix != ".lock"]
     assert digest in left
-    (tmp_path / "cache" / f"{left}.0123abcd.part").write_bytes(b"half")
+    part = tmp_path / "cache" / f"{left}.0123abcd.part"
+    part.write_bytes(b"half")
+    os.utime(part, (0, 0))
     root = Path(__file__).parents[2]
     processes = [
         subprocess.Popen(

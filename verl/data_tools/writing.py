@@ -127,21 +127,30 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[Any, dict[str, str]]:
     """The rows in columns, null where a row lacks one; and of those that are JSON text now, the reason."""
     import pyarrow
 
+    from verl.utils.dataset.texts import TOOLS_KEY
+
     columns: dict[str, Any] = {}
     as_text: dict[str, str] = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
         try:
             columns[name] = pyarrow.array(values)
+            # Of objects with different fields a column makes objects with all of them, which would be other tools.
+            if name == TOOLS_KEY and columns[name].to_pylist() != values:
+                columns[name] = pyarrow.array([None if value is None else _as_text(value) for value in values])
             reason = "" if _can_be_written(columns[name].type) else "objects without fields"
         # Besides its own errors: half a surrogate pair, and a number of more than 64 bits.
         except (pyarrow.ArrowException, UnicodeError, OverflowError) as error:
             reason = str(error)
         if reason:
             as_text[name] = reason
-            texts = [value if value is None or isinstance(value, str) else to_json(value) for value in values]
-            columns[name] = pyarrow.array([text and text.encode(errors="backslashreplace").decode() for text in texts])
+            columns[name] = pyarrow.array([None if value is None else _as_text(value) for value in values])
     return pyarrow.table(columns), as_text
+
+
+def _as_text(value: Any) -> str:
+    text = value if isinstance(value, str) else to_json(value)
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _can_be_written(kind: Any) -> bool:

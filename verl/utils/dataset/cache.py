@@ -1,8 +1,8 @@
 """Files that are made once from other files, and found again by the digest of what they were made from.
 
-A file is believed only if its own digest, kept in its head, is that of its content: what is damaged, half written or of
-another version is made anew. Processes that want the same file at the same time make it once. The folder may be deleted
-at any time.
+A file is believed only if its own digest and key, kept in its head, are those of its content and name: what is damaged,
+half written, copied from another or of another version is made anew. Processes that want the same file at the same time
+make it once. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,8 +23,10 @@ logger = logging.getLogger(__name__)
 FOLDER_VARIABLE = "VERL_CACHE_DIR"
 # Bytes before the content: what kind of file it is, and the content's digest. A multiple of Arrow's alignment.
 HEAD = 128
-KIND = "verl cache 1 "
+KIND = "verl cache 2 "
 BLOCK = 1 << 22
+# Seconds after which a part is one that a killed process has left.
+LEFT_BEHIND = 24 * 3600
 # Seconds after which it is said that another process is waited for.
 PATIENCE = 5
 
@@ -96,20 +99,22 @@ class Cache:
             return None
         with path.open("rb") as file:
             head = file.read(HEAD)
-        return path if head == _head(file_digest(path, HEAD)) else None
+        return path if head == _head(key, file_digest(path, HEAD)) else None
 
     def _made(self, key: str, write: Callable[[Path], None], what: str) -> Path:
         if (self.folder / key).is_file():
             logger.warning("%s in %s is damaged: it is made anew", what, self.folder / key)
         for left in self.folder.glob(f"{key}.*.part"):
             with suppress(OSError):
-                left.unlink()
+                # A younger one may be written at this moment, where the file system has no locks.
+                if time.time() - left.stat().st_mtime > LEFT_BEHIND:
+                    left.unlink()
         part = self.folder / f"{key}.{secrets.token_hex(4)}.part"
         try:
             part.write_bytes(bytes(HEAD))
             write(part)
             with part.open("r+b") as file:
-                file.write(_head(file_digest(part, HEAD)))
+                file.write(_head(key, file_digest(part, HEAD)))
             os.replace(part, self.folder / key)
         finally:
             with suppress(OSError):
@@ -117,5 +122,5 @@ class Cache:
         return self.folder / key
 
 
-def _head(digest: str) -> bytes:
-    return f"{KIND}{digest}\n".encode().ljust(HEAD)
+def _head(key: str, digest: str) -> bytes:
+    return f"{KIND}{digest} {hashlib.sha256(key.encode()).hexdigest()[:32]}\n".encode().ljust(HEAD)

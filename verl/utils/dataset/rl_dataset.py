@@ -10,6 +10,7 @@ pad and EOS are often the same token.
 """
 
 import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -68,7 +69,7 @@ def find_files(data_files: str | Path | Sequence[str | Path]) -> list[Path]:
     names = [data_files] if isinstance(data_files, str | Path) else list(data_files)
     if not names:
         raise ValueError("no data file is given")
-    paths = [Path(name).expanduser() for name in names]
+    paths = [Path(os.path.expanduser(name)) for name in names]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"no such data file (looked in {Path.cwd()} for relative paths): {', '.join(missing)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -273,8 +274,8 @@ def _model_folder(config: PretrainedConfig, architecture: str, dtype: str) -> st
     folder = Path(VLLM_CACHE_ROOT) / "verl_models" / digest[:16]
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        # Another engine may be reading it.
-        part = folder / f"{name}.{os.getpid()}"
+        # Another engine may be reading it, or writing the same.
+        part = folder / f"{name}.{secrets.token_hex(8)}"
         part.write_bytes(content)
         os.replace(part, folder / name)
     return str(folder)
