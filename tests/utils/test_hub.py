@@ -236,7 +236,7 @@ def test_splits_by_their_words():
 
 def test_where_a_path_is_from():
     commit = "0123456789" * 4
-    folder = f"/root/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/{commit}"
+    folder = f"/home/user/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/{commit}"
     assert hub_origin(folder) == (f"Qwen/Qwen3-8B@{commit}", commit)
     data = f"/c/datasets--a--b/snapshots/{commit}/data/x.parquet"
     assert hub_origin(data) == (f"hf://a/b@{commit}/data/x.parquet", commit)
