@@ -2,13 +2,13 @@
 
 import os
 import signal
-import subprocess
 import time
 from collections import Counter
 
 import pytest
 
 from tests.data_tools.teaching import command, files_with_the_key, read_lines, rows_of, start, teaching, write_prompts
+from tests.faults.small_disk import small_disk
 
 pytestmark = pytest.mark.faults
 
@@ -89,14 +89,8 @@ def test_a_second_signal_ends_it_at_once(folder):
 @pytest.fixture
 def disk(folder):
     """A folder with room for 2 MiB."""
-    place = folder / "disk"
-    place.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"needs to mount a file system: {error}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with small_disk(folder / "disk", "2m") as place:
+        yield place
 
 
 def test_a_full_disk_loses_no_answer(folder, disk):

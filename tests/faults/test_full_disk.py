@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import torch
 
+from tests.faults.small_disk import small_disk
 from tests.trainer.ppo.test_best import VALUES, Trainer, latest, saved
 from verl.utils.checkpoint.checkpoint_manager import seal_checkpoint, start_checkpoint
 from verl.utils.checkpoint.recovery import clear_up
@@ -18,14 +19,8 @@ from verl.utils.checkpoint.sharded import write_sharded
 @pytest.fixture
 def disk(tmp_path):
     """A folder with room for 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"needs to mount a file system: {error}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with small_disk(tmp_path / "disk", "1m") as place:
+        yield place
 
 
 def test_a_lack_of_room_is_seen_before_anything_is_written(disk, caplog):
