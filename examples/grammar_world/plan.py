@@ -44,6 +44,7 @@ COMMON = (
     "critic.discriminator.ranking.reg_on=raw",
     "critic.balance.enable=False",
     "algorithm.cut_answers=keep",
+    "actor_rollout_ref.actor.sft_anchor_coef=0",
 )
 SEQKD = ("stage=seqkd", "actor_rollout_ref.actor.optim.lr=1e-3", "trainer.sft_monitor_freq=-1", "trainer.test_freq=-1",
          "trainer.val_before_train=False")  # fmt: skip

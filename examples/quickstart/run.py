@@ -49,10 +49,8 @@ class Stage:
     frozen: float | None = None
 
 
-# The paper's loss: on so small a model it learned the facts several times faster than `ranking` on raw sums. The actor
-# takes small steps and the discriminator large ones, so that the student never outruns its judge.
+# The actor takes small steps and the discriminator large ones, so that the student never outruns its judge.
 ADVERSARIAL = (
-    "critic.discriminator.loss=bradley_terry",
     "critic.optim.lr=1e-3",
     "critic.optim.lr_warmup_steps=5",
     "actor_rollout_ref.actor.optim.lr=3e-5",

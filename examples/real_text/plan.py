@@ -2,7 +2,8 @@
 
 A run is a name; `runs` lists them in an order in which each can be run after those before it. One thing differs at a
 time from `GAD`, which has the trainer's defaults but for what a small student and short training ask: learning rates,
-batch and length.
+batch and length. The runs whose names begin with `earlier` differ from `earlier` instead, which has the defaults of the
+time before.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ TEMPERATURES = (0.8, 1.0)  # they are drawn at
 COMMON = (
     f"data.train_batch_size={BATCH}",
     "data.filter_overlong_prompts=True",
-    "actor_rollout_ref.rollout.temperature=0.8",
     "actor_rollout_ref.rollout.max_num_seqs=512",
     "trainer.logger=[file]",
     "trainer.log_val_generations=0",
@@ -46,28 +46,38 @@ GAD = (
 )
 GOING_ON = ("actor_rollout_ref.actor.optim.lr=5e-6", "actor_rollout_ref.actor.optim.lr_scheduler_type=constant")
 SODA = ("stage=soda", "actor_rollout_ref.actor.optim.lr=5e-6", "actor_rollout_ref.actor.optim.lr_warmup_steps=10")
-BRADLEY_TERRY = ("critic.discriminator.loss=bradley_terry", "critic.discriminator.pooling=mean")
-LAST_TOKEN = ("critic.discriminator.loss=bradley_terry", "critic.discriminator.pooling=last_token")
-# The form that the default grew out of, on sums over tokens, with nothing beside it that the trainer has learned since.
+RANKING = ("critic.discriminator.loss=ranking",)
+BRADLEY_TERRY = ("critic.discriminator.loss=bradley_terry",)
+MEAN = ("critic.discriminator.pooling=mean",)
+# The form that `ranking` grew out of, on sums over tokens, with nothing beside it that the trainer has learned since.
 USERS_FORMULA = (
-    "critic.discriminator.loss=ranking",
-    "critic.discriminator.pooling=mean",
+    *RANKING,
     "critic.discriminator.ranking.reg_on=raw",
     "critic.discriminator.exclude_eos=True",
     "critic.balance.enable=False",
     "algorithm.cut_answers=keep",
 )
 PAPERS_LOSS = (
-    "critic.discriminator.loss=bradley_terry",
-    "critic.discriminator.pooling=last_token",
+    *BRADLEY_TERRY,
     "critic.discriminator.exclude_eos=True",
     "critic.balance.enable=False",
     "algorithm.cut_answers=keep",
 )
+LENGTH_CORRECTION = "algorithm.length_correction=True"
+NO_STD = "algorithm.norm_adv_by_std_in_grpo=False"
 
 
-# The student as it is, not sharpened: at .8 it uses fewer different words than its teacher.
-WARM = ("actor_rollout_ref.rollout.temperature=1.0",)
+def _anchor(coefficient: float) -> str:
+    return f"actor_rollout_ref.actor.sft_anchor_coef={coefficient}"
+
+
+def _actor_rate(rate: float) -> str:
+    return f"actor_rollout_ref.actor.optim.lr={rate}"
+
+
+# The student sharpened, as most use it: it has fewer different words than its teacher then.
+COOL = ("actor_rollout_ref.rollout.temperature=0.8",)
+EARLIER = (*RANKING, *COOL, _anchor(0), "critic.balance.highest=0.85")
 
 
 @dataclass(frozen=True)
@@ -97,60 +107,85 @@ def _gad(name: str, *more: str, start: str = "SeqKD") -> Run:
     return Run(name, start, (*GAD, *more), steps=HEAD_START + GAD_STEPS, answer_every=100)
 
 
+def _earlier(name: str, *more: str, start: str = "SeqKD") -> Run:
+    return _gad(name, *EARLIER, *more, start=start)
+
+
 def _soda(name: str, *more: str, start: str = "SeqKD") -> Run:
     return Run(name, start, (*SODA, *more), epochs=2, answer_every=1)
 
 
-def runs() -> Iterator[Run]:
-    """All of them."""
+def _without_rewards() -> Iterator[Run]:
+    """The base, SeqKD of several lengths and rates, and SODA."""
     yield Run("base", "base", ("stage=seqkd",), steps=0)
     yield Run("SeqKD-2-epochs", "base", SEQKD, epochs=2)
     yield Run("SeqKD", "base", SEQKD, epochs=4)
-    yield Run("SeqKD-slow", "base", (*SEQKD, "actor_rollout_ref.actor.optim.lr=1e-4"), epochs=4)
-    yield Run("SeqKD-fast", "base", (*SEQKD, "actor_rollout_ref.actor.optim.lr=4e-4"), epochs=4)
-    constant = ("actor_rollout_ref.actor.optim.lr_scheduler_type=constant", "actor_rollout_ref.actor.optim.lr=1e-4")
+    yield Run("SeqKD-slow", "base", (*SEQKD, _actor_rate(1e-4)), epochs=4)
+    yield Run("SeqKD-fast", "base", (*SEQKD, _actor_rate(4e-4)), epochs=4)
+    constant = ("actor_rollout_ref.actor.optim.lr_scheduler_type=constant", _actor_rate(1e-4))
     yield Run("SeqKD-8-epochs", "base", SEQKD, epochs=8)
     yield Run("SeqKD-16-epochs", "base", SEQKD, epochs=16)
     yield Run("SeqKD-constant", "base", (*SEQKD, *constant), epochs=6, answer_every=1)
-    yield _gad("GAD-from-2-epochs", start="SeqKD-2-epochs")
+    # What GAD's further steps would do without a discriminator, and what its anchor does alone.
+    yield Run("SeqKD-and-on", "SeqKD", (*SEQKD, *GOING_ON), steps=GAD_STEPS, answer_every=100)
     yield _soda("SODA")
     yield _soda("SODA-sft", "soda.sft_coef=1")
-    yield _soda("SODA-slow", "actor_rollout_ref.actor.optim.lr=1e-6")
+    yield _soda("SODA-slow", _actor_rate(1e-6))
+
+
+def _from_the_defaults() -> Iterator[Run]:
+    """GAD, and one thing changed or left out."""
     yield _gad("GAD")
-    yield _gad("GAD-users-formula", *USERS_FORMULA)
-    yield _gad("GAD-papers-loss", *PAPERS_LOSS)
-    yield _gad("GAD-bradley_terry", *BRADLEY_TERRY)
-    yield _gad("GAD-last-token", *LAST_TOKEN)
-    yield _gad("GAD-last-token-anchor", *LAST_TOKEN, "actor_rollout_ref.actor.sft_anchor_coef=0.3")
-    yield _gad("GAD-last-token-fast", *LAST_TOKEN, "actor_rollout_ref.actor.optim.lr=1e-5")
-    yield _gad("GAD-last-token-16-answers", *LAST_TOKEN, "actor_rollout_ref.rollout.n=16")
-    yield _gad("GAD-last-token-no-std", *LAST_TOKEN, "algorithm.norm_adv_by_std_in_grpo=False")
-    yield _gad("GAD-last-token-length-correction", *LAST_TOKEN, "algorithm.length_correction=True")
-    yield _gad("GAD-last-token-ranking", "critic.discriminator.pooling=last_token")
-    yield _gad("GAD-last-token-warm", *LAST_TOKEN, *WARM)
-    yield _gad("GAD-last-token-warm-fast", *LAST_TOKEN, *WARM, "actor_rollout_ref.actor.optim.lr=1e-5")
-    for name, coefficient in (("", 0.3), ("-1", 1), ("-3", 3)):
-        anchor = f"actor_rollout_ref.actor.sft_anchor_coef={coefficient}"
-        yield _gad(f"GAD-last-token-warm-anchor{name}", *LAST_TOKEN, *WARM, anchor)
-    anchored = (*LAST_TOKEN, *WARM, "actor_rollout_ref.actor.sft_anchor_coef=0.3")
-    yield _gad("GAD-last-token-warm-anchor-length-correction", *anchored, "algorithm.length_correction=True")
-    yield _gad("GAD-warm-anchor", *WARM, "actor_rollout_ref.actor.sft_anchor_coef=0.3")
-    yield _gad("GAD-papers-loss-warm", *PAPERS_LOSS, *WARM)
-    anchored = (*LAST_TOKEN, *WARM, "actor_rollout_ref.actor.sft_anchor_coef=1")
-    yield _gad("GAD-last-token-warm-anchor-1-auto", *anchored, "trainer.critic_warmup=auto")
-    yield _gad("GAD-last-token-warm-anchor-1-slow", *anchored, "actor_rollout_ref.actor.optim.lr=2e-6")
-    # What the anchor does alone.
-    yield Run("SeqKD-and-on", "SeqKD", (*SEQKD, *GOING_ON), steps=GAD_STEPS, answer_every=100)
-    yield _gad("GAD-anchor", "actor_rollout_ref.actor.sft_anchor_coef=0.1")
-    yield _gad("GAD-anchor-1", "actor_rollout_ref.actor.sft_anchor_coef=1")
-    yield _gad("GAD-no-std", "algorithm.norm_adv_by_std_in_grpo=False")
-    yield _gad("GAD-slow-actor", "actor_rollout_ref.actor.optim.lr=2e-6")
-    yield _gad("GAD-fast-actor", "actor_rollout_ref.actor.optim.lr=1e-5")
-    yield _gad("GAD-length-correction", "algorithm.length_correction=True")
+    yield _gad("GAD-no-anchor", _anchor(0))
+    yield _gad("GAD-anchor-1", _anchor(1))
+    yield _gad("GAD-anchor-3", _anchor(3))
+    yield _gad("GAD-cool", *COOL)
+    yield _gad("GAD-no-balance", "critic.balance.enable=False")
+    yield _gad("GAD-ranking", *RANKING)
+    yield _gad("GAD-mean", *MEAN)
+    yield _gad("GAD-length-correction", LENGTH_CORRECTION)
+    yield _gad("GAD-no-std", NO_STD)
     yield _gad("GAD-eos-not-scored", "critic.discriminator.exclude_eos=True")
     yield _gad("GAD-cut-kept", "algorithm.cut_answers=keep")
     yield _gad("GAD-cut-left-out", "algorithm.cut_answers=leave_out")
-    yield _gad("GAD-no-balance", "critic.balance.enable=False")
+    yield _gad("GAD-slow-actor", _actor_rate(2e-6))
+    yield _gad("GAD-fast-actor", _actor_rate(1e-5))
+    yield _gad("GAD-auto", "trainer.critic_warmup=auto")
+    yield _gad("GAD-from-2-epochs", start="SeqKD-2-epochs")
+    yield _gad("GAD-papers-loss", *PAPERS_LOSS, _anchor(0))
+    yield _gad("GAD-users-formula", *USERS_FORMULA, *COOL, _anchor(0))
+
+
+def _from_the_earlier_defaults() -> Iterator[Run]:
+    """Loss `ranking`, temperature .8, no anchor, a wider band: the first and second look of `docs/experiments.md`."""
+    yield _earlier("earlier")
+    yield _earlier("earlier-from-2-epochs", start="SeqKD-2-epochs")
+    yield _earlier("earlier-papers-loss", *PAPERS_LOSS)
+    yield _earlier("earlier-bradley_terry", *BRADLEY_TERRY, *MEAN)
+    yield _earlier("earlier-last-token", *BRADLEY_TERRY)
+    yield _earlier("earlier-last-token-anchor", *BRADLEY_TERRY, _anchor(0.3))
+    yield _earlier("earlier-last-token-fast", *BRADLEY_TERRY, _actor_rate(1e-5))
+    yield _earlier("earlier-last-token-16-answers", *BRADLEY_TERRY, "actor_rollout_ref.rollout.n=16")
+    yield _earlier("earlier-last-token-no-std", *BRADLEY_TERRY, NO_STD)
+    yield _earlier("earlier-last-token-length-correction", *BRADLEY_TERRY, LENGTH_CORRECTION)
+    yield _earlier("earlier-last-token-ranking", "critic.discriminator.pooling=last_token")
+    yield _earlier("earlier-anchor", _anchor(0.1))
+    yield _earlier("earlier-anchor-1", _anchor(1))
+    yield _earlier("earlier-no-std", NO_STD)
+    yield _earlier("earlier-slow-actor", _actor_rate(2e-6))
+    yield _earlier("earlier-fast-actor", _actor_rate(1e-5))
+    yield _earlier("earlier-length-correction", LENGTH_CORRECTION)
+    yield _earlier("earlier-eos-not-scored", "critic.discriminator.exclude_eos=True")
+    yield _earlier("earlier-cut-kept", "algorithm.cut_answers=keep")
+    yield _earlier("earlier-cut-left-out", "algorithm.cut_answers=leave_out")
+    yield _earlier("earlier-no-balance", "critic.balance.enable=False")
+
+
+def runs() -> Iterator[Run]:
+    """All of them."""
+    yield from _without_rewards()
+    yield from _from_the_defaults()
+    yield from _from_the_earlier_defaults()
 
 
 RUNS: tuple[Run, ...] = tuple(runs())

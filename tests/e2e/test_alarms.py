@@ -52,7 +52,7 @@ def test_an_alarm_stops_a_run_and_the_same_command_goes_on(run, folder, caplog):
     texts = events.Tensors("alarms/answers_alike/text_summary")
     assert [(event.step, event.tensor_proto.string_val[0].decode()) for event in texts] == [(FIRES, said[0])]
     started = json.loads((path / "run.json").read_text())["starts"]
-    assert [start["changed"]["actor_rollout_ref.rollout.temperature"] for start in started] == [[0.8, 1e-4]] * 2
+    assert [start["changed"]["actor_rollout_ref.rollout.temperature"] for start in started] == [[1.0, 1e-4]] * 2
     assert {"critic/student_score/p50", "critic/teacher_score/p95"} <= read_metrics(path)[14].keys()
     kept = json.loads((path / "settings.json").read_text())
     assert kept["actor_rollout_ref"]["rollout"]["temperature"] == 1e-4

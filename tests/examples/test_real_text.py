@@ -23,7 +23,7 @@ def test_every_run_composes_and_comes_after_its_start(name):
     run = BY_NAME[name]
     required = ["data.train_files=x", "data.val_files=x", "actor_rollout_ref.model.path=x", "trainer.experiment_name=x"]
     config = compose_config([*COMMON, *run.overrides, *required])
-    assert config.use_critic == name.startswith("GAD") and config.soda.enable == name.startswith("SODA")
+    assert config.use_critic == name.startswith(("GAD", "earlier")) and config.soda.enable == name.startswith("SODA")
     assert (run.epochs is None) != (run.steps is None)
     before = [other.name for other in RUNS[: RUNS.index(run)]]
     assert run.parent is None or run.parent in before
@@ -31,7 +31,7 @@ def test_every_run_composes_and_comes_after_its_start(name):
 
 def test_a_run_brings_what_it_starts_from():
     assert [run.name for run in needed(["SODA"])] == ["SeqKD", "SODA"]
-    assert [run.name for run in needed(["*-from-2-*"])] == ["SeqKD-2-epochs", "GAD-from-2-epochs"]
+    assert [run.name for run in needed(["GAD-from-2-*"])] == ["SeqKD-2-epochs", "GAD-from-2-epochs"]
 
 
 def rows(start: int, stop: int) -> pd.DataFrame:
@@ -145,8 +145,8 @@ def test_runs_train_and_answer(tmp_path):
     sizes = ["data.train_batch_size=4", "data.max_prompt_length=28", "data.max_response_length=10"]
     train_and_answer("SeqKD", data, out, model, 1, [*sizes, "trainer.total_training_steps=2"], float("inf"))
     short = ["actor_rollout_ref.rollout.n=2", "trainer.critic_warmup=1", "trainer.total_training_steps=2"]
-    train_and_answer("GAD-last-token-warm-anchor", data, out, model, 1, [*sizes, *short], float("inf"))
-    for name, last in (("SeqKD", 2), ("GAD-last-token-warm-anchor", 2)):
+    train_and_answer("GAD-ranking", data, out, model, 1, [*sizes, *short], float("inf"))
+    for name, last in (("SeqKD", 2), ("GAD-ranking", 2)):
         assert (out / name / "done").exists()
         for temperature in TEMPERATURES:
             answers = pd.read_parquet(out / name / f"answers-{last}-at-{temperature}.parquet")

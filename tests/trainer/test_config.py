@@ -297,18 +297,18 @@ def test_settings_that_follow_others():
 # ---- stages (the table in the project's brief)
 
 STAGES = {
-    # critic_warmup, SFT, KL loss, actor lr, critic lr (None: no critic), epochs
-    "seqkd": (-1, True, False, 5e-6, None, 4),
-    "warmup": (10, False, True, 1e-6, 5e-6, 2),
-    "gad": (0, False, True, 1e-6, 1e-6, 2),
-    "gad_short": (10, False, True, 3e-6, 1e-6, 8),
+    # critic_warmup, SFT, KL loss, actor lr, critic lr (None: no critic), epochs, temperature, SFT anchor
+    "seqkd": (-1, True, False, 5e-6, None, 4, 0.8, 0),
+    "warmup": (10, False, True, 1e-6, 5e-6, 2, 1, 0.3),
+    "gad": (0, False, True, 1e-6, 1e-6, 2, 1, 0.3),
+    "gad_short": (10, False, True, 3e-6, 1e-6, 8, 0.8, 0),
 }
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage(stage):
     config = with_required(f"stage={stage}")
-    warmup, sft, kl, actor_lr, critic_lr, epochs = STAGES[stage]
+    warmup, sft, kl, actor_lr, critic_lr, epochs, temperature, anchor = STAGES[stage]
     actor = config.actor_rollout_ref.actor
     assert config.trainer.critic_warmup == warmup
     assert (actor.use_sft_mode, actor.use_kl_loss) == (sft, kl)
@@ -323,7 +323,7 @@ def test_stage(stage):
         assert actor.clip_ratio == 0.1
         assert config.algorithm.adv_estimator == "grpo"
     rollout = config.actor_rollout_ref.rollout
-    assert (rollout.n, rollout.temperature) == (8, 0.8)
+    assert (rollout.n, rollout.temperature, actor.sft_anchor_coef) == (8, temperature, anchor)
     assert config.data.train_batch_size == (128 if stage == "gad_short" else 256)
 
 
@@ -348,8 +348,10 @@ def test_the_default_stage_is_gad():
 
 
 def test_discriminator_constants():
-    config = with_required("critic.discriminator.ranking.temperature=3")
-    assert config.critic.discriminator.loss == "ranking"
+    assert with_required().critic.discriminator.loss == "bradley_terry"
+    assert with_required().critic.discriminator.constants() == {}
+    assert with_required("stage=gad_short").critic.discriminator.loss == "ranking"
+    config = with_required("critic.discriminator.loss=ranking", "critic.discriminator.ranking.temperature=3")
     assert config.critic.discriminator.constants() == {
         "ranking_coef": 1.5,
         "temperature": 3.0,
@@ -359,7 +361,6 @@ def test_discriminator_constants():
         "diff_limit": 1.5,
         "diff_coef": 0.5,
     }
-    assert with_required("critic.discriminator.loss=bradley_terry").critic.discriminator.constants() == {}
     hinge = {"margin": 1.0, "ranking_coef": 0.5, "temperature": 2.0, "clamp": 10.0}
     assert with_required("critic.discriminator.loss=hinge").critic.discriminator.constants() == hinge
     two_sided = with_required("critic.discriminator.loss=two_sided_hinge").critic.discriminator.constants()
@@ -586,7 +587,7 @@ CONFLICTS: dict[str, tuple[list[str], list[str]]] = {
         ["critic.discriminator.loss=/nowhere/mine.py:loss"],
         ["critic.discriminator.loss", "no file /nowhere/mine.py"],
     ),
-    "constants of nobody": (["critic.discriminator.custom={margin: 2}"], ["discriminator.custom", "ranking"]),
+    "constants of nobody": (["critic.discriminator.custom={margin: 2}"], ["discriminator.custom", "bradley_terry"]),
     "temperature of a loss without one": (
         ["critic.discriminator.loss=bradley_terry", "critic.discriminator.adaptive_temperature.enable=True"],
         ["adaptive_temperature", "bradley_terry"],

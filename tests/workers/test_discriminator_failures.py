@@ -22,6 +22,7 @@ from verl.trainer.ppo.metric_utils import compute_discriminator_metrics
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 
 REQUIRED = ("data.train_files=x", "actor_rollout_ref.model.path=x", "trainer.experiment_name=x", "stage=gad")
+RANKING = "critic.discriminator.loss=ranking"
 
 
 def critic(*overrides: str, lr: float) -> DataParallelPPOCritic:
@@ -119,7 +120,7 @@ def test_nothing_to_tell_apart():
     data.batch["responses"] = data.batch["teacher_response"].unsqueeze(1).expand(-1, 3, -1).contiguous()
     mask = data.batch["teacher_attention_mask"][:, -8:]
     data.batch["response_mask"] = mask.unsqueeze(1).expand(-1, 3, -1).contiguous()
-    first, *_, last = train(critic("critic.discriminator.ranking.reg_coef=0", lr=1e-2), data, 5)
+    first, *_, last = train(critic(lr=1e-2), data, 5)
     for metrics in (first, last):
         assert metrics["critic/d_acc"] == metrics["critic/score_diff"] == 0.0
         assert metrics["critic/ranking_loss"] == pytest.approx(math.log(2))
@@ -150,9 +151,9 @@ def test_a_hinge_without_an_upper_bound_runs_away():
 
 
 def test_without_its_brake_the_ranking_loss_grows_over_confident():
-    free = ("critic.discriminator.ranking.diff_coef=0", "critic.discriminator.ranking.reg_coef=0")
-    unbraked = train(critic(*free, lr=1e-2), different(), 60)
-    braked = train(critic(free[1], lr=1e-2), different(), 60)
+    free = (RANKING, "critic.discriminator.ranking.reg_coef=0")
+    unbraked = train(critic(*free, "critic.discriminator.ranking.diff_coef=0", lr=1e-2), different(), 60)
+    braked = train(critic(*free, lr=1e-2), different(), 60)
     assert unbraked[-1]["critic/diff_penalty"] > 1.0
     assert braked[-1]["critic/diff_penalty"] < 0.1
 
@@ -160,7 +161,7 @@ def test_without_its_brake_the_ranking_loss_grows_over_confident():
 def test_a_difference_beyond_the_clamp_has_no_gradient():
     """Students 21 above the teacher at temperature 1: clamped, the ranking loss sits at its worst and cannot move."""
     data = different()
-    settings_ = ("critic.discriminator.ranking.reg_coef=0", "critic.discriminator.ranking.clamp=0.001")
+    settings_ = (RANKING, "critic.discriminator.ranking.reg_coef=0", "critic.discriminator.ranking.clamp=0.001")
     stuck = critic(*settings_, lr=1e-2)
     metrics = train(stuck, data, 3)
     inside = (stuck.compute_scores(data)["student_scores"] - stuck.compute_scores(data)["teacher_scores"]).abs() < 0.002
@@ -172,8 +173,8 @@ def test_a_difference_beyond_the_clamp_has_no_gradient():
 
 def test_raw_sums_of_a_fresh_head_explode_the_gradient():
     """The regulariser is on sums: on a head with large values it dwarfs the ranking term."""
-    plain = train(critic("critic.discriminator.ranking.reg_coef=0", lr=0.0), different(), 1)[0]
-    heavy = train(critic("critic.discriminator.ranking.reg_coef=1.0", lr=0.0), different(), 1)[0]
+    plain = train(critic(RANKING, "critic.discriminator.ranking.reg_coef=0", lr=0.0), different(), 1)[0]
+    heavy = train(critic(RANKING, "critic.discriminator.ranking.reg_coef=1.0", lr=0.0), different(), 1)[0]
     assert heavy["critic/grad_norm"] > 10 > plain["critic/grad_norm"]
     assert heavy["critic/score_reg"] == plain["critic/score_reg"]
 

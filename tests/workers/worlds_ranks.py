@@ -53,7 +53,9 @@ def config() -> Config:
     """GAD with the whole batch as a mini-batch, weights that do change, and a learning rate that every step changes."""
     changes = [f"{name}.optim.{entry}" for name in ("actor_rollout_ref.actor", "critic") for entry in OPTIM]
     clips = ["actor_rollout_ref.actor.grad_clip=1", "critic.grad_clip=1"]
-    return settings("gspo", overrides=[f"data.train_batch_size={PROMPTS}", *changes, *clips])
+    # A loss on differences alone leaves the head's bias a gradient of rounding errors, which Adam makes steps of.
+    loss = "critic.discriminator.loss=ranking"
+    return settings("gspo", overrides=[f"data.train_batch_size={PROMPTS}", loss, *changes, *clips])
 
 
 @dataclass

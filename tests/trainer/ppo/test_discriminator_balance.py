@@ -146,10 +146,10 @@ def test_auto_that_fills_the_whole_run_has_failed_too():
     ("override", "message"),
     [
         ("critic.head_start.max_steps=3", "max_steps=3 ends before 2 checks every 5 steps are made: raise it to 10"),
-        ("critic.head_start.accuracy=0.9", "accuracy=0.9 is not below critic.balance.highest=0.85"),
+        ("critic.head_start.accuracy=0.9", "accuracy=0.9 is not below critic.balance.highest=0.8"),
         ("critic.held_out_prompts=0", "looks at held-out pairs, and there are none"),
         ("trainer.warmup_use_sft=True", "freezes the actor, and trainer.warmup_use_sft=True trains it"),
-        ("critic.balance.lowest=0.9", "lowest=0.9 must be below critic.balance.highest=0.85"),
+        ("critic.balance.lowest=0.9", "lowest=0.9 must be below critic.balance.highest=0.8"),
     ],
 )
 def test_settings_that_contradict_each_other(override, message):

@@ -193,7 +193,8 @@ def _actor(config: Config) -> Iterator[str]:
             "actor_rollout_ref.actor.entropy_coeff": actor.entropy_coeff,
             "algorithm.use_kl_in_reward": config.algorithm.use_kl_in_reward,
             "algorithm.task_reward_weight": config.algorithm.task_reward_weight,
-            "actor_rollout_ref.actor.sft_anchor_coef": actor.sft_anchor_coef,
+            # The warmup stage has one for the policy loss that it trains with otherwise.
+            "actor_rollout_ref.actor.sft_anchor_coef": 0 if config.use_critic else actor.sft_anchor_coef,
         }
         for key in (key for key, value in unused.items() if value):
             yield f"{key}={unused[key]} has no effect with actor_rollout_ref.actor.use_sft_mode=True; leave it off"
