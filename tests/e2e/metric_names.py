@@ -17,7 +17,7 @@ SEQKD_METRICS = {
 }
 DISCRIMINATOR_METRICS = {
     *("critic/d_loss", "critic/d_acc", "critic/score_diff", "critic/raw_score_diff", "critic/ranking_loss"),
-    *("critic/score_reg", "critic/diff_penalty", "critic/student_value_mean", "critic/teacher_value_mean"),
+    *("critic/student_value_mean", "critic/teacher_value_mean"),
     *("critic/student_score_mean", "critic/teacher_score_mean", "critic/grad_norm", "critic/lr"),
     *("critic/length_ratio", "critic/length_reward_corr", "critic/zero_std_group_frac"),
     *("critic/length_reward_corr_in_groups", "critic/group_length_spread"),

@@ -21,13 +21,14 @@ def mean(metrics, name, steps):
 
 def test_answers_that_are_all_alike_teach_nothing(run):
     """A temperature near 0: n equal answers, equal scores to the last bit, advantages 0, and no policy gradient."""
-    alike = read_metrics(run("alike", "actor_rollout_ref.rollout.temperature=1e-4", f"{ACTOR}.use_kl_loss=False"))
+    alone = (f"{ACTOR}.use_kl_loss=False", f"{ACTOR}.sft_anchor_coef=0")
+    alike = read_metrics(run("alike", "actor_rollout_ref.rollout.temperature=1e-4", *alone))
     for step in (0, 1, 2):
         assert alike[step]["critic/zero_std_group_frac"] == 1.0
         assert alike[step]["critic/advantages/max"] == alike[step]["critic/advantages/min"] == 0.0
     for step in (1, 2):
         assert alike[step]["actor/pg_loss"] == alike[step]["actor/grad_norm"] == 0.0
-    varied = read_metrics(run("varied", f"{ACTOR}.use_kl_loss=False"))
+    varied = read_metrics(run("varied", *alone))
     assert varied[1]["critic/zero_std_group_frac"] < 0.2
     assert varied[1]["actor/grad_norm"] > 0
 

@@ -203,11 +203,11 @@ def test_a_critic_that_cannot_tell_is_named_before_the_first_step(run, folder, c
 
 
 def test_the_teachers_answers_can_stand_beside_the_groups(run, plain):
-    anchored = ("actor_rollout_ref.actor.sft_anchor_coef=0.5", "actor_rollout_ref.actor.sft_anchor_end_coef=0.1")
+    anchored = ("actor_rollout_ref.actor.sft_anchor_coef=0.7", "actor_rollout_ref.actor.sft_anchor_end_coef=0.1")
     metrics = read_metrics(run("anchor", *anchored))
-    # Steps 0 (frozen), 1, 2 of 3: the weight falls linearly from .5 to .1 over the run.
+    # Steps 0 (frozen), 1, 2 of 3: the weight falls linearly from .7 to .1 over the run, and is not the default's.
     assert "actor/sft_anchor_loss" not in metrics[0]
-    assert [metrics[step]["actor/sft_anchor_coef"] for step in (1, 2)] == [pytest.approx(0.3), pytest.approx(0.1)]
+    assert [metrics[step]["actor/sft_anchor_coef"] for step in (1, 2)] == [pytest.approx(0.4), pytest.approx(0.1)]
     assert metrics[1]["actor/sft_anchor_loss"] > 0
     assert metrics[1]["actor/pg_loss"] == pytest.approx(plain[1]["actor/pg_loss"], abs=1e-6)
     assert metrics[1]["actor/grad_norm"] != pytest.approx(plain[1]["actor/grad_norm"], rel=1e-3)
