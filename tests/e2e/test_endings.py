@@ -62,6 +62,7 @@ def cut_ratios(folder, name, *overrides) -> list[float]:
         "critic.optim.lr=1e-3",
         "critic.held_out_prompts=0",
         "actor_rollout_ref.actor.use_kl_loss=False",
+        "actor_rollout_ref.actor.sft_anchor_coef=0",  # it holds even the student that is compared like others
         *TOKENS,
         *QUIET,
         *overrides,

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.e2e
 
 ACTOR = "actor_rollout_ref.actor"
 FAST = f"{ACTOR}.optim.lr=3e-3"
+# Nothing but the reward moves the student.
+REWARD_ALONE = (f"{ACTOR}.use_kl_loss=False", f"{ACTOR}.sft_anchor_coef=0")
 
 
 def mean(metrics, name, steps):
@@ -21,21 +23,20 @@ def mean(metrics, name, steps):
 
 def test_answers_that_are_all_alike_teach_nothing(run):
     """A temperature near 0: n equal answers, equal scores to the last bit, advantages 0, and no policy gradient."""
-    alone = (f"{ACTOR}.use_kl_loss=False", f"{ACTOR}.sft_anchor_coef=0")
-    alike = read_metrics(run("alike", "actor_rollout_ref.rollout.temperature=1e-4", *alone))
+    alike = read_metrics(run("alike", "actor_rollout_ref.rollout.temperature=1e-4", *REWARD_ALONE))
     for step in (0, 1, 2):
         assert alike[step]["critic/zero_std_group_frac"] == 1.0
         assert alike[step]["critic/advantages/max"] == alike[step]["critic/advantages/min"] == 0.0
     for step in (1, 2):
         assert alike[step]["actor/pg_loss"] == alike[step]["actor/grad_norm"] == 0.0
-    varied = read_metrics(run("varied", *alone))
+    varied = read_metrics(run("varied", *REWARD_ALONE))
     assert varied[1]["critic/zero_std_group_frac"] < 0.2
     assert varied[1]["actor/grad_norm"] > 0
 
 
 def test_a_discriminator_that_does_not_learn_is_outrun(run):
     """Frozen, it is soon fooled: the student scores above the teacher, and d_acc falls far below one half."""
-    metrics = read_metrics(run("outrun", "critic.optim.lr=0", FAST, f"{ACTOR}.use_kl_loss=False", steps=60))
+    metrics = read_metrics(run("outrun", "critic.optim.lr=0", FAST, *REWARD_ALONE, steps=60))
     assert mean(metrics, "critic/d_acc", range(50, 60)) < 0.3 < mean(metrics, "critic/d_acc", range(10))
     assert mean(metrics, "critic/score_diff", range(50, 60)) < mean(metrics, "critic/score_diff", range(10)) - 0.3
 
@@ -61,7 +62,7 @@ def test_a_reward_on_length_runs_to_a_limit(run, folder, sign, name):
             f"custom_reward_function.path={folder}/{name}.py",
             "algorithm.task_reward_weight=100",
             f"{ACTOR}.optim.lr=1e-2",
-            f"{ACTOR}.use_kl_loss=False",
+            *REWARD_ALONE,
             "actor_rollout_ref.rollout.temperature=1.0",
             "data.max_response_length=10",
             steps=40,
