@@ -215,6 +215,12 @@ def weight_files(folder: Path) -> list[Path]:
     """
     first = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if first is None:
+        whole = folder.parent
+        if folder.name == HUGGINGFACE and ((whole / MODEL_FOLDER).is_dir() or any(whole.glob("model_world_size_*.pt"))):
+            raise FileNotFoundError(
+                f"{folder} has a checkpoint's config and tokenizer, and its weights are beside it: pass its parent, "
+                f"{whole}"
+            )
         raise FileNotFoundError(f"{folder} holds no weights: expected one of {', '.join(WEIGHTS)}")
     if not first.endswith(".index.json"):
         return [folder / first]
