@@ -67,13 +67,13 @@ def fault_of_text(text: str, name: str) -> str | None:
 def fault_of_messages(messages: Any, key: str) -> str | None:
     """The reason why `messages` is no conversation that an answer can follow, or None."""
     if not isinstance(messages, list):
-        return f"{key!r} is not a list of chat messages but {type(messages).__name__}"
+        return f"{key!r} is not a list of chat messages but {_what_instead(messages)}"
     if not messages:
         return f"{key!r} has no chat messages"
     for message in messages:
         fields = [message.get("role"), message.get("content")] if isinstance(message, dict) else []
         if not fields or not all(isinstance(field, str) for field in fields):
-            return f"a message of {key!r} is not {{role: text, content: text}}"
+            return f"a message of {key!r} is not {{role: text, content: text}}{_but(message)}"
         fault = fault_of_text(fields[0], f"a role of {key!r}") or fault_of_text(fields[1], f"a message of {key!r}")
         if fault is None and len(message) > 2:
             fault = fault_of_depth(message, f"a message of {key!r}")
@@ -85,6 +85,31 @@ def fault_of_messages(messages: Any, key: str) -> str | None:
             "answer itself: a prompt ends before the answer"
         )
     return None
+
+
+def _what_instead(value: Any) -> str:
+    if isinstance(value, dict):
+        return "dict: put the one message into a list"
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        return "str, a text of JSON: python -m verl.data_tools.convert makes messages of it"
+    return type(value).__name__
+
+
+def _but(message: Any) -> str:
+    """What a message is instead, where that can be told in few words."""
+    if not isinstance(message, dict):
+        return f" but {type(message).__name__}"
+    if isinstance(message.get("content"), list):
+        return ": its content is a list of parts, and text alone is read"
+    missing = [name for name in ("role", "content") if name not in message]
+    if missing:
+        return f": it has no {' and no '.join(missing)}, only {', '.join(map(str, message))}"
+    wrong = [
+        f"{name} is {type(message[name]).__name__}"
+        for name in ("role", "content")
+        if not isinstance(message[name], str)
+    ]
+    return f": its {' and its '.join(wrong)}"
 
 
 def fault_of_conversation(messages: Any, record: Mapping[str, Any], key: str) -> str | None:

@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 SHOWN_BAD_ROWS = 10
 # What is said of a row that cannot be read where equal faults are counted.
 NOT_READABLE = "not readable"
+OTHER_FORMAT = (
+    "Name the columns with data.prompt_key (chat messages) and data.response_key (text), or bring the file into this "
+    "form: python -m verl.data_tools.convert"
+)
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,18 @@ def refuse(faults: Sequence[str], head: str, way_out: str, count: int | None = N
         raise ValueError("\n".join([f"{head} (rows of a file are counted from 0):", *shown, *more, way_out]))
 
 
+def _files_of(rows: Rows) -> str:
+    return ", ".join(map(str, rows.by_file()))
+
+
 def without_faults(rows: Rows, faults: Sequence[str | None], on_bad_row: Literal["error", "skip"]) -> np.ndarray:
     """The mask (R,) of rows without a fault; ValueError lists those with one, unless they are to be skipped, with a
     count. A row that cannot be read says itself why."""
     bad = [number for number, fault in enumerate(faults) if fault is not None]
     if bad and on_bad_row == "error":
+        kinds = Counter(faults[number] for number in bad)
+        if len(bad) == len(rows) and len(kinds) == 1 and not rows[bad[0]].unreadable:
+            raise ValueError(f"{_files_of(rows)}, all {len(bad)} rows: {faults[bad[0]]}. {OTHER_FORMAT}")
         first = [(rows[number], faults[number]) for number in bad[:SHOWN_BAD_ROWS]]
         refuse(
             [row.unreadable or f"{row.place}: {fault}" for row, fault in first],
