@@ -86,13 +86,20 @@ def sort_out(unknown: dict[str, Any], known: Sequence[str]) -> tuple[list[str], 
     refused, idle = [], {}
     for key, value in unknown.items():
         family = family_of(key)
-        if family is None:
+        if family is None or _is_ours(key, family, known):
             refused.append(f"unknown key {key}{suggestion(key, known)}")
         elif not family.takes(value):
             refused.append(f"{key}={_typed(value)}: {family.says}{_way_out(family)}")
         elif family.taken is None:
             idle[key] = family.says
     return refused, idle
+
+
+def _is_ours(key: str, family: Family, known: Sequence[str]) -> bool:
+    """Whether a key is one of ours, shortened, or a typo of one that a family has only by a pattern."""
+    names = _whole(key)
+    named = any(name in family.keys for name in names)
+    return any(name in known for name in names) or (not named and bool(_mistyped(_plain(key), known)))
 
 
 def _way_out(family: Family) -> str:
