@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from verl.batch import Prompts
-from verl.models.loading import all_eos_token_ids, is_discriminator, quiet_transformers
+from verl.models.loading import all_eos_token_ids, find_model, is_discriminator, quiet_transformers
 from verl.monitor.live import StoppedByAlarm
 from verl.single_controller.ray.output import RankOutput
 from verl.single_controller.ray.starting import join_or_start, stop
@@ -41,7 +41,8 @@ from verl.trainer.ppo.roles import ResourcePoolManager, Role
 from verl.utils.checkpoint.recovery import clear_up
 from verl.utils.console import print_exception
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, find_files
-from verl.utils.refusals import Findings, before_the_start, is_told_plainly, tell
+from verl.utils.hub import parse_hub_name
+from verl.utils.refusals import Findings, Refused, before_the_start, is_told_plainly, sentences_of, tell
 from verl.utils.run_lock import check_writable, only_run_in
 from verl.utils.run_log import FOLDER, RANKS, log_to, log_to_terminal, phase
 from verl.utils.signals import EndedBySignal, RunSignals, out_of_reach
@@ -111,6 +112,22 @@ def check_data_files(data: DataConfig) -> None:
             if getattr(data, setting) is not None:
                 find_files(getattr(data, setting))
     findings.tell()
+
+
+def missing_paths(config: Config) -> list[str]:
+    """Sentences about data files and model folders that are not there; names of the hub are not asked for."""
+    findings = Findings()
+    for names in (config.data.train_files, config.data.val_files):
+        for name in [names] if isinstance(names, str) else names or []:
+            with findings.gathered():
+                if parse_hub_name(name, "dataset") is None:
+                    find_files(name)
+    models = [config.actor_rollout_ref.model.path] + [config.critic.model.path] * config.use_critic
+    for path in dict.fromkeys(models):
+        with findings.gathered():
+            if parse_hub_name(path, "model") is None:
+                find_model(path)
+    return [sentence for error in findings.errors for sentence in sentences_of(error)]
 
 
 def look_over(config: Config, findings: Findings) -> PreTrainedTokenizerBase | None:
@@ -269,7 +286,8 @@ def _hydra_main(composed: DictConfig) -> None:
     try:
         config = to_config(composed, HydraConfig.get().overrides.task)
     except ConfigError as error:
-        tell(error)
+        missing = [] if error.config is None else missing_paths(error.config)
+        tell(Refused([*error.problems, *missing]))
         sys.exit(REFUSED)
     try:
         run_ppo(config)

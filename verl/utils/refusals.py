@@ -9,11 +9,12 @@ from __future__ import annotations
 import dis
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from verl.utils.console import print_exception, printable
+from verl.utils.console import printable
 
 PACKAGE = Path(__file__).parents[1]
 REASONS = (ValueError, OSError, ImportError, RuntimeError)
@@ -101,10 +102,13 @@ def wants_traceback() -> bool:
     return os.environ.get("VERL_TRACEBACK", "") not in ("", "0")
 
 
-def tell(error: Exception) -> None:
-    """Print what an error says to standard error, a line `error: ...` for each problem."""
+def text_of(error: Exception) -> str:
+    """What an error says, printable: a line `error: ...` for each problem, or its traceback where that is asked for."""
     if wants_traceback():
-        print_exception(type(error), error, error.__traceback__)
-        return
-    for sentence in sentences_of(error):
-        print(printable(f"error: {sentence}"), file=sys.stderr)
+        return printable("".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip("\n"))
+    return printable("\n".join(f"error: {sentence}" for sentence in sentences_of(error)))
+
+
+def tell(error: Exception) -> None:
+    """Print `text_of` it to standard error."""
+    print(text_of(error), file=sys.stderr)

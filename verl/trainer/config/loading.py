@@ -160,7 +160,7 @@ def to_config(composed: DictConfig, overrides: Sequence[str] | None = None) -> C
     if overrides is not None:
         conflicts += stage_conflicts(config, overrides)
     if conflicts:
-        raise ConfigError(conflicts)
+        raise ConfigError(conflicts, config)
     for why in dict.fromkeys(idle.values()):
         logger.info("%s: %s", ", ".join(key for key in idle if idle[key] == why), why)
     return config

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -233,14 +234,17 @@ def _refuse_other_text(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(4096)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path} is UTF-16, as Windows writes it: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+        raise ValueError(
+            f"{path}, line 1 (from 1) is not UTF-8 but UTF-16, as Windows writes it: save the file as UTF-8 (iconv -f "
+            "UTF-16 -t UTF-8)"
+        )
     if head.startswith(LFS_POINTER):
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}")
     if head.startswith(b"PAR1"):
         raise ValueError(f"{path} is a parquet file by its content: name it .parquet")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise ValueError(f"{path} is a web page and not JSON lines: download the file itself")
-    if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+    if re.match(rb"\s*\[\s*(\{|$)", head.removeprefix(codecs.BOM_UTF8)):
         raise ValueError(
             f"{path} is a JSON array and not JSON lines, an object on each line: `python -m verl.data_tools.convert` "
             "makes such a file of it, if it is named .json"

@@ -36,6 +36,7 @@ MAX_CHARACTERS = 10_000_000
 # For one prompt, of which a chat template makes thousands in this time.
 TEMPLATE_SECONDS = 20
 PROBE = "verl{}probe"
+NO_MESSAGE = "a message of {!r}"
 # A tag such as <think>, [THINK] or ◁think▷ at the end of a prompt.
 _CLOSING_TAG = re.compile(r"(?P<open><|\[|◁)(?P<slash>/?)(?P<name>[^<>\[\]◁▷\s/]{1,40})(?P<close>>|\]|▷)$")
 _THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
@@ -73,7 +74,7 @@ def fault_of_messages(messages: Any, key: str) -> str | None:
     for message in messages:
         fields = [message.get("role"), message.get("content")] if isinstance(message, dict) else []
         if not fields or not all(isinstance(field, str) for field in fields):
-            return f"a message of {key!r} is not {{role: text, content: text}}{_but(message)}"
+            return f"{NO_MESSAGE.format(key)} is not {{role: text, content: text}}"
         fault = fault_of_text(fields[0], f"a role of {key!r}") or fault_of_text(fields[1], f"a message of {key!r}")
         if fault is None and len(message) > 2:
             fault = fault_of_depth(message, f"a message of {key!r}")
@@ -95,21 +96,18 @@ def _what_instead(value: Any) -> str:
     return type(value).__name__
 
 
-def _but(message: Any) -> str:
-    """What a message is instead, where that can be told in few words."""
-    if not isinstance(message, dict):
-        return f" but {type(message).__name__}"
-    if isinstance(message.get("content"), list):
-        return ": its content is a list of parts, and text alone is read"
-    missing = [name for name in ("role", "content") if name not in message]
-    if missing:
-        return f": it has no {' and no '.join(missing)}, only {', '.join(map(str, message))}"
-    wrong = [
-        f"{name} is {type(message[name]).__name__}"
-        for name in ("role", "content")
-        if not isinstance(message[name], str)
-    ]
-    return f": its {' and its '.join(wrong)}"
+def what_instead(fault: str, record: Mapping[str, Any]) -> str | None:
+    """More words on a fault of a row's messages: what the first wrong one is; None where there are none."""
+    key = next((key for key in record if fault.startswith(NO_MESSAGE.format(key))), None)
+    for message in [] if key is None else record[key]:
+        if not isinstance(message, dict):
+            return f"a message there is {type(message).__name__}"
+        if isinstance(message.get("content"), list):
+            return "a message's content there is a list of parts, and text alone is read"
+        missing = [name for name in ("role", "content") if name not in message]
+        if missing:
+            return f"a message there has no {' and no '.join(missing)}, only {', '.join(map(str, message))}"
+    return None
 
 
 def fault_of_conversation(messages: Any, record: Mapping[str, Any], key: str) -> str | None:
