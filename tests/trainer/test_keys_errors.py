@@ -141,7 +141,6 @@ def test_both_data_files_are_looked_at(start, folder):
         (["--lr=1e-6"], "--lr=1e-6: no such flag; a setting is written without dashes, lr=1e-6"),
         (["--resume_step", "5"], "--resume_step: a run goes on from its newest checkpoint by itself"),
         (["trainer.resume_mode=resume_path", "trainer.resume_from_path=/no"], "trainer.resume_from_path=/no does not"),
-        (["data.max_prompt_length=400"], "= 420 is above max_position_embeddings=256"),
     ],
 )  # fmt: skip
 def test_one_line(start, overrides, said):
@@ -151,6 +150,11 @@ def test_one_line(start, overrides, said):
 
 def test_faults_of_a_command_line_are_told_together(start):
     assert len(errors(start("~data.seed", "gad", "--foo"))) == 3
+
+
+def test_rows_beyond_the_context_of_both_models(start):
+    found = errors(start("data.max_prompt_length=400"))
+    assert [" = 420 is above max_position_embeddings=256" in line for line in found] == [True, True]
 
 
 def test_a_gpu_that_is_not_there(start):

@@ -32,7 +32,7 @@ from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overr
 from verl.trainer.config.loading import check_shown, explain_refusals
 from verl.trainer.config.overrides import flags_last
 from verl.trainer.config.paths import with_absolute_paths
-from verl.trainer.config.value_checks import doubt_of_rows, doubts
+from verl.trainer.config.value_checks import NO_TEXT, doubt_of_rows, doubts
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
 from verl.trainer.ppo.model_checks import check_device, check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin, check_same_run
@@ -120,7 +120,7 @@ def missing_paths(config: Config) -> list[str]:
     for names in (config.data.train_files, config.data.val_files):
         for name in [names] if isinstance(names, str) else names or []:
             with findings.gathered():
-                if parse_hub_name(name, "dataset") is None:
+                if name not in NO_TEXT and parse_hub_name(name, "dataset") is None:
                     find_files(name)
     models = [config.actor_rollout_ref.model.path] + [config.critic.model.path] * config.use_critic
     for path in dict.fromkeys(models):

@@ -60,11 +60,11 @@ def normalize_overrides(arguments: list[str]) -> list[str]:
     """
     are_flags = _are_flags(arguments)
     problems = _spaced([argument for argument, is_flag in zip(arguments, are_flags, strict=True) if not is_flag])
-    normalized = []
+    normalized, is_spaced = [], bool(problems)
     for argument, is_flag in zip(arguments, are_flags, strict=True):
         if is_flag and argument.startswith("-") and not _is_known(argument):
             problems.append(_flag_problem(argument))
-        elif is_flag or problems:
+        elif is_flag or is_spaced:
             normalized.append(argument)
         else:
             with _kept(problems):
