@@ -362,7 +362,7 @@ def test_what_is_no_data(start, tmp_path, name):
 
 def test_a_folder_is_no_file(start, folder):
     (problem,) = errors(start(f"data.train_files={folder}"))
-    assert f"{folder} is a folder and not a data file; name the files in it: {folder}/" in problem
+    assert f"{folder} is a folder and not a data file: name files in it, {folder}/" in problem
 
 
 # ---- the voice itself
