@@ -19,6 +19,7 @@ setup(
     packages=find_packages(include=["verl", "verl.*"]),
     package_data={
         "verl": ["trainer/config/**/*.yaml", "trainer/config/*.yaml", "monitor/*.yaml", "monitor/assets/*"],
+        "verl.config": ["*.yaml"],
         "verl.monitor.report": ["*.yaml", "*.js", "*.css"],
     },
     install_requires=(here / "requirements.txt").read_text().split(),

@@ -15,19 +15,39 @@ usage: bash $0 --model PATH $([[ $needs_critic == yes ]] && echo '--reward_model
   --exp_name NAME      checkpoints and metrics go to checkpoints/gad/NAME
   --nnodes N           machines (default 1)
   KEY=VALUE            any setting of verl/trainer/config, e.g. data.train_files=data/train.parquet
+  --cfg job            show the settings and what is wrong with them, and train nothing
 
 Data: DATA_DIR/train.parquet and DATA_DIR/test.parquet unless data.train_files and data.val_files say otherwise.
 TEXT
 }
 
+# A Python that has what training needs, asked before anything else is started.
+find_python() {
+    local python=${PYTHON:-python3}
+    command -v "$python" >/dev/null || { echo "no such Python: $python; set PYTHON" >&2; return 1; }
+    "$python" -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, ("torch", "hydra", "ray"))))' || {
+        echo "$(command -v "$python") has no torch, hydra or ray: activate the environment that the trainer is" \
+            "installed in (source .venv/bin/activate), or set PYTHON to its python" >&2
+        return 1
+    }
+}
+
 run_stage() {
-    local stage=$1 needs_critic=$2 model="" reward_model="" exp_name="" nnodes=1 overrides=()
+    local stage=$1 needs_critic=$2 model="" reward_model="" exp_name="" nnodes=1 overrides=() shows=no
     shift 2
     while (($#)); do
         case $1 in
             --model | --reward_model | --exp_name | --nnodes)
                 [[ $# -ge 2 ]] || { echo "$1 needs a value" >&2; usage >&2; return 2; }
                 printf -v "${1#--}" '%s' "$2"; shift 2 ;;
+            --cfg | -c)
+                [[ $# -ge 2 ]] || { echo "$1 needs a value: job" >&2; return 2; }
+                shows=yes; overrides+=("$1" "$2"); shift 2 ;;
+            --resolve) overrides+=("$1"); shift ;;
+            --resume_step)
+                echo "$1: a run goes on from its newest checkpoint by itself; from another one with" \
+                    "trainer.resume_mode=resume_path trainer.resume_from_path=.../global_step_N" >&2
+                return 2 ;;
             -h | --help) usage; return 0 ;;
             --*=*) echo "write ${1%%=*} VALUE, without '='" >&2; return 2 ;;
             *=*) overrides+=("$1"); shift ;;
@@ -39,7 +59,8 @@ run_stage() {
     for name in "${needed[@]}"; do [[ -n ${!name} ]] || missing+=("--$name"); done
     ((${#missing[@]} == 0)) || { echo "missing: ${missing[*]}" >&2; usage >&2; return 2; }
 
-    if declare -F before_training >/dev/null; then before_training ${overrides[@]+"${overrides[@]}"}; fi
+    find_python || return
+    if [[ $shows == no ]] && declare -F before_training >/dev/null; then before_training ${overrides[@]+"${overrides[@]}"}; fi
     local data=${DATA_DIR:-data} python=${PYTHON:-python3}
     local ranks=${N_GPUS_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     echo "$(date +%T) loading libraries ..." >&2

@@ -6,13 +6,13 @@ Nothing here imports what takes long, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import IO, NamedTuple
 
 from verl.tools.flags import json_object
-from verl.utils.console import printable, say
+from verl.utils.console import say
+from verl.utils.refusals import tell
 
 # FOUND: what was looked for, or less than was asked for. USAGE: wrong flags, or input that cannot be used.
 DONE, FOUND, USAGE = 0, 1, 2
@@ -37,7 +37,7 @@ def run_tool(run: Callable[[argparse.Namespace], Outcome], options: argparse.Nam
 
 def fail(error: Exception) -> int:
     """Say what is wrong with a command's input; returns the exit code."""
-    print(printable(f"error: {error}"), file=sys.stderr)
+    tell(error)
     return USAGE
 
 

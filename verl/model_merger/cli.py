@@ -11,6 +11,7 @@ from verl.model_merger.merger import compare, merge
 from verl.model_merger.upload import prepare_upload, upload
 from verl.models.loading import quiet_transformers
 from verl.utils.console import printable
+from verl.utils.refusals import text_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,5 +72,5 @@ def main(arguments: list[str] | None = None) -> None:
                 options.hf_model_path,
             )
             print(f"{count} tensors are equal")
-    except (ConnectionError, FileNotFoundError, ValueError) as error:
-        sys.exit(printable(f"error: {error}"))
+    except (OSError, ValueError) as error:
+        sys.exit(text_of(error))

@@ -18,7 +18,8 @@ from verl.monitor.report.page import write_page
 from verl.monitor.rules import load_rules
 from verl.monitor.table import markdown
 from verl.monitor.verdict import Words
-from verl.utils.console import printable, say
+from verl.utils.console import say
+from verl.utils.refusals import tell
 
 HEALTHY, ALARMS, USAGE = 0, 1, 2
 EPILOG = """\
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_page(seen, Path(options.html).expanduser(), options.lang)
             say(f"\n{options.html}")
     except (OSError, ValueError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        tell(error)
         return USAGE
     if any(one.watch.firing for one in seen):
         return ALARMS

@@ -11,8 +11,9 @@ import torch
 
 from verl.models.loading import quiet_transformers
 from verl.tools.flags import json_object, whole
-from verl.utils.console import printable, say
+from verl.utils.console import say
 from verl.utils.dataset.texts import SpecialText
+from verl.utils.refusals import text_of
 from verl.utils.torch_functional import Truncation
 
 
@@ -25,7 +26,7 @@ def run_command(
     try:
         report = run(options)
     except (OSError, ValueError) as error:
-        sys.exit(printable(f"error: {error}"))
+        sys.exit(text_of(error))
     say(report)
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,25 +19,30 @@ from typing import ClassVar
 import hydra
 import psutil
 import ray
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from verl.batch import Prompts
-from verl.models.loading import all_eos_token_ids, quiet_transformers
+from verl.models.loading import all_eos_token_ids, find_model, is_discriminator, quiet_transformers
 from verl.monitor.live import StoppedByAlarm
 from verl.single_controller.ray.output import RankOutput
 from verl.single_controller.ray.starting import join_or_start, stop
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
-from verl.trainer.config.loading import explain_refusals
+from verl.trainer.config.loading import check_shown, explain_refusals
+from verl.trainer.config.overrides import flags_last
 from verl.trainer.config.paths import with_absolute_paths
+from verl.trainer.config.value_checks import NO_TEXT, doubt_of_rows, doubts
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
-from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens
+from verl.trainer.ppo.model_checks import check_device, check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.roles import ResourcePoolManager, Role
 from verl.utils.checkpoint.recovery import clear_up
-from verl.utils.console import print_exception, printable
-from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+from verl.utils.console import print_exception
+from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, find_files
+from verl.utils.hub import parse_hub_name
+from verl.utils.refusals import Findings, Refused, before_the_start, is_told_plainly, sentences_of, tell
 from verl.utils.run_lock import check_writable, only_run_in
 from verl.utils.run_log import FOLDER, RANKS, log_to, log_to_terminal, phase
 from verl.utils.signals import EndedBySignal, RunSignals, out_of_reach
@@ -45,6 +51,11 @@ from verl.utils.tracking import check_loggers, ending_in_time
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
 logger = logging.getLogger(__name__)
+
+# The exit code of a run that is not started.
+REFUSED = 1
+# Flags that show the settings and run nothing.
+SHOWING = {"--cfg", "-c"}
 
 
 def create_rl_dataset(
@@ -83,9 +94,88 @@ def check_folders(config: Config) -> None:
     folders = {"rollout_data_dir": trainer.rollout_data_dir, "validation_data_dir": trainer.validation_data_dir}
     if "tensorboard" in trainer.logger:
         folders["default_tensorboard_dir"] = trainer.default_tensorboard_dir
+    findings = Findings()
     for setting, folder in folders.items():
-        if folder is not None:
-            check_writable(Path(folder).expanduser(), f"trainer.{setting}")
+        with findings.gathered():
+            if folder is not None:
+                check_writable(Path(folder).expanduser(), f"trainer.{setting}")
+    with findings.gathered():
+        find_checkpoint(trainer, ("actor",))
+    findings.tell()
+
+
+def check_data_files(data: DataConfig) -> None:
+    """The files of both settings are there, or it is told which are not."""
+    findings = Findings()
+    for setting in ("train_files", "val_files"):
+        with findings.gathered():
+            if getattr(data, setting) is not None:
+                find_files(getattr(data, setting))
+    findings.tell()
+
+
+def missing_paths(config: Config) -> list[str]:
+    """Sentences about data files and model folders that are not there; names of the hub are not asked for."""
+    findings = Findings()
+    for names in (config.data.train_files, config.data.val_files):
+        for name in [names] if isinstance(names, str) else names or []:
+            with findings.gathered():
+                if name not in NO_TEXT and parse_hub_name(name, "dataset") is None:
+                    find_files(name)
+    models = [config.actor_rollout_ref.model.path] + [config.critic.model.path] * config.use_critic
+    for path in dict.fromkeys(models):
+        with findings.gathered():
+            if parse_hub_name(path, "model") is None:
+                find_model(path)
+    return [sentence for error in findings.errors for sentence in sentences_of(error)]
+
+
+def look_over(config: Config, findings: Findings) -> PreTrainedTokenizerBase | None:
+    """Look at everything but the rows of the data, which take longest; returns the student's tokenizer, if that can be
+    had."""
+    tokenizer = None
+    with findings.gathered():
+        check_loggers(config.trainer.logger)
+    with findings.gathered():
+        check_folders(config)
+    with findings.gathered():
+        check_device(config)
+    with findings.gathered():
+        check_engine(config)
+    with findings.gathered():
+        check_data_files(config.data)
+    with findings.gathered(), phase("reading tokenizer and model files"):
+        tokenizer = check_models(config)
+    return tokenizer
+
+
+def without_idle_critic(config: Config) -> Config:
+    """Without a discriminator where only the student is looked at: `trainer.val_only`, and no trained one is named."""
+    if not (config.trainer.val_only and config.use_critic):
+        return config
+    with suppress(OSError, ValueError):
+        if not is_discriminator(config.critic.model.path):
+            logger.info("trainer.val_only=True: no discriminator takes part, as critic.model.path names no trained one")
+            return replace(config, trainer=replace(config.trainer, critic_warmup=-1))
+    return config
+
+
+def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[RLHFDataset, RLHFDataset | None]:
+    """Training and validation rows; what is wrong with either is told."""
+    data, findings, val = config.data, Findings(), None
+    if config.custom_reward_function.path is not None:
+        data = replace(data, return_raw_chat=True)
+    ends = all_eos_token_ids(tokenizer, config.actor_rollout_ref.model.path)
+    with phase("reading data"):
+        with findings.gathered():
+            train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples, ends)
+        with findings.gathered():
+            if data.val_files is not None:
+                # Validation shows what the user said last.
+                asked = replace(data, return_raw_chat=True)
+                val = create_rl_dataset(data.val_files, asked, tokenizer, data.val_max_samples, ends)
+        findings.tell()
+    return train, val
 
 
 class TaskRunner:
@@ -102,31 +192,27 @@ class TaskRunner:
             StallError: nothing came of something for `trainer.stall_timeout` seconds.
             StoppedByAlarm: an alarm ended it, saved, with `trainer.on_alarm=stop`.
         """
-        config = with_absolute_paths(config)
-        folder, signals = run_folder(config.trainer), RunSignals()
-        watch = StallWatch(config.trainer.stall_warning, config.trainer.stall_timeout)
-        with only_run_in(folder), log_to(folder), signals.taken(), watch.at_work():
+        with ExitStack() as held:
+            with before_the_start():
+                config = without_idle_critic(with_absolute_paths(config))
+                folder, signals, findings = run_folder(config.trainer), RunSignals(), Findings()
+                with findings.gathered():
+                    held.enter_context(only_run_in(folder))
+                if findings:
+                    look_over(config, findings)
+                    findings.tell()
+            watch = StallWatch(config.trainer.stall_warning, config.trainer.stall_timeout)
+            for held_too in (log_to(folder), signals.taken(), watch.at_work()):
+                held.enter_context(held_too)
             clear_up(folder)
-            self._run(config, signals)
+            with before_the_start():
+                runner = self._prepared(config, signals)
+            runner.fit()
 
-    def _run(self, config: Config, signals: RunSignals) -> None:
-        data, trainer = config.data, config.trainer
-        if config.custom_reward_function.path is not None:
-            data = replace(data, return_raw_chat=True)
-        check_loggers(trainer.logger)
-        check_folders(config)
-        check_engine(config)
-        with phase("reading tokenizer and model files"):
-            tokenizer = check_models(config)
-        ends = all_eos_token_ids(tokenizer, config.actor_rollout_ref.model.path)
-        val = None
-        with phase("reading data"):
-            train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples, ends)
-            if data.val_files is not None:
-                # Validation shows what the user said last.
-                asked = replace(data, return_raw_chat=True)
-                val = create_rl_dataset(data.val_files, asked, tokenizer, data.val_max_samples, ends)
-        check_tokens(config, tokenizer, [train] if val is None else [train, val])
+    def _prepared(self, config: Config, signals: RunSignals) -> RayPPOTrainer:
+        """The trainer with its workers, all checked."""
+        trainer = config.trainer
+        tokenizer, train, val = self._looked_at(config)
         roles = [Role.ActorRollout] + ([Role.Critic] if config.use_critic else [])
         pools = ResourcePoolManager(
             {"global_pool": [trainer.n_gpus_per_node] * trainer.nnodes},
@@ -147,7 +233,20 @@ class TaskRunner:
             policy_settings.rollout.name,
         )  # fmt: skip
         runner.init_workers()
-        runner.fit()
+        return runner
+
+    def _looked_at(self, config: Config) -> tuple[PreTrainedTokenizerBase, RLHFDataset, RLHFDataset | None]:
+        """The student's tokenizer, training and validation data; of everything that is wrong, each is told."""
+        findings = Findings()
+        tokenizer = look_over(config, findings)
+        findings.tell()
+        for doubt in doubts(config):
+            logger.warning("%s", doubt)
+        train, val = read_data(config, tokenizer)
+        for doubt in doubt_of_rows(len(train), config):
+            logger.warning("%s", doubt)
+        check_tokens(config, tokenizer, [train] if val is None else [train, val])
+        return tokenizer, train, val
 
     def start(self, config: Config) -> None:
         """Start what the workers run on."""
@@ -185,9 +284,11 @@ def _hydra_main(composed: DictConfig) -> None:
     logger.info("libraries are loaded, after %s", duration(time.time() - psutil.Process().create_time()))
     quiet_transformers()
     try:
-        config = to_config(composed)
+        config = to_config(composed, HydraConfig.get().overrides.task)
     except ConfigError as error:
-        sys.exit(printable(str(error)))
+        missing = [] if error.config is None else missing_paths(error.config)
+        tell(Refused([*error.problems, *missing]))
+        sys.exit(REFUSED)
     try:
         run_ppo(config)
     except EndedBySignal as end:
@@ -196,6 +297,11 @@ def _hydra_main(composed: DictConfig) -> None:
     except StoppedByAlarm as end:
         logger.error("%s", end)
         sys.exit(end.exit_code)
+    except Exception as error:
+        if not is_told_plainly(error):
+            raise
+        tell(error)
+        sys.exit(REFUSED)
     finally:
         say_what_is_waited_for()
 
@@ -208,17 +314,27 @@ def say_what_is_waited_for() -> None:
         logger.warning("the run is over; this process ends when its other threads do: %s", ", ".join(others))
 
 
+def check_what_is_shown(arguments: list[str]) -> None:
+    """After `--cfg job`: ConfigError for settings that a run would refuse; a line for those that it will ask for."""
+    if not any(flag.startswith(("--config", "-c")) and flag not in SHOWING for flag in arguments):
+        for key in check_shown(arguments):
+            print(f"note: {key} is still to be given", file=sys.stderr)
+
+
 def main() -> None:
     """The command line."""
     # A failure shows its whole traceback, the worker's first.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.excepthook = print_exception
     try:
-        sys.argv[1:] = normalize_overrides(sys.argv[1:])
+        sys.argv[1:] = flags_last(normalize_overrides(sys.argv[1:]))
         with ending_in_time(), explain_refusals():
             _hydra_main()
+            if SHOWING & set(sys.argv):
+                check_what_is_shown(sys.argv[1:])
     except ConfigError as error:
-        sys.exit(printable(str(error)))
+        tell(error)
+        sys.exit(REFUSED)
 
 
 if __name__ == "__main__":

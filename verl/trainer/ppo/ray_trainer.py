@@ -54,6 +54,7 @@ from verl.utils.run_log import phase
 from verl.utils.signals import RunSignals
 from verl.utils.stalls import doing
 from verl.utils.tracking import Tracking
+from verl.utils.units import counted
 
 __all__ = [
     "RayPPOTrainer",
@@ -136,7 +137,10 @@ class RayPPOTrainer:
                 f"{rows} training rows times {epochs} epochs do not fill one batch of {batch}: lower "
                 "data.train_batch_size or raise trainer.total_epochs"
             )
-        logger.info("%d training rows, batches of %d: %d steps, %.2f epochs", rows, batch, steps, steps * batch / rows)
+        logger.info(
+            "%s, batches of %d: %s, %.2f epochs",
+            counted(rows, "training row"), batch, counted(steps, "step"), steps * batch / rows,
+        )  # fmt: skip
         if self.config.frozen_actor_steps >= steps:
             logger.warning(
                 "trainer.critic_warmup=%s covers all %d steps: only the discriminator will be trained",

@@ -36,6 +36,7 @@ MAX_CHARACTERS = 10_000_000
 # For one prompt, of which a chat template makes thousands in this time.
 TEMPLATE_SECONDS = 20
 PROBE = "verl{}probe"
+NO_MESSAGE = "a message of {!r}"
 # A tag such as <think>, [THINK] or ◁think▷ at the end of a prompt.
 _CLOSING_TAG = re.compile(r"(?P<open><|\[|◁)(?P<slash>/?)(?P<name>[^<>\[\]◁▷\s/]{1,40})(?P<close>>|\]|▷)$")
 _THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
@@ -67,13 +68,13 @@ def fault_of_text(text: str, name: str) -> str | None:
 def fault_of_messages(messages: Any, key: str) -> str | None:
     """The reason why `messages` is no conversation that an answer can follow, or None."""
     if not isinstance(messages, list):
-        return f"{key!r} is not a list of chat messages but {type(messages).__name__}"
+        return f"{key!r} is not a list of chat messages but {_what_instead(messages)}"
     if not messages:
         return f"{key!r} has no chat messages"
     for message in messages:
         fields = [message.get("role"), message.get("content")] if isinstance(message, dict) else []
         if not fields or not all(isinstance(field, str) for field in fields):
-            return f"a message of {key!r} is not {{role: text, content: text}}"
+            return f"{NO_MESSAGE.format(key)} is not {{role: text, content: text}}"
         fault = fault_of_text(fields[0], f"a role of {key!r}") or fault_of_text(fields[1], f"a message of {key!r}")
         if fault is None and len(message) > 2:
             fault = fault_of_depth(message, f"a message of {key!r}")
@@ -84,6 +85,28 @@ def fault_of_messages(messages: Any, key: str) -> str | None:
             f"{key!r} ends in a message of the {messages[-1]['role']!r} role, after which the student would have to "
             "answer itself: a prompt ends before the answer"
         )
+    return None
+
+
+def _what_instead(value: Any) -> str:
+    if isinstance(value, dict):
+        return "dict: put the one message into a list"
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        return "str, a text of JSON: python -m verl.data_tools.convert makes messages of it"
+    return type(value).__name__
+
+
+def what_instead(fault: str, record: Mapping[str, Any]) -> str | None:
+    """More words on a fault of a row's messages: what the first wrong one is; None where there are none."""
+    key = next((key for key in record if fault.startswith(NO_MESSAGE.format(key))), None)
+    for message in [] if key is None else record[key]:
+        if not isinstance(message, dict):
+            return f"a message there is {type(message).__name__}"
+        if isinstance(message.get("content"), list):
+            return "a message's content there is a list of parts, and text alone is read"
+        missing = [name for name in ("role", "content") if name not in message]
+        if missing:
+            return f"a message there has no {' and no '.join(missing)}, only {', '.join(map(str, message))}"
     return None
 
 

@@ -11,6 +11,7 @@ pad and EOS are often the same token.
 
 import logging
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -41,6 +42,8 @@ from verl.utils.torch_functional import pad_2d_list_to_length, postprocess_data
 
 logger = logging.getLogger(__name__)
 
+# What files of rows end in.
+READABLE = (".parquet", ".jsonl")
 # Rows on which the tokenizer is compared with its files.
 COMPARED_ROWS = 200
 
@@ -70,9 +73,22 @@ def find_files(data_files: str | Path | Sequence[str | Path]) -> list[Path]:
     if not names:
         raise ValueError("no data file is given")
     paths = [Path(os.path.expanduser(name)) for name in names]
-    missing = [str(path) for path in paths if not path.is_file()]
+    missing = [str(path) for path in paths if not path.exists()]
     if missing:
-        raise FileNotFoundError(f"no such data file (looked in {Path.cwd()} for relative paths): {', '.join(missing)}")
+        several = any(re.search("[,\uff0c]", name) for name in missing)
+        raise FileNotFoundError(
+            f"no such data file (looked in {Path.cwd()} for relative paths): {', '.join(missing)}"
+            + ("; several files are written as a list, [a.parquet,b.parquet]" if several else "")
+        )
+    for path in paths:
+        if not path.is_file():
+            inside = sorted(file.name for file in path.iterdir() if file.suffix in READABLE) if path.is_dir() else []
+            some = (
+                f": name files in it, {path / inside[0]} for one"
+                if inside
+                else f", without {' or '.join(READABLE)} files"
+            )
+            raise IsADirectoryError(f"{path} is a folder and not a data file{some}")
     return paths
 
 
