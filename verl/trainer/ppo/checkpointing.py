@@ -270,8 +270,12 @@ class Checkpoints:
         """
         if self._writing is not None or self.saved_step == self.pruned_step:
             return
-        prune_checkpoints(self.root, "actor", self.config.max_actor_ckpt_to_keep, self.saved_step)
-        prune_checkpoints(self.root, "critic", self.config.max_critic_ckpt_to_keep, self.saved_step)
+        kept = kept_of(self.config)
+        gone = [name for part, keep in kept.items() for name in prune_checkpoints(self.root, part, keep, self.saved_step)]
+        if gone:
+            whole = [name for name in gone if "/" not in name]
+            parts = [name for name in gone if "/" in name and name.partition("/")[0] not in whole]
+            logger.info("pruned %s: %s", ", ".join(whole + parts), _rule(kept))
         self.pruned_step = self.saved_step
 
     def point_best(self, step: int) -> bool:
@@ -332,6 +336,16 @@ def _not_written(folder: Path, error: Exception) -> RuntimeError:
     # A rank's error has its traceback in it, and the reason last.
     reason = (str(error).strip() or repr(error)).splitlines()[-1]
     return RuntimeError(f"{folder} could not be written in the background, so it is no checkpoint: {reason}")
+
+
+def kept_of(config: TrainerConfig) -> dict[str, int | None]:
+    """How many of the last checkpoints keep each part; None: all."""
+    return {"actor": config.max_actor_ckpt_to_keep, "critic": config.max_critic_ckpt_to_keep}
+
+
+def _rule(kept: Mapping[str, int | None]) -> str:
+    keys = ", ".join(f"trainer.max_{part}_ckpt_to_keep={keep}" for part, keep in kept.items() if keep is not None)
+    return f"the last ones are kept ({keys}), and the best"
 
 
 def run_folder(config: TrainerConfig) -> Path:
