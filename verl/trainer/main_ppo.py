@@ -30,6 +30,8 @@ from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overr
 from verl.trainer.config.loading import explain_refusals
 from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
+from verl.trainer.ppo.disk import check_disk
+from verl.trainer.ppo.ending import end_said, nothing_left, say_end
 from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
@@ -67,13 +69,17 @@ def create_rl_dataset(
     )
 
 
-def check_resume(config: Config, rows: int) -> Origin:
+def resumed_from(config: Config) -> Path | None:
+    """The checkpoint that this run will go on from; None if it begins afresh."""
+    return find_checkpoint(config.trainer, ("actor", "critic") if config.use_critic else ("actor",))
+
+
+def check_resume(config: Config, rows: int, resumed: Path | None) -> Origin:
     """The models and data that this run begins with. Refuses to resume a run that began with others
     (`check_same_run`)."""
     now = Origin.of(config, rows)
-    folder = find_checkpoint(config.trainer, ("actor", "critic") if config.use_critic else ("actor",))
-    if folder is not None:
-        check_same_run(folder, now, config)
+    if resumed is not None:
+        check_same_run(resumed, now, config)
     return now
 
 
@@ -136,8 +142,13 @@ class TaskRunner:
         # Half of a row's bytes are columns that users of verl's names know and nothing here reads.
         collate = partial(collate_fn, columns=Prompts.names())
         runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate)
-        runner.origin = check_resume(config, len(train))
+        resumed = resumed_from(config)
+        runner.origin = check_resume(config, len(train), resumed)
         runner.signals = signals
+        over = nothing_left(config, runner.total_steps, resumed)
+        if over is not None:
+            return say_end(config, over)
+        check_disk(config, runner.total_steps, resumed)
         with doing("starting Ray"):
             self.start(config)
         policy_settings = config.actor_rollout_ref
@@ -147,7 +158,8 @@ class TaskRunner:
             policy_settings.rollout.name,
         )  # fmt: skip
         runner.init_workers()
-        runner.fit()
+        with end_said(config, runner, resumed):
+            runner.fit()
 
     def start(self, config: Config) -> None:
         """Start what the workers run on."""

@@ -270,12 +270,12 @@ class Checkpoints:
         """
         if self._writing is not None or self.saved_step == self.pruned_step:
             return
-        kept = kept_of(self.config)
-        gone = [name for part, keep in kept.items() for name in prune_checkpoints(self.root, part, keep, self.saved_step)]
-        if gone:
-            whole = [name for name in gone if "/" not in name]
-            parts = [name for name in gone if "/" in name and name.partition("/")[0] not in whole]
-            logger.info("pruned %s: %s", ", ".join(whole + parts), _rule(kept))
+        kept = {part: keep for part, keep in kept_of(self.config).items() if part in self.parts}
+        gone = [name for part in kept for name in prune_checkpoints(self.root, part, kept[part], self.saved_step)]
+        # Of one that is gone as a whole its parts need not be named.
+        named = [name for name in gone if name == name.partition("/")[0] or name.partition("/")[0] not in gone]
+        if named:
+            logger.info("pruned %s: %s", ", ".join(named), kept_in_words(kept))
         self.pruned_step = self.saved_step
 
     def point_best(self, step: int) -> bool:
@@ -343,9 +343,12 @@ def kept_of(config: TrainerConfig) -> dict[str, int | None]:
     return {"actor": config.max_actor_ckpt_to_keep, "critic": config.max_critic_ckpt_to_keep}
 
 
-def _rule(kept: Mapping[str, int | None]) -> str:
-    keys = ", ".join(f"trainer.max_{part}_ckpt_to_keep={keep}" for part, keep in kept.items() if keep is not None)
-    return f"the last ones are kept ({keys}), and the best"
+def kept_in_words(kept: Mapping[str, int | None]) -> str:
+    """What is kept, with the settings that say so."""
+    words = {part: "all" if keep is None else f"the last {keep}" for part, keep in kept.items()}
+    same = len(set(words.values())) == 1
+    shown = next(iter(words.values())) if same else ", ".join(f"{part}: {word}" for part, word in words.items())
+    return f"kept are {shown} ({', '.join(f'trainer.max_{part}_ckpt_to_keep' for part in kept)}) and the best"
 
 
 def run_folder(config: TrainerConfig) -> Path:
