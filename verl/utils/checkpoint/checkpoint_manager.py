@@ -28,6 +28,8 @@ NAMING = "trainer.resume_mode=resume_path trainer.resume_from_path=..."
 ONLY_AS_BEST = "only_as_best.txt"
 # Where the run was, its step among it.
 STATE_FILE = "trainer_state.json"
+# What the run began with.
+ORIGIN_FILE = "origin.json"
 # What a run with a discriminator keeps beside the models; of no use without it.
 REPLAY_FILE, HELD_OUT_FILE = "replay.safetensors", "held_out.safetensors"
 # What SODA keeps beside the actor.
