@@ -21,7 +21,6 @@ from tests.tiny import write_data, write_model
 from verl.model_merger.card import MARK, card_of, shown_settings, trace, write_card
 from verl.model_merger.cli import main
 from verl.trainer.in_process import run_in_process
-from verl.utils.checkpoint.checkpoint_manager import checkpoints_in
 
 ROOT = Path(__file__).parents[2]
 QUIET = ("trainer.test_freq=-1", "trainer.val_before_train=False", "trainer.total_training_steps=2")
@@ -181,14 +180,21 @@ def test_the_card_tells_the_way_from_the_base_and_nothing_private(folder, tmp_pa
 
 
 def test_a_critics_card_and_that_of_a_model_whose_run_is_gone(folder, tmp_path):
-    critic = card_of(actor(folder, part="critic"), "me/critic")
+    critic = card_of(actor(folder, part="critic"), "me/critic", score=True)
     assert "A discriminator, which scores" in critic and "AutoModelForTokenClassification" in critic
     alone = shutil.copytree(actor(folder), tmp_path / "actor")
     assert trace(alone) == ([], None)
-    assert "distilled from the text of a teacher's answers.\n" in card_of(alone, "x") and "## Training" not in card_of(
-        alone, "x"
-    )
-    assert len(checkpoints_in(folder / "runs" / "two")) == 1
+    card = card_of(alone, "x", score=False)
+    assert "distilled from the text of a teacher's answers.\n" in card and "## Training" not in card
+
+
+def test_a_folder_of_verls_classic_trainer_gets_a_card_too(tmp_path):
+    """Of its run nothing is known; the model is what was merged."""
+    local = ROOT / "tests" / "tools" / "classic_of_torch_2_6" / "fsdp1"
+    write_model(tmp_path / "merged")
+    assert write_card(tmp_path / "merged", local, "me/old")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "# old" in card and "AutoModelForCausalLM" in card and "## Training" not in card
 
 
 def test_settings_that_a_card_shows():

@@ -65,16 +65,17 @@ def write_card(folder: Path, local_dir: Path, name: str | None = None, judge: Pa
     file = folder / CARD
     if file.is_file() and MARK not in file.read_text(encoding="utf-8", errors="replace"):
         return False
+    score = is_discriminator(folder if (folder / "config.json").is_file() else local_dir.expanduser())
+    text = card_of(local_dir, name or folder.resolve().name, score, judge)
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(card_of(local_dir, name or folder.resolve().name, judge), encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
     return True
 
 
-def card_of(local_dir: Path, name: str, judge: Path | None = None) -> str:
-    """The card's text; see `write_card`."""
+def card_of(local_dir: Path, name: str, score: bool, judge: Path | None = None) -> str:
+    """The card's text, of a discriminator if it is to `score`; see `write_card`."""
     local_dir = behind_best(local_dir.expanduser().absolute())
     stages, base = trace(local_dir)
-    score = is_discriminator(local_dir)
     verdict = read_judge(_found_judge(local_dir) if judge is None else judge)
     parts = [_head(base, score, stages), MARK, f"# {name.rpartition('/')[2]}", _summary(base, stages, score)]
     parts += [_usage(name, score), _training(stages)] if stages else [_usage(name, score)]

@@ -19,7 +19,7 @@ from typing import Protocol
 from verl.config.run import Config
 from verl.monitor.live import StoppedByAlarm
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState, run_folder
-from verl.trainer.ppo.next_commands import Commands, commands_of
+from verl.trainer.ppo.next_commands import closing_commands, report_command
 from verl.utils.checkpoint.best_link import BEST, best_step
 from verl.utils.checkpoint.checkpoint_manager import STATE_FILE, step_of
 from verl.utils.signals import RunSignals
@@ -128,11 +128,10 @@ def ending_lines(config: Config, ending: Ending) -> list[str]:
     lines.append(_where(config, root, ending))
     if not ending.whole or ending.step < ending.total or ending.seconds is None:
         lines.append(_how_to_go_on(config, ending))
-    if ending.saved is None:
-        return lines
-    commands = commands_of(config, root, ending.saved, ending.total)
-    wanted = Commands.at_the_end if ending.whole else Commands.on_the_way
-    return lines + wanted(commands)
+    if ending.whole and ending.saved is not None:
+        lines += closing_commands(config, root, ending.saved, ending.total)
+    report = report_command(root)
+    return lines if report is None else [*lines, report]
 
 
 def _reached(metrics: Mapping[str, float]) -> str:

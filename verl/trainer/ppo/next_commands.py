@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +22,23 @@ TAKEN_OVER = ("data.", "trainer.project_name", "trainer.device", "trainer.n_gpus
 FOR_THE_JUDGE = ("prompt_key", "max_prompt_length", "max_response_length")
 
 
-@dataclass(frozen=True)
-class Commands:
-    """Lines with a command each; None where there is none to give."""
-
-    next_stage: str | None
-    merge: str | None
-    judge: str | None
-    report: str | None
-
-    def at_the_end(self) -> list[str]:
-        """After a run that is at its end."""
-        return [line for line in (self.next_stage, self.merge, self.judge, self.report) if line is not None]
-
-    def on_the_way(self) -> list[str]:
-        """After one that is to go on."""
-        return [line for line in (self.report,) if line is not None]
-
-
-def commands_of(config: Config, root: Path, newest: int, total_steps: int) -> Commands:
-    """The commands for the run in `root`, on its best checkpoint or, where there is none, its newest."""
+def closing_commands(config: Config, root: Path, newest: int, total_steps: int) -> list[str]:
+    """The lines for a run in `root` that is at its end, each with a command on its best checkpoint or, where there is
+    none, its newest: the next stage, the merger, the judge."""
     checkpoint = root / (BEST if best_step(root) is not None and _best_is_meant(config) else f"global_step_{newest}")
-    merge = ["python", "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", checkpoint / "actor"]
-    merge += ["--target_dir", f"merged/{config.trainer.experiment_name}"]
-    page = ["python", "-m", "verl.monitor", root, "--html", root / "report.html"]
     changed = {key: now for key, (_, now) in changed_settings(config).items()}
-    trained = config.frozen_actor_steps < total_steps
-    return Commands(
-        _next_stage(config, checkpoint, total_steps, changed),
-        f"for transformers and vLLM: {_shell(merge)}" if trained else None,
-        _judge(config, checkpoint / "actor", root, changed) if trained else None,
-        f"a report of it: {_shell(page)}" if (root / "metrics.jsonl").is_file() else None,
-    )
+    lines = [_next_stage(config, checkpoint, total_steps, changed)]
+    if config.frozen_actor_steps < total_steps:
+        # Otherwise the student is what it was before.
+        lines += [_merger(config, checkpoint / "actor"), _judge(config, checkpoint / "actor", root, changed)]
+    return [line for line in lines if line is not None]
+
+
+def report_command(root: Path) -> str | None:
+    """The line for the report; None where the run has kept no metrics to make it of."""
+    if not (root / "metrics.jsonl").is_file():
+        return None
+    return f"a report of it: {_shell(['python', '-m', 'verl.monitor', root, '--html', root / 'report.html'])}"
 
 
 def _best_is_meant(config: Config) -> bool:
@@ -82,6 +66,12 @@ def _next_stage(config: Config, checkpoint: Path, total_steps: int, changed: dic
         command += [f"actor_rollout_ref.model.path={actor}", f"critic.model.path={critic}"]
         command += [f"trainer.experiment_name={own}", f"trainer.nnodes={config.trainer.nnodes}"]
     return f"the next stage, {stage}: {_shell([*command, *taken])}"
+
+
+def _merger(config: Config, actor: Path) -> str:
+    command = ["python", "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", actor]
+    command += ["--target_dir", f"merged/{config.trainer.experiment_name}"]
+    return f"for transformers and vLLM: {_shell(command)}"
 
 
 def _judge(config: Config, actor: Path, root: Path, changed: dict[str, Any]) -> str | None:
