@@ -136,7 +136,7 @@ SCRIPT_KEYS: list[tuple[str, str, Any]] = [
     ("trainer.save_val_samples", "False", False),
     ("trainer.validation_data_dir", "/val", "/val"),
     ("trainer.rollout_data_dir", "/roll", "/roll"),
-    ("trainer.max_actor_ckpt_to_keep", "2", 2),
+    ("trainer.max_actor_ckpt_to_keep", "3", 3),
     ("trainer.max_critic_ckpt_to_keep", "1", 1),
     ("trainer.balance_batch", "False", False),
     ("trainer.device", "cpu", "cpu"),

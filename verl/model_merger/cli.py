@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from pathlib import Path
 
 import torch
 
+from verl.model_merger.card import CARD, read_judge, write_card
 from verl.model_merger.merger import compare, merge
 from verl.model_merger.upload import prepare_upload, upload
-from verl.models.loading import quiet_transformers
+from verl.model_merger.written import name_of, stored_dtype, weights_in
+from verl.models.loading import is_discriminator, quiet_transformers
 from verl.utils.console import printable
 from verl.utils.refusals import text_of
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,17 +34,30 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
         command.add_argument("--tie-word-embedding", action="store_true", help="not needed: the config says so")
         command.add_argument("--use_cpu_initialization", action="store_true", help="not needed: merging needs no GPU")
-    merge_command.add_argument("--target_dir", default="tmp", help="folder to write (default: tmp)")
     merge_command.add_argument(
         "--dtype",
-        choices=["bfloat16", "float16", "float32"],
-        help="of the weights to write (default: what training computed in; for verl's classic files, bfloat16 "
-        "in the place of fp32 master weights)",
+        choices=DTYPES,
+        default="bfloat16",
+        help="of the weights to write (default: bfloat16); training keeps float32",
     )
-    merge_command.add_argument("--hf_upload_path", metavar="USER/NAME", help="repository on the hub to send it to")
-    merge_command.add_argument("--private", action="store_true", help="make that repository private if it is new")
+    test_command.add_argument("--dtype", choices=DTYPES, help="that the folder must have (default: whichever it has)")
+    merge_command.add_argument("--target_dir", default="tmp", help="folder to write (default: tmp)")
+    _add_publishing(merge_command.add_argument_group("the hub"))
     test_command.add_argument("--test_hf_dir", required=True, help="Hugging Face folder to compare")
     return parser
+
+
+def _add_publishing(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--hf_upload_path", metavar="OWNER/NAME", help="send the merged folder there, a model card (README.md) with it"
+    )
+    group.add_argument("--private", action="store_true", help="make that repository private if it is new")
+    group.add_argument(
+        "--card_only", action="store_true", help="write the model card into --target_dir, and neither merge nor send"
+    )
+    group.add_argument(
+        "--judge", type=Path, metavar="FILE", help="judge.json for the card (default: that in the run's judge folder)"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,28 +68,54 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_transformers()
     try:
         if options.command == "merge":
-            if options.hf_upload_path:
-                prepare_upload(options.hf_upload_path, options.private)
-            dtype = None if options.dtype is None else getattr(torch, options.dtype)
-            target = merge(
-                options.local_dir,
-                options.target_dir,
-                options.is_value_model,
-                options.trust_remote_code,
-                options.hf_model_path,
-                dtype,
-            )
-            print(printable(f"wrote {target}"))
-            if options.hf_upload_path:
-                print(printable(f"uploaded to {upload(target, options.hf_upload_path)}"))
+            _merge(options)
         else:
-            count = compare(
-                options.local_dir,
-                options.test_hf_dir,
-                options.is_value_model,
-                options.trust_remote_code,
-                options.hf_model_path,
-            )
-            print(f"{count} tensors are equal")
+            _test(options)
     except (OSError, ValueError) as error:
         sys.exit(text_of(error))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    repository, target = options.hf_upload_path, Path(options.target_dir)
+    # All that may be wrong with it is found before the work.
+    read_judge(options.judge)
+    if options.card_only:
+        return _write_card(options, target)
+    if repository is not None:
+        prepare_upload(repository, options.private)
+    merge(
+        options.local_dir,
+        target,
+        options.is_value_model,
+        options.trust_remote_code,
+        options.hf_model_path,
+        getattr(torch, options.dtype),
+    )
+    _say(f"wrote {target}: {weights_in(target)}")
+    if repository is not None:
+        _write_card(options, target)
+        _say(f"uploaded to {upload(target, repository)}")
+    elif not is_discriminator(target):
+        _say(f"for llama.cpp, with its own converter: python convert_hf_to_gguf.py {shlex.quote(str(target))}")
+
+
+def _write_card(options: argparse.Namespace, target: Path) -> None:
+    written = write_card(target, Path(options.local_dir), options.hf_upload_path, options.judge)
+    _say(f"wrote {target / CARD}" if written else f"{target / CARD} is somebody's own and stays as it is")
+
+
+def _test(options: argparse.Namespace) -> None:
+    count = compare(
+        options.local_dir,
+        options.test_hf_dir,
+        options.is_value_model,
+        options.trust_remote_code,
+        options.hf_model_path,
+        None if options.dtype is None else getattr(torch, options.dtype),
+    )
+    stored = name_of(stored_dtype(Path(options.test_hf_dir)))
+    _say(f"{count} tensors are equal in {stored}, to the bit: those of training, rounded once")
+
+
+def _say(line: str) -> None:
+    print(printable(line))

@@ -34,6 +34,8 @@ from verl.trainer.config.overrides import flags_last
 from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.config.value_checks import NO_TEXT, doubt_of_rows, doubts
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
+from verl.trainer.ppo.disk import check_disk
+from verl.trainer.ppo.ending import end_said, nothing_left, say_end
 from verl.trainer.ppo.model_checks import check_device, check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
@@ -78,13 +80,17 @@ def create_rl_dataset(
     )
 
 
-def check_resume(config: Config, rows: int) -> Origin:
+def resumed_from(config: Config) -> Path | None:
+    """The checkpoint that this run will go on from; None if it begins afresh."""
+    return find_checkpoint(config.trainer, ("actor", "critic") if config.use_critic else ("actor",))
+
+
+def check_resume(config: Config, rows: int, resumed: Path | None) -> Origin:
     """The models and data that this run begins with. Refuses to resume a run that began with others
     (`check_same_run`)."""
     now = Origin.of(config, rows)
-    folder = find_checkpoint(config.trainer, ("actor", "critic") if config.use_critic else ("actor",))
-    if folder is not None:
-        check_same_run(folder, now, config)
+    if resumed is not None:
+        check_same_run(resumed, now, config)
     return now
 
 
@@ -206,11 +212,15 @@ class TaskRunner:
                 held.enter_context(held_too)
             clear_up(folder)
             with before_the_start():
-                runner = self._prepared(config, signals)
-            runner.fit()
+                prepared = self._prepared(config, signals)
+            if prepared is not None:
+                runner, resumed = prepared
+                with end_said(config, runner, resumed):
+                    runner.fit()
 
-    def _prepared(self, config: Config, signals: RunSignals) -> RayPPOTrainer:
-        """The trainer with its workers, all checked."""
+    def _prepared(self, config: Config, signals: RunSignals) -> tuple[RayPPOTrainer, Path | None] | None:
+        """The trainer with its workers, all checked, and the checkpoint that it goes on from; None if nothing is left to
+        train, which is said."""
         trainer = config.trainer
         tokenizer, train, val = self._looked_at(config)
         roles = [Role.ActorRollout] + ([Role.Critic] if config.use_critic else [])
@@ -222,8 +232,14 @@ class TaskRunner:
         # Half of a row's bytes are columns that users of verl's names know and nothing here reads.
         collate = partial(collate_fn, columns=Prompts.names())
         runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate)
-        runner.origin = check_resume(config, len(train))
+        resumed = resumed_from(config)
+        runner.origin = check_resume(config, len(train), resumed)
         runner.signals = signals
+        over = nothing_left(config, runner.total_steps, resumed)
+        if over is not None:
+            say_end(config, over)
+            return None
+        check_disk(config, runner.total_steps, resumed)
         with doing("starting Ray"):
             self.start(config)
         policy_settings = config.actor_rollout_ref
@@ -233,7 +249,7 @@ class TaskRunner:
             policy_settings.rollout.name,
         )  # fmt: skip
         runner.init_workers()
-        return runner
+        return runner, resumed
 
     def _looked_at(self, config: Config) -> tuple[PreTrainedTokenizerBase, RLHFDataset, RLHFDataset | None]:
         """The student's tokenizer, training and validation data; of everything that is wrong, each is told."""

@@ -270,8 +270,12 @@ class Checkpoints:
         """
         if self._writing is not None or self.saved_step == self.pruned_step:
             return
-        prune_checkpoints(self.root, "actor", self.config.max_actor_ckpt_to_keep, self.saved_step)
-        prune_checkpoints(self.root, "critic", self.config.max_critic_ckpt_to_keep, self.saved_step)
+        kept = {part: keep for part, keep in kept_of(self.config).items() if part in self.parts}
+        gone = [name for part in kept for name in prune_checkpoints(self.root, part, kept[part], self.saved_step)]
+        # Of one that is gone as a whole its parts need not be named.
+        named = [name for name in gone if name == name.partition("/")[0] or name.partition("/")[0] not in gone]
+        if named:
+            logger.info("pruned %s: %s", ", ".join(named), kept_in_words(kept))
         self.pruned_step = self.saved_step
 
     def point_best(self, step: int) -> bool:
@@ -332,6 +336,19 @@ def _not_written(folder: Path, error: Exception) -> RuntimeError:
     # A rank's error has its traceback in it, and the reason last.
     reason = (str(error).strip() or repr(error)).splitlines()[-1]
     return RuntimeError(f"{folder} could not be written in the background, so it is no checkpoint: {reason}")
+
+
+def kept_of(config: TrainerConfig) -> dict[str, int | None]:
+    """How many of the last checkpoints keep each part; None: all."""
+    return {"actor": config.max_actor_ckpt_to_keep, "critic": config.max_critic_ckpt_to_keep}
+
+
+def kept_in_words(kept: Mapping[str, int | None]) -> str:
+    """What is kept, with the settings that say so."""
+    words = {part: "all" if keep is None else f"the last {keep}" for part, keep in kept.items()}
+    same = len(set(words.values())) == 1
+    shown = next(iter(words.values())) if same else ", ".join(f"{part}: {word}" for part, word in words.items())
+    return f"kept are {shown} ({', '.join(f'trainer.max_{part}_ckpt_to_keep' for part in kept)}) and the best"
 
 
 def run_folder(config: TrainerConfig) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 from verl.config.run import Config
 from verl.models.loading import find_model
 from verl.trainer.ppo.rejected import refuse_another_stage
-from verl.utils.checkpoint.checkpoint_manager import REJECTED_FILE
+from verl.utils.checkpoint.checkpoint_manager import ORIGIN_FILE, REJECTED_FILE
 from verl.utils.checkpoint.checksums import checksums_of
 from verl.utils.checkpoint.whole import part_checksums, weight_files
 from verl.utils.dataset.rl_dataset import find_files
@@ -26,7 +26,6 @@ from verl.utils.hub import hub_origin
 
 logger = logging.getLogger(__name__)
 
-ORIGIN_FILE = "origin.json"
 # What a run that resumes may change, in words.
 FREE = (
     "learning rates and schedules (*.optim.*), losses and their coefficients, micro-batches and token budgets, nnodes, "

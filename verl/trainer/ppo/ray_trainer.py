@@ -32,7 +32,7 @@ from verl.trainer.ppo.best import first_that_counts, open_best
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState, run_folder
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator import Discriminator
-from verl.trainer.ppo.display import dump_answers, open_monitor, open_tracking, progress_bar, say_done, show_step
+from verl.trainer.ppo.display import dump_answers, open_monitor, open_tracking, progress_bar, show_step
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.metric_utils import compute_throughout_metrics, compute_timing_metrics
@@ -217,7 +217,7 @@ class RayPPOTrainer:
             self.head_start.warn_of_a_blind_critic()
         if self.config.actor_rollout_ref.actor.fsdp_config.use_torch_compile:
             logger.info("the models' layers are compiled on the way, so that the first steps take longer")
-        stage, began = self.config.stage, time.monotonic()
+        stage = self.config.stage
         with (
             self._open_tracking() as tracking,
             progress_bar(stage, self.total_steps, self.global_step) as bar,
@@ -236,11 +236,9 @@ class RayPPOTrainer:
             if complete and config.test_freq > 0 and self.val_dataset is not None:
                 self._log(tracking, self._validate(tracking, partial(marked_timer, timing={}))[0])
             self._prune()
-        if complete:
-            if stage == "warmup":
-                held_out = None if self.held_out is None else self.held_out.present_accuracy
-                self.head_start.conclude(held_out, self.discriminator.balance.accuracy)
-            say_done(config, self.global_step, self.discriminator is not None, time.monotonic() - began)
+        if complete and stage == "warmup":
+            held_out = None if self.held_out is None else self.held_out.present_accuracy
+            self.head_start.conclude(held_out, self.discriminator.balance.accuracy)
 
     def _make_steps(self, tracking: Tracking, bar: tqdm) -> bool:
         """Make the steps that are left, validating and saving on the way; whether all of them were made. A signal or an
@@ -290,6 +288,7 @@ class RayPPOTrainer:
         """Send a step's metrics to the trackers, and to the monitor, which may raise an alarm."""
         tracking.log(metrics, self.global_step)
         self.monitor.see(self.global_step, metrics)
+        self.reached.update(metrics)
 
     def _save_unless_saved(self) -> None:
         """Save the present weights, where a step has been made since the newest checkpoint, which may be on its way."""
@@ -306,6 +305,11 @@ class RayPPOTrainer:
             raise
         self.skipped.see(made, self.global_step)
         return made
+
+    @cached_property
+    def reached(self) -> dict[str, float]:
+        """The last value of every metric."""
+        return {}
 
     @cached_property
     def skipped(self) -> SkippedSteps:
