@@ -29,6 +29,7 @@ from verl.single_controller.ray.starting import join_or_start, stop
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
 from verl.trainer.config.loading import explain_refusals
 from verl.trainer.config.paths import with_absolute_paths
+from verl.trainer.node_checks import check_nodes
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
 from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin, check_same_run
@@ -160,7 +161,10 @@ def start_ray(config: Config) -> None:
         return
     settings = config.ray_kwargs.ray_init
     with phase("starting Ray"), out_of_reach():
-        join_or_start(settings.address, settings.num_cpus)
+        join_or_start(settings.address, settings.num_cpus, config.trainer.nnodes)
+    if config.trainer.nnodes > 1:
+        with phase(f"looking at {config.trainer.nnodes} nodes"):
+            check_nodes(config)
     RankOutput(run_folder(config.trainer) / FOLDER / RANKS).take_over()
     if config.trainer.device == "cpu" and ray.cluster_resources().get("GPU"):
         logger.warning(
