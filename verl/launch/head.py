@@ -17,8 +17,11 @@ from verl.launch.ray_node import RayNode
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 0.5
+# Below the second within which the trainer takes the same signal for one.
+LOOK_S = 0.2
 SAY_S = 10.0
+# Within this time after a worker's signal, the head's own is the same order.
+SAME_ORDER_S = 10.0
 # For the workers to read that the run is over.
 GONE_S = 15.0
 
@@ -86,23 +89,31 @@ def _all_there(node: RayNode, board: Board, count: int, seconds: float, orders: 
 
 
 def _run(command: list[str], address: str, node: RayNode, board: Board, orders: Orders) -> int:
-    """The exit code of the command, which is told every signal that any node gets."""
-    process = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address})
+    """The exit code of the command, which is told the signals that this node gets, or the first one of a worker's.
+
+    Who ends a job signals all of its nodes, and means it once: a second signal would cost the run its checkpoint.
+    """
+    # In a session of its own: a signal to the group, as Ctrl-C is, comes once, from here.
+    process = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}, start_new_session=True)
+    told, when = None, 0.0
     while (code := process.poll()) is None:
         number = orders.take()
-        if number is None and node.ended() is None:
-            try:
-                number = _from_a_worker(board)
-            except UNANSWERED as error:
-                logger.warning("the head has not answered: %s", error)
-        if number is not None:
+        if number is not None and not (number == told and time.monotonic() - when < SAME_ORDER_S):
+            told, when = number, 0.0
             process.send_signal(number)
+        elif told is None and node.ended() is None and (of_worker := _from_a_worker(board)) is not None:
+            told, when = of_worker, time.monotonic()
+            process.send_signal(of_worker)
         time.sleep(LOOK_S)
     return code if code >= 0 else 128 - code
 
 
 def _from_a_worker(board: Board) -> int | None:
-    told = board.signal()
+    try:
+        told = board.signal()
+    except UNANSWERED as error:
+        logger.warning("the head has not answered: %s", error)
+        return None
     if told is None:
         return None
     logger.info("%s got %s: the run is told", told[1], signal.Signals(told[0]).name)
