@@ -58,7 +58,8 @@ def test_a_signal_to_a_worker_ends_the_run_with_a_checkpoint_and_both_nodes_with
         assert second.returncode == 1 and f"port {port} of this machine is taken" in second.stderr
 
         worker = Run([*LAUNCH, "--worker", address, *NODE], tmp_path / "worker.log")
-        head.wait_until((run / "metrics.jsonl").exists, "the first step")
+        metrics = run / "metrics.jsonl"
+        head.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, "two steps")
         assert "all 2 nodes are there: " in head.log.read_text()
         # To the group, as Slurm does it: Ray is out of its reach.
         os.killpg(worker.process.pid, signal.SIGTERM)

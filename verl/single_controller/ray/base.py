@@ -265,10 +265,14 @@ class RayWorkerGroup(WorkerGroup):
         return len(set(self._processes.nodes)) == 1
 
     def _lost_node(self, rank: int) -> Node | None:
-        """The node of a dead rank, if it is dead too."""
-        if self._on_one_node:
-            return None
-        return next((node for node in all_nodes() if node.id == self._processes.nodes[rank] and not node.alive), None)
+        """The node of a rank that does not answer, if it is gone; Ray takes its time to know."""
+        deadline = time.monotonic() + _NODE_GRACE_S
+        while not self._on_one_node and time.monotonic() < deadline:
+            node = next((node for node in all_nodes() if node.id == self._processes.nodes[rank]), None)
+            if node is not None and not node.alive:
+                return node
+            time.sleep(0.5)
+        return None
 
     def _unanswered(self, ranks: list[int], method_name: str) -> str:
         """That these ranks have not answered; first those whose processes stand still, as others may wait for them."""
@@ -295,14 +299,13 @@ class RayWorkerGroup(WorkerGroup):
         death = errors[deaths[0]]
         said = f"{name} rank {deaths[0]} of {self.world_size} died in {method_name}"
         text, last = str(death), ""
-        lost = self._lost_node(deaths[0])
-        if lost is not None:
+        if isinstance(death, OutOfMemoryError) or "worker process has died" in text:
+            last = f"\n{said}. {_OUT_OF_MEMORY_ADVICE}"
+        elif (lost := self._lost_node(deaths[0])) is not None:
             last = (
                 f"\n{said}: node {lost} is gone. The same command goes on from the newest checkpoint, with as many "
                 "nodes or another --nnodes"
             )
-        elif isinstance(death, OutOfMemoryError) or "worker process has died" in text:
-            last = f"\n{said}. {_OUT_OF_MEMORY_ADVICE}"
         return RayActorError(getattr(death, "actor_id", None), f"{said}: {text}{last}")
 
     def shutdown(self) -> None:
