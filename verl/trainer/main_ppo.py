@@ -33,6 +33,7 @@ from verl.trainer.config.loading import check_shown, explain_refusals
 from verl.trainer.config.overrides import flags_last
 from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.config.value_checks import NO_TEXT, doubt_of_rows, doubts
+from verl.trainer.node_checks import check_nodes
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
 from verl.trainer.ppo.disk import check_disk
 from verl.trainer.ppo.ending import end_said, nothing_left, say_end
@@ -275,7 +276,10 @@ def start_ray(config: Config) -> None:
         return
     settings = config.ray_kwargs.ray_init
     with phase("starting Ray"), out_of_reach():
-        join_or_start(settings.address, settings.num_cpus)
+        join_or_start(settings.address, settings.num_cpus, config.trainer.nnodes)
+    if config.trainer.nnodes > 1:
+        with phase(f"looking at {config.trainer.nnodes} nodes"):
+            check_nodes(config)
     RankOutput(run_folder(config.trainer) / FOLDER / RANKS).take_over()
     if config.trainer.device == "cpu" and ray.cluster_resources().get("GPU"):
         logger.warning(
