@@ -165,6 +165,7 @@ FLOORS = [
     "verl/model_merger",
     "verl/tools",
     "verl/data_tools",
+    "verl/pipeline",
 ]
 # The one exemption: users look for the algorithms where verl has them, and the workers train with them.
 ALGORITHMS = (
