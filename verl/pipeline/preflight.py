@@ -59,7 +59,8 @@ class Preflight:
         self.options, self.state, self.measure = options, state, measure
         self.looks: list[Look] = []
         self._problems: dict[str, list[str]] = {}
-        self._kept: dict[str, Any] = {}
+        # Data sets by all that they were read with, or what was wrong with them.
+        self._kept: dict[str, RLHFDataset | Exception] = {}
 
     @property
     def problems(self) -> list[str]:
@@ -167,14 +168,21 @@ class Preflight:
         trust = config.actor_rollout_ref.model.trust_remote_code
         data = replace(config.data, train_batch_size=1)
 
-        def read() -> RLHFDataset:
-            tokenizer = load_tokenizer(find_tokenizer(path), trust)
-            return create_rl_dataset(files, data, tokenizer, samples, all_eos_token_ids(tokenizer, path))
-
         key = f"{files} {samples} {path} {data}"
-        if key not in self._kept:
-            self._kept[key] = self._try(look.stage, read)
-        return self._kept[key]
+
+        def read() -> RLHFDataset:
+            if key not in self._kept:
+                tokenizer = load_tokenizer(find_tokenizer(path), trust)
+                ends = all_eos_token_ids(tokenizer, path)
+                try:
+                    self._kept[key] = create_rl_dataset(files, data, tokenizer, samples, ends)
+                except (OSError, ValueError) as error:
+                    self._kept[key] = error
+            if isinstance(self._kept[key], Exception):
+                raise self._kept[key]
+            return self._kept[key]
+
+        return self._try(look.stage, read)
 
     # ------------------------------------------------------------ what is there already
 

@@ -124,7 +124,9 @@ class Pipeline:
 
     def _results(self) -> int:
         """Merge, judge, report, and say what came of it."""
-        looks = self._look().looks
+        now = Preflight(self.options, State(self.out))
+        now.look_at(len(self.options.stages))
+        looks = now.looks
         config, folders = looks[-1].config, {}
         base = looks[0].config.actor_rollout_ref.model.path
         students = [Student(BASE, Path(base), content_of_model(base))]
