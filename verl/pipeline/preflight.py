@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from verl.config.run import Config
 from verl.memory.check import check_run_memory
 from verl.memory.estimate import host_memory
-from verl.models.loading import all_eos_token_ids, find_tokenizer, is_discriminator, load_config, load_tokenizer
+from verl.models.loading import all_eos_token_ids, is_discriminator, load_config
 from verl.models.shape import ModelShape
 from verl.pipeline.options import STAGES
 from verl.pipeline.settings import Models, compose, run_folder, unused_settings
@@ -25,7 +26,7 @@ from verl.trainer.main_ppo import create_rl_dataset
 from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin
 from verl.trainer.ppo.ray_trainer import count_steps
-from verl.utils.checkpoint.checkpoint_manager import tracked_step
+from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, tracked_step
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tracking import check_loggers
 
@@ -127,11 +128,15 @@ class Preflight:
         warmed = bool(self.looks) and self.looks[-1].stage == "warmup"
         run = run_folder(self.options, stage)
         if look.config is not None:
-            look.finished = self._try(stage, lambda: self.state.finished(stage))
+            # Whether one is done that begins with what is still to be made can be told only then.
+            if not look.models.pending:
+                look.finished = self._try(stage, lambda: self.state.finished(stage))
             look.done = look.finished or self._try(stage, lambda: tracked_step(run)) or 0
+            if look.done and look.models.pending:
+                self._try(stage, lambda: self._refuse_orphan(look))
             if look.finished is None:
                 self._look_at_inputs(look, warmed)
-            elif not look.models.pending:
+            else:
                 self._try(stage, lambda: self._refuse_changes(look))
         self.looks.append(look)
 
@@ -150,8 +155,8 @@ class Preflight:
         tokenizer = self._try(stage, lambda: check_models(replace(config, trainer=trainer)))
         if tokenizer is None:
             return
-        train = self._rows(look, config.data.train_files, config.data.train_max_samples)
-        val = self._rows(look, config.data.val_files, config.data.val_max_samples)
+        train = self._rows(look, tokenizer, config.data.train_files, config.data.train_max_samples)
+        val = self._rows(look, tokenizer, config.data.val_files, config.data.val_max_samples)
         if train is None or val is None:
             return
         look.rows = len(train)
@@ -162,18 +167,16 @@ class Preflight:
         if self.measure:
             self._try(stage, lambda: self._measure(look))
 
-    def _rows(self, look: Look, files: Any, samples: int) -> RLHFDataset | None:
+    def _rows(
+        self, look: Look, tokenizer: PreTrainedTokenizerBase, files: str | list[str], samples: int
+    ) -> RLHFDataset | None:
         """A data set as a stage reads it; stages that read the same share it, and its problems."""
-        config, path = look.config, look.config.actor_rollout_ref.model.path
-        trust = config.actor_rollout_ref.model.trust_remote_code
-        data = replace(config.data, train_batch_size=1)
-
-        key = f"{files} {samples} {path} {data}"
+        model, data = look.config.actor_rollout_ref.model, replace(look.config.data, train_batch_size=1)
+        key = f"{files} {samples} {model.path} {model.tokenizer_path} {data}"
 
         def read() -> RLHFDataset:
             if key not in self._kept:
-                tokenizer = load_tokenizer(find_tokenizer(path), trust)
-                ends = all_eos_token_ids(tokenizer, path)
+                ends = all_eos_token_ids(tokenizer, model.path)
                 try:
                     self._kept[key] = create_rl_dataset(files, data, tokenizer, samples, ends)
                 except (OSError, ValueError) as error:
@@ -185,6 +188,15 @@ class Preflight:
         return self._try(look.stage, read)
 
     # ------------------------------------------------------------ what is there already
+
+    def _refuse_orphan(self, look: Look) -> None:
+        """ValueError if a stage is there, and nothing of the one that it began with."""
+        before = run_folder(self.options, self.looks[-1].stage)
+        if not checkpoints_in(before):
+            raise ValueError(
+                f"began with what an earlier {before.name} handed on, and {before} holds no checkpoint any more: move "
+                f"{run_folder(self.options, look.stage)} away too, to make both anew, or bring {before.name} back"
+            )
 
     def _refuse_changes(self, look: Look) -> None:
         """ValueError if a finished stage would be another one now."""
@@ -205,6 +217,9 @@ class Preflight:
         folder = run_folder(self.options, look.stage) / f"global_step_{look.done}"
         before = _origin(folder)
         found = [] if before is None else before.differences(Origin.of(look.config, look.rows))
+        if look.steps is not None and look.done >= look.steps:
+            # Its last step is made, and only the word of it is missing.
+            found += self.state.changes(look.stage, look.config)
         if found:
             raise ValueError(
                 f"was begun otherwise: {'; '.join(found)}. Leave that as it was, take another --exp_name, or move "

@@ -92,9 +92,6 @@ class Pipeline:
 
     def _stages(self, looks: list[Look]) -> int:
         for number, look in enumerate(looks, start=1):
-            if look.finished is not None:
-                say(f"[{number}/{len(looks)}] {look.stage}: done, {look.finished} steps")
-                continue
             code = self._stage(number, look)
             if code:
                 return code
@@ -111,6 +108,9 @@ class Pipeline:
             if now.problems:
                 print(problems(now.problems), file=sys.stderr)
                 return WRONG
+        if look.finished is not None:
+            say(f"[{number}/{len(self.options.stages)}] {stage}: done, {look.finished} steps")
+            return OK
         for change in state.changes(stage, look.config):
             say(f"{stage} goes on otherwise than it was begun: {change}")
         say(headline(number, len(self.options.stages), look))
