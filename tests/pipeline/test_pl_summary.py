@@ -29,7 +29,7 @@ def test_the_temperature_is_part_of_the_answer():
     best, says = closest(reports, ["seqkd", "gad"])
     assert best == "seqkd"
     assert says == (
-        "seqkd, sampled at temperature 0.8: told from it in 0.570 of cases [0.550, 0.590], where 0.5 is a perfect "
+        "seqkd, sampled at temperature 0.8: told from it in 0.570 [0.550, 0.590] of cases, where 0.5 is a perfect "
         "student"
     )
 
@@ -37,6 +37,15 @@ def test_the_temperature_is_part_of_the_answer():
 def test_what_is_too_close_is_named():
     best, says = closest({1.0: report({"base": (0, 0.9), "seqkd": (0, 0.61), "gad": (0, 0.6)})}, ["seqkd", "gad"])
     assert best == "gad" and says.endswith("too close to call against seqkd at 1")
+
+
+def test_a_judge_that_cannot_tell_even_the_base_has_learned_nothing():
+    students = {"base": (0, 0.55), "seqkd": (0, 0.51)}
+    _, says = closest({0.8: report(students, 0.1), 1.0: report(students, 0.2)}, ["seqkd"])
+    assert says.startswith("not decided: fresh discriminators could not tell even the base model")
+    # Where it tells the base at one temperature, it has learned something.
+    _, says = closest({0.8: report(students, 0.01), 1.0: report(students, 0.2)}, ["seqkd"])
+    assert says.startswith("seqkd, sampled at temperature")
 
 
 def test_a_base_that_no_student_comes_near():

@@ -199,14 +199,25 @@ def closest(reports: Mapping[float, dict[str, Any]], trained: Sequence[str]) -> 
 def _by_accuracy(judged: Sequence[Judged], trained: Sequence[str]) -> tuple[str, str]:
     ranked = sorted(judged, key=lambda one: abs(one.accuracy - 0.5))
     best = next(one for one in ranked if one.student in trained)
+    bases = [one for one in judged if one.student == BASE]
+    if bases and all(one.low <= 0.5 for one in bases):
+        return best.student, (
+            f"not decided: fresh discriminators could not tell even the base model from it ({_in_words(bases[0])}), so "
+            "that they have learned nothing; take more validation prompts (300 or more), or ask python -m "
+            "verl.tools.judge with a higher --judge_lr"
+        )
     if ranked[0].student == BASE and ranked[0].high < best.low:
         return best.student, f"none of the students: the base model is told in {ranked[0].accuracy:.3f} of cases only"
     others = [one for one in judged if one is not best and one.low <= best.high and best.low <= one.high]
     says = (
-        f"{best.student}, sampled at temperature {best.temperature:g}: told from it in {best.accuracy:.3f} of cases "
-        f"[{best.low:.3f}, {best.high:.3f}], where 0.5 is a perfect student"
+        f"{best.student}, sampled at temperature {best.temperature:g}: told from it in {_in_words(best)} of cases, where "
+        "0.5 is a perfect student"
     )
     if others:
         near = ", ".join(f"{one.student} at {one.temperature:g}" for one in others)
         says += f"; too close to call against {near}"
     return best.student, says
+
+
+def _in_words(one: Judged) -> str:
+    return f"{one.accuracy:.3f} [{one.low:.3f}, {one.high:.3f}]"
