@@ -141,23 +141,26 @@ def judge(
 
 
 def write_report(out: Path, stages: Sequence[str]) -> dict[str, str]:
-    """Each stage's health in a sentence; writes the page of all runs, unless it is newer than they are."""
-    rules, seen = load_rules(None), {}
+    """Each stage's health in a sentence; writes the page of all runs that left metrics, unless it is newer than they
+    are."""
+    rules, seen, health = load_rules(None), {}, {}
     for stage in stages:
         try:
             seen[stage] = see(out / stage, read_run(out / stage, None), rules)
         except (NotARun, OSError, ValueError) as error:
-            return {stage: f"no report: {error}"}
+            health[stage] = f"not in the report: {error}"
+    if not seen:
+        return health
     page = out / REPORT
-    files = [out / stage / name for stage in stages for name in (METRICS_FILE, RECORD_FILE)]
+    files = [out / stage / name for stage in seen for name in (METRICS_FILE, RECORD_FILE)]
     newest = max((file.stat().st_mtime_ns for file in files if file.is_file()), default=0)
     note = out / f"{REPORT}.json"
-    if not page.is_file() or page.stat().st_mtime_ns < newest or read_json(note) != {"stages": list(stages)}:
+    if not page.is_file() or page.stat().st_mtime_ns < newest or read_json(note) != {"stages": list(seen)}:
         part = page.with_suffix(".part")
         write_page(list(seen.values()), part)
         os.replace(part, page)
-        write_json(note, {"stages": list(stages)})
-    return {stage: Words(one.watch).verdict(one.run) for stage, one in seen.items()}
+        write_json(note, {"stages": list(seen)})
+    return health | {stage: Words(one.watch).verdict(one.run) for stage, one in seen.items()}
 
 
 def _listed(files: str | list[str]) -> list[str]:

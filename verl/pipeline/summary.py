@@ -135,7 +135,8 @@ def conclude(
     lines += ["", *(f"{f'student of {stage}:':<19} {folder}" for stage, folder in folders.items())]
     if reports:
         lines.append(f"{'judge:':<19} {options.out / JUDGE}")
-    lines.append(f"{'report of all runs:':<19} {options.out / REPORT}")
+    if (options.out / REPORT).is_file():
+        lines.append(f"{'report of all runs:':<19} {options.out / REPORT}")
     return "\n".join([*lines, "", *_next(options, folders[best])])
 
 
@@ -210,8 +211,8 @@ def _by_accuracy(judged: Sequence[Judged], trained: Sequence[str]) -> tuple[str,
         return best.student, f"none of the students: the base model is told in {ranked[0].accuracy:.3f} of cases only"
     others = [one for one in judged if one is not best and one.low <= best.high and best.low <= one.high]
     says = (
-        f"{best.student}, sampled at temperature {best.temperature:g}: told from it in {_in_words(best)} of cases, where "
-        "0.5 is a perfect student"
+        f"{best.student}, sampled at temperature {best.temperature:g}: told from it in {_in_words(best)} of cases, "
+        "where 0.5 is a perfect student"
     )
     if others:
         near = ", ".join(f"{one.student} at {one.temperature:g}" for one in others)

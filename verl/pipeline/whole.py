@@ -145,8 +145,9 @@ class Pipeline:
             for temperature in temperatures:
                 judge_model = base if by_discriminators else ""
                 code, report = judge(self.processes, self.out, config, students, judge_model, temperature)
-                if code:
+                if code and self.processes.received is None:
                     say("the students are trained and merged; the judge failed, and --no_judge does without it")
+                if code:
                     return code
                 reports[temperature] = report
         health = write_report(self.out, self.options.stages)
