@@ -101,5 +101,5 @@ def test_ended_in_every_stage_it_leaves_the_same_weights(folder, held_out, tmp_p
     files = {file: file.stat().st_mtime_ns for file in parts.rglob("*") if file.is_file()}
     run = pipeline(folder, parts, tmp_path / "fifth.log")
     assert ended(run) == 0, run.log.read_text()
-    again = {file.relative_to(parts) for file in parts.rglob("*") if files.get(file) != file.stat().st_mtime_ns}
-    assert {str(name) for name in again if name.name != "run.lock"} <= set(STAGES) | {".", "students", "judge"}
+    again = {file for file in parts.rglob("*") if file.is_file() and files.get(file) != file.stat().st_mtime_ns}
+    assert {file.name for file in again} <= {"run.lock"}
