@@ -166,6 +166,7 @@ FLOORS = [
     "verl/tools",
     "verl/data_tools",
     "verl/launch",
+    "verl/pipeline",
 ]
 # The one exemption: users look for the algorithms where verl has them, and the workers train with them.
 ALGORITHMS = (

@@ -74,8 +74,8 @@ class Origin:
         sums = [checksums_of(file.absolute().parent, [file.name])[file.name] for file in files]
         return cls(
             stage=config.stage,
-            actor=_model(config.actor_rollout_ref.model.path),
-            critic=_model(config.critic.model.path) if config.use_critic else None,
+            actor=content_of_model(config.actor_rollout_ref.model.path),
+            critic=content_of_model(config.critic.model.path) if config.use_critic else None,
             data=_content(files, _digest(sums)),
             rows=rows,
             order=f"shuffled with seed {data.seed}" if data.shuffle else "as in the files",
@@ -159,7 +159,8 @@ def check_same_run(folder: Path, now: Origin, config: Config) -> None:
     )
 
 
-def _model(path: str) -> Content:
+def content_of_model(path: str) -> Content:
+    """A model, by the contents of its weights."""
     source = find_model(path)
     sums = None if source.shards is None else part_checksums(source.shards.parent)
     if sums is not None:

@@ -87,6 +87,18 @@ def compute_response_mask(data: DataProto) -> torch.Tensor:
     return data.batch["attention_mask"][:, -data.batch["responses"].shape[-1] :]
 
 
+def count_steps(config: Config, rows: int) -> int:
+    """The steps of a run on so many training rows; ValueError if they fill no batch."""
+    batch, epochs = config.data.train_batch_size, config.trainer.total_epochs
+    steps = config.trainer.total_training_steps or rows * epochs // batch
+    if steps == 0:
+        raise ValueError(
+            f"{rows} training rows times {epochs} epochs do not fill one batch of {batch}: lower "
+            "data.train_batch_size or raise trainer.total_epochs"
+        )
+    return steps
+
+
 class RayPPOTrainer:
     """Runs one stage: SeqKD, warmup, GAD or SODA, as the configuration says. (The name is verl's.)
 
@@ -130,13 +142,7 @@ class RayPPOTrainer:
 
     def _count_steps(self) -> int:
         rows, batch = len(self.train_dataset), self.config.data.train_batch_size
-        epochs = self.config.trainer.total_epochs
-        steps = self.config.trainer.total_training_steps or rows * epochs // batch
-        if steps == 0:
-            raise ValueError(
-                f"{rows} training rows times {epochs} epochs do not fill one batch of {batch}: lower "
-                "data.train_batch_size or raise trainer.total_epochs"
-            )
+        steps = count_steps(self.config, rows)
         logger.info(
             "%s, batches of %d: %s, %.2f epochs",
             counted(rows, "training row"), batch, counted(steps, "step"), steps * batch / rows,
