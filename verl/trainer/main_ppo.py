@@ -29,6 +29,7 @@ from verl.single_controller.ray.starting import join_or_start, stop
 from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
 from verl.trainer.config.loading import explain_refusals
 from verl.trainer.config.paths import with_absolute_paths
+from verl.trainer.options import asked_for_help
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
 from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin, check_same_run
@@ -210,6 +211,8 @@ def say_what_is_waited_for() -> None:
 
 def main() -> None:
     """The command line."""
+    if asked_for_help(sys.argv[1:]):
+        return
     # A failure shows its whole traceback, the worker's first.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.excepthook = print_exception
