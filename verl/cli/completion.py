@@ -6,7 +6,6 @@ The script is complete in itself: no Python starts when a key is pressed.
 from __future__ import annotations
 
 import argparse
-import sys
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -43,8 +42,6 @@ def main() -> int | str:
         return "error: completion needs shtab, which is not installed: pip install shtab"
     import shtab
 
-    # The parsers are to call themselves as on the console.
-    sys.argv[0] = "verl "
     say(shtab.complete(whole_parser(), shell))
     return 0
 
