@@ -167,6 +167,8 @@ FLOORS = [
     "verl/data_tools",
     "verl/launch",
     "verl/pipeline",
+    "verl/scripts",
+    "verl/cli",
 ]
 # The one exemption: users look for the algorithms where verl has them, and the workers train with them.
 ALGORITHMS = (
@@ -236,6 +238,7 @@ NO_RAY = [
     "verl/model_merger",
     "verl/tools",
     "verl/data_tools",
+    "verl/cli",
 ]
 
 

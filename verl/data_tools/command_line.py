@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import IO, NamedTuple
 
 from verl.tools.flags import json_object
+from verl.utils.command_line import called_as, wide_formatter
 from verl.utils.console import say
 from verl.utils.refusals import tell
 
@@ -55,11 +56,11 @@ class _Parser(argparse.ArgumentParser):
 def tool_parser(name: str, required: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser without flags yet; `required`: those that a call has to have, for the usage line."""
     parser = _Parser(
-        prog=f"python -m verl.data_tools.{name}",
-        usage=f"python -m verl.data_tools.{name} {required} [flags]",
+        prog=called_as(f"verl.data_tools.{name}"),
+        usage=f"%(prog)s {required} [flags]",
         description=f"{description} More: docs/data.md",
         epilog=epilog,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=119),
+        formatter_class=wide_formatter,
         add_help=False,
     )
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""The merger's command line, shared by `python -m verl.model_merger` and `scripts/legacy_model_merger.py`."""
+"""The merger's command line: `verl merge`, `python -m verl.model_merger` and `scripts/legacy_model_merger.py`."""
 
 from __future__ import annotations
 
@@ -7,33 +7,50 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
-
-from verl.model_merger.card import CARD, read_judge, write_card
-from verl.model_merger.merger import compare, merge
-from verl.model_merger.upload import prepare_upload, upload
-from verl.model_merger.written import name_of, stored_dtype, weights_in
-from verl.models.loading import is_discriminator, quiet_transformers
+from verl.utils.command_line import called_as, wide_formatter
 from verl.utils.console import printable
 from verl.utils.refusals import text_of
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+EXAMPLES = """\
+examples:
+  {called} --local_dir checkpoints/gad/gad/global_step_100/actor --target_dir student
+  {called} test --local_dir checkpoints/gad/gad/global_step_100/actor --test_hf_dir student
+"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Commands `merge` and `test` with verl's flags."""
-    parser = argparse.ArgumentParser(description="Merge a checkpoint folder into a Hugging Face folder, or test one.")
+    called = called_as("verl.model_merger")
+    parser = argparse.ArgumentParser(prog=called, description="Merge a checkpoint folder, or test what was merged.")
     commands = parser.add_subparsers(dest="command", required=True)
-    merge_command = commands.add_parser("merge", help="write a Hugging Face folder")
-    test_command = commands.add_parser("test", help="compare a Hugging Face folder with the checkpoint")
+    options = {"epilog": EXAMPLES.format(called=called), "formatter_class": wide_formatter}
+    merge_command = commands.add_parser(
+        "merge",
+        help="write a Hugging Face folder",
+        usage=f"{called} [merge] --local_dir DIR --target_dir DIR [flags]",
+        description="A checkpoint's actor or critic folder becomes a Hugging Face folder.",
+        **options,
+    )
+    test_command = commands.add_parser(
+        "test",
+        help="compare a Hugging Face folder with the checkpoint",
+        usage=f"{called} test --local_dir DIR --test_hf_dir DIR [flags]",
+        description="Whether a Hugging Face folder holds what the checkpoint does.",
+        **options,
+    )
     for command in (merge_command, test_command):
-        command.add_argument("--backend", choices=["fsdp", "megatron"], required=True)
-        command.add_argument("--local_dir", required=True, help="a checkpoint's actor or critic folder")
-        command.add_argument("--hf_model_path", help="config and tokenizer, where the checkpoint has none with it")
+        command.add_argument("--backend", choices=["fsdp", "megatron"], default="fsdp", help="(default: fsdp)")
+        command.add_argument("--local_dir", required=True, metavar="DIR", help="a checkpoint's actor or critic folder")
+        command.add_argument(
+            "--hf_model_path", metavar="DIR", help="config and tokenizer, where there are none beside it"
+        )
         command.add_argument("--is-value-model", action="store_true", help="insist that it is a critic")
         command.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
         command.add_argument("--tie-word-embedding", action="store_true", help="not needed: the config says so")
         command.add_argument("--use_cpu_initialization", action="store_true", help="not needed: merging needs no GPU")
+    merge_command.add_argument("--target_dir", default="tmp", metavar="DIR", help="folder to write (default: tmp)")
     merge_command.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -41,9 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the weights to write (default: bfloat16); training keeps float32",
     )
     test_command.add_argument("--dtype", choices=DTYPES, help="that the folder must have (default: whichever it has)")
-    merge_command.add_argument("--target_dir", default="tmp", help="folder to write (default: tmp)")
     _add_publishing(merge_command.add_argument_group("the hub"))
-    test_command.add_argument("--test_hf_dir", required=True, help="Hugging Face folder to compare")
+    test_command.add_argument("--test_hf_dir", required=True, metavar="DIR", help="Hugging Face folder to compare")
     return parser
 
 
@@ -61,10 +77,15 @@ def _add_publishing(group: argparse._ArgumentGroup) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; exits with a sentence where something is wrong with the folders."""
-    options = build_parser().parse_args(arguments)
+    """Run the command, `merge` where none is named; exits with a sentence where something is wrong with the folders."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    named = arguments[:1] and not arguments[0].startswith("-")
+    options = build_parser().parse_args(arguments if named else ["merge", *arguments])
     if options.backend != "fsdp":
         sys.exit("this trainer writes fsdp checkpoints only; use --backend fsdp")
+    # Not above: help is wanted at once, and this reads torch.
+    from verl.models.loading import quiet_transformers
+
     quiet_transformers()
     try:
         if options.command == "merge":
@@ -76,6 +97,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    import torch
+
+    from verl.model_merger.card import read_judge
+    from verl.model_merger.merger import merge
+    from verl.model_merger.upload import prepare_upload, upload
+    from verl.model_merger.written import weights_in
+    from verl.models.loading import is_discriminator
+
     repository, target = options.hf_upload_path, Path(options.target_dir)
     # All that may be wrong with it is found before the work.
     read_judge(options.judge)
@@ -100,11 +129,18 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _write_card(options: argparse.Namespace, target: Path) -> None:
+    from verl.model_merger.card import CARD, write_card
+
     written = write_card(target, Path(options.local_dir), options.hf_upload_path, options.judge)
     _say(f"wrote {target / CARD}" if written else f"{target / CARD} is somebody's own and stays as it is")
 
 
 def _test(options: argparse.Namespace) -> None:
+    import torch
+
+    from verl.model_merger.merger import compare
+    from verl.model_merger.written import name_of, stored_dtype
+
     count = compare(
         options.local_dir,
         options.test_hf_dir,

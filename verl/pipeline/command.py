@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from verl.pipeline.options import parse_options
 from verl.utils.console import printable, say
+from verl.utils.refusals import tell
 from verl.utils.signals import EndedBySignal
 
 if TYPE_CHECKING:
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 USAGE = 2
 
 
-def main(argv: list[str] | None = None, prog: str = "python -m verl.pipeline") -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    options = parse_options(argv, prog)
+    options = parse_options(argv)
     print("loading libraries ...", file=sys.stderr, flush=True)
     # What takes seconds to import, after flags that are wrong have been refused.
     from verl.models.loading import quiet_transformers
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m verl.pipeline") -
         print(printable(f"{end}: the same line goes on from here"), file=sys.stderr)
         return end.exit_code
     except (OSError, ValueError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        tell(error)
         return USAGE
 
 

@@ -6,11 +6,14 @@ import argparse
 from pathlib import Path
 
 from verl.tools.flags import number, whole
+from verl.utils.command_line import called_as, wide_formatter
 
 STAGES = ("seqkd", "warmup", "gad", "soda")
 DEFAULT_STAGES = ("seqkd",)
 NUMBERS, DISCRIMINATORS, AUTO = "numbers", "discriminators", "auto"
 EPILOG = """\
+example: %(prog)s --model BASE --data data/train.parquet --val data/test.parquet --exp_name first
+
 stages: seqkd alone is the default, because on real text SeqKD did the teaching and no further stage was shown to pay
 once the temperature to answer at had been chosen. The judge says whether one pays on your data: the same line with
 --stages seqkd,warmup,gad (or seqkd,soda) goes on from the SeqKD that is there.
@@ -24,14 +27,14 @@ the judge that failed. More: docs/pipeline.md
 """
 
 
-def build_parser(prog: str = "python -m verl.pipeline") -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(
-        prog=prog,
-        usage=f"{prog} --model BASE --data TRAIN --val VAL --exp_name NAME [flags] [KEY=VALUE ...]",
+        prog=called_as("verl.pipeline"),
+        usage="%(prog)s --model BASE --data TRAIN --val VAL --exp_name NAME [flags] [KEY=VALUE ...]",
         description="Distil a teacher's answers into a student: train, merge, judge, report.",
         epilog=EPILOG,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=119),
+        formatter_class=wide_formatter,
     )
     add = parser.add_argument
     add("--model", required=True, metavar="BASE", help="the student to begin with: folder, or a name of the hub")
@@ -74,9 +77,9 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def parse_options(arguments: list[str] | None, prog: str) -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """The flags of a command line; `out` is absolute."""
-    options = build_parser(prog).parse_intermixed_args(arguments)
+    options = build_parser().parse_intermixed_args(arguments)
     out = options.out if options.out is not None else Path("checkpoints") / "gad" / options.exp_name
     options.out = out.expanduser().absolute()
     return options

@@ -34,6 +34,7 @@ from verl.trainer.config.overrides import flags_last
 from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.config.value_checks import NO_TEXT, doubt_of_rows, doubts
 from verl.trainer.node_checks import check_nodes
+from verl.trainer.options import asked_for_help
 from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
 from verl.trainer.ppo.disk import check_disk
 from verl.trainer.ppo.ending import end_said, nothing_left, say_end
@@ -220,8 +221,8 @@ class TaskRunner:
                     runner.fit()
 
     def _prepared(self, config: Config, signals: RunSignals) -> tuple[RayPPOTrainer, Path | None] | None:
-        """The trainer with its workers, all checked, and the checkpoint that it goes on from; None if nothing is left to
-        train, which is said."""
+        """The trainer with its workers, all checked, and the checkpoint that it goes on from; None, which is said, if
+        nothing is left to train."""
         trainer = config.trainer
         tokenizer, train, val = self._looked_at(config)
         roles = [Role.ActorRollout] + ([Role.Critic] if config.use_critic else [])
@@ -343,6 +344,8 @@ def check_what_is_shown(arguments: list[str]) -> None:
 
 def main() -> None:
     """The command line."""
+    if asked_for_help(sys.argv[1:]):
+        return
     # A failure shows its whole traceback, the worker's first.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.excepthook = print_exception
