@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import pytest
 from tests.tiny import byte_tokenizer, scorer, write_data, write_model
 from verl.model_merger.cli import main as merge
 from verl.trainer import main_ppo
+from verl.utils import refusals
 from verl.utils.dataset.cache import file_digest
 from verl.utils.refusals import Findings, Refused, is_reason, sentences_of
 
@@ -384,6 +386,55 @@ def test_a_fault_of_the_code_is_no_reason(tmp_path):
     with pytest.raises(Refused) as caught:
         findings.tell()
     assert len(caught.value.problems) == 2 and not is_reason(KeyError("x"))
+
+
+SOURCE = """
+def several_lines(x):
+    with open(__file__):
+        raise RuntimeError(
+            f"{x} is "
+            "not meant"
+        ) from None
+
+def on_the_way(x):
+    try:
+        several_lines(x)
+    finally:
+        print(x)
+
+def of_another(x):
+    try:
+        int(x)
+    except ValueError as error:
+        raise ValueError(f"{x} is no number") from error
+
+def ran_into(x):
+    return int(x)
+
+def unpacked(x):
+    first, second = x
+    return first
+
+def imported(x):
+    import not_there_at_all
+"""
+
+
+def test_what_is_raised_on_purpose_is_told_from_what_a_line_ran_into(tmp_path, monkeypatch):
+    (tmp_path / "purposes.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(refusals, "PACKAGE", tmp_path)
+    purposes = importlib.import_module("purposes")
+    found = {}
+    for name in ("several_lines", "on_the_way", "of_another", "ran_into", "unpacked", "imported"):
+        with pytest.raises((ValueError, RuntimeError, ImportError)) as caught:
+            getattr(purposes, name)("x")
+        found[name] = is_reason(caught.value)
+    assert [name for name in found if found[name]] == ["several_lines", "on_the_way", "of_another"]
+    monkeypatch.setattr(refusals, "PACKAGE", tmp_path / "elsewhere")
+    with pytest.raises(RuntimeError) as caught:
+        purposes.several_lines("x")
+    assert not is_reason(caught.value)
 
 
 def test_the_merger_cannot_write_there(folder, capsys):

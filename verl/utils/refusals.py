@@ -6,7 +6,6 @@ code, and shows where it is. With VERL_TRACEBACK=1 everything does.
 
 from __future__ import annotations
 
-import dis
 import os
 import sys
 import traceback
@@ -66,19 +65,20 @@ def sentences_of(error: Exception) -> list[str]:
 
 
 def is_reason(error: BaseException) -> bool:
-    """Whether a line of this package raised it, or the system for a file."""
+    """Whether a `raise` of this package raised it, or the system for a file.
+
+    The innermost line of the traceback says so: it begins with `raise`. What a line only ran into (`int("x")`, an
+    operation of torch) is a fault, and so is everything where the source is not there to be read.
+    """
     if not isinstance(error, REASONS):
         return False
     if isinstance(error, OSError) and error.filename is not None:
         return True
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None:
+    innermost = traceback.extract_tb(error.__traceback__, limit=-1)
+    if not innermost:
         return False
-    code = last.tb_frame.f_code
-    raised = dis.opname[code.co_code[last.tb_lasti]].startswith("RAISE_VARARGS")
-    return raised and Path(code.co_filename).is_relative_to(PACKAGE)
+    raised = (innermost[0].line or "").startswith("raise ")
+    return raised and Path(innermost[0].filename).is_relative_to(PACKAGE)
 
 
 @contextmanager
