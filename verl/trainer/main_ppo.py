@@ -58,8 +58,9 @@ logger = logging.getLogger(__name__)
 
 # The exit code of a run that is not started.
 REFUSED = 1
-# Flags that show the settings and run nothing.
+# Hydra's flags that show the settings and run nothing; and those by which they are not this package's.
 SHOWING = {"--cfg", "-c"}
+OF_ANOTHER_FOLDER = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 
 
 def create_rl_dataset(
@@ -308,7 +309,7 @@ def _hydra_main(composed: DictConfig) -> None:
         config = to_config(composed, HydraConfig.get().overrides.task)
     except ConfigError as error:
         missing = [] if error.config is None else missing_paths(error.config)
-        tell(Refused([*error.problems, *missing]))
+        tell(Refused([*error.problems, *missing]).with_traceback(error.__traceback__))
         sys.exit(REFUSED)
     try:
         run_ppo(config)
@@ -337,7 +338,8 @@ def say_what_is_waited_for() -> None:
 
 def check_what_is_shown(arguments: list[str]) -> None:
     """After `--cfg job`: ConfigError for settings that a run would refuse; a line for those that it will ask for."""
-    if not any(flag.startswith(("--config", "-c")) and flag not in SHOWING for flag in arguments):
+    flags = {argument.split("=")[0] for argument in arguments if argument.startswith("-")}
+    if flags & SHOWING and not flags & OF_ANOTHER_FOLDER:
         for key in check_shown(arguments):
             print(f"note: {key} is still to be given", file=sys.stderr)
 
@@ -353,8 +355,7 @@ def main() -> None:
         sys.argv[1:] = flags_last(normalize_overrides(sys.argv[1:]))
         with ending_in_time(), explain_refusals():
             _hydra_main()
-            if SHOWING & set(sys.argv):
-                check_what_is_shown(sys.argv[1:])
+            check_what_is_shown(sys.argv[1:])
     except ConfigError as error:
         tell(error)
         sys.exit(REFUSED)

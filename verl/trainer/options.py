@@ -10,7 +10,7 @@ from verl.utils.console import say
 HELP = ("-h", "--help")
 DESCRIPTION = "Trains one stage. Every setting is KEY=VALUE; what is wrong with them is said before anything starts."
 EPILOG = """\
-Such a run has to be given data.train_files, actor_rollout_ref.model.path and trainer.experiment_name; stages warmup and
+A run has to be given data.train_files, actor_rollout_ref.model.path and trainer.experiment_name; stages warmup and
 gad critic.model.path too. The same command goes on where it was ended.
 
 settings that are set most often:

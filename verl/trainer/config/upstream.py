@@ -23,7 +23,7 @@ POLICY = "actor_rollout_ref"
 POLICY_PARTS = ("actor", "rollout", "ref", "model")
 # Names of a model in a key: what says one of them never means another's.
 MODELS = {"actor": "student", "rollout": "student", "ref": "reference", "critic": "discriminator"}
-# How alike a mistyped name and the right one are, of 1: one letter of four differs.
+# How alike a mistyped name and the right one are, of 1: one letter of five differs.
 ALIKE = 0.8
 MOST_NAMED = 3
 
@@ -161,7 +161,7 @@ def _in_order(parts: Sequence[str], others: Sequence[str]) -> bool:
 
 
 def _elsewhere(key: str, known: Sequence[str]) -> list[str]:
-    """The only key of that last name, unless either says another model than the other."""
+    """The only key of that last name, unless this one says another model than that."""
     leaf = key.rsplit(".", 1)[-1]
     found = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
     return found if len(found) == 1 and _model(key) in (None, _model(found[0])) else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from verl.config.run import Config
 
@@ -23,12 +23,12 @@ def nothing_conflicts(config: Config) -> Iterator[str]:
 
 def _texts(settings: Any, prefix: str) -> Iterator[tuple[str, str, bool]]:
     """Keys, values that are text, and whether the key may be null."""
-    for field in dataclasses.fields(settings):
-        value, key = getattr(settings, field.name), prefix + field.name
+    for name, kind in get_type_hints(type(settings)).items():
+        value, key = getattr(settings, name), prefix + name
         if dataclasses.is_dataclass(value):
             yield from _texts(value, f"{key}.")
         elif isinstance(value, str):
-            yield key, value, "None" in str(field.type)
+            yield key, value, type(None) in get_args(kind)
 
 
 def doubts(config: Config) -> Iterator[str]:
