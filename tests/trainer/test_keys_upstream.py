@@ -108,6 +108,14 @@ MET = [
     ("trainer.val_data", "x.parquet", "named data.val_files here"),
     ("ray_kwargs.ray_init.runtime_env.py_executable", "python3", None),
     ("rollout.load_format", "auto", None),  # shortened
+    # Kept from a wide pattern: a bonus is no chunking, and a function that rewards is no setting without effect.
+    (f"{ACTOR}.entropy_from_logits_with_chunking", True, None),
+    ("actor_rollout_ref.ref.fsdp_config.entropy_checkpointing", False, None),
+    (f"{ACTOR}.entropy_bonus", 0.01, "unknown key"),
+    ("reward.custom_reward_function.path", "reward.py", "named custom_reward_function.path here"),
+    (f"{ACTOR}.optim.optimizer", "AdamW", None),
+    ("critic.optim.optimizer", "SGD", "always on: AdamW"),
+    (f"{ACTOR}.optim.clip_grad", 0.5, f"named {ACTOR}.grad_clip here"),
 ]  # fmt: skip
 
 
