@@ -135,6 +135,7 @@ def test_both_data_files_are_looked_at(start, folder):
         (["data.seed", "=", "5"], "data.seed = 5: write data.seed=5, without spaces around '='"),
         (["data.seed", "=5"], "data.seed =5: write data.seed=5, without spaces"),
         (["data.seed=", "5"], "data.seed= 5: write data.seed=5, without spaces"),
+        (["data.train_max_samples", "=", "-1"], "write data.train_max_samples=-1, without spaces around '='"),
         (["trainer.nnodes\uff1d2"], "its equals sign is a full-width one; write trainer.nnodes=2"),
         (["data.train_files=a.jsonl\uff0cb.jsonl"], "several files are written as a list, [a.parquet,b.parquet]"),
         (["trainer.logger=[console\uff0cfile]"], "several as trainer.logger=[console,file]"),

@@ -39,6 +39,8 @@ FLAGS = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r"
 VALUED_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
                 "--experimental-rerun")  # fmt: skip
 OPTIONALLY_VALUED_FLAGS = ("--info", "-i")
+# And not a number, which may be a value behind a space.
+FLAG = re.compile("--?[A-Za-z]")
 FULL_WIDTH_EQUALS = "\uff1d"
 ARGUMENT = re.compile(r"\+{0,2}(?P<key>[^=+~-][^=]*)=(?P<value>.*)", flags=re.DOTALL)
 KEY = re.compile(r"[\w./-]+", flags=re.ASCII)
@@ -62,7 +64,7 @@ def normalize_overrides(arguments: list[str]) -> list[str]:
     problems = _spaced([argument for argument, is_flag in zip(arguments, are_flags, strict=True) if not is_flag])
     normalized, is_spaced = [], bool(problems)
     for argument, is_flag in zip(arguments, are_flags, strict=True):
-        if is_flag and argument.startswith("-") and not _is_known(argument):
+        if FLAG.match(argument) and not _is_known(argument):
             problems.append(_flag_problem(argument))
         elif is_flag or is_spaced:
             normalized.append(argument)
@@ -95,9 +97,10 @@ def _are_flags(arguments: Sequence[str]) -> list[bool]:
     """Which arguments are flags or their values."""
     found, before = [], ""
     for argument in arguments:
+        is_flag = FLAG.match(argument) is not None
         valued = before in VALUED_FLAGS or (before.startswith("-") and before not in FLAGS and "=" not in argument)
-        found.append(argument.startswith("-") or valued)
-        before = argument if argument.startswith("-") or not valued else ""
+        found.append(is_flag or valued)
+        before = argument if is_flag else ""
     return found
 
 
