@@ -257,6 +257,12 @@ MODELS: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "",
         "holds no tokenizer: expected tokenizer.json",
     ),
+    "tokenizer": (
+        lambda model: (model / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "Fancy"}}'),
+        "",
+        "the tokenizer in ",
+    ),
+    "sizes": (changed(hidden_size="large"), "", "'hidden_size' expected int"),
     "no template": (without("chat_template.jinja"), "", "has no chat template"),
     "t5": (
         lambda model: (model / "config.json").write_text(T5),

@@ -337,9 +337,11 @@ def say_what_is_waited_for() -> None:
 
 
 def check_what_is_shown(arguments: list[str]) -> None:
-    """After `--cfg job`: ConfigError for settings that a run would refuse; a line for those that it will ask for."""
+    """After `--cfg job`: ConfigError for settings that a run would refuse; a line for those that it will ask for, and for
+    those that have no effect."""
     flags = {argument.split("=")[0] for argument in arguments if argument.startswith("-")}
     if flags & SHOWING and not flags & OF_ANOTHER_FOLDER:
+        log_to_terminal()
         for key in check_shown(arguments):
             print(f"note: {key} is still to be given", file=sys.stderr)
 
