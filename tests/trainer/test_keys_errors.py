@@ -350,7 +350,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "parts": (
         "d.jsonl",
         json.dumps(ROW | {"content": [{"role": "user", "content": [{"type": "text"}]}]}).encode(),
-        "content there is a list of parts",
+        "its content is a list of parts",
     ),
     "sharegpt": (
         "d.jsonl",

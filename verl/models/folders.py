@@ -91,8 +91,8 @@ def refuse_no_tokenizer(folder: Path) -> None:
 def told_of(folder: Path, what: str) -> Iterator[None]:
     """What transformers raises when it reads a folder's `what`, as ValueError in a sentence.
 
-    That may be anything: tokenizers has no class of its own for a file that it does not take, and a config's fields have
-    checks with classes of huggingface_hub's.
+    That may be anything: tokenizers has no class of its own for a file that it does not take, and the checks of a
+    config's fields have classes of huggingface_hub's.
     """
     try:
         yield

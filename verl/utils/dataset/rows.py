@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from verl.utils.dataset.arrow_rows import ROWS_AT_ONCE, FileRows, NoTurn, Place, Record, Unreadable
-from verl.utils.dataset.faults import what_instead
+from verl.utils.dataset.faults import is_of_another_format
 
 if TYPE_CHECKING:
     from verl.utils.dataset.turns import TurnRows
@@ -23,8 +22,7 @@ logger = logging.getLogger(__name__)
 SHOWN_BAD_ROWS = 10
 # What is said of a row that cannot be read where equal faults are counted.
 NOT_READABLE = "not readable"
-# Faults of rows that are of another format, all of them.
-OF_FORMAT = re.compile("there is no column|is not a list of chat messages|is not {role")
+# What to do about a file whose rows are of another format, all of them.
 OTHER_FORMAT = (
     "Name the columns with data.prompt_key (chat messages) and data.response_key (text), or bring the file into this "
     "form: python -m verl.data_tools.convert"
@@ -137,15 +135,12 @@ def without_faults(rows: Rows, faults: Sequence[str | None], on_bad_row: Literal
     if bad and on_bad_row == "error":
         first = [(rows[number], faults[number]) for number in bad[:SHOWN_BAD_ROWS]]
         row, fault = first[0]
-        words = None if row.unreadable else what_instead(fault, row.record)
-        more = "" if words is None else f" ({words})"
-        if len(bad) == len(rows) > 1 and len(set(faults)) == 1 and OF_FORMAT.search(fault):
-            raise ValueError(f"{row.place}: {fault}{more}, and so it is with all {len(bad)} rows. {OTHER_FORMAT}")
+        if len(bad) == len(rows) > 1 and len(set(faults)) == 1 and is_of_another_format(fault):
+            raise ValueError(f"{row.place}: {fault}, and so it is with all {len(bad)} rows. {OTHER_FORMAT}")
         refuse(
             [row.unreadable or f"{row.place}: {fault}" for row, fault in first],
             f"{len(bad)} of {len(rows)} rows cannot be used",
-            f"{'' if words is None else f'Of the first, {words}. '}Correct the files, data.prompt_key or "
-            "data.response_key, or leave such rows out: data.on_bad_row=skip",
+            "Correct the files, data.prompt_key or data.response_key, or leave such rows out: data.on_bad_row=skip",
             len(bad),
         )
     if bad:
