@@ -337,8 +337,11 @@ def say_what_is_waited_for() -> None:
 
 
 def check_what_is_shown(arguments: list[str]) -> None:
-    """After `--cfg job`: ConfigError for settings that a run would refuse; a line for those that it will ask for, or that
-    have no effect."""
+    """After `--cfg job`: a line for settings that are still to be given, or have no effect.
+
+    Raises:
+        ConfigError: what a run would refuse.
+    """
     flags = {argument.split("=")[0] for argument in arguments if argument.startswith("-")}
     if flags & SHOWING and not flags & OF_ANOTHER_FOLDER:
         log_to_terminal()

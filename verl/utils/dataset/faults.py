@@ -109,17 +109,17 @@ def _what_instead(value: Any) -> str:
 def _no_message(message: Any) -> str | None:
     """What stands in a message's place, or None for {role: text, content: text}."""
     if not isinstance(message, dict):
-        return f"it is {_kind(message)}"
+        return f"it is {_type(message)}"
     missing = [name for name in ("role", "content") if name not in message]
     if missing:
         return f"it has no {' and no '.join(missing)}, only {shorten(', '.join(map(str, message)))}"
     if isinstance(message["content"], list):
         return "its content is a list of parts, and text alone is read"
     wrong = next((name for name in ("role", "content") if not isinstance(message[name], str)), None)
-    return None if wrong is None else f"its {wrong} is {_kind(message[wrong])}"
+    return None if wrong is None else f"its {wrong} is {_type(message[wrong])}"
 
 
-def _kind(value: Any) -> str:
+def _type(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
