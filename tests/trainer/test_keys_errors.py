@@ -18,8 +18,10 @@ from tests.tiny import byte_tokenizer, scorer, write_data, write_model
 from verl.model_merger.cli import main as merge
 from verl.trainer import main_ppo
 from verl.utils import refusals
+from verl.utils.checkpoint.checkpoint_manager import get_checkpoint_tracker_filename
 from verl.utils.dataset.cache import file_digest
 from verl.utils.refusals import Findings, Refused, is_reason, sentences_of
+from verl.utils.run_lock import only_run_in
 
 ROOT = Path(__file__).parents[2]
 MODEL = "actor_rollout_ref.model.path"
@@ -105,6 +107,17 @@ def test_everything_that_is_missing_is_told_together(start):
 def test_a_folder_that_cannot_be_written_hides_nothing(start):
     found = errors(start("trainer.default_local_dir=/proc/x", "data.val_files=nor.jsonl", f"{MODEL}=m1"))
     assert len(found) == 3 and found[0].startswith("trainer.default_local_dir: /proc/x cannot be written")
+
+
+def test_a_start_beside_another_run_leaves_its_checkpoints_alone(start, tmp_path):
+    """One that is being written is not whole yet."""
+    run = tmp_path / "run"
+    (run / "global_step_3" / "actor").mkdir(parents=True)
+    Path(get_checkpoint_tracker_filename(run)).write_text("3")
+    with only_run_in(run):
+        first, second = errors(start("data.val_files=nor.jsonl"))
+    assert "another run is at work in" in first and "nor.jsonl" in second
+    assert [folder.name for folder in run.glob("global_step_*")] == ["global_step_3"]
 
 
 def test_settings_that_contradict_and_files_that_are_missing(start):

@@ -35,7 +35,7 @@ from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.config.value_checks import NO_TEXT, doubt_of_rows, doubts
 from verl.trainer.node_checks import check_nodes
 from verl.trainer.options import asked_for_help
-from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
+from verl.trainer.ppo.checkpointing import find_checkpoint, named_checkpoint, run_folder
 from verl.trainer.ppo.disk import check_disk
 from verl.trainer.ppo.ending import end_said, nothing_left, say_end
 from verl.trainer.ppo.model_checks import check_device, check_engine, check_models, check_tokens
@@ -98,7 +98,8 @@ def check_resume(config: Config, rows: int, resumed: Path | None) -> Origin:
 
 
 def check_folders(config: Config) -> None:
-    """OSError for a folder beside the run's own that the run is to write and cannot."""
+    """OSError for folders beside the run's own: those that the run is to write and cannot, and a checkpoint's that is
+    not there."""
     trainer = config.trainer
     folders = {"rollout_data_dir": trainer.rollout_data_dir, "validation_data_dir": trainer.validation_data_dir}
     if "tensorboard" in trainer.logger:
@@ -108,8 +109,10 @@ def check_folders(config: Config) -> None:
         with findings.gathered():
             if folder is not None:
                 check_writable(Path(folder).expanduser(), f"trainer.{setting}")
+    # Nothing more of checkpoints: they may be those of another run that is at work here.
     with findings.gathered():
-        find_checkpoint(trainer, ("actor",))
+        if trainer.resume_mode == "resume_path":
+            named_checkpoint(trainer)
     findings.tell()
 
 

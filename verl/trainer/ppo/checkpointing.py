@@ -368,9 +368,14 @@ def find_checkpoint(config: TrainerConfig, parts: Collection[str] = ("actor",)) 
         return None
     if config.resume_mode == "auto":
         return newest_whole(run_folder(config), parts)
+    folder = behind_best(named_checkpoint(config))
+    refuse_damaged(folder)
+    return folder
+
+
+def named_checkpoint(config: TrainerConfig) -> Path:
+    """The folder of `trainer.resume_from_path`, not looked into. FileNotFoundError if it is not there."""
     folder = Path(config.resume_from_path).expanduser().absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"trainer.resume_from_path={folder} does not exist")
-    folder = behind_best(folder)
-    refuse_damaged(folder)
     return folder
