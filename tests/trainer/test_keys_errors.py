@@ -17,6 +17,7 @@ import pytest
 from tests.tiny import byte_tokenizer, scorer, write_data, write_model
 from verl.model_merger.cli import main as merge
 from verl.trainer import main_ppo
+from verl.trainer.config import compose_config
 from verl.utils import refusals
 from verl.utils.checkpoint.checkpoint_manager import get_checkpoint_tracker_filename
 from verl.utils.dataset.cache import file_digest
@@ -204,6 +205,28 @@ def test_text_of_any_kind_is_a_name(start, text):
 def test_a_validation_needs_no_discriminator(start):
     lines = start("critic.model.path=base", "trainer.val_only=True")
     assert lines[-1] == "started" and any("no discriminator takes part" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("resume", "takes_part"),
+    [
+        ([], True),
+        (["trainer.resume_mode=disable"], False),
+        (["trainer.resume_mode=resume_path", "trainer.resume_from_path={run}/global_step_3"], True),
+        (["trainer.resume_mode=resume_path", "trainer.resume_from_path={run}/global_step_2"], False),
+        (["trainer.resume_mode=resume_path", "trainer.resume_from_path={run}/no"], True),  # Refused, with all else.
+    ],
+)
+def test_a_validation_has_the_discriminator_of_its_checkpoint(folder, tmp_path, resume, takes_part):
+    """A warmup's `critic.model.path` is a language model from the first step to the last."""
+    (tmp_path / "global_step_3" / "critic").mkdir(parents=True)
+    (tmp_path / "global_step_2" / "actor").mkdir(parents=True)
+    config = compose_config(
+        ["stage=warmup", "trainer.val_only=True", "data.train_files=t.jsonl", "data.val_files=v.jsonl",
+         f"{MODEL}={folder}/base", f"critic.model.path={folder}/base", "trainer.experiment_name=x",
+         f"trainer.default_local_dir={tmp_path}", *(setting.format(run=tmp_path) for setting in resume)]
+    )  # fmt: skip
+    assert main_ppo.without_idle_critic(config).use_critic == takes_part
 
 
 # ---- models

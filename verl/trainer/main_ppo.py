@@ -35,7 +35,7 @@ from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.config.value_checks import NO_TEXT, doubt_of_rows, doubts
 from verl.trainer.node_checks import check_nodes
 from verl.trainer.options import asked_for_help
-from verl.trainer.ppo.checkpointing import find_checkpoint, named_checkpoint, run_folder
+from verl.trainer.ppo.checkpointing import find_checkpoint, may_resume_critic, named_checkpoint, run_folder
 from verl.trainer.ppo.disk import check_disk
 from verl.trainer.ppo.ending import end_said, nothing_left, say_end
 from verl.trainer.ppo.model_checks import check_device, check_engine, check_models, check_tokens
@@ -162,11 +162,12 @@ def look_over(config: Config, findings: Findings) -> PreTrainedTokenizerBase | N
 
 
 def without_idle_critic(config: Config) -> Config:
-    """Without a discriminator where only the student is looked at: `trainer.val_only`, and no trained one is named."""
+    """Without a discriminator where only the student is looked at: `trainer.val_only`, and neither the settings nor a
+    checkpoint have a trained one."""
     if not (config.trainer.val_only and config.use_critic):
         return config
     with suppress(OSError, ValueError):
-        if not is_discriminator(config.critic.model.path):
+        if not may_resume_critic(config.trainer) and not is_discriminator(config.critic.model.path):
             logger.info("trainer.val_only=True: no discriminator takes part, as critic.model.path names no trained one")
             return replace(config, trainer=replace(config.trainer, critic_warmup=-1))
     return config

@@ -20,6 +20,7 @@ from verl.utils.background import Background
 from verl.utils.checkpoint.best_link import behind_best, point_best
 from verl.utils.checkpoint.checkpoint_manager import (
     STATE_FILE,
+    checkpoints_in,
     mark_only_as_best,
     prune_checkpoints,
     publish_checkpoint,
@@ -371,6 +372,14 @@ def find_checkpoint(config: TrainerConfig, parts: Collection[str] = ("actor",)) 
     folder = behind_best(named_checkpoint(config))
     refuse_damaged(folder)
     return folder
+
+
+def may_resume_critic(config: TrainerConfig) -> bool:
+    """Whether a checkpoint that training may go on from has a discriminator; nothing is read of them."""
+    if config.resume_mode == "disable":
+        return False
+    folders = checkpoints_in(run_folder(config)) if config.resume_mode == "auto" else [named_checkpoint(config)]
+    return any((folder / "critic").is_dir() for folder in folders)
 
 
 def named_checkpoint(config: TrainerConfig) -> Path:
