@@ -303,6 +303,8 @@ def _maybe(line: bytes) -> str:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[pa.RecordBatch]]] = {".parquet": _read_parquet, ".jsonl": _read_lines}
+# What files of rows end in.
+READABLE = tuple(_READERS)
 _RECORDS: dict[str, Callable[[pa.RecordBatch], Iterator[Record]]] = {
     ".parquet": _parquet_records,
     ".jsonl": _line_records,

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from verl.utils.columns import object_array
-from verl.utils.dataset.arrow_rows import FileRows
+from verl.utils.dataset.arrow_rows import READABLE, FileRows
 from verl.utils.dataset.cache import Cache
 from verl.utils.dataset.faults import warn_of_ignored_tools
 from verl.utils.dataset.looks import Looker, Looks, look_at_all
@@ -42,8 +42,6 @@ from verl.utils.torch_functional import pad_2d_list_to_length, postprocess_data
 
 logger = logging.getLogger(__name__)
 
-# What files of rows end in.
-READABLE = (".parquet", ".jsonl")
 # Rows on which the tokenizer is compared with its files.
 COMPARED_ROWS = 200
 
@@ -81,15 +79,18 @@ def find_files(data_files: str | Path | Sequence[str | Path]) -> list[Path]:
             + ("; several files are written as a list, [a.parquet,b.parquet]" if several else "")
         )
     for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder and not a data file{_readable_in(path)}")
         if not path.is_file():
-            inside = sorted(file.name for file in path.iterdir() if file.suffix in READABLE) if path.is_dir() else []
-            some = (
-                f": name files in it, {path / inside[0]} for one"
-                if inside
-                else f", without {' or '.join(READABLE)} files"
-            )
-            raise IsADirectoryError(f"{path} is a folder and not a data file{some}")
+            raise ValueError(f"{path} is no file that can be read twice: write the rows into one")
     return paths
+
+
+def _readable_in(folder: Path) -> str:
+    inside = sorted(file.name for file in folder.iterdir() if file.suffix in READABLE)
+    if inside:
+        return f": name files in it, {folder / inside[0]} for one"
+    return f", without {' or '.join(READABLE)} files"
 
 
 def open_files(paths: Sequence[Path], cache: Cache | None = None) -> Rows:
