@@ -176,8 +176,8 @@ def explain_refusals() -> Iterator[None]:
         if not error.options:
             raise ConfigError([" ".join(str(error).split())]) from error
         close = difflib.get_close_matches(name.lower(), error.options, n=1, cutoff=0.5)
-        meant = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError([f"{group}={name} is not known: {meant}There are {', '.join(error.options)}"]) from error
+        there_are = f"did you mean {close[0]}? There are" if close else "there are"
+        raise ConfigError([f"{group}={name} is not known: {there_are} {', '.join(error.options)}"]) from error
     except HydraException as error:
         said = dict.fromkeys(" ".join(str(each).split()) for each in (error, error.__cause__) if each is not None)
         raise ConfigError([": ".join(said)]) from error
