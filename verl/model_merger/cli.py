@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     named = arguments[:1] and not arguments[0].startswith("-")
     options = build_parser().parse_args(arguments if named else ["merge", *arguments])
     if options.backend != "fsdp":
-        sys.exit("this trainer writes fsdp checkpoints only; use --backend fsdp")
+        sys.exit("error: this trainer writes fsdp checkpoints only; use --backend fsdp")
     # Not above: help is wanted at once, and this reads torch.
     from verl.models.loading import quiet_transformers
 
