@@ -154,6 +154,7 @@ def test_both_data_files_are_looked_at(start, folder):
         (["data.train_files=a.jsonl\uff0cb.jsonl"], "several files are written as a list, [a.parquet,b.parquet]"),
         (["trainer.logger=[console\uff0cfile]"], "several as trainer.logger=[console,file]"),
         (["trainer.nnodes=1,2"], "trainer.nnodes: input should be a valid integer"),
+        (["trainer.project_name=${foo}"], "trainer.project_name: Interpolation key 'foo' not found"),
         (["~data.seed"], "~data.seed: keys cannot be removed, only set"),
         (["--lr=1e-6"], "--lr=1e-6: no such flag; a setting is written without dashes, lr=1e-6"),
         (["--resume_step", "5"], "--resume_step: a run goes on from its newest checkpoint by itself"),

@@ -108,6 +108,8 @@ MET = [
     ("trainer.val_data", "x.parquet", "named data.val_files here"),
     ("ray_kwargs.ray_init.runtime_env.py_executable", "python3", None),
     ("rollout.load_format", "auto", None),  # shortened
+    (f"{ROLLOUT}.repetition_penalty", 1.0, None),
+    (f"{ROLLOUT}.repetition_penalty", True, "not there"),
     # Kept from a wide pattern: a bonus is no chunking, and a function that rewards is no setting without effect.
     (f"{ACTOR}.entropy_from_logits_with_chunking", True, None),
     ("actor_rollout_ref.ref.fsdp_config.entropy_checkpointing", False, None),

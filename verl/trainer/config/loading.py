@@ -151,7 +151,8 @@ def to_config(composed: DictConfig, overrides: Sequence[str] | None = None) -> C
         values = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
         config = TypeAdapter(Config).validate_python(values)
     except OmegaConfBaseException as error:
-        problems.append(str(error).splitlines()[0])
+        said = str(error).splitlines()[0]
+        problems.append(f"{error.full_key}: {said}" if error.full_key else said)
     except ValidationError as error:
         problems += _type_problems(error, known, missing)
     if problems:

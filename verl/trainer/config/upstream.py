@@ -44,9 +44,8 @@ class Family:
         """Whether the value changes nothing here."""
         if self.taken is None:
             return True
-        return any(type(value) is type(neutral) and value == neutral for neutral in self.taken) or (
-            isinstance(value, float) and value in [taken for taken in self.taken if type(taken) is int]
-        )
+        # To Python True is 1; here it is another value.
+        return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in self.taken)
 
 
 @cache
