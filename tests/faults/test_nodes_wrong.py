@@ -33,6 +33,7 @@ def test_everything_that_is_wrong_with_a_node_is_said_at_once(tmp_path):
         alone = trainer(*command, **made.environment)
         assert alone.end() == 1
         said = alone.log.read_text()
+        assert "Traceback" not in said
         (problem,) = [line for line in said.splitlines() if line.startswith("error: ")]
         assert f"trainer.nnodes=2: there is one node of the 2 in the Ray cluster at {made.address}: alpha (" in problem
 
