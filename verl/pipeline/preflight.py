@@ -28,7 +28,6 @@ from verl.trainer.ppo.origin import Origin
 from verl.trainer.ppo.ray_trainer import count_steps
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, tracked_step
 from verl.utils.dataset.rl_dataset import RLHFDataset
-from verl.utils.refusals import sentences_of
 from verl.utils.tracking import check_loggers
 
 
@@ -94,11 +93,13 @@ class Preflight:
         return self.looks[-1]
 
     def _try(self, what: str, look: Callable[[], Any]) -> Any:
-        """What `look` returns; None where it fails, its sentences being problems of `what`."""
+        """What `look` returns; None where it fails, its sentence being a problem of `what`."""
         try:
             return look()
+        except ConfigError as error:
+            sentences = error.problems
         except (OSError, ValueError, ImportError) as error:
-            sentences = sentences_of(error)
+            sentences = [str(error)]
         for sentence in sentences:
             stages = self._problems.setdefault(sentence, [])
             if what not in stages:
