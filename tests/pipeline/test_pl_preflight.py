@@ -76,10 +76,3 @@ def test_problems_of_the_command_line_start_nothing(start, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "settings: actor_rollout_ref.model.path=/m: the pipeline decides" in said
     assert State(tmp_path / "it").finished("seqkd") is None
-
-
-def test_each_of_several_reasons_has_its_line(start, capsys):
-    assert start("--model", "/m", "--reward_model", "/r", "--stages", "gad", "--no_judge") == 2
-    said = capsys.readouterr().err.splitlines()
-    for model in ("/m", "/r"):
-        assert sum(line.startswith(f"  - gad: model folder {model} does not exist") for line in said) == 1
