@@ -33,9 +33,9 @@ def test_everything_that_is_wrong_with_a_node_is_said_at_once(tmp_path):
         alone = trainer(*command, **made.environment)
         assert alone.end() == 1
         said = alone.log.read_text()
-        assert "Traceback" not in said and [line[:15] for line in said.splitlines() if line.startswith("error: ")] == ["error: trainer."]
-        few = f"error: trainer.nnodes=2: there is one node of the 2 in the Ray cluster at {made.address}: alpha ("
-        assert few in said
+        assert "Traceback" not in said
+        [few] = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert f"trainer.nnodes=2: there is one node of the 2 in the Ray cluster at {made.address}: alpha (" in few
 
         other = tmp_path / "other"
         (other / "torch-9.9.9.dist-info").mkdir(parents=True)

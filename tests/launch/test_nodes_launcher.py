@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import verl.launch.__main__ as launch
-from verl.launch import cluster_token
-from verl.launch.__main__ import main
+from verl.launch import cluster_token, run
 from verl.launch.cluster_token import TokenFault, take
+from verl.launch.command import main
 from verl.launch.orders import Orders
 
 REPOSITORY = Path(__file__).parents[2]
@@ -26,7 +25,7 @@ def no_token_and_no_log_of_its_own(monkeypatch):
         # Set first, so that what `take` sets goes with the test.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(launch, "log_to_terminal", nothing)
+    monkeypatch.setattr(run, "log_to_terminal", nothing)
 
 
 def nothing():
@@ -79,6 +78,7 @@ def test_flags_that_make_no_sense_are_refused(capsys):
         (["--head", "--nnodes", "2"], "needs --nnodes N and, behind --, the command"),
         (["--head", "--", "true"], "needs --nnodes N"),
         (["--head", "--nnodes", "1", "--", "true"], "expected a whole number from 2, got '1'"),
+        (["--head", "--nnodes", "2", "--", "no_such_program"], "there is no program no_such_program to run"),
         (["--worker", "a", "--", "true"], "a worker runs no command"),
     ):
         with pytest.raises(SystemExit) as end:

@@ -26,10 +26,7 @@ def run_worker(options: argparse.Namespace, orders: Orders) -> int:
         _wait_for_head(address, options.wait, orders)
     except KeyboardInterrupt as told:
         return 128 + told.args[0]
-    try:
-        board = Board(address)
-    except UNANSWERED as error:
-        raise LaunchFault(f"the head at {address} does not answer: {error}") from error
+    board = Board(address)
     node = RayNode(
         [f"--address={address}", *([f"--node-ip-address={options.node_ip}"] if options.node_ip else []), *options.ray]
     )
