@@ -68,6 +68,7 @@ run_stage() {
     local flags=(${port:+--port "$port"} ${LAUNCH_FLAGS:-})
     if [[ -n $worker ]]; then
         [[ $head == no ]] || { echo "--head and --worker: this machine is one of them" >&2; return 2; }
+        [[ $shows == no ]] || { echo "--cfg: the head shows the settings, and no node is waited for" >&2; return 0; }
         find_python || return
         exec "$python" -m verl.launch --worker "$worker" ${flags[@]+"${flags[@]}"}
     fi

@@ -152,5 +152,10 @@ def test_what_the_stage_scripts_hand_on(tmp_path):
         assert worker.stdout.splitlines() == ["-m", "verl.launch", "--worker", "10.0.0.1:7000"]
     alone = stage_script(tmp_path, "--model", "m", "--exp_name", "x")
     assert alone.stdout.splitlines()[:2] == ["-m", "verl.trainer.main_ppo"]
+    # Settings are shown where they are, and nothing is started for it.
+    shown = stage_script(tmp_path, "--head", *training, "--cfg", "job")
+    assert shown.stdout.splitlines()[:2] == ["-m", "verl.trainer.main_ppo"] and "--cfg" in shown.stdout
+    worker = stage_script(tmp_path, "--worker", "a", *training, "--cfg", "job")
+    assert (worker.returncode, worker.stdout) == (0, "") and "the head shows the settings" in worker.stderr
     both = stage_script(tmp_path, "--head", "--worker", "a", *training)
     assert both.returncode == 2 and "this machine is one of them" in both.stderr
