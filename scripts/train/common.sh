@@ -72,6 +72,7 @@ run_stage() {
         find_python || return
         exec "$python" -m verl.launch --worker "$worker" ${flags[@]+"${flags[@]}"}
     fi
+    [[ -z $port || $head == yes ]] || { echo "--port: goes with --head or --worker" >&2; return 2; }
     [[ $head == no || $shows == yes ]] || launch=("$python" -m verl.launch --head --nnodes "$nnodes" ${flags[@]+"${flags[@]}"} --)
     local name missing=()
     local needed=(model exp_name)

@@ -13,6 +13,7 @@ from verl.launch.orders import Orders
 from verl.launch.worker import run_worker
 from verl.utils.console import printable
 from verl.utils.run_log import log_to_terminal
+from verl.utils.signals import EndedBySignal
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         except UNANSWERED as error:
             logger.error("the head's Ray does not answer: %s", printable(str(error)))
             return FAILED
-        except KeyboardInterrupt as told:
-            return 128 + told.args[0]
+        except EndedBySignal as end:
+            return end.exit_code
         finally:
             cluster_token.remove(made)

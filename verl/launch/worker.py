@@ -22,10 +22,7 @@ LOST_S = 30.0
 def run_worker(options: argparse.Namespace, orders: Orders) -> int:
     """Returns the run's exit code; LaunchFault where the head is not found or lost."""
     address = options.worker if ":" in options.worker else f"{options.worker}:{options.port}"
-    try:
-        _wait_for_head(address, options.wait, orders)
-    except KeyboardInterrupt as told:
-        return 128 + told.args[0]
+    _wait_for_head(address, options.wait, orders)
     board = Board(address)
     node = RayNode(
         [f"--address={address}", *([f"--node-ip-address={options.node_ip}"] if options.node_ip else []), *options.ray]
