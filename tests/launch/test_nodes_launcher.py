@@ -64,6 +64,9 @@ def test_a_token_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
     file.write_text("x" * 31)
     with pytest.raises(TokenFault, match="token: expected a token of 32 characters or more, got 31"):
         take(file, 1, nothing)
+    (tmp_path / "folder").mkdir(mode=0o700)
+    with pytest.raises(TokenFault, match=r"folder cannot be read \(Is a directory\)"):
+        take(tmp_path / "folder", 1, nothing)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "named"))
     with pytest.raises(TokenFault, match="named is not there"):
         take(file, 0, nothing)
