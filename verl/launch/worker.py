@@ -64,11 +64,11 @@ def _until_the_end(board: Board, address: str, node: RayNode, orders: Orders) ->
                 logger.info("%s: the run is told; a second signal ends this node at once", signal.Signals(number).name)
                 board.say_signal(number, f"node {platform.node()}")
                 told = True
-            code = board.end() if listens(address) else None
-            if code is not None:
-                board.say_gone(f"{platform.node()}-{id(node)}-{time.time_ns()}")
-                return code
             if listens(address):
+                code = board.end()
+                if code is not None:
+                    board.say_gone()
+                    return code
                 answered = time.monotonic()
         except UNANSWERED as error:
             logger.warning("the head at %s has not answered: %s", address, error)
