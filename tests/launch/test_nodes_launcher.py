@@ -119,9 +119,9 @@ def test_a_signal_counts_once_in_a_second_and_ends_a_wait(monkeypatch):
 
 
 def stage_script(tmp_path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
-    """What a stage script would run: `python` writes down its arguments."""
+    """What a stage script would run: `python` writes down its arguments, but for a question (-c)."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || printf "%s\\n" "$@"\n')
     python.chmod(0o755)
     script = REPOSITORY / "scripts" / "train" / "gpt5-8b-SeqKD-gspo.sh"
     return subprocess.run(
