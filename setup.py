@@ -1,4 +1,4 @@
-"""Packaging: `pip install .` for the trainer, `.[gpu]` for generation on GPUs, `.[trackers]`, `.[data]`, `.[dev]`."""
+"""Packaging: `pip install .` for the trainer, `.[gpu]` for generation on GPUs; more extras: docs/cli.md."""
 
 import re
 from pathlib import Path

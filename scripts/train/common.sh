@@ -68,9 +68,11 @@ run_stage() {
     local flags=(${port:+--port "$port"} ${LAUNCH_FLAGS:-})
     if [[ -n $worker ]]; then
         [[ $head == no ]] || { echo "--head and --worker: this machine is one of them" >&2; return 2; }
+        [[ $shows == no ]] || { echo "--cfg: the head shows the settings, and no node is waited for" >&2; return 0; }
         find_python || return
         exec "$python" -m verl.launch --worker "$worker" ${flags[@]+"${flags[@]}"}
     fi
+    [[ -z $port || $head == yes ]] || { echo "--port: goes with --head or --worker" >&2; return 2; }
     [[ $head == no || $shows == yes ]] || launch=("$python" -m verl.launch --head --nnodes "$nnodes" ${flags[@]+"${flags[@]}"} --)
     local name missing=()
     local needed=(model exp_name)

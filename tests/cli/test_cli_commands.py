@@ -94,9 +94,8 @@ def test_an_unknown_subcommand_gets_the_nearest(words, said, capsys, monkeypatch
 def test_a_module_that_is_missing_is_said_and_one_that_is_broken_is_not_hidden(tmp_path, capsys, monkeypatch):
     group = Group("", {"gone": Command("", "verl.gone.command"), "broken": Command("", "broken_part.command")}, "")
     assert cli.dispatch(group, "verl", ["gone"]) == 2
-    assert (
-        capsys.readouterr().err == "verl gone: this installation has no module verl.gone.command; install verl anew\n"
-    )
+    said = capsys.readouterr().err
+    assert said == "verl gone: error: this installation has no module verl.gone.command; install verl anew\n"
     (tmp_path / "broken_part").mkdir()
     (tmp_path / "broken_part/__init__.py").write_text("import no_such_library")
     monkeypatch.syspath_prepend(tmp_path)

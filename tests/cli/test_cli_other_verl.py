@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from verl.cli.other_verl import OURS, others
+from verl.cli.other_verl import OURS, others, warn_of_another_verl
 
 ROOT = Path(__file__).parents[2]
 UPSTREAM = "Metadata-Version: 2.4\nName: verl\nVersion: 0.6.1\nSummary: Another trainer\nAuthor: Others\n\nSummary: x\n"
@@ -53,6 +53,18 @@ def test_what_lies_in_the_same_or_an_earlier_entry_counts(tmp_path):
 def test_other_names_are_none(name, tmp_path):
     place(tmp_path, UPSTREAM, name)
     assert list(others([str(tmp_path), "/nowhere", ""], tmp_path)) == []
+
+
+def test_a_package_in_the_folder_at_hand_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [str(ROOT)])
+    (tmp_path / "verl").mkdir()
+    for folder in (ROOT, tmp_path):
+        monkeypatch.chdir(folder)
+        warn_of_another_verl()
+        assert capsys.readouterr().err == ""
+    (tmp_path / "verl/__init__.py").write_text("")
+    warn_of_another_verl()
+    assert f"{tmp_path} has a package verl of its own" in capsys.readouterr().err
 
 
 def test_metadata_that_cannot_be_read_is_another_one(tmp_path):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import verl.launch.__main__ as launch
-from verl.launch import cluster_token
-from verl.launch.__main__ import main
+from verl.launch import cluster_token, run
 from verl.launch.cluster_token import TokenFault, take
+from verl.launch.command import main
 from verl.launch.orders import Orders
+from verl.utils.signals import EndedBySignal
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -26,7 +26,7 @@ def no_token_and_no_log_of_its_own(monkeypatch):
         # Set first, so that what `take` sets goes with the test.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(launch, "log_to_terminal", nothing)
+    monkeypatch.setattr(run, "log_to_terminal", nothing)
 
 
 def nothing():
@@ -64,6 +64,9 @@ def test_a_token_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
     file.write_text("x" * 31)
     with pytest.raises(TokenFault, match="token: expected a token of 32 characters or more, got 31"):
         take(file, 1, nothing)
+    (tmp_path / "folder").mkdir(mode=0o700)
+    with pytest.raises(TokenFault, match=r"folder cannot be read \(Is a directory\)"):
+        take(tmp_path / "folder", 1, nothing)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "named"))
     with pytest.raises(TokenFault, match="named is not there"):
         take(file, 0, nothing)
@@ -79,6 +82,7 @@ def test_flags_that_make_no_sense_are_refused(capsys):
         (["--head", "--nnodes", "2"], "needs --nnodes N and, behind --, the command"),
         (["--head", "--", "true"], "needs --nnodes N"),
         (["--head", "--nnodes", "1", "--", "true"], "expected a whole number from 2, got '1'"),
+        (["--head", "--nnodes", "2", "--", "no_such_program"], "there is no program no_such_program to run"),
         (["--worker", "a", "--", "true"], "a worker runs no command"),
     ):
         with pytest.raises(SystemExit) as end:
@@ -109,16 +113,15 @@ def test_a_signal_counts_once_in_a_second_and_ends_a_wait(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt) as told:
+        with pytest.raises(EndedBySignal, match="SIGTERM"):
             orders.stop_if_any()
-        assert told.value.args == (signal.SIGTERM,)
         assert (orders.take(), orders.take()) == (signal.SIGINT, None)
 
 
 def stage_script(tmp_path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
-    """What a stage script would run: `python` writes down its arguments."""
+    """What a stage script would run: `python` writes down its arguments, but for a question (-c)."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || printf "%s\\n" "$@"\n')
     python.chmod(0o755)
     script = REPOSITORY / "scripts" / "train" / "gpt5-8b-SeqKD-gspo.sh"
     return subprocess.run(
@@ -152,5 +155,12 @@ def test_what_the_stage_scripts_hand_on(tmp_path):
         assert worker.stdout.splitlines() == ["-m", "verl.launch", "--worker", "10.0.0.1:7000"]
     alone = stage_script(tmp_path, "--model", "m", "--exp_name", "x")
     assert alone.stdout.splitlines()[:2] == ["-m", "verl.trainer.main_ppo"]
+    # Settings are shown where they are, and nothing is started for it.
+    shown = stage_script(tmp_path, "--head", *training, "--cfg", "job")
+    assert shown.stdout.splitlines()[:2] == ["-m", "verl.trainer.main_ppo"] and "--cfg" in shown.stdout
+    worker = stage_script(tmp_path, "--worker", "a", *training, "--cfg", "job")
+    assert (worker.returncode, worker.stdout) == (0, "") and "the head shows the settings" in worker.stderr
+    port = stage_script(tmp_path, *training, "--port", "7000")
+    assert port.returncode == 2 and "goes with --head or --worker" in port.stderr
     both = stage_script(tmp_path, "--head", "--worker", "a", *training)
     assert both.returncode == 2 and "this machine is one of them" in both.stderr

@@ -48,6 +48,7 @@ VERL = Group(
             "verl.pipeline.options",
         ),
         "train": Command("one stage, with settings as KEY=VALUE", "verl.trainer.command"),
+        "launch": Command("one run on several machines, which come together and end together", "verl.launch.command"),
         "merge": Command("a checkpoint becomes a Hugging Face folder", "verl.model_merger.cli"),
         "chat": Command("talk to a student in the terminal", "verl.tools.chat.command"),
         "monitor": Command("is a run healthy? alarms, causes, a report of several runs", "verl.monitor.__main__"),

@@ -6,8 +6,10 @@ The script is complete in itself: no Python starts when a key is pressed.
 from __future__ import annotations
 
 import argparse
+import re
 from importlib import import_module
-from importlib.util import find_spec
+
+import shtab
 
 from verl.cli import commands
 from verl.utils.command_line import called_as, wide_formatter
@@ -19,8 +21,8 @@ examples:
   eval "$(%(prog)s bash)"                                  in ~/.bashrc, or once in this shell
   %(prog)s zsh > ~/.zfunc/_verl                            with ~/.zfunc in zsh's fpath
 """
-# Parts of the names that flags give to paths.
-_FOLDERS, _FILES = ("DIR", "FOLDER"), ("FILE", "PATH", "RUN", "IN", "PROMPTS", "BASE", "TRAIN", "VAL")
+# Words in the names that flags give to paths.
+_FOLDERS, _FILES = {"DIR", "FOLDER"}, {"FILE", "PATH", "RUN", "IN", "PROMPTS", "BASE", "TRAIN", "VAL"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,15 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int | str:
-    """The command; returns what to exit with."""
+def main() -> None:
+    """Run the command."""
     shell = build_parser().parse_args().shell
-    if find_spec("shtab") is None:
-        return "error: completion needs shtab, which is not installed: pip install shtab"
-    import shtab
-
     say(shtab.complete(whole_parser(), shell))
-    return 0
 
 
 def whole_parser() -> argparse.ArgumentParser:
@@ -76,11 +73,9 @@ def _parsers(command: commands.Command) -> list[argparse.ArgumentParser]:
 
 def _complete_paths(parser: argparse.ArgumentParser) -> None:
     """Have shtab complete paths where a flag takes one."""
-    import shtab
-
     for action in parser._actions:
-        words = action.metavar if isinstance(action.metavar, str) else ""
-        if any(word in words for word in _FILES):
+        words = set(re.findall("[A-Z]+", action.metavar)) if isinstance(action.metavar, str) else set()
+        if words & _FILES:
             action.complete = shtab.FILE
-        elif any(word in words for word in _FOLDERS):
+        elif words & _FOLDERS:
             action.complete = shtab.DIRECTORY

@@ -22,7 +22,7 @@ def main() -> int | str | None:
     """The command line; returns what to exit with."""
     warn_of_another_verl()
     arguments = sys.argv[1:]
-    if arguments == ["--version"]:
+    if arguments[:1] == ["--version"]:
         from verl import __version__
         from verl.utils.console import say
 
@@ -41,7 +41,7 @@ def dispatch(group: Group, called: str, arguments: list[str]) -> int | str | Non
     name, *rest = arguments
     found = group.commands.get(name)
     if found is None:
-        print(f"{called}: {unknown(group, called, name)}", file=sys.stderr)
+        print(f"{called}: error: {unknown(group, called, name)}", file=sys.stderr)
         return USAGE
     if isinstance(found, Group):
         return dispatch(found, f"{called} {name}", rest)
@@ -51,7 +51,7 @@ def dispatch(group: Group, called: str, arguments: list[str]) -> int | str | Non
 def run(command: Command, called: str, arguments: list[str]) -> int | str | None:
     """Run a subcommand's `main` in the place of the program."""
     if not command.is_there():
-        print(f"{called}: this installation has no module {command.module}; install verl anew", file=sys.stderr)
+        print(f"{called}: error: this installation has no module {command.module}; install verl anew", file=sys.stderr)
         return USAGE
     sys.argv = [called, *arguments]
     return import_module(command.module).main()

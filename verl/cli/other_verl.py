@@ -45,7 +45,15 @@ def _headers(info: Path) -> dict[str, str]:
 
 def warn_of_another_verl() -> None:
     """Say on standard error that there is one, and what to do."""
-    for version, folder in others(sys.path, Path(__file__).parents[2]):
+    home, own = Path(__file__).parents[2], Path("verl", "__init__.py")
+    # Ray's workers, and `python -m`, look for modules where they are started before all else.
+    if own.exists() and not own.samefile(home / own):
+        print(
+            f"verl: {Path.cwd()} has a package verl of its own, which processes started here would take for the one in "
+            f"{home}: call it from another folder",
+            file=sys.stderr,
+        )
+    for version, folder in others(sys.path, home):
         print(
             f"verl: another package of this name, verl {version}, is installed in {folder}, and Python may mix its "
             "files with these: run `pip uninstall verl` until pip finds none, then install this one again",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import time
 from typing import NamedTuple
@@ -90,9 +91,9 @@ class Board:
         number, _, who = said.decode().partition(" ")
         return int(number), who
 
-    def say_gone(self, who: str) -> None:
+    def say_gone(self) -> None:
         """A worker has read that the run is over."""
-        self._store.internal_kv_put(GONE + who.encode(), b"", True, ROOM, timeout=ANSWER_S)
+        self._store.internal_kv_put(GONE + secrets.token_hex(8).encode(), b"", True, ROOM, timeout=ANSWER_S)
 
     def wait_until_gone(self, count: int, seconds: float) -> None:
         """Return when so many workers know that the run is over, or after so many seconds."""

@@ -83,6 +83,9 @@ def _read(path: Path, wait_s: float, still: Callable[[], None]) -> str:
             )
         still()
         time.sleep(LOOK_S)
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise TokenFault(f"{path} can be read by others, who could run code here: chmod 600 {path}")
-    return path.read_text().strip()
+    try:
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise TokenFault(f"{path} can be read by others, who could run code here: chmod 600 {path}")
+        return path.read_text().strip()
+    except OSError as error:
+        raise TokenFault(f"{path} cannot be read ({error.strerror}): start all nodes as the same user") from error

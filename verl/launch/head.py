@@ -14,6 +14,7 @@ from ray._private import services
 from verl.launch.board import UNANSWERED, Board, Member, listens
 from verl.launch.orders import Orders
 from verl.launch.ray_node import RayNode
+from verl.utils.signals import EndedBySignal
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ def run_head(options: argparse.Namespace, orders: Orders) -> int:
         members = _all_there(node, board, options.nnodes, options.wait, orders)
         logger.info("all %d nodes are there: %s", len(members), ", ".join(map(str, members)))
         code = _run(options.command, address, node, board, orders)
-    except KeyboardInterrupt as told:
-        code = 128 + told.args[0]
+    except EndedBySignal as end:
+        code = end.exit_code
     finally:
         _end_workers(board, code)
         node.end()

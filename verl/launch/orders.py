@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from verl.utils.signals import ENDING, ONE_ORDER_S
+from verl.utils.signals import ENDING, ONE_ORDER_S, EndedBySignal
 
 
 class Orders:
@@ -35,10 +35,10 @@ class Orders:
         return self._waiting.pop(0) if self._waiting else None
 
     def stop_if_any(self) -> None:
-        """KeyboardInterrupt with the signal's number, where nothing is there yet that could save."""
+        """EndedBySignal if there is one: for as long as nothing is there yet that could save."""
         number = self.take()
         if number is not None:
-            raise KeyboardInterrupt(number)
+            raise EndedBySignal(number)
 
     def _note(self, number: int, frame: object) -> None:
         (latest, when), now = self._latest, time.monotonic()

@@ -22,14 +22,8 @@ LOST_S = 30.0
 def run_worker(options: argparse.Namespace, orders: Orders) -> int:
     """Returns the run's exit code; LaunchFault where the head is not found or lost."""
     address = options.worker if ":" in options.worker else f"{options.worker}:{options.port}"
-    try:
-        _wait_for_head(address, options.wait, orders)
-    except KeyboardInterrupt as told:
-        return 128 + told.args[0]
-    try:
-        board = Board(address)
-    except UNANSWERED as error:
-        raise LaunchFault(f"the head at {address} does not answer: {error}") from error
+    _wait_for_head(address, options.wait, orders)
+    board = Board(address)
     node = RayNode(
         [f"--address={address}", *([f"--node-ip-address={options.node_ip}"] if options.node_ip else []), *options.ray]
     )
@@ -70,11 +64,11 @@ def _until_the_end(board: Board, address: str, node: RayNode, orders: Orders) ->
                 logger.info("%s: the run is told; a second signal ends this node at once", signal.Signals(number).name)
                 board.say_signal(number, f"node {platform.node()}")
                 told = True
-            code = board.end() if listens(address) else None
-            if code is not None:
-                board.say_gone(f"{platform.node()}-{id(node)}-{time.time_ns()}")
-                return code
             if listens(address):
+                code = board.end()
+                if code is not None:
+                    board.say_gone()
+                    return code
                 answered = time.monotonic()
         except UNANSWERED as error:
             logger.warning("the head at %s has not answered: %s", address, error)

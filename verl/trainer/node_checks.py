@@ -15,8 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.config.run import Config
 from verl.single_controller.ray import probe
 from verl.single_controller.ray.nodes import Node, all_nodes, choose_nodes
-from verl.trainer.config import ConfigError
 from verl.trainer.ppo.checkpointing import run_folder
+from verl.utils.refusals import Refused
 from verl.utils.rendezvous import PORTS
 from verl.utils.units import GIB
 from verl.utils.user_code import is_user_function
@@ -29,15 +29,6 @@ ANSWER_S = 120
 LEAST_FREE = GIB
 # What this process sends of the module is its code, as nodes may have another package or none.
 ray.cloudpickle.register_pickle_by_value(probe)
-
-
-class NodeProblems(ConfigError):
-    """Everything that keeps the nodes from running together, in one message."""
-
-    def __init__(self, problems: list[str]):
-        super().__init__(problems)
-        lines = "\n".join(f"  - {problem}" for problem in problems)
-        self.args = (f"{len(problems)} problem(s) with the nodes of this run:\n{lines}",)
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,7 @@ def check_nodes(config: Config) -> None:
     """Look at the nodes that the ranks will be on, and at all of the cluster's where those are too few.
 
     Raises:
-        NodeProblems: the run cannot work there.
+        Refused: the run cannot work there; of everything that is wrong, each is told.
     """
     trainer = config.trainer
     bundle = {"CPU": 1} | ({"GPU": 1} if trainer.device != "cpu" else {})
@@ -80,7 +71,7 @@ def check_nodes(config: Config) -> None:
         problems = list(_too_few(nodes, trainer.nnodes, trainer.n_gpus_per_node, bundle))
     problems += _look(nodes, Needs.of(config))
     if problems:
-        raise NodeProblems(problems)
+        raise Refused(problems)
     names = ", ".join(
         f"{node}: rank{'s' if trainer.n_gpus_per_node > 1 else ''} {_ranks(number, trainer.n_gpus_per_node)}"
         for number, node in enumerate(nodes)
