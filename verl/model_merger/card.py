@@ -17,6 +17,7 @@ from verl.models.loading import is_discriminator
 from verl.monitor.report.provenance import read_record
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.checkpoint_manager import ORIGIN_FILE, STATE_FILE
+from verl.utils.command_line import called_as
 from verl.utils.hub import SCHEME
 
 CARD = "README.md"
@@ -208,11 +209,12 @@ def read_judge(file: Path | None) -> dict[str, Any] | None:
     """
     if file is None:
         return None
+    expected = f"--judge {file}: expected a report of {called_as('verl.tools.judge')}"
     if not file.is_file():
-        raise FileNotFoundError(f"--judge {file}: expected a report of python -m verl.tools.judge, got no such file")
+        raise FileNotFoundError(f"{expected}, got no such file")
     report = _entries(file)
     if not isinstance(report, dict) or not isinstance(report.get("students"), dict):
-        raise ValueError(f"--judge {file}: expected a report of python -m verl.tools.judge, got something else")
+        raise ValueError(f"{expected}, got something else")
     return report
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from verl.config.run import Config
 from verl.monitor.report.provenance import flat
+from verl.trainer.ppo.next_commands import PIPELINE_FILE as FILE
 from verl.utils.checkpoint.best_link import best_step
 from verl.utils.checkpoint.checkpoint_manager import tracked_step
 from verl.utils.checkpoint.checksums import sync_to_disk
 
-FILE = "pipeline.json"
 # Settings that a stage which is finished does not depend on any more: names and places (contents are compared through
 # origin.json), how it was computed, and when and where it saved, validated and logged.
 FREE = re.compile(

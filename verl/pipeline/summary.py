@@ -15,6 +15,7 @@ from verl.pipeline.options import DEFAULT_STAGES
 from verl.pipeline.preflight import Look
 from verl.pipeline.results import JUDGE, REPORT, STUDENTS
 from verl.pipeline.settings import run_folder, unused_settings, user_settings
+from verl.utils.command_line import called_as
 from verl.utils.console import table
 from verl.utils.stalls import duration
 from verl.utils.units import GIB
@@ -193,7 +194,8 @@ def closest(reports: Mapping[float, dict[str, Any]], trained: Sequence[str]) -> 
         return best, f"none of the students has more ROUGE-L than the base model ({scores[BASE]:.3f})"
     return best, (
         f"{best} by ROUGE-L alone ({scores[best]:.3f} at temperature {temperature:g}), which is a hint: only fresh "
-        "discriminators (--judge_by discriminators) or a strong model (python -m verl.tools.judge --endpoint) say more"
+        "discriminators (--judge_by discriminators) or a strong model "
+        f"({called_as('verl.tools.judge')} --endpoint) say more"
     )
 
 
@@ -204,8 +206,8 @@ def _by_accuracy(judged: Sequence[Judged], trained: Sequence[str]) -> tuple[str,
     if bases and all(one.low <= 0.5 for one in bases):
         return best.student, (
             f"not decided: fresh discriminators could not tell even the base model from it ({_in_words(bases[0])}), so "
-            "that they have learned nothing; take more validation prompts (300 or more), or ask python -m "
-            "verl.tools.judge with a higher --judge_lr"
+            "that they have learned nothing; take more validation prompts (300 or more), or ask "
+            f"{called_as('verl.tools.judge')} with a higher --judge_lr"
         )
     if ranked[0].student == BASE and ranked[0].high < best.low:
         return best.student, f"none of the students: the base model is told in {ranked[0].accuracy:.3f} of cases only"

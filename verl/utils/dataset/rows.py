@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
+from verl.utils.command_line import called_as
 from verl.utils.dataset.arrow_rows import ROWS_AT_ONCE, FileRows, NoTurn, Place, Record, Unreadable
 from verl.utils.dataset.faults import what_instead
 
@@ -27,7 +28,7 @@ NOT_READABLE = "not readable"
 OF_FORMAT = re.compile("there is no column|is not a list of chat messages|is not {role")
 OTHER_FORMAT = (
     "Name the columns with data.prompt_key (chat messages) and data.response_key (text), or bring the file into this "
-    "form: python -m verl.data_tools.convert"
+    "form with "
 )
 
 
@@ -140,7 +141,8 @@ def without_faults(rows: Rows, faults: Sequence[str | None], on_bad_row: Literal
         words = None if row.unreadable else what_instead(fault, row.record)
         more = "" if words is None else f" ({words})"
         if len(bad) == len(rows) > 1 and len(set(faults)) == 1 and OF_FORMAT.search(fault):
-            raise ValueError(f"{row.place}: {fault}{more}, and so it is with all {len(bad)} rows. {OTHER_FORMAT}")
+            instead = OTHER_FORMAT + called_as("verl.data_tools.convert")
+            raise ValueError(f"{row.place}: {fault}{more}, and so it is with all {len(bad)} rows. {instead}")
         refuse(
             [row.unreadable or f"{row.place}: {fault}" for row, fault in first],
             f"{len(bad)} of {len(rows)} rows cannot be used",
