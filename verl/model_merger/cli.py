@@ -11,7 +11,8 @@ from verl.utils.command_line import called_as, wide_formatter
 from verl.utils.console import printable
 from verl.utils.refusals import text_of
 
-DTYPES = ("bfloat16", "float16", "float32")
+DEFAULT_DTYPE = "bfloat16"
+DTYPES = (DEFAULT_DTYPE, "float16", "float32")
 
 EXAMPLES = """\
 examples:
@@ -54,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     merge_command.add_argument(
         "--dtype",
         choices=DTYPES,
-        default="bfloat16",
-        help="of the weights to write (default: bfloat16); training keeps float32",
+        default=DEFAULT_DTYPE,
+        help="of the weights to write (default: %(default)s); training keeps float32",
     )
     test_command.add_argument("--dtype", choices=DTYPES, help="that the folder must have (default: whichever it has)")
     _add_publishing(merge_command.add_argument_group("the hub"))

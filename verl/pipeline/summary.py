@@ -15,10 +15,11 @@ from verl.pipeline.options import DEFAULT_STAGES
 from verl.pipeline.preflight import Look
 from verl.pipeline.results import JUDGE, REPORT, STUDENTS
 from verl.pipeline.settings import run_folder, unused_settings, user_settings
+from verl.utils.checkpoint.room import amount
 from verl.utils.command_line import called_as
 from verl.utils.console import table
 from verl.utils.stalls import duration
-from verl.utils.units import GIB
+from verl.utils.units import counted
 
 BASE = "base"
 
@@ -53,7 +54,7 @@ def describe(options: Namespace, looks: Sequence[Look], room: Room, judging: str
     lines.append(f"then  merged into {options.out / STUDENTS}: {names}")
     lines.append(f"      judged: {judging}")
     lines.append(f"      report: {options.out / REPORT}")
-    lines.append(f"disk  {_size(room.need)} are still needed at most, {_size(room.free)} are free")
+    lines.append(f"disk  {amount(room.need)} are still needed at most, {amount(room.free)} are free")
     lines += [f"note  {given.text} goes to no stage of this line" for given in unused_settings(options)]
     return "\n".join(lines)
 
@@ -87,7 +88,7 @@ def _memory(look: Look) -> str:
 
 def _disk(look: Look) -> str:
     need = disk_need(look)
-    return "disk not known" if need is None else f"disk at most {_size(need)}"
+    return "disk not known" if need is None else f"disk at most {amount(need)}"
 
 
 def _time(look: Look, run: Path) -> str:
@@ -97,15 +98,11 @@ def _time(look: Look, run: Path) -> str:
     return f"about {duration(seconds)} left by the steps made so far, validations and checkpoints apart"
 
 
-def _size(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
-
-
 def problems(found: Sequence[str]) -> str:
     """All of them, a line each."""
     return "\n".join(
         [
-            f"{len(found)} problem(s), and nothing starts before they are mended:",
+            f"{counted(len(found), 'problem')}, and nothing starts before that is mended:",
             *(f"  - {problem}" for problem in found),
         ]
     )

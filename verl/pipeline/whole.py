@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from verl.pipeline.summary import BASE, conclude, describe, headline, problems
 from verl.trainer.ppo.origin import content_of_model
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, tracked_step
 from verl.utils.console import say
+from verl.utils.refusals import Refused, tell
 from verl.utils.run_lock import check_writable, only_run_in
 
 WRONG, OK = 2, 0
@@ -85,7 +85,7 @@ class Pipeline:
                 wait_until_left(run_folder(self.options, stage))
             found = self._look()
             if found.problems:
-                print(problems(found.problems), file=sys.stderr)
+                tell(Refused(found.problems))
                 return WRONG
             code = self._stages(found.looks)
             return code or self._results()
@@ -106,7 +106,7 @@ class Pipeline:
             with _at_least(logging.ERROR):
                 look = now.look_at(number)
             if now.problems:
-                print(problems(now.problems), file=sys.stderr)
+                tell(Refused(now.problems))
                 return WRONG
         if look.finished is not None:
             say(f"[{number}/{len(self.options.stages)}] {stage}: done, {look.finished} steps")
