@@ -100,14 +100,19 @@ def main(arguments: list[str] | None = None) -> None:
 def _merge(options: argparse.Namespace) -> None:
     import torch
 
-    from verl.model_merger.card import read_judge
+    from verl.model_merger.card import find_judge, read_judge
     from verl.model_merger.merger import merge
     from verl.model_merger.upload import prepare_upload, upload
     from verl.model_merger.written import weights_in
     from verl.models.loading import is_discriminator
+    from verl.utils.checkpoint.best_link import behind_best
 
     repository, target = options.hf_upload_path, Path(options.target_dir)
-    # All that may be wrong with it is found before the work.
+    # Once: a run that goes on may have another best when the card is written.
+    options.local_dir = behind_best(Path(options.local_dir).expanduser().absolute())
+    if repository is not None or options.card_only:
+        # All that may be wrong with it is found before the work.
+        options.judge = options.judge or find_judge(options.local_dir)
     read_judge(options.judge)
     if options.card_only:
         return _write_card(options, target)
@@ -132,7 +137,7 @@ def _merge(options: argparse.Namespace) -> None:
 def _write_card(options: argparse.Namespace, target: Path) -> None:
     from verl.model_merger.card import CARD, write_card
 
-    written = write_card(target, Path(options.local_dir), options.hf_upload_path, options.judge)
+    written = write_card(target, options.local_dir, options.hf_upload_path, options.judge)
     _say(f"wrote {target / CARD}" if written else f"{target / CARD} is somebody's own and stays as it is")
 
 
