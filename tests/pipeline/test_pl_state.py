@@ -28,9 +28,9 @@ from verl.utils.run_lock import only_run_in
 ROOT = Path(__file__).parents[2]
 
 
-def config_of(*settings):
+def config_of(*settings, stage="seqkd"):
     return compose_config(
-        ["stage=seqkd", "trainer.device=cpu", "data.train_files=t", "actor_rollout_ref.model.path=/m",
+        [f"stage={stage}", "trainer.device=cpu", "data.train_files=t", "actor_rollout_ref.model.path=/m",
          "trainer.experiment_name=x", *settings]
     )  # fmt: skip
 
@@ -81,6 +81,10 @@ def test_the_best_is_handed_on_where_it_was_asked_for(tmp_path):
     assert handed_on(tmp_path, config_of()).name == "global_step_4"
     best = config_of("trainer.best_metric=val/rouge-L/mean", "data.val_files=v")
     assert handed_on(tmp_path, best).name == "global_step_2"
+    # A warmup is there for the discriminator.
+    for metric, step in (("val/rouge-L/mean", 4), ("val/critic/d_acc", 2)):
+        settings = (f"trainer.best_metric={metric}", "data.val_files=v", "critic.model.path=/c")
+        assert handed_on(tmp_path, config_of(*settings, stage="warmup")).name == f"global_step_{step}"
 
 
 def test_what_a_stage_takes_of_the_disk():

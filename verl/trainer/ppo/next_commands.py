@@ -31,7 +31,7 @@ def closing_commands(config: Config, root: Path, newest: int, total_steps: int) 
     none, its newest: the next stage, the merger, the judge. None of a pipeline's stage: the pipeline does all of it."""
     if (root.parent / PIPELINE_FILE).is_file():
         return []
-    checkpoint = root / (BEST if best_step(root) is not None and _best_is_meant(config) else f"global_step_{newest}")
+    checkpoint = root / (BEST if best_step(root) is not None and best_is_meant(config) else f"global_step_{newest}")
     changed = {key: now for key, (_, now) in changed_settings(config).items()}
     lines = [_next_stage(config, checkpoint, total_steps, changed)]
     if config.frozen_actor_steps < total_steps:
@@ -47,8 +47,9 @@ def report_command(root: Path) -> str | None:
     return f"a report of it: {_command('verl.monitor', root, '--html', root / 'report.html')}"
 
 
-def _best_is_meant(config: Config) -> bool:
-    """A warmup trains the discriminator, of which a metric of the student's answers says nothing."""
+def best_is_meant(config: Config) -> bool:
+    """Whether the next stage begins with the best checkpoint, where there is one. A warmup trains the discriminator, of
+    which a metric of the student's answers says nothing."""
     metric = config.trainer.best_metric or ""
     return config.stage != "warmup" or metric.startswith("val/critic/")
 
