@@ -3,6 +3,8 @@
 #
 #   bash scripts/train/pipeline.sh --model BASE --data TRAIN --val VAL --exp_name NAME [--stages seqkd,warmup,gad] [KEY=VALUE ...]
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+find_python
 # In this process' place, so that who ends the script ends the pipeline, and has its exit code.
 exec "${PYTHON:-python3}" -m verl.pipeline "$@"

@@ -18,6 +18,7 @@ from verl.config.critic import DiscriminatorConfig
 from verl.config.run import DataConfig
 from verl.tools.command import choices_of
 from verl.trainer.ppo.discriminator_algos import POOLINGS
+from verl.utils.command_line import SUBCOMMANDS
 
 ROOT = Path(__file__).parents[2]
 VERL_COMMAND = [sys.executable, "-m", "verl.cli"]
@@ -115,6 +116,15 @@ def test_exit_codes_and_reports_are_those_of_the_module(tmp_path):
         # Usage lines are broken by the length of the name.
         last, last_alone = (each.stderr.splitlines()[-1:] for each in (done, alone))
         assert [line.replace("verl monitor", "python -m verl.monitor") for line in last] == last_alone
+
+
+def test_the_names_that_are_offered_are_those_of_the_subcommands():
+    modules = {" ".join(words): command.module for words, command in leaves().items()}
+    assert sorted(SUBCOMMANDS.values()) == sorted(modules)
+    for offered, name in SUBCOMMANDS.items():
+        # What `python -m` runs and the module that the subcommand calls are of one package.
+        module = offered.replace(" ", ".")
+        assert modules[name].rpartition(".")[0] in (module, module.rpartition(".")[0])
 
 
 def test_merge_needs_no_second_word(capsys, monkeypatch, tmp_path):

@@ -176,6 +176,11 @@ def test_the_card_tells_the_way_from_the_base_and_nothing_private(folder, tmp_pa
     for file in ("other.json", "none.json"):
         with pytest.raises(SystemExit, match=r"expected a report of python -m verl\.tools\.judge"):
             main([*map(str, merge_flags(folder, tmp_path / "x", "--card_only", "--judge", tmp_path / file))])
+    # The run's own is looked at before anything is asked or merged.
+    (folder / "runs" / "two" / "judge" / "judge.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"two/judge/judge\.json: expected a report of"):
+        main([*map(str, merge_flags(folder, tmp_path / "x", "--hf_upload_path", "me/x"))])
+    assert not (tmp_path / "x").exists()
     (folder / "runs" / "two" / "judge" / "judge.json").unlink()
 
 

@@ -73,6 +73,7 @@ def test_a_single_runs_folder_is_none_for_a_pipeline(start, tmp_path, capsys):
 
 def test_problems_of_the_command_line_start_nothing(start, tmp_path, capsys):
     assert start("actor_rollout_ref.model.path=/m", "seqkd.trainer.totl_epochs=2") == 2
-    said = capsys.readouterr().err
-    assert "settings: actor_rollout_ref.model.path=/m: the pipeline decides" in said
+    out, said = capsys.readouterr()
+    assert "error: settings: actor_rollout_ref.model.path=/m: the pipeline decides" in said
+    assert "goes on from here" not in out + said
     assert State(tmp_path / "it").finished("seqkd") is None

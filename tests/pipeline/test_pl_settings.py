@@ -25,7 +25,7 @@ FLAGS = ["--model", "/m/base", "--data", "/d/train.parquet", "--val", "/d/test.p
 
 
 def options(*more):
-    return parse_options([*FLAGS, *more], "pipeline")
+    return parse_options([*FLAGS, *more])
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -14,21 +14,23 @@ from pathlib import Path
 import psutil
 import pytest
 
-from verl.pipeline.needs import checkpoints_there, seconds_left
+from verl.pipeline.needs import disk_need, seconds_left
 from verl.pipeline.preflight import Look
 from verl.pipeline.processes import wait_until_left
 from verl.pipeline.settings import Models
 from verl.pipeline.state import FILE, State, handed_on
 from verl.trainer.config import compose_config
+from verl.trainer.ppo.checkpointing import kept_of
 from verl.utils.checkpoint.best_link import point_best
+from verl.utils.checkpoint.room import Part
 from verl.utils.run_lock import only_run_in
 
 ROOT = Path(__file__).parents[2]
 
 
-def config_of(*settings):
+def config_of(*settings, stage="seqkd"):
     return compose_config(
-        ["stage=seqkd", "trainer.device=cpu", "data.train_files=t", "actor_rollout_ref.model.path=/m",
+        [f"stage={stage}", "trainer.device=cpu", "data.train_files=t", "actor_rollout_ref.model.path=/m",
          "trainer.experiment_name=x", *settings]
     )  # fmt: skip
 
@@ -79,16 +81,27 @@ def test_the_best_is_handed_on_where_it_was_asked_for(tmp_path):
     assert handed_on(tmp_path, config_of()).name == "global_step_4"
     best = config_of("trainer.best_metric=val/rouge-L/mean", "data.val_files=v")
     assert handed_on(tmp_path, best).name == "global_step_2"
+    # A warmup is there for the discriminator.
+    for metric, step in (("val/rouge-L/mean", 4), ("val/critic/d_acc", 2)):
+        settings = (f"trainer.best_metric={metric}", "data.val_files=v", "critic.model.path=/c")
+        assert handed_on(tmp_path, config_of(*settings, stage="warmup")).name == f"global_step_{step}"
 
 
-def test_how_many_checkpoints_lie_there_at_most():
-    def count(*settings):
-        return checkpoints_there(config_of(*settings), 10, "actor")
+def test_what_a_stage_takes_of_the_disk():
+    """Ten parameters, 12 bytes each in a checkpoint and two in the merged student; ten steps."""
 
-    assert count("trainer.save_freq=4") == 3  # 4, 8, 10
-    assert count("trainer.save_freq=-1") == 1
-    assert count("trainer.save_freq=2", "trainer.max_actor_ckpt_to_keep=1") == 2
-    assert count("trainer.save_freq=-1", "trainer.best_metric=val/rouge-L/mean", "data.val_files=v") == 3
+    def need(*settings):
+        config = config_of(*settings)
+        parts = {"actor": Part(120, kept_of(config.trainer)["actor"])}
+        return disk_need(Look("seqkd", Models("/m", "/m"), config, steps=10, parts=parts))
+
+    assert need("trainer.save_freq=4") == 3 * 120 + 20  # 4, 8, 10
+    assert need("trainer.save_freq=1") == 3 * 120 + 20  # two are kept, and a third is being written
+    assert need("trainer.save_freq=1", "trainer.max_actor_ckpt_to_keep=null") == 10 * 120 + 20
+    assert need("trainer.save_freq=-1") == 120 + 20
+    assert need("trainer.save_freq=2", "trainer.max_actor_ckpt_to_keep=1") == 2 * 120 + 20
+    assert need("trainer.save_freq=-1", "trainer.best_metric=val/rouge-L/mean", "data.val_files=v") == 2 * 120 + 20
+    assert disk_need(Look("seqkd", Models("/m", "/m"), config_of(), steps=10)) is None
 
 
 def test_time_is_told_by_steps_that_were_made(tmp_path):

@@ -69,9 +69,7 @@ def test_an_accuracy_that_could_not_be_told_is_left_out(tmp_path):
     reports = {0.8: report({"base": (0.1, 0.9), "seqkd": (0.2, 0.7)})}
     reports[0.8]["students"]["base"]["two_sample"]["accuracy"] = dict.fromkeys(("value", "low", "high"))
     flags = ["--model", "m", "--data", "t", "--val", "v", "--exp_name", "x", "--out", str(tmp_path)]
-    text = conclude(
-        parse_options(flags, "p"), {"seqkd": tmp_path / "students" / "seqkd"}, reports, {"seqkd": "Healthy"}
-    )
+    text = conclude(parse_options(flags), {"seqkd": tmp_path / "students" / "seqkd"}, reports, {"seqkd": "Healthy"})
     rows = {line.split()[0]: line for line in text.splitlines() if " at 0.8 " in line}
     assert rows["base"].split()[3] == "-" and "0.700 [0.680, 0.720]" in rows["seqkd"]
     assert f"vllm serve {tmp_path}/students/seqkd" in text and "--stages seqkd,warmup,gad" in text

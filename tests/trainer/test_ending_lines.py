@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,12 @@ from tests.e2e.running import train
 from tests.tiny import write_data, write_model
 from tests.trainer.ppo.test_best import VALUES, Crash, Trainer
 from verl.model_merger.cli import build_parser as merger_flags
-from verl.monitor.__main__ import parser as monitor_flags
+from verl.monitor.__main__ import build_parser as monitor_flags
 from verl.monitor.live import StoppedByAlarm
 from verl.tools.judge.options import build_parser as judge_flags
 from verl.trainer.in_process import run_in_process
 from verl.trainer.ppo.ending import end_said, logged_metrics, nothing_left
-from verl.trainer.ppo.next_commands import SCRIPTS
+from verl.trainer.ppo.next_commands import PIPELINE_FILE, SCRIPTS, closing_commands
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 from verl.utils.signals import EndedBySignal, RunSignals
 
@@ -91,9 +92,9 @@ def test_seqkd_names_what_comes_next_and_nothing_left_is_seen_before_models_are_
     assert (
         f"data.train_files={folder}/train.jsonl" in found["script"] and "data.max_response_length=10" in found["script"]
     )
-    merger = merger_flags().parse_args(found["verl.model_merger"])
+    merger = merger_flags().parse_args(["merge", *found["verl.model_merger"]])
     assert Path(merger.local_dir) == run / "best" / "actor" and merger.target_dir == "merged/seqkd"
-    judge = judge_flags("of the judge").parse_args(found["verl.tools.judge"])
+    judge = judge_flags().parse_args(found["verl.tools.judge"])
     assert (judge.data, judge.judge_model, judge.max_response_length) == ([f"{folder}/val.jsonl"], f"{folder}/base", 10)
     assert monitor_flags().parse_args(found["verl.monitor"]).runs == [str(run)]
 
@@ -134,6 +135,23 @@ def test_a_warmup_of_the_discriminator_alone_leads_to_gad_and_to_no_merger(folde
     ]  # fmt: skip
 
 
+def test_commands_are_named_as_the_user_called_and_a_pipelines_stage_offers_none(tmp_path, monkeypatch):
+    root = tmp_path / "it" / "seqkd"
+    config = Trainer(root, VALUES).config
+    monkeypatch.setattr(sys, "argv", ["verl train", "stage=seqkd"])
+    next_stage, merger, *_ = closing_commands(config, root, 4, 10)
+    assert next_stage.startswith(
+        f"the next stage, warmup: verl train stage=warmup actor_rollout_ref.model.path={root}/global_step_4/actor "
+    )
+    assert merger.startswith(f"for transformers and vLLM: verl merge --local_dir {root}/global_step_4/actor ")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "main_ppo.py")])
+    next_stage, merger, *_ = closing_commands(config, root, 4, 10)
+    assert f"scripts/train/gpt5-8b-warmup-gspo.sh --model {root}/global_step_4/actor " in next_stage
+    assert ": python -m verl.model_merger --local_dir " in merger
+    (tmp_path / "it" / PIPELINE_FILE).touch()
+    assert closing_commands(config, root, 4, 10) == []
+
+
 # ---- every way to end
 
 
@@ -153,7 +171,7 @@ def test_an_early_stop(tmp_path, caplog):
         f"newest checkpoint: {tmp_path}/global_step_4; best: {tmp_path}/best, of step 2, val/x 0.500"
     )
     assert "to go on after all: the same command with trainer.early_stop_patience above 2, or null" in lines
-    assert commands(lines)["verl.model_merger"][4] == f"{tmp_path}/best/actor" and len(lines) <= 8
+    assert commands(lines)["verl.model_merger"][1] == f"{tmp_path}/best/actor" and len(lines) <= 8
 
     # Seen before the start only where its last validation was logged too.
     resumed = Path(find_latest_ckpt_path(tmp_path))

@@ -105,6 +105,8 @@ MET = [
     ("trainer.esi_redundant_time", 0, None),
     ("trainer.del_local_ckpt_after_load", False, None),
     ("trainer.del_local_ckpt_after_load", True, "not there"),
+    # False means that all are kept, which is not the default here.
+    ("trainer.remove_previous_ckpt_in_save", False, "named trainer.max_actor_ckpt_to_keep here"),
     ("trainer.val_data", "x.parquet", "named data.val_files here"),
     ("ray_kwargs.ray_init.runtime_env.py_executable", "python3", None),
     ("rollout.load_format", "auto", None),  # shortened

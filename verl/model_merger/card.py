@@ -17,6 +17,7 @@ from verl.models.loading import is_discriminator
 from verl.monitor.report.provenance import read_record
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.checkpoint_manager import ORIGIN_FILE, STATE_FILE
+from verl.utils.command_line import called_as
 from verl.utils.hub import SCHEME
 
 CARD = "README.md"
@@ -76,7 +77,7 @@ def card_of(local_dir: Path, name: str, score: bool, judge: Path | None = None) 
     """The card's text, of a discriminator if it is to `score`; see `write_card`."""
     local_dir = behind_best(local_dir.expanduser().absolute())
     stages, base = trace(local_dir)
-    verdict = read_judge(_found_judge(local_dir) if judge is None else judge)
+    verdict = read_judge(find_judge(local_dir) if judge is None else judge)
     parts = [_head(base, score, stages), MARK, f"# {name.rpartition('/')[2]}", _summary(base, stages, score)]
     parts += [_usage(name, score), _training(stages)] if stages else [_usage(name, score)]
     parts += [] if verdict is None else [_judged(verdict)]
@@ -194,8 +195,8 @@ def _cell(text: str) -> str:
 # The judge's numbers
 
 
-def _found_judge(local_dir: Path) -> Path | None:
-    """What the trainer's last lines offer to write."""
+def find_judge(local_dir: Path) -> Path | None:
+    """The report that the trainer's last lines offer to write, if it is there."""
     file = local_dir.parent.parent / "judge" / "judge.json"
     return file if file.is_file() else None
 
@@ -208,11 +209,12 @@ def read_judge(file: Path | None) -> dict[str, Any] | None:
     """
     if file is None:
         return None
+    expected = f"--judge {file}: expected a report of {called_as('verl.tools.judge')}"
     if not file.is_file():
-        raise FileNotFoundError(f"--judge {file}: expected a report of python -m verl.tools.judge, got no such file")
+        raise FileNotFoundError(f"{expected}, got no such file")
     report = _entries(file)
     if not isinstance(report, dict) or not isinstance(report.get("students"), dict):
-        raise ValueError(f"--judge {file}: expected a report of python -m verl.tools.judge, got something else")
+        raise ValueError(f"{expected}, got something else")
     return report
 
 

@@ -11,7 +11,8 @@ from verl.utils.command_line import called_as, wide_formatter
 from verl.utils.console import printable
 from verl.utils.refusals import text_of
 
-DTYPES = ("bfloat16", "float16", "float32")
+DEFAULT_DTYPE = "bfloat16"
+DTYPES = (DEFAULT_DTYPE, "float16", "float32")
 
 EXAMPLES = """\
 examples:
@@ -54,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     merge_command.add_argument(
         "--dtype",
         choices=DTYPES,
-        default="bfloat16",
-        help="of the weights to write (default: bfloat16); training keeps float32",
+        default=DEFAULT_DTYPE,
+        help="of the weights to write (default: %(default)s); training keeps float32",
     )
     test_command.add_argument("--dtype", choices=DTYPES, help="that the folder must have (default: whichever it has)")
     _add_publishing(merge_command.add_argument_group("the hub"))
@@ -99,14 +100,19 @@ def main(arguments: list[str] | None = None) -> None:
 def _merge(options: argparse.Namespace) -> None:
     import torch
 
-    from verl.model_merger.card import read_judge
+    from verl.model_merger.card import find_judge, read_judge
     from verl.model_merger.merger import merge
     from verl.model_merger.upload import prepare_upload, upload
     from verl.model_merger.written import weights_in
     from verl.models.loading import is_discriminator
+    from verl.utils.checkpoint.best_link import behind_best
 
     repository, target = options.hf_upload_path, Path(options.target_dir)
-    # All that may be wrong with it is found before the work.
+    # Once: a run that goes on may have another best when the card is written.
+    options.local_dir = behind_best(Path(options.local_dir).expanduser().absolute())
+    if repository is not None or options.card_only:
+        # All that may be wrong with it is found before the work.
+        options.judge = options.judge or find_judge(options.local_dir)
     read_judge(options.judge)
     if options.card_only:
         return _write_card(options, target)
@@ -131,7 +137,7 @@ def _merge(options: argparse.Namespace) -> None:
 def _write_card(options: argparse.Namespace, target: Path) -> None:
     from verl.model_merger.card import CARD, write_card
 
-    written = write_card(target, Path(options.local_dir), options.hf_upload_path, options.judge)
+    written = write_card(target, options.local_dir, options.hf_upload_path, options.judge)
     _say(f"wrote {target / CARD}" if written else f"{target / CARD} is somebody's own and stays as it is")
 
 

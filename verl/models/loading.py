@@ -34,6 +34,7 @@ from verl.utils.checkpoint.classic import is_classic
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, is_dropout
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
 from verl.utils.checkpoint.whole import check_huggingface, check_part, refuse_pointer
+from verl.utils.command_line import called_as
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,8 @@ def find_model(path: str | Path) -> ModelSource:
         return ModelSource(folder, None)
     if is_classic(folder):
         raise FileNotFoundError(
-            f"{folder} was written by verl's classic trainer and has to be merged first: run `python -m "
-            f"verl.model_merger merge --backend fsdp --local_dir {folder} --target_dir OUT`, and give OUT instead"
+            f"{folder} was written by verl's classic trainer and has to be merged first: run "
+            f"`{called_as('verl.model_merger')} --local_dir {folder} --target_dir OUT`, and give OUT instead"
         )
     raise FileNotFoundError(no_model(folder))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,12 @@ from statistics import median
 
 import torch
 
-from verl.config.run import Config
-from verl.memory.estimate import MASTER, MOMENTS
+from verl.model_merger.cli import DEFAULT_DTYPE
 from verl.monitor.reading import METRICS_FILE
 from verl.pipeline.preflight import Look
+from verl.trainer.ppo.disk import BYTES_PER_PARAMETER, checkpoints_to_come
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in
-from verl.utils.checkpoint.room import bytes_in
-from verl.utils.units import GIB
+from verl.utils.checkpoint.room import amount, bytes_in, free_in, most_on_disk
 
 
 @dataclass(frozen=True)
@@ -32,32 +30,21 @@ class Room:
         if self.need <= self.free:
             return None
         return (
-            f"{out} has room for {self.free / GIB:.1f} GiB, and checkpoints and students need {self.need / GIB:.1f} "
-            "GiB: make room, let fewer be kept (trainer.max_actor_ckpt_to_keep=1 trainer.max_critic_ckpt_to_keep=1), "
-            "or put --out elsewhere"
+            f"{out} has room for {amount(self.free)}, and checkpoints and students need {amount(self.need)}: make "
+            "room, let fewer be kept (trainer.max_actor_ckpt_to_keep=1 trainer.max_critic_ckpt_to_keep=1), or put "
+            "--out elsewhere"
         )
 
 
-def checkpoints_there(config: Config, steps: int, part: str) -> int:
-    """The most checkpoints of a part (`actor`, `critic`) that lie on the disk at one time."""
-    trainer = config.trainer
-    frequency = trainer.save_freq
-    saved = {steps, *(range(frequency, steps + 1, frequency) if frequency > 0 else ())}
-    kept = getattr(trainer, f"max_{part}_ckpt_to_keep")
-    # An older one goes when a step from the newest one has succeeded. A best stays, and the one before it goes after
-    # the next is there.
-    most = len(saved) if kept is None else min(len(saved), kept + 1)
-    return most + (2 if trainer.best_metric is not None else 0)
-
-
 def disk_need(look: Look) -> int | None:
-    """Bytes of a stage's checkpoints and its merged student; None where sizes are not known."""
-    if look.steps is None or "actor" not in look.shapes:
+    """Bytes of a stage's checkpoints, when there are most of them, and of its merged student; None where sizes are not
+    known."""
+    if look.steps is None or not look.parts:
         return None
-    each = {part: (MASTER + MOMENTS) * shape.parameters for part, shape in look.shapes.items()}
-    checkpoints = sum(size * checkpoints_there(look.config, look.steps, part) for part, size in each.items())
-    dtype = getattr(torch, look.config.actor_rollout_ref.actor.fsdp_config.dtype)
-    return checkpoints + dtype.itemsize * look.shapes["actor"].parameters
+    best = look.config.trainer.best_metric is not None
+    checkpoints = most_on_disk(look.parts.values(), 0, checkpoints_to_come(look.config, 0, look.steps), best)
+    parameters = look.parts["actor"].size // BYTES_PER_PARAMETER
+    return checkpoints + getattr(torch, DEFAULT_DTYPE).itemsize * parameters
 
 
 def room(out: Path, looks: Sequence[Look]) -> Room:
@@ -67,7 +54,7 @@ def room(out: Path, looks: Sequence[Look]) -> Room:
         there = bytes_in(out / look.stage) if checkpoints_in(out / look.stage) else 0
         need += max(0, (disk_need(look) or 0) - there)
     place = next(folder for folder in (out, *out.parents) if folder.exists())
-    return Room(need, shutil.disk_usage(place).free)
+    return Room(need, free_in(place))
 
 
 def seconds_left(look: Look, run: Path) -> float | None:

@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--reward_model", metavar="PATH",
         help="what the discriminator begins with (default: BASE), or a warmed-up critic",
     )  # fmt: skip
-    add("--nnodes", type=whole(1), default=1, metavar="N", help="machines (default: 1)")
+    add("--nnodes", type=whole(1), default=1, metavar="N", help="machines (default: 1; docs/nodes.md)")
     add(
         "--stages", type=_stages, default=DEFAULT_STAGES, metavar="A,B,C",
         help=f"of {', '.join(STAGES)}, in order (default: {','.join(DEFAULT_STAGES)})",

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from verl.config.run import Config
 from verl.memory.check import check_run_memory
 from verl.memory.estimate import host_memory
-from verl.models.loading import all_eos_token_ids, is_discriminator, load_config
-from verl.models.shape import ModelShape
+from verl.models.loading import all_eos_token_ids, is_discriminator
 from verl.pipeline.options import STAGES
 from verl.pipeline.settings import Models, compose, run_folder, unused_settings
 from verl.pipeline.state import State, handed_on
@@ -23,11 +22,14 @@ from verl.tools.judge.answers import read_prompts, refuse_trained
 from verl.trainer.config import ConfigError
 from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.main_ppo import create_rl_dataset
-from verl.trainer.ppo.model_checks import check_engine, check_models, check_tokens
+from verl.trainer.ppo.disk import checkpoint_parts
+from verl.trainer.ppo.model_checks import check_device, check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin
 from verl.trainer.ppo.ray_trainer import count_steps
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, tracked_step
+from verl.utils.checkpoint.room import Part
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.refusals import sentences_of
 from verl.utils.tracking import check_loggers
 
 
@@ -36,7 +38,7 @@ class Look:
     """A stage as it would run now.
 
     config: None where its settings are wrong. finished: its last step, if it is done. steps: all that it makes; None
-    where that cannot be told.
+    where that cannot be told. parts: the models in its checkpoints; empty where they were not measured.
     """
 
     stage: str
@@ -46,7 +48,7 @@ class Look:
     done: int = 0
     steps: int | None = None
     rows: int | None = None
-    shapes: dict[str, ModelShape] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
 
 
 class Preflight:
@@ -96,14 +98,11 @@ class Preflight:
         """What `look` returns; None where it fails, its sentence being a problem of `what`."""
         try:
             return look()
-        except ConfigError as error:
-            sentences = error.problems
         except (OSError, ValueError, ImportError) as error:
-            sentences = [str(error)]
-        for sentence in sentences:
-            stages = self._problems.setdefault(sentence, [])
-            if what not in stages:
-                stages.append(what)
+            for sentence in sentences_of(error):
+                stages = self._problems.setdefault(sentence, [])
+                if what not in stages:
+                    stages.append(what)
         return None
 
     # ------------------------------------------------------------ a stage
@@ -148,6 +147,9 @@ class Preflight:
         stage, config = look.stage, look.config
         self._try(stage, lambda: check_loggers(config.trainer.logger))
         self._try(stage, lambda: check_engine(config))
+        if not self.measure:
+            # A dry run may be on another machine than the run.
+            self._try(stage, lambda: check_device(config))
         if stage == "gad" and not warmed:
             self._try(stage, lambda: _refuse_untaught(config))
         # Whether the discriminator has learned is asked above: one that is still to be made will have.
@@ -232,8 +234,8 @@ class Preflight:
         try:
             if data.turns != "none":
                 raise ValueError(f"it reads no conversations of several turns (data.turns={data.turns})")
-            prompts, _ = read_prompts(_listed(data.val_files), data.prompt_key, data.response_key)
-            refuse_trained(prompts, _listed(data.train_files), data.prompt_key)
+            prompts, _ = read_prompts(listed(data.val_files), data.prompt_key, data.response_key)
+            refuse_trained(prompts, listed(data.train_files), data.prompt_key)
         except ValueError as error:
             raise ValueError(f"{error} (or do without it: --no_judge)") from error
 
@@ -241,10 +243,7 @@ class Preflight:
 
     def _measure(self, look: Look) -> None:
         """Sizes, and whether the memory of this machine's GPU will do."""
-        config = look.config
-        look.shapes["actor"] = _shape(config.actor_rollout_ref.model, "policy")
-        if config.use_critic:
-            look.shapes["critic"] = _shape(config.critic.model, "score")
+        config, look.parts = look.config, checkpoint_parts(look.config)
         if config.trainer.device == "cuda" and torch.cuda.is_available():
             check_run_memory(config, (torch.cuda.get_device_properties(0).total_memory, host_memory()))
 
@@ -268,10 +267,6 @@ def _origin(checkpoint: Path) -> Origin | None:
         return None
 
 
-def _listed(files: str | list[str]) -> list[str]:
+def listed(files: str | list[str]) -> list[str]:
+    """One file or several, as a list."""
     return [files] if isinstance(files, str) else list(files)
-
-
-def _shape(model: Any, kind: Any) -> ModelShape:
-    config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
-    return ModelShape.of(config, kind, model.trust_remote_code)

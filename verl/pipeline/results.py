@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from verl.config.run import Config
 from verl.model_merger import merge
+from verl.model_merger.cli import DEFAULT_DTYPE
 from verl.models.loading import load_config
 from verl.models.shape import ModelShape
 from verl.monitor.reading import METRICS_FILE, NotARun, read_run
@@ -22,6 +25,7 @@ from verl.monitor.report.provenance import RECORD_FILE
 from verl.monitor.rules import load_rules
 from verl.monitor.verdict import Words
 from verl.pipeline.options import AUTO, DISCRIMINATORS
+from verl.pipeline.preflight import listed
 from verl.pipeline.processes import Processes
 from verl.pipeline.state import read_json, write_json
 from verl.tools.judge.answers import read_prompts
@@ -48,7 +52,8 @@ class Student:
 
 
 def merge_student(out: Path, stage: str, checkpoint: Path, trust_remote_code: bool) -> tuple[Path, bool]:
-    """The student of a checkpoint as a Hugging Face folder, `students/STAGE`; and whether it had to be made.
+    """The student of a checkpoint as a Hugging Face folder, `students/STAGE`, in the type that `verl merge` writes; and
+    whether it had to be made.
 
     `students/STAGE.json` says what is in that folder: it goes before the folder does, and comes after it.
     """
@@ -56,6 +61,7 @@ def merge_student(out: Path, stage: str, checkpoint: Path, trust_remote_code: bo
     made_of = {
         "checkpoint": f"{stage}/{checkpoint.name}",
         "weights": content_of_model(str(checkpoint / "actor")).digest,
+        "dtype": DEFAULT_DTYPE,
     }
     if folder.is_dir() and read_json(note) == made_of:
         return folder, False
@@ -64,7 +70,8 @@ def merge_student(out: Path, stage: str, checkpoint: Path, trust_remote_code: bo
     for old in (part, folder):
         shutil.rmtree(old, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
-    merge(checkpoint / "actor", part, trust_remote_code=trust_remote_code)
+    dtype = getattr(torch, DEFAULT_DTYPE)
+    merge(checkpoint / "actor", part, trust_remote_code=trust_remote_code, dtype=dtype)
     os.replace(part, folder)
     write_json(note, made_of)
     return folder, True
@@ -85,7 +92,7 @@ def judges_by_discriminators(options: Namespace, config: Config, base: str) -> t
     parameters = ModelShape.of(hf, "policy", model.trust_remote_code).parameters
     if parameters < JUDGES_PARAMETERS:
         return False, f"{base} has {parameters / 1e6:.0f}M parameters, with which a discriminator tells little"
-    prompts, _ = read_prompts(_listed(config.data.val_files), config.data.prompt_key, config.data.response_key)
+    prompts, _ = read_prompts(listed(config.data.val_files), config.data.prompt_key, config.data.response_key)
     if len(prompts) < 2 * FOLDS:
         return False, f"{len(prompts)} prompts are too few for fresh discriminators (300 or more are wanted)"
     return True, "fresh discriminators, which begin as the base model"
@@ -94,7 +101,7 @@ def judges_by_discriminators(options: Namespace, config: Config, base: str) -> t
 def judge_arguments(config: Config, students: Sequence[Student], base: str, temperature: float, out: Path) -> list[str]:
     """The judge's command line; `base`: the model that fresh discriminators begin with, empty without them."""
     data, model, rollout = config.data, config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
-    arguments = ["verl.tools.judge", "--data", *_listed(data.val_files), "--train_files", *_listed(data.train_files)]
+    arguments = ["verl.tools.judge", "--data", *listed(data.val_files), "--train_files", *listed(data.train_files)]
     arguments += ["--out", str(out), "--temperature", f"{temperature:g}"]
     arguments += [] if temperature else ["--samples", "1"]
     arguments += ["--prompt_key", data.prompt_key, "--teacher_key", data.response_key]
@@ -121,7 +128,7 @@ def judge(
     folder = out / JUDGE / f"at_{temperature:g}"
     report, note = folder / "judge.json", folder / "inputs.json"
     arguments = judge_arguments(config, students, base, temperature, folder)
-    files = [Path(file).expanduser().absolute() for file in _listed(config.data.val_files)]
+    files = [Path(file).expanduser().absolute() for file in listed(config.data.val_files)]
     inputs = {
         "arguments": arguments,
         "students": {student.name: student.content.digest for student in students},
@@ -161,7 +168,3 @@ def write_report(out: Path, stages: Sequence[str]) -> dict[str, str]:
         os.replace(part, page)
         write_json(note, {"stages": list(seen)})
     return health | {stage: Words(one.watch).verdict(one.run) for stage, one in seen.items()}
-
-
-def _listed(files: str | list[str]) -> list[str]:
-    return [files] if isinstance(files, str) else list(files)

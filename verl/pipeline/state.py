@@ -15,11 +15,12 @@ from typing import Any
 
 from verl.config.run import Config
 from verl.monitor.report.provenance import flat
+from verl.trainer.ppo.next_commands import PIPELINE_FILE as FILE
+from verl.trainer.ppo.next_commands import best_is_meant
 from verl.utils.checkpoint.best_link import best_step
 from verl.utils.checkpoint.checkpoint_manager import tracked_step
 from verl.utils.checkpoint.checksums import sync_to_disk
 
-FILE = "pipeline.json"
 # Settings that a stage which is finished does not depend on any more: names and places (contents are compared through
 # origin.json), how it was computed, and when and where it saved, validated and logged.
 FREE = re.compile(
@@ -121,8 +122,8 @@ def _shown(value: Any) -> str:
 
 def handed_on(run: Path, config: Config) -> Path:
     """The checkpoint of a finished stage that the next one begins with: the best, where `trainer.best_metric` asked
-    for one and there is one, else the last."""
-    step = best_step(run) if config.trainer.best_metric is not None else None
+    for one that counts for it and there is one, else the last."""
+    step = best_step(run) if config.trainer.best_metric is not None and best_is_meant(config) else None
     if step is None or not (run / f"global_step_{step}").is_dir():
         step = tracked_step(run)
     return run / f"global_step_{step}"

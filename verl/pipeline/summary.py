@@ -15,9 +15,11 @@ from verl.pipeline.options import DEFAULT_STAGES
 from verl.pipeline.preflight import Look
 from verl.pipeline.results import JUDGE, REPORT, STUDENTS
 from verl.pipeline.settings import run_folder, unused_settings, user_settings
+from verl.utils.checkpoint.room import amount
+from verl.utils.command_line import called_as
 from verl.utils.console import table
 from verl.utils.stalls import duration
-from verl.utils.units import GIB
+from verl.utils.units import counted
 
 BASE = "base"
 
@@ -52,7 +54,7 @@ def describe(options: Namespace, looks: Sequence[Look], room: Room, judging: str
     lines.append(f"then  merged into {options.out / STUDENTS}: {names}")
     lines.append(f"      judged: {judging}")
     lines.append(f"      report: {options.out / REPORT}")
-    lines.append(f"disk  {_size(room.need)} are still needed at most, {_size(room.free)} are free")
+    lines.append(f"disk  {amount(room.need)} are still needed at most, {amount(room.free)} are free")
     lines += [f"note  {given.text} goes to no stage of this line" for given in unused_settings(options)]
     return "\n".join(lines)
 
@@ -86,7 +88,7 @@ def _memory(look: Look) -> str:
 
 def _disk(look: Look) -> str:
     need = disk_need(look)
-    return "disk not known" if need is None else f"disk at most {_size(need)}"
+    return "disk not known" if need is None else f"disk at most {amount(need)}"
 
 
 def _time(look: Look, run: Path) -> str:
@@ -96,15 +98,11 @@ def _time(look: Look, run: Path) -> str:
     return f"about {duration(seconds)} left by the steps made so far, validations and checkpoints apart"
 
 
-def _size(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
-
-
 def problems(found: Sequence[str]) -> str:
     """All of them, a line each."""
     return "\n".join(
         [
-            f"{len(found)} problem(s), and nothing starts before they are mended:",
+            f"{counted(len(found), 'problem')}, and nothing starts before that is mended:",
             *(f"  - {problem}" for problem in found),
         ]
     )
@@ -193,7 +191,8 @@ def closest(reports: Mapping[float, dict[str, Any]], trained: Sequence[str]) -> 
         return best, f"none of the students has more ROUGE-L than the base model ({scores[BASE]:.3f})"
     return best, (
         f"{best} by ROUGE-L alone ({scores[best]:.3f} at temperature {temperature:g}), which is a hint: only fresh "
-        "discriminators (--judge_by discriminators) or a strong model (python -m verl.tools.judge --endpoint) say more"
+        "discriminators (--judge_by discriminators) or a strong model "
+        f"({called_as('verl.tools.judge')} --endpoint) say more"
     )
 
 
@@ -204,8 +203,8 @@ def _by_accuracy(judged: Sequence[Judged], trained: Sequence[str]) -> tuple[str,
     if bases and all(one.low <= 0.5 for one in bases):
         return best.student, (
             f"not decided: fresh discriminators could not tell even the base model from it ({_in_words(bases[0])}), so "
-            "that they have learned nothing; take more validation prompts (300 or more), or ask python -m "
-            "verl.tools.judge with a higher --judge_lr"
+            "that they have learned nothing; take more validation prompts (300 or more), or ask "
+            f"{called_as('verl.tools.judge')} with a higher --judge_lr"
         )
     if ranked[0].student == BASE and ranked[0].high < best.low:
         return best.student, f"none of the students: the base model is told in {ranked[0].accuracy:.3f} of cases only"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from verl.pipeline.summary import BASE, conclude, describe, headline, problems
 from verl.trainer.ppo.origin import content_of_model
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, tracked_step
 from verl.utils.console import say
+from verl.utils.refusals import Refused
 from verl.utils.run_lock import check_writable, only_run_in
 
 WRONG, OK = 2, 0
@@ -78,15 +78,15 @@ class Pipeline:
     # ------------------------------------------------------------ running
 
     def run(self) -> int:
-        """Everything that is left; returns the exit code."""
+        """Everything that is left; returns the exit code. Refused with every problem that is seen before a stage
+        starts."""
         check_writable(self.out, "--out")
         with only_run_in(self.out):
             for stage in self.options.stages:
                 wait_until_left(run_folder(self.options, stage))
             found = self._look()
             if found.problems:
-                print(problems(found.problems), file=sys.stderr)
-                return WRONG
+                raise Refused(found.problems)
             code = self._stages(found.looks)
             return code or self._results()
 
@@ -98,7 +98,7 @@ class Pipeline:
         return OK
 
     def _stage(self, number: int, look: Look) -> int:
-        """Run a stage's process; returns its exit code."""
+        """Run a stage's process; returns its exit code. Refused as `run`."""
         stage, state = look.stage, State(self.out)
         if look.models.pending:
             # What the stage before hands on is there now.
@@ -106,8 +106,7 @@ class Pipeline:
             with _at_least(logging.ERROR):
                 look = now.look_at(number)
             if now.problems:
-                print(problems(now.problems), file=sys.stderr)
-                return WRONG
+                raise Refused(now.problems)
         if look.finished is not None:
             say(f"[{number}/{len(self.options.stages)}] {stage}: done, {look.finished} steps")
             return OK

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from verl.config.run import Config
+from verl.utils.command_line import called_as
 
 NO_TEXT = ("None", "none", "Null", "nil", "~")
 # Above: answers are noise; and AdamW moves every weight by about its rate, where weights are a few hundredths.
@@ -54,7 +55,7 @@ def doubts(config: Config) -> Iterator[str]:
     if same:
         yield (
             f"data.val_files has {', '.join(sorted(same))}, which is training data: validation shows what was learned "
-            "by heart; `python -m verl.data_tools.split` makes files without common prompts"
+            f"by heart; `{called_as('verl.data_tools.split')}` makes files without common prompts"
         )
 
 

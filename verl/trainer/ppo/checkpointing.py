@@ -118,13 +118,6 @@ class Checkpoints:
             for group in self.parts.values():
                 group.reserve_for_checkpoints()
 
-    def warn_of_little_room(self) -> None:
-        """Say it at the start if there is no room for a checkpoint yet."""
-        try:
-            check_room(self.root, self.size)
-        except OSError as error:
-            logger.warning("as it is, nothing can be saved: %s", error.strerror)
-
     def write(self, state: RunState, only_as_best: bool = False) -> None:
         """Write the folder of `global_step_N`, all but its name, which `publish` gives it; or only begin to, in the
         background, where what is written is the state at this moment. What was begun before is waited for.

@@ -12,8 +12,12 @@ import verl
 from verl.config.run import Config
 from verl.trainer.ppo.run_record import changed_settings, preset_of
 from verl.utils.checkpoint.best_link import BEST, best_step
+from verl.utils.command_line import by_console, called_as
 
-SCRIPTS = Path(verl.__file__).resolve().parents[1] / "scripts" / "train"
+# In a checkout that is a link to `scripts/train`.
+SCRIPTS = (Path(verl.__file__).parent / "scripts" / "train").resolve()
+# A pipeline keeps this file beside its stages' folders.
+PIPELINE_FILE = "pipeline.json"
 # By preset: the next one, and its script.
 NEXT = {"seqkd": ("warmup", "gpt5-8b-warmup-gspo.sh"), "warmup": ("gad", "gpt5-8b-gad-gspo.sh")}
 # Settings that the next stage most likely takes over, where they are not the preset's.
@@ -24,8 +28,10 @@ FOR_THE_JUDGE = ("prompt_key", "max_prompt_length", "max_response_length")
 
 def closing_commands(config: Config, root: Path, newest: int, total_steps: int) -> list[str]:
     """The lines for a run in `root` that is at its end, each with a command on its best checkpoint or, where there is
-    none, its newest: the next stage, the merger, the judge."""
-    checkpoint = root / (BEST if best_step(root) is not None and _best_is_meant(config) else f"global_step_{newest}")
+    none, its newest: the next stage, the merger, the judge. None of a pipeline's stage: the pipeline does all of it."""
+    if (root.parent / PIPELINE_FILE).is_file():
+        return []
+    checkpoint = root / (BEST if best_step(root) is not None and best_is_meant(config) else f"global_step_{newest}")
     changed = {key: now for key, (_, now) in changed_settings(config).items()}
     lines = [_next_stage(config, checkpoint, total_steps, changed)]
     if config.frozen_actor_steps < total_steps:
@@ -38,11 +44,12 @@ def report_command(root: Path) -> str | None:
     """The line for the report; None where the run has kept no metrics to make it of."""
     if not (root / "metrics.jsonl").is_file():
         return None
-    return f"a report of it: {_shell(['python', '-m', 'verl.monitor', root, '--html', root / 'report.html'])}"
+    return f"a report of it: {_command('verl.monitor', root, '--html', root / 'report.html')}"
 
 
-def _best_is_meant(config: Config) -> bool:
-    """A warmup trains the discriminator, of which a metric of the student's answers says nothing."""
+def best_is_meant(config: Config) -> bool:
+    """Whether the next stage begins with the best checkpoint, where there is one. A warmup trains the discriminator, of
+    which a metric of the student's answers says nothing."""
     metric = config.trainer.best_metric or ""
     return config.stage != "warmup" or metric.startswith("val/critic/")
 
@@ -58,20 +65,20 @@ def _next_stage(config: Config, checkpoint: Path, total_steps: int, changed: dic
     name = config.trainer.experiment_name
     own = stage if name.lower() == before else f"{name.removesuffix(f'-{before}')}-{stage}"
     taken = [f"{key}={_value(value)}" for key, value in changed.items() if key.startswith(TAKEN_OVER)]
-    if (SCRIPTS / script).is_file():
-        command = ["bash", _from_here(SCRIPTS / script), "--model", actor, "--reward_model", critic]
-        command += ["--exp_name", own, "--nnodes", config.trainer.nnodes]
+    if by_console():
+        settings = [f"stage={stage}", f"actor_rollout_ref.model.path={actor}", f"critic.model.path={critic}"]
+        settings += [f"trainer.experiment_name={own}", f"trainer.nnodes={config.trainer.nnodes}"]
+        command = _command("verl.trainer.main_ppo", *settings, *taken)
     else:
-        command = ["python", "-m", "verl.trainer.main_ppo", f"stage={stage}"]
-        command += [f"actor_rollout_ref.model.path={actor}", f"critic.model.path={critic}"]
-        command += [f"trainer.experiment_name={own}", f"trainer.nnodes={config.trainer.nnodes}"]
-    return f"the next stage, {stage}: {_shell([*command, *taken])}"
+        flags = ["--model", actor, "--reward_model", critic, "--exp_name", own, "--nnodes", config.trainer.nnodes]
+        command = _shell(["bash", _from_here(SCRIPTS / script), *flags, *taken])
+    return f"the next stage, {stage}: {command}"
 
 
 def _merger(config: Config, actor: Path) -> str:
-    command = ["python", "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", actor]
-    command += ["--target_dir", f"merged/{config.trainer.experiment_name}"]
-    return f"for transformers and vLLM: {_shell(command)}"
+    target = f"merged/{config.trainer.experiment_name}"
+    command = _command("verl.model_merger", "--local_dir", actor, "--target_dir", target)
+    return f"for transformers and vLLM: {command}"
 
 
 def _judge(config: Config, actor: Path, root: Path, changed: dict[str, Any]) -> str | None:
@@ -79,13 +86,12 @@ def _judge(config: Config, actor: Path, root: Path, changed: dict[str, Any]) -> 
         return None
     files = [config.data.val_files] if isinstance(config.data.val_files, str) else config.data.val_files
     base, name = config.actor_rollout_ref.model.path, config.trainer.experiment_name
-    command = ["python", "-m", "verl.tools.judge", "--data", *map(_absolute, files)]
-    command += ["--student", f"before={base}", "--student", f"{name}={actor}", "--judge_model", base]
-    command += ["--out", root / "judge"]
+    flags = ["--data", *map(_absolute, files), "--student", f"before={base}", "--student", f"{name}={actor}"]
+    flags += ["--judge_model", base, "--out", root / "judge"]
     for key in FOR_THE_JUDGE:
         if f"data.{key}" in changed:
-            command += [f"--{key}", changed[f"data.{key}"]]
-    return f"is it closer to the teacher? {_shell(command)}"
+            flags += [f"--{key}", changed[f"data.{key}"]]
+    return f"is it closer to the teacher? {_command('verl.tools.judge', *flags)}"
 
 
 def _value(value: Any) -> str:
@@ -105,6 +111,10 @@ def _absolute(text: str) -> str:
 def _from_here(path: Path) -> str:
     """A path below the working folder from there on, any other whole."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _command(module: str, *arguments: object) -> str:
+    return f"{called_as(module)} {_shell(arguments)}"
 
 
 def _shell(words: Sequence[object]) -> str:

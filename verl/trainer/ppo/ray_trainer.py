@@ -200,7 +200,6 @@ class RayPPOTrainer:
         groups = [group for group in (actor_rollout, critic) if group is not None]
         size = sum(group.checkpoint_bytes()[0] for group in groups)
         self.checkpoints = Checkpoints(config.trainer, actor_rollout, critic, files, self.origin, size)
-        self.checkpoints.warn_of_little_room()
         self.checkpoints.reserve()
         self.student.peak_memory()  # What building took is not the first step's.
 

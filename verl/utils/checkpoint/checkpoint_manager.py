@@ -22,6 +22,7 @@ from verl.utils.checkpoint.checksums import CHECKSUMS, checksums_of, read_checks
 from verl.utils.checkpoint.classic import is_classic
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, OPTIM_FOLDER
 from verl.utils.checkpoint.whole import changed_files
+from verl.utils.command_line import called_as
 
 # How a user names the checkpoint to resume from.
 NAMING = "trainer.resume_mode=resume_path trainer.resume_from_path=..."
@@ -204,7 +205,7 @@ def damage_of(folder: Path) -> str | None:
         if any(is_classic(folder / part) for part in PARTS):
             return (
                 f"{folder} was written by verl's classic trainer, whose runs cannot be gone on with: merge its models "
-                "(python -m verl.model_merger merge) and begin a run of another name with them"
+                f"({called_as('verl.model_merger')}) and begin a run of another name with them"
             )
         return f"{folder / CHECKSUMS} is missing, and nothing else tells whether the checkpoint is whole"
     try:

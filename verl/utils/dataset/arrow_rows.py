@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from verl.utils.command_line import called_as
 from verl.utils.dataset.cache import HEAD, Cache, file_digest
 from verl.utils.lfs import LFS_POINTER
 
@@ -80,8 +81,8 @@ class FileRows:
     def __init__(self, path: Path, cache: Cache):
         if path.suffix not in _READERS:
             raise ValueError(
-                f"{path} ends in none of {', '.join(_READERS)}: `python -m verl.data_tools.convert` makes such a "
-                "file of .json, .csv and .xlsx"
+                f"{path} ends in none of {', '.join(_READERS)}: `{called_as('verl.data_tools.convert')}` makes such "
+                "a file of .json, .csv and .xlsx"
             )
         self.path = path
         self.digest = file_digest(path)
@@ -246,8 +247,8 @@ def _refuse_other_text(path: Path) -> None:
         raise ValueError(f"{path} is a web page and not JSON lines: download the file itself")
     if re.match(rb"\s*\[\s*(\{|$)", head.removeprefix(codecs.BOM_UTF8)):
         raise ValueError(
-            f"{path} is a JSON array and not JSON lines, an object on each line: `python -m verl.data_tools.convert` "
-            "makes such a file of it, if it is named .json"
+            f"{path} is a JSON array and not JSON lines, an object on each line: "
+            f"`{called_as('verl.data_tools.convert')}` makes such a file of it, if it is named .json"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from verl.utils.command_line import called_as
 from verl.utils.console import shorten
 from verl.utils.dataset.texts import (
     SYSTEM_KEY,
@@ -102,7 +103,7 @@ def _what_instead(value: Any) -> str:
     if isinstance(value, dict):
         return "dict: put the one message into a list"
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        return "str, a text of JSON: python -m verl.data_tools.convert makes messages of it"
+        return f"str, a text of JSON: {called_as('verl.data_tools.convert')} makes messages of it"
     return type(value).__name__
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
+from verl.utils.command_line import called_as
 from verl.utils.dataset.arrow_rows import ROWS_AT_ONCE, FileRows, NoTurn, Place, Record, Unreadable
 from verl.utils.dataset.faults import is_of_another_format
 
@@ -25,7 +26,7 @@ NOT_READABLE = "not readable"
 # What to do about a file whose rows are of another format, all of them.
 OTHER_FORMAT = (
     "Name the columns with data.prompt_key (chat messages) and data.response_key (text), or bring the file into this "
-    "form: python -m verl.data_tools.convert"
+    "form with "
 )
 
 
@@ -136,7 +137,8 @@ def without_faults(rows: Rows, faults: Sequence[str | None], on_bad_row: Literal
         first = [(rows[number], faults[number]) for number in bad[:SHOWN_BAD_ROWS]]
         row, fault = first[0]
         if len(bad) == len(rows) > 1 and len(set(faults)) == 1 and is_of_another_format(fault):
-            raise ValueError(f"{row.place}: {fault}, and so it is with all {len(bad)} rows. {OTHER_FORMAT}")
+            instead = OTHER_FORMAT + called_as("verl.data_tools.convert")
+            raise ValueError(f"{row.place}: {fault}, and so it is with all {len(bad)} rows. {instead}")
         refuse(
             [row.unreadable or f"{row.place}: {fault}" for row, fault in first],
             f"{len(bad)} of {len(rows)} rows cannot be used",
