@@ -10,6 +10,7 @@ WIDTH = 119
 SUBCOMMANDS = {
     "verl.pipeline": "distill",
     "verl.trainer.main_ppo": "train",
+    "verl.launch": "launch",
     "verl.model_merger": "merge",
     "verl.tools.chat": "chat",
     "verl.monitor": "monitor",
