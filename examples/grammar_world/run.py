@@ -77,6 +77,7 @@ def train_and_measure(out: Path, seed: int, run: Run) -> None:
                 f"trainer.default_local_dir={folder}",
                 f"trainer.total_training_steps={run.steps}",
                 f"trainer.save_freq={run.measured[0] if run.measured else -1}",
+                "trainer.max_actor_ckpt_to_keep=null",
             ]
         )
     )

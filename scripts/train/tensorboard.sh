@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by the stage scripts: TensorBoard in the background for as long as the script, and the trainer that takes its
 # place, runs. Not run on its own.
 
@@ -8,6 +9,8 @@ runs_folder() {
         [[ $setting =~ ^\+{0,2}trainer\.default_(local|tensorboard)_dir=(.*)$ ]] && folder=${BASH_REMATCH[2]}
     done
     [[ $folder =~ ^\'(.*)\'$ || $folder =~ ^\"(.*)\"$ ]] && folder=${BASH_REMATCH[1]}
+    # A setting's own tilde, which no shell has seen.
+    # shellcheck disable=SC2088
     [[ $folder == "~/"* ]] && folder=$HOME/${folder#"~/"}
     printf '%s' "${TENSORBOARD_LOGDIR:-$folder}"
 }

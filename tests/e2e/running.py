@@ -32,6 +32,9 @@ def train(folder: Path, name: str, *overrides: str, run_with: Callable[[Config],
                 "trainer.logger=[file]",
                 # The tiny model knows no EOS: nearly all of its answers are cut.
                 "algorithm.cut_answers=keep",
+                # All of them, for tests to look at.
+                "trainer.max_actor_ckpt_to_keep=null",
+                "trainer.max_critic_ckpt_to_keep=null",
                 *overrides,
             ]
         )

@@ -66,7 +66,8 @@ def test_it_ends_early_and_keeps_the_best(stopped):
 def test_the_held_out_loss_is_hugging_faces_of_the_merged_best(stopped, folder, tmp_path):
     """transformers alone on the merged folder: cross-entropy of each teacher token, the mean over all of them."""
     best = str(stopped / "best" / "actor")
-    merger(["merge", "--backend", "fsdp", "--local_dir", best, "--target_dir", str(tmp_path / "hf")])
+    out = ["--target_dir", str(tmp_path / "hf"), "--dtype", "float32"]
+    merger(["merge", "--backend", "fsdp", "--local_dir", best, *out])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     losses = []

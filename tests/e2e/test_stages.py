@@ -84,7 +84,8 @@ def test_every_metric_of_the_adversarial_stages_is_logged(warmup):
 def test_merged_actor_gives_the_trainers_own_greedy_text(warmup, folder, tmp_path):
     """transformers alone, one prompt at a time, on the merged folder; the trainer's answers are from its last step."""
     checkpoint = warmup / "global_step_12" / "actor"
-    merger(["merge", "--backend", "fsdp", "--local_dir", str(checkpoint), "--target_dir", str(tmp_path / "hf")])
+    out = ["--target_dir", str(tmp_path / "hf"), "--dtype", "float32"]
+    merger(["merge", "--backend", "fsdp", "--local_dir", str(checkpoint), *out])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     rows = [json.loads(line) for line in (folder / "val.jsonl").read_text().splitlines()]
@@ -118,7 +119,8 @@ def test_validations_leave_their_answers_in_parquet(warmup, folder):
 def test_merged_critic_gives_the_trainers_own_scores(warmup, folder, tmp_path):
     """The value at the answer's last token, computed with transformers alone on the merged folder."""
     checkpoint = warmup / "global_step_12" / "critic"
-    merger(["merge", "--backend", "fsdp", "--local_dir", str(checkpoint), "--target_dir", str(tmp_path / "hf")])
+    out = ["--target_dir", str(tmp_path / "hf"), "--dtype", "float32"]
+    merger(["merge", "--backend", "fsdp", "--local_dir", str(checkpoint), *out])
     merger(["test", "--backend", "fsdp", "--local_dir", str(checkpoint), "--test_hf_dir", str(tmp_path / "hf")])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     model = AutoModelForTokenClassification.from_pretrained(tmp_path / "hf").eval()

@@ -36,6 +36,9 @@ def arguments(folder: Path, run: Path, *overrides: str) -> list[str]:
         f"trainer.experiment_name={run.name}",
         "trainer.logger=[file]",
         "algorithm.cut_answers=keep",
+        # All of them, for tests to look at.
+        "trainer.max_actor_ckpt_to_keep=null",
+        "trainer.max_critic_ckpt_to_keep=null",
         *overrides,
     ]
 

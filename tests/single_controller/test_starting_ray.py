@@ -14,6 +14,7 @@ import ray
 from verl.single_controller.ray import starting
 from verl.trainer.config import compose_config
 from verl.trainer.main_ppo import TaskRunner, run_ppo
+from verl.utils import socket_folder
 
 
 @pytest.fixture
@@ -56,16 +57,16 @@ def test_a_cluster_that_answers_is_joined(local_ray):
 def test_folders_that_sockets_do_not_fit_under(monkeypatch, caplog):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/" + "a" * 38)  # 39 bytes and /ray: 43
-    assert starting.session_folder() is None
+    assert socket_folder.session_folder() is None
     monkeypatch.setenv("TMPDIR", "/" + "a" * 39)
-    assert starting.session_folder() == "/tmp/ray"
+    assert socket_folder.session_folder() == "/tmp/ray"
     assert "TMPDIR: expected" in caplog.text and "which has 44" in caplog.text
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
-    assert starting.session_folder() is None
+    assert socket_folder.session_folder() is None
     monkeypatch.setenv("RAY_TMPDIR", "/" + "长" * 14)  # three bytes each
-    monkeypatch.setattr(starting, "SHORT_FOLDER", "/proc/none")
+    monkeypatch.setattr(socket_folder, "SHORT_FOLDER", "/proc/none")
     with pytest.raises(ValueError, match=r"RAY_TMPDIR: expected .* set RAY_TMPDIR to a short folder"):
-        starting.session_folder()
+        socket_folder.session_folder()
 
 
 @pytest.mark.distributed

@@ -136,7 +136,7 @@ SCRIPT_KEYS: list[tuple[str, str, Any]] = [
     ("trainer.save_val_samples", "False", False),
     ("trainer.validation_data_dir", "/val", "/val"),
     ("trainer.rollout_data_dir", "/roll", "/roll"),
-    ("trainer.max_actor_ckpt_to_keep", "2", 2),
+    ("trainer.max_actor_ckpt_to_keep", "3", 3),
     ("trainer.max_critic_ckpt_to_keep", "1", 1),
     ("trainer.balance_batch", "False", False),
     ("trainer.device", "cpu", "cpu"),
@@ -750,12 +750,12 @@ def test_no_conflict(overrides):
 
 def test_the_command_line_finds_its_yaml_from_another_folder(tmp_path):
     """The whole entry point, up to Hydra's own printing of the job's settings."""
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--cfg", "job", "stage=seqkd", "+trainer.nnodes=3"]
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--cfg", "job", "stage=seqkd", "+trainer.nnodes=4"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     settings = OmegaConf.create(done.stdout)
     assert settings.trainer.critic_warmup == -1
-    assert settings.trainer.nnodes == 3
+    assert settings.trainer.nnodes == 4
     assert settings.actor_rollout_ref.rollout.n == 8
     assert os.listdir(tmp_path) == []
 

@@ -264,10 +264,17 @@ BAD_ROWS = [
     ({"teacher_response": "one"}, "there is no column 'content', only 'teacher_response'"),
     (make_row() | {"content": "one two"}, "'content' is not a list of chat messages but str"),
     (make_row() | {"content": []}, "'content' has no chat messages"),
-    (make_row() | {"content": ["one"]}, "a message of 'content' is not {role: text, content: text}"),
-    (make_row() | {"content": [{"role": "user"}]}, "a message of 'content' is not {role: text, content: text}"),
-    (make_row(prompt=None), "a message of 'content' is not {role: text, content: text}"),
-    (make_row(prompt=[{"type": "text"}]), "a message of 'content' is not {role: text, content: text}"),
+    (make_row() | {"content": ["one"]}, "a message of 'content' is not {role: text, content: text}: it is str"),
+    (
+        make_row() | {"content": [{"role": "user"}]},
+        "a message of 'content' is not {role: text, content: text}: it has no content, only role",
+    ),
+    (make_row(prompt=None), "a message of 'content' is not {role: text, content: text}: its content is null"),
+    (
+        make_row(prompt=[{"type": "text"}]),
+        "a message of 'content' is not {role: text, content: text}: its content is a list of parts, and text alone is "
+        "read",
+    ),
 ]
 
 

@@ -6,13 +6,14 @@ Nothing here imports what takes long, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import IO, NamedTuple
 
 from verl.tools.flags import json_object
-from verl.utils.console import printable, say
+from verl.utils.command_line import called_as, wide_formatter
+from verl.utils.console import say
+from verl.utils.refusals import tell
 
 # FOUND: what was looked for, or less than was asked for. USAGE: wrong flags, or input that cannot be used.
 DONE, FOUND, USAGE = 0, 1, 2
@@ -37,7 +38,7 @@ def run_tool(run: Callable[[argparse.Namespace], Outcome], options: argparse.Nam
 
 def fail(error: Exception) -> int:
     """Say what is wrong with a command's input; returns the exit code."""
-    print(printable(f"error: {error}"), file=sys.stderr)
+    tell(error)
     return USAGE
 
 
@@ -55,11 +56,11 @@ class _Parser(argparse.ArgumentParser):
 def tool_parser(name: str, required: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser without flags yet; `required`: those that a call has to have, for the usage line."""
     parser = _Parser(
-        prog=f"python -m verl.data_tools.{name}",
-        usage=f"python -m verl.data_tools.{name} {required} [flags]",
+        prog=called_as(f"verl.data_tools.{name}"),
+        usage=f"%(prog)s {required} [flags]",
         description=f"{description} More: docs/data.md",
         epilog=epilog,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=119),
+        formatter_class=wide_formatter,
         add_help=False,
     )
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)

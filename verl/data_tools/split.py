@@ -31,13 +31,13 @@ from verl.utils.console import shorten
 # The trainer's scripts look for train.parquet and test.parquet in DATA_DIR.
 NAMES = {"train": "train", "validation": "test", "judge": "judge"}
 EPILOG = """\
-example: python -m verl.data_tools.split data/teacher.parquet --out data --validation 0.05 --judge 300 --stratify lang
+example: %(prog)s data/teacher.parquet --out data --validation 0.05 --judge 300 --stratify lang
 writes:  data/train.parquet, data/test.parquet (the trainer's name for validation), data/judge.parquet
 """
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line's settings."""
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
     parser = tool_parser(
         "split",
         "FILE [FILE ...] --out DIR",
@@ -55,7 +55,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt_key", default="content", metavar="KEY", help="column of prompts (content)")
     add("--format", choices=("parquet", "jsonl"), default="parquet", help="of the sets (parquet)")
     add("--overwrite", action="store_true", help="replace sets that are there")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's settings."""
+    return build_parser().parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

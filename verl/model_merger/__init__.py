@@ -1,5 +1,12 @@
 """Checkpoint folder in, Hugging Face folder out."""
 
-from verl.model_merger.merger import compare, merge
-
 __all__ = ["compare", "merge"]
+
+
+def __getattr__(name: str) -> object:
+    """`merge` and `compare`, when somebody asks for them: they bring torch along, which help does without."""
+    if name in __all__:
+        from verl.model_merger import merger
+
+        return getattr(merger, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

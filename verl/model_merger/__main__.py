@@ -1,5 +1,6 @@
-"""`python -m verl.model_merger {merge|test} --backend fsdp --local_dir CKPT/actor ...`"""
+"""`python -m verl.model_merger {merge|test} --local_dir CKPT/actor ...`"""
 
 from verl.model_merger.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

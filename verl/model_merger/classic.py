@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from verl.model_merger.written import open_to_readers, refuse_overflow
 from verl.models.answer_models import SCORE_HEADS
 from verl.models.loading import Kind, config_entries, empty_model, hf_files, load_config, load_tokenizer
 from verl.models.published import LAYER, checkpoint_tensors, is_converted
@@ -176,6 +177,7 @@ def merge_classic(
         if WEIGHTS.fullmatch(file.name):
             file.unlink()
     _write_weights(classic, target_dir, file_size)
+    open_to_readers(target_dir)
     write_hf_files(target_dir, classic.model, tokenizer, classic.model.dtype, base)
     return target_dir
 
@@ -192,6 +194,7 @@ def _write_weights(classic: ClassicModel, target_dir: Path, file_size: int) -> N
     for number, units in enumerate(files, start=1):
         name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = classic.tensors(units)
+        refuse_overflow(tensors.items())
         save_file(tensors, target_dir / name, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, name)
     if len(files) > 1:

@@ -8,11 +8,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from verl.model_merger.classic import compare_classic, find_huggingface, merge_classic
+from verl.model_merger.written import name_of, open_to_readers, refuse_overflow, stored_dtype
 from verl.models.loading import Kind, find_model, hf_files, is_discriminator, load_model, load_tokenizer
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.classic import is_classic
 from verl.utils.checkpoint.hf_files import write_hf_files
-from verl.utils.checkpoint.whole import FSDP_CONFIG, how_it_was_trained
+from verl.utils.checkpoint.whole import FSDP_CONFIG, check_huggingface, how_it_was_trained
 
 
 def _checkpoint_kind(local_dir: Path, is_value_model: bool) -> Kind:
@@ -56,6 +57,7 @@ def merge(
 ) -> Path:
     """Write the checkpoint in `local_dir` to `target_dir` as safetensors with config and tokenizer.
 
+    Weights are rounded once, from the fp32 of training to `dtype`; left out, to what training computed in.
     A folder of verl's classic trainer (`model_world_size_W_rank_R.pt`) is merged too, with config and tokenizer of
     `hf_model_path` where it has none.
 
@@ -63,7 +65,8 @@ def merge(
     package, for one whose family has such a class in transformers (see `register_score_class`).
 
     Raises:
-        FileNotFoundError, ValueError: `local_dir` is not a checkpoint's actor or critic folder, or not whole.
+        FileNotFoundError, ValueError: `local_dir` is not a checkpoint's actor or critic folder, or not whole; a weight
+            is beyond `dtype`.
     """
     local_dir = behind_best(Path(local_dir).expanduser())
     if is_classic(local_dir):
@@ -79,7 +82,9 @@ def merge(
     # Shards have the names that transformers uses in memory, where experts lie together and others were renamed. Not
     # knowing of a conversion when it read them, it is to save under the names that such models are published with.
     model._weight_conversions = None
+    refuse_overflow(model.state_dict().items())
     model.save_pretrained(target_dir)
+    open_to_readers(Path(target_dir))
     if generation_config is not None:
         model.generation_config = generation_config
     write_hf_files(target_dir, model, tokenizer, model.dtype, base)
@@ -92,17 +97,26 @@ def compare(
     is_value_model: bool = False,
     trust_remote_code: bool = False,
     hf_model_path: str | Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> int:
-    """Check that `test_hf_dir` holds exactly the checkpoint's weights; returns how many tensors were compared.
+    """Check that `test_hf_dir` holds exactly the checkpoint's weights, rounded to the type that it holds, to the bit;
+    returns how many tensors were compared.
+
+    Args:
+        dtype: the type that it is to hold; None: any.
 
     Raises:
-        ValueError: names the tensors that differ or are missing.
+        ValueError: names the tensors that differ or are missing, or the type that is another.
     """
-    local_dir = behind_best(Path(local_dir).expanduser())
+    local_dir, test_hf_dir = behind_best(Path(local_dir).expanduser()), Path(test_hf_dir)
+    check_huggingface(test_hf_dir)
+    stored = stored_dtype(test_hf_dir)
+    if dtype not in (None, stored):
+        raise ValueError(f"{test_hf_dir} holds weights in {name_of(stored)}, not in {name_of(dtype)}")
     if is_classic(local_dir):
         huggingface = find_huggingface(local_dir, hf_model_path)
-        return compare_classic(local_dir, Path(test_hf_dir), huggingface, is_value_model, trust_remote_code)
-    model = load_checkpoint_model(local_dir, is_value_model, trust_remote_code)
+        return compare_classic(local_dir, test_hf_dir, huggingface, is_value_model, trust_remote_code)
+    model = load_checkpoint_model(local_dir, is_value_model, trust_remote_code, stored)
     kind = _checkpoint_kind(local_dir, is_value_model)
     expected, actual = (
         model.state_dict(),

@@ -1,8 +1,9 @@
 """A merged folder onto the Hugging Face hub, by `huggingface_hub`: token and endpoint are those it finds (HF_TOKEN,
-HF_ENDPOINT, `hf auth login`)."""
+HF_ENDPOINT, `hf auth login`). Nothing is moved or removed here, whatever becomes of it."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,18 @@ def prepare_upload(repository: str, private: bool) -> None:
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Send every file of the folder in one commit; returns its address. ConnectionError as above."""
+    """Send every file of the folder in one commit; returns its address. ConnectionError as above, which says what sends
+    the folder later."""
     message = "Merged checkpoint"
-    commit = _ask(
-        repository, HfApi().upload_folder, repo_id=repository, folder_path=str(folder), commit_message=message
-    )
+    try:
+        commit = _ask(
+            repository, HfApi().upload_folder, repo_id=repository, folder_path=str(folder), commit_message=message
+        )
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}. The merged model is whole in {folder}; to send it later: "
+            f"{shlex.join(['hf', 'upload', repository, str(folder)])}"
+        ) from error
     return commit.commit_url
 
 

@@ -28,11 +28,13 @@ from transformers.modeling_layers import GenericForTokenClassification
 from transformers.utils import logging as hf_logging
 
 from verl.models.answer_models import SCORE_HEADS
+from verl.models.folders import no_model, refuse_no_tokenizer, refuse_quantized, told_of
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.classic import is_classic
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, is_dropout
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
 from verl.utils.checkpoint.whole import check_huggingface, check_part, refuse_pointer
+from verl.utils.command_line import called_as
 
 logger = logging.getLogger(__name__)
 
@@ -67,19 +69,12 @@ def find_model(path: str | Path) -> ModelSource:
         return ModelSource(folder / "huggingface", folder / MODEL_FOLDER)
     if (folder / "config.json").is_file():
         return ModelSource(folder, None)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"model folder {folder} does not exist: give a local Hugging Face or checkpoint folder")
     if is_classic(folder):
         raise FileNotFoundError(
-            f"{folder} was written by verl's classic trainer and has to be merged first: run `python -m "
-            f"verl.model_merger merge --backend fsdp --local_dir {folder} --target_dir OUT`, and give OUT instead"
+            f"{folder} was written by verl's classic trainer and has to be merged first: run "
+            f"`{called_as('verl.model_merger')} --local_dir {folder} --target_dir OUT`, and give OUT instead"
         )
-    inside = [name for name in ("actor", "critic") if (folder / name).is_dir()]
-    hint = f"; did you mean {folder / inside[0]}?" if inside else ""
-    raise FileNotFoundError(
-        f"{folder} holds no model: expected config.json (Hugging Face) or huggingface/config.json and "
-        f"{MODEL_FOLDER}/ (a checkpoint's actor or critic folder){hint}"
-    )
+    raise FileNotFoundError(no_model(folder))
 
 
 def check_files(path: str | Path, contents: bool = True) -> None:
@@ -94,6 +89,7 @@ def check_files(path: str | Path, contents: bool = True) -> None:
             pointer.
     """
     source = find_model(path)
+    refuse_quantized(source.huggingface, config_entries(path))
     if source.shards is None:
         check_huggingface(source.huggingface)
     else:
@@ -152,7 +148,10 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
 
     A missing pad token becomes the EOS token: masks never look at it.
     """
-    tokenizer = AutoTokenizer.from_pretrained(find_tokenizer(path), trust_remote_code=trust_remote_code)
+    folder = find_tokenizer(path)
+    refuse_no_tokenizer(folder)
+    with told_of(folder, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {path} has no eos_token: answers could not end; set one")
     if tokenizer.pad_token_id is None:
@@ -193,7 +192,8 @@ def load_config(
         ValueError: an override that the config does not have.
     """
     folder = find_model(path).huggingface
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with told_of(folder, "config"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if override_config:
         config = _overridden(config, json.loads((folder / "config.json").read_text()), dict(override_config))
     for key, value in config.to_dict().items():
@@ -370,6 +370,11 @@ def find_class(config: PretrainedConfig, kind: Kind, trust_remote_code: bool = F
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
         what = {"policy": "a language model", "score": "a discriminator"}[kind]
         reason = str(error).strip().splitlines()[0][:200]
+        if "Unrecognized configuration class" in reason:
+            reason = (
+                "transformers has no such class for it (models of images or sound, encoders and encoder-decoders have "
+                "none); take a causal model of text"
+            )
         raise ValueError(f"a model of type {config.model_type} cannot be built as {what}: {reason}") from error
 
 

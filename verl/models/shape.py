@@ -12,6 +12,12 @@ from verl.models.layers import decoder_layers
 from verl.models.loading import Kind, empty_model
 
 
+def count_parameters(config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False) -> int:
+    """The parameters of the model that `config` describes, tied ones once; it is built without memory for weights."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in empty_model(config, kind, trust_remote_code).parameters())
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes on which memory and arithmetic depend."""

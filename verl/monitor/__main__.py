@@ -1,7 +1,7 @@
-"""Is this run healthy? `python -m verl.monitor RUN_DIR`.
+"""Is this run healthy?
 
-The first line is the verdict. Below it is every alarm, the first to be mended first, with its causes and the settings
-to turn.
+`python -m verl.monitor RUN_DIR`: the first line is the verdict. Below it is every alarm, the first to be mended first,
+with its causes and the settings to turn.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from verl.monitor.report.page import write_page
 from verl.monitor.rules import load_rules
 from verl.monitor.table import markdown
 from verl.monitor.verdict import Words
-from verl.utils.console import printable, say
+from verl.utils.command_line import called_as, wide_formatter
+from verl.utils.console import say
+from verl.utils.refusals import tell
 
 HEALTHY, ALARMS, USAGE = 0, 1, 2
 EPILOG = """\
@@ -26,16 +28,19 @@ RUN is a folder with metrics.jsonl or TensorBoard's files, or a file: .jsonl, .j
 exports them, trainer_state.json, or a console's .log or .txt with this trainer's lines or upstream verl's, which are
 step:N - NAME:VALUE. Upstream's metric names and TRL's are known; metrics that are not there leave their rules silent.
 
+example: %(prog)s checkpoints/gad/warmup checkpoints/gad/gad --html report.html
+
 exit codes: 0 healthy now; 1 an alarm fires at the last step; 2 wrong usage, nothing to read, or no rule could judge
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
     found = argparse.ArgumentParser(
-        prog="python -m verl.monitor",
+        prog=called_as("verl.monitor"),
         description=__doc__.splitlines()[0],
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=wide_formatter,
     )
     add = found.add_argument
     add("runs", nargs="*", metavar="RUN", help="a run's folder, or a file of metrics; several are compared")
@@ -51,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    options = parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         rules = load_rules(options.rules)
         if options.list:
@@ -76,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_page(seen, Path(options.html).expanduser(), options.lang)
             say(f"\n{options.html}")
     except (OSError, ValueError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        tell(error)
         return USAGE
     if any(one.watch.firing for one in seen):
         return ALARMS

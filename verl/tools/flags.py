@@ -7,6 +7,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+# What files of answers end in, and the columns in which a student's answers are looked for.
+SUFFIXES = (".parquet", ".jsonl")
+ANSWER_KEYS = ("answers", "responses", "response", "answer", "student_response")
+
 
 def whole(lowest: int) -> Callable[[str], int]:
     """A whole number, `lowest` or more."""

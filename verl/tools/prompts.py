@@ -9,14 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 from verl.models.packing import AnswerRows
+from verl.tools.flags import ANSWER_KEYS
 from verl.utils.dataset.faults import fault_of_answer, fault_of_columns, fault_of_conversation
 from verl.utils.dataset.rows import Row
 from verl.utils.dataset.texts import Messages, conversation
 from verl.utils.torch_functional import Truncation, postprocess_data
-
-# What the files end in, and the columns in which a student's answers are looked for.
-SUFFIXES = (".parquet", ".jsonl")
-ANSWER_KEYS = ("answers", "responses", "response", "answer", "student_response")
 
 
 @dataclass(frozen=True)

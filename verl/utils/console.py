@@ -33,10 +33,14 @@ def say(text: str) -> None:
     try:
         print(printable(text), flush=True)
     except BrokenPipeError:
-        # What is still in the buffer is written once more when the program ends.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        nobody_reads()
+
+
+def nobody_reads() -> None:
+    """Let nothing more come out of standard output: what is still in the buffer is written once more at the end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 class PrintableFormatter(logging.Formatter):

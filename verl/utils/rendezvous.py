@@ -7,6 +7,7 @@ import random
 import socket
 from datetime import timedelta
 
+import psutil
 import torch.distributed as dist
 
 # Below the range from which Linux hands out ports for outgoing connections (32768 upwards).
@@ -31,6 +32,14 @@ def reserve_port(host: str) -> int:
         _reserved[host, port].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         return port
     raise RuntimeError(f"no free TCP port on {host}: tried {_TRIES} between {PORTS[0]} and {PORTS[-1]}")
+
+
+def interface_of(address: str) -> str:
+    """The network interface of this machine that has the address. Raises OSError if none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address.partition("%")[0] == address for found in addresses):
+            return name
+    raise OSError(f"no network interface of this machine has the address {address}")
 
 
 def meeting_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:

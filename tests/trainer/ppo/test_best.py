@@ -21,6 +21,7 @@ from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.checkpoint.checkpoint_manager import step_of
 
 NAN, INF = math.nan, math.inf
+KEEP_ALL = {"max_actor_ckpt_to_keep": None, "max_critic_ckpt_to_keep": None}
 
 
 def see(tracker, values, start=0, every=10):
@@ -199,7 +200,7 @@ class Trainer(RayPPOTrainer):
     """The real loop, resuming and saving; steps add one, and validations are looked up."""
 
     def __init__(self, run, values, crash=None, **settings):
-        self.config = config(run, **{"test_freq": 1, "save_freq": 5, **settings})
+        self.config = config(run, **{"test_freq": 1, "save_freq": 5, **KEEP_ALL, **settings})
         self.values, self.crash = values, crash
         self.best = open_best(self.config)
         self.weights = Weights()
@@ -277,6 +278,18 @@ def test_what_is_kept(tmp_path, settings, expected):
     assert latest(tmp_path) == 10
     assert trainer.logged[4] == {"val/x": 0.4, "val/best/value": 0.5, "val/best/step": 2}
     assert trainer.logged[10] == {"val/x": 0.2, "val/best/value": 0.7, "val/best/step": 6}
+
+
+def test_by_default_the_last_two_and_the_best_are_kept_and_what_goes_is_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    kept = {name: getattr(stage("seqkd").trainer, name) for name in KEEP_ALL}
+    assert kept == dict.fromkeys(KEEP_ALL, 2)
+    Trainer(tmp_path, VALUES, save_freq=2, **kept).fit()
+    assert saved(tmp_path) == ("6 8 10", 6)
+    said = [message.partition(":")[0] for message in caplog.messages if message.startswith("pruned ")]
+    # Each when a step from the newest has been made: 6 stays for being the best when 10 is the newest.
+    assert said == ["pruned global_step_2", "pruned global_step_4"]
+    assert "trainer.max_actor_ckpt_to_keep=2, trainer.max_critic_ckpt_to_keep=2" in caplog.text
 
 
 def test_without_best_metric_nothing_changes(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.tiny import causal_lm, write_data, write_model
+from verl.trainer import main_ppo
 from verl.trainer.config import compose_config
-from verl.trainer.main_ppo import check_resume
 from verl.trainer.ppo.origin import Origin
 from verl.utils.checkpoint.checkpoint_manager import commit_checkpoint, start_checkpoint
 from verl.utils.checkpoint.sharded import write_sharded
@@ -24,6 +24,10 @@ def folder(tmp_path):
     write_model(tmp_path / "b", seed=1)
     write_data(tmp_path / "train.jsonl", 8)
     return tmp_path
+
+
+def check_resume(config, rows):
+    return main_ppo.check_resume(config, rows, main_ppo.resumed_from(config))
 
 
 def config(folder, *overrides, stage="seqkd", model="a", data="train.jsonl"):

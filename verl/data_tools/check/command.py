@@ -14,8 +14,8 @@ kinds: bad, empty, overlap, near_overlap (with --against), duplicate, near_dupli
 template, special_text (with --model), language, long, short; docs/data.md says what each is
 
 examples:
-  python -m verl.data_tools.check train.parquet --against test.parquet --model MODEL --out flagged.jsonl
-  python -m verl.data_tools.check train.parquet --fail_on bad,secret,duplicate --json report.json
+  %(prog)s train.parquet --against test.parquet --model MODEL --out flagged.jsonl
+  %(prog)s train.parquet --fail_on bad,secret,duplicate --json report.json
 
 exit codes: 0 nothing of --fail_on was found; 1 something was; 2 wrong usage, or a file that cannot be read
 """

@@ -18,7 +18,7 @@ REQUIRED = "PROMPTS... --out FILE --endpoint URL --model NAME"
 DESCRIPTION = "The teacher's answers to prompts, as rows to train on. Run again, it goes on."
 EPILOG = """\
 PROMPTS are .txt (a prompt a line), .jsonl and .parquet files, or folders of datasets.
-example: OPENAI_API_KEY=... python -m verl.data_tools.collect prompts.txt --out data/teacher.parquet --max_tokens 512 \\
+example: OPENAI_API_KEY=... %(prog)s prompts.txt --out data/teacher.parquet --max_tokens 512 \\
            --endpoint https://api.openai.com/v1 --model gpt-5-chat --prices 1.25 10 --budget 20 --dry_run
 """
 

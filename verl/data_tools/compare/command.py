@@ -19,15 +19,15 @@ from verl.tools.flags import number_between, whole
 DESCRIPTION = "How two sets of prompts and answers (A and B) differ, and whether it is more than chance."
 EPILOG = """\
 example:
-  python -m verl.data_tools.compare --a data/train.parquet --b data/test.parquet --model BASE --d_acc 0.768 0.458
+  %(prog)s --a data/train.parquet --b data/test.parquet --model BASE --d_acc 0.768 0.458
 
 The first line is the verdict, the largest difference first. The last part says what follows for a discriminator whose
 accuracy falls from A to B. Same input, same seed: same output.
 """
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags."""
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
     parser = tool_parser("compare", "--a FILE ... --b FILE ...", DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("--a", required=True, nargs="+", metavar="FILE", help="parquet or jsonl, such as the training data")
@@ -49,7 +49,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace files that are there")
     add_text_flags(parser)
     add_training_flags(parser)
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    return build_parser().parse_args(argv)
 
 
 def run(options: argparse.Namespace) -> Outcome:

@@ -14,8 +14,8 @@ Face's save_to_disk, or a dataset's name on the hub. The format is recognised by
 messages (OpenAI), alpaca, prompt_response (also question+answer and the like), preference (its chosen answers), verl.
 
 examples:
-  python -m verl.data_tools.convert sharegpt.json --out train.parquet
-  python -m verl.data_tools.convert faq.xlsx --prompt_column Frage --answer_column Antwort --out train.parquet
+  %(prog)s sharegpt.json --out train.parquet
+  %(prog)s faq.xlsx --prompt_column Frage --answer_column Antwort --out train.parquet
 
 exit codes: 0 written; 2 wrong usage, or nothing that can be converted
 """

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 DESCRIPTION = "How long prompts and answers are in a model's tokens, and the settings that fit them."
 EPILOG = """\
 example:
-  python -m verl.data_tools.lengths --data data/train.parquet --model BASE --gpus 8 --gpu_memory 80 --chart lengths.png
+  %(prog)s --data data/train.parquet --model BASE --gpus 8 --gpu_memory 80 --chart lengths.png
 
 For each stage script: the settings to paste behind it, which have passed the trainer's own checks, each with a reason.
 """
 STAGES = ("seqkd", "warmup", "gad", "soda")
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags."""
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
     parser = tool_parser("lengths", "--data FILE ... --model FOLDER", DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("--data", required=True, nargs="+", metavar="FILE", help="parquet or jsonl, as data.train_files")
@@ -58,7 +58,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace files that are there")
     add_text_flags(parser)
     add_training_flags(parser)
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    return build_parser().parse_args(argv)
 
 
 def run(options: argparse.Namespace) -> Outcome:

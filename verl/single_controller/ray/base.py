@@ -16,10 +16,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.base import ClassWithInitArgs, ResourcePool, Worker, WorkerGroup
+from verl.single_controller.ray.nodes import Node, all_nodes, choose_nodes
 from verl.single_controller.ray.output import log_in_rank
 from verl.single_controller.ray.processes import MARK, RankProcesses
 from verl.single_controller.ray.resources import check_resources, describe
-from verl.utils.rendezvous import reserve_port
+from verl.utils.rendezvous import interface_of, reserve_port
 from verl.utils.stacks import answer_when_asked
 from verl.utils.stalls import waiting
 
@@ -29,6 +30,11 @@ logger = logging.getLogger(__name__)
 _PLACEMENT_TIMEOUT_S = 30
 # When a rank dies, its neighbours' collectives fail too, and their error may arrive first.
 _CAUSE_GRACE_S = 2.0
+# When a node is lost, its neighbours notice at once, and Ray after five of its looks, three seconds apart.
+_NODE_GRACE_S = 30.0
+# Ray's own label of a node.
+NODE_ID = "ray.io/node-id"
+_NETWORK = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 # What ends a process from outside. The second one is Ray's own, before the kernel does it.
 _DEATHS = (RayActorError, OutOfMemoryError)
 _OUT_OF_MEMORY_ADVICE = (
@@ -79,8 +85,8 @@ class RayResourcePool(ResourcePool):
         # Ray refuses a name that is in use, and two pools may have one prefix.
         name = f"{self.name_prefix}_{uuid.uuid4().hex[:8]}"
         groups = [
-            placement_group([bundle] * count, strategy="STRICT_PACK", name=f"{name}_node{node}")
-            for node, count in enumerate(self.process_on_nodes)
+            placement_group([bundle] * count, strategy="STRICT_PACK", name=f"{name}_node{node}", **where)
+            for node, (count, where) in enumerate(zip(self.process_on_nodes, self._places(bundle), strict=True))
         ]
         if not all(group.wait(timeout_seconds=_PLACEMENT_TIMEOUT_S) for group in groups):
             text = describe(self.process_on_nodes, bundle, "What is free is spread over too many nodes, or just taken.")
@@ -88,6 +94,16 @@ class RayResourcePool(ResourcePool):
                 remove_placement_group(group)
             raise ValueError(text)
         return groups
+
+    def _places(self, bundle: dict[str, float]) -> list[dict[str, Any]]:
+        """Where each placement group must be: each on a node of its own; anywhere if there are too few nodes."""
+        counts = self.process_on_nodes
+        nodes = choose_nodes(counts, bundle) if len(counts) > 1 else None
+        if nodes is None:
+            return [{} for _ in counts]
+        return [
+            {"bundle_label_selector": [{NODE_ID: node.id}] * count} for node, count in zip(nodes, counts, strict=True)
+        ]
 
     def release(self) -> None:
         """Gives the processes back to the cluster; actors that still run in them die."""
@@ -143,6 +159,10 @@ class WorkerHost:
     def build(self, address: str, port: int) -> None:
         """Construct the workers, whose ranks meet there."""
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+        if not self._one_node:
+            # By default gloo listens where the host's name points to, which on many machines is the loopback.
+            for name in set(_NETWORK) - os.environ.keys():
+                os.environ[name] = interface_of(ray.util.get_node_ip_address())
         self._workers = {role: cls_with_args() for role, cls_with_args in self._roles.items()}
 
     def call(self, role: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -240,6 +260,20 @@ class RayWorkerGroup(WorkerGroup):
     def _name(self) -> str:
         return "+".join(self._roles) if self._role is None else self._role
 
+    @property
+    def _on_one_node(self) -> bool:
+        return len(set(self._processes.nodes)) == 1
+
+    def _lost_node(self, rank: int) -> Node | None:
+        """The node of a rank that does not answer, if it is gone; Ray takes its time to know."""
+        deadline = time.monotonic() + _NODE_GRACE_S
+        while not self._on_one_node and time.monotonic() < deadline:
+            node = next((node for node in all_nodes() if node.id == self._processes.nodes[rank]), None)
+            if node is not None and not node.alive:
+                return node
+            time.sleep(0.5)
+        return None
+
     def _unanswered(self, ranks: list[int], method_name: str) -> str:
         """That these ranks have not answered; first those whose processes stand still, as others may wait for them."""
         stuck = self._processes.stuck(ranks)
@@ -254,7 +288,7 @@ class RayWorkerGroup(WorkerGroup):
         """Picks what to raise when a rank has failed: a rank's death before all else, since it makes others fail."""
         errors = {rank: error}
         if not isinstance(error, _DEATHS):
-            errors |= _errors_soon(pending)
+            errors |= _errors_soon(pending, _CAUSE_GRACE_S if self._on_one_node else _NODE_GRACE_S)
         name = self._name
         deaths = [rank for rank, error in errors.items() if isinstance(error, _DEATHS)]
         for other in errors.keys() - {rank}:
@@ -267,6 +301,11 @@ class RayWorkerGroup(WorkerGroup):
         text, last = str(death), ""
         if isinstance(death, OutOfMemoryError) or "worker process has died" in text:
             last = f"\n{said}. {_OUT_OF_MEMORY_ADVICE}"
+        elif (lost := self._lost_node(deaths[0])) is not None:
+            last = (
+                f"\n{said}: node {lost} is gone. The same command goes on from the newest checkpoint, with as many "
+                "nodes or another --nnodes"
+            )
         return RayActorError(getattr(death, "actor_id", None), f"{said}: {text}{last}")
 
     def shutdown(self) -> None:
@@ -281,11 +320,11 @@ def _number(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def _errors_soon(pending: dict[int, ray.ObjectRef]) -> dict[int, Exception]:
-    """The errors, by rank, of the calls that fail within the grace period, or until a dead process is among them."""
+def _errors_soon(pending: dict[int, ray.ObjectRef], grace: float) -> dict[int, Exception]:
+    """The errors, by rank, of the calls that fail within so many seconds, or until a dead process is among them."""
     errors: dict[int, Exception] = {}
     rank_of = {handle: rank for rank, handle in pending.items()}
-    deadline = time.monotonic() + _CAUSE_GRACE_S
+    deadline = time.monotonic() + grace
     waiting = list(rank_of)
     while waiting and (left := deadline - time.monotonic()) > 0:
         ready, waiting = ray.wait(waiting, num_returns=1, timeout=left)
@@ -332,7 +371,9 @@ def _environments(nodes: list[str], use_gpu: bool) -> list[dict[str, str]]:
     if len(per_node) == 1 and sys.platform == "linux":
         # By default gloo listens where the host's name points to, which may be a public address or nowhere, and NCCL on
         # any interface but the loopback.
-        shared |= {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+        shared |= {name: os.environ.get(name, "lo") for name in _NETWORK}
+    else:
+        shared |= {name: os.environ[name] for name in _NETWORK if name in os.environ}
     environments = []
     for rank, node in enumerate(nodes):
         # Ray shows a GPU process only its own GPU, as device 0, and torch and vLLM take LOCAL_RANK for the device.

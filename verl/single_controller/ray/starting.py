@@ -12,35 +12,51 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 
+from verl.utils.socket_folder import session_folder
 from verl.utils.stalls import end_children
 
 logger = logging.getLogger(__name__)
 
-# A socket's path may have 107 bytes on Linux. Below its folder Ray takes 64 for a session and its longest socket:
-# /session_2026-01-31_23-59-59_999999_9999999/sockets/plasma_store
-LONGEST_FOLDER = 107 - 64
-SHORT_FOLDER = "/tmp/ray"
 HEALTH_CHECK_SECONDS = 20
 END_S = 30
 LOOPBACK = "127.0.0.1"
 
 
-def join_or_start(address: str | None, num_cpus: int | None) -> None:
+def join_or_start(address: str | None, num_cpus: int | None, nodes: int = 1) -> None:
     """Join the cluster at `address`, or at RAY_ADDRESS; without either start one on this machine alone.
+
+    A run of several nodes joins the cluster that was last started on this machine where neither is given.
 
     Raises:
         ConnectionError: no Ray of this version answers there; names where the address came from.
     """
     origin = "ray_kwargs.ray_init.address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS")
-    if not address:
+    if not address and nodes == 1:
         start_alone(num_cpus)
         return
+    if not address:
+        address, origin = _started_here(nodes)
     if address not in ("auto", "local") and "://" not in address:
         check_answers(address, origin)
+    logger.info("joining the Ray cluster at %s (%s)", address, origin)
     ray.init(address=address, configure_logging=not _log_is_set_up())
+
+
+def _started_here(nodes: int) -> tuple[str, str]:
+    """The address of the cluster last started on this machine, and where it is kept; ConnectionError without one."""
+    file = ray._private.utils.get_ray_address_file(None)
+    address = services.find_bootstrap_address(None)
+    if address:
+        return address, file
+    raise ConnectionError(
+        f"trainer.nnodes={nodes}: there is one node of the {nodes}, this machine ({services.get_node_ip_address()}): "
+        f"neither ray_kwargs.ray_init.address nor RAY_ADDRESS names a Ray cluster, and {file} knows of none that was "
+        "started here. Start one on all nodes (--head here and --worker ADDRESS there, or `ray start`: docs/nodes.md), "
+        "or train on this machine alone (--nnodes 1)"
+    )
 
 
 def start_alone(num_cpus: int | None) -> None:
@@ -103,33 +119,6 @@ def _one_machine() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def session_folder() -> str | None:
-    """The folder of Ray's sockets; None leaves it to Ray, whose choice is `ray` under RAY_TMPDIR, TMPDIR or /tmp.
-
-    Raises:
-        ValueError: both that and `SHORT_FOLDER` cannot be used.
-    """
-    name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
-    own = os.path.join(os.environ.get(name) or "/tmp", "ray")
-    length = len(os.fsencode(own))
-    if length <= LONGEST_FOLDER:
-        return None
-    what = f"{name}: expected a folder that Ray's sockets fit under, of at most {LONGEST_FOLDER} bytes with /ray, got "
-    what += f"{own}, which has {length}"
-    if not _writable(SHORT_FOLDER):
-        raise ValueError(f"{what}, and {SHORT_FOLDER} cannot be written either; set RAY_TMPDIR to a short folder")
-    logger.warning("%s: Ray's session goes to %s", what, SHORT_FOLDER)
-    return SHORT_FOLDER
-
-
-def _writable(folder: str) -> bool:
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def check_answers(address: str, origin: str) -> None:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verl.tools.flags import ANSWER_KEYS, SUFFIXES
 from verl.tools.prompts import (
-    ANSWER_KEYS,
-    SUFFIXES,
     Limits,
     Prompt,
     as_messages,

@@ -1,18 +1,25 @@
-"""The judge's flags, and what can be said of them without looking at data or models."""
+"""The judge's flags."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-import torch
-
-from verl.tools.command import add_column_flags, add_token_flags, check_device, command_parser
+from verl.tools.command import CommandParser, add_column_flags, add_token_flags, command_parser
 from verl.tools.flags import json_object, number, whole
-from verl.tools.judge.pairwise import QUESTIONS
-from verl.tools.judge.report import check_plotting
 
-EPILOG = """\
+REQUIRED = "--data FILE ... --student NAME=FOLDER ... --out DIR"
+DESCRIPTION = """\
+Is this student closer to the teacher now? Judges students on prompts that none of them was trained on: by fresh
+discriminators that try to tell each from the teacher (--judge_model), by a strong model behind an OpenAI-compatible
+endpoint that compares answers pair by pair (--endpoint), and by plain numbers (always).
+"""
+EXAMPLE = """\
+example: %(prog)s --data held_out.parquet --judge_model BASE --out judge \\
+           --student base=BASE --student seqkd=checkpoints/gad/seqkd/global_step_200/actor
+"""
+# Which answer is better; which is closer to the teacher's.
+QUESTIONS = ("better", "closer")
+MORE = """\
 --data is parquet or jsonl, one row per prompt with the teacher's answer, as for training; take prompts that no student
 was trained on, 300 or more: with n prompts the interval reaches at most about 1.4/sqrt(n) to both sides. A
 student is a model's folder (Hugging Face, or a checkpoint's actor folder), which is asked --samples times per prompt,
@@ -30,9 +37,9 @@ generates no answer and asks for no verdict again. The endpoint's key is read fr
 """
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The flags; names of columns and limits are those of the trainer's `data` settings where it has them."""
-    parser = command_parser("judge", description, EPILOG)
+    parser = command_parser("judge", REQUIRED, DESCRIPTION, EXAMPLE, MORE)
     add = parser.add_argument
     add("--data", required=True, nargs="+", metavar="FILE", help="prompts with the teacher's answers")
     add(
@@ -47,11 +54,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--train_files", nargs="+", default=[], metavar="FILE", help="refuse prompts that occur in these")
     add("--against", default="teacher", metavar="NAME", help="whom to tell the others from (default: teacher)")
     add("--max_prompts", type=whole(1), metavar="N", help="only the first so many prompts (default: all)")
-    _add_text(parser.add_argument_group("columns and tokens"))
-    _add_generating(parser.add_argument_group("answers of model folders"))
-    _add_two_sample(parser.add_argument_group("fresh discriminators"))
-    _add_pairwise(parser.add_argument_group("pairwise verdicts of an OpenAI-compatible endpoint"))
-    computing = parser.add_argument_group("computing")
+    _add_text(parser.special_group("columns and tokens"))
+    _add_generating(parser.special_group("answers of model folders"))
+    _add_two_sample(parser.special_group("fresh discriminators"))
+    _add_pairwise(parser.special_group("pairwise verdicts of an OpenAI-compatible endpoint"))
+    computing = parser.special_group("computing")
     add = computing.add_argument
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add(
@@ -131,31 +138,6 @@ def _add_pairwise(group: argparse._ArgumentGroup) -> None:
         metavar="JSON",
         help='into every request; null takes one out: {"temperature": null} (default: {})',
     )
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """Fill in what depends on the machine; ValueError for flags that cannot be, or not together."""
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(options.device)
-    options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
-    out = Path(options.out).expanduser()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: expected a folder, got the file {out}; name another")
-    if options.plot:
-        check_plotting()
-    if options.temperature == 0 and options.samples > 1:
-        raise ValueError(
-            f"--samples: expected 1 with --temperature 0, whose answers are all alike, got {options.samples}; pass "
-            "--samples 1, or a temperature"
-        )
-    if (options.endpoint is None) != (options.endpoint_model is None):
-        raise ValueError("--endpoint and --endpoint_model: expected both or neither, got one; pass the other too")
-    if options.ask == "closer" and options.against == "teacher":
-        raise ValueError(
-            "--ask closer: expected two students to compare, got --against teacher, whose answer is the measure; pass "
-            "--against STUDENT"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from verl.tools.judge.endpoint import Endpoint, EndpointError
 from verl.tools.judge.statistics import Estimate, clustered_mean
 
-QUESTIONS = ("better", "closer")
 MOST_UNREADABLE = 0.1
 FIRST_LOOK = 8  # verdicts after which an endpoint that gave none is given up
 ORDERS = (0, 1)  # the student's answer first, the reference's first

@@ -11,7 +11,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from verl.tools.prompts import ANSWER_KEYS, Limits, Prompt, PromptAndAnswer, find_answer_key, fit_prompt, read_prompt
+from verl.tools.flags import ANSWER_KEYS
+from verl.tools.prompts import Limits, Prompt, PromptAndAnswer, find_answer_key, fit_prompt, read_prompt
 from verl.utils.dataset.faults import TemplateCheck, fault_of_columns, warn_of_ignored_tools
 from verl.utils.dataset.rl_dataset import find_files, read_rows
 from verl.utils.dataset.rows import Row, refuse

@@ -5,6 +5,7 @@ Every check returns sentences that give the numbers and a way out; none raises.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
@@ -16,6 +17,7 @@ from verl.config.run import LONGEST_STALL, Config
 from verl.monitor.rules import RuleFault, load_rules
 from verl.trainer.config.number_checks import number_conflicts
 from verl.trainer.config.soda_checks import soda_conflicts
+from verl.trainer.config.value_checks import nothing_conflicts
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
     POLICY_LOSS_REGISTRY,
@@ -54,6 +56,7 @@ def find_conflicts(config: Config) -> list[str]:
         _monitor_rules,
         _engine,
         _left_out,
+        nothing_conflicts,
     )
     return [problem for check in checks for problem in check(config)]
 
@@ -117,7 +120,8 @@ def _token_budgets(config: Config) -> Iterator[str]:
 def _names(config: Config) -> Iterator[str]:
     def unknown(key: str, value: str, known: list[str]) -> Iterator[str]:
         if value not in known:
-            yield f"{key}={value} is not known: use one of {', '.join(sorted(known))}"
+            several = f"; several as {key}=[{value.replace(chr(0xFF0C), ',')}]" if re.search("[,\uff0c]", value) else ""
+            yield f"{key}={value} is not known: use one of {', '.join(sorted(known))}{several}"
 
     yield from unknown("algorithm.adv_estimator", config.algorithm.adv_estimator, list(ADV_ESTIMATOR_REGISTRY))
     loss_mode = config.actor_rollout_ref.actor.policy_loss.loss_mode

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, get_type_hints
@@ -12,7 +13,7 @@ from typing import Any, get_type_hints
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
@@ -20,7 +21,11 @@ from pydantic import TypeAdapter, ValidationError
 from verl.config.run import Config
 from verl.trainer.config.checks import find_conflicts
 from verl.trainer.config.errors import ConfigError
-from verl.trainer.config.overrides import CONFIG_DIR, normalize_overrides
+from verl.trainer.config.overrides import ARGUMENT, CONFIG_DIR, normalize_overrides
+from verl.trainer.config.stages import stage_conflicts
+from verl.trainer.config.upstream import family_of, sort_out
+
+logger = logging.getLogger(__name__)
 
 # In the YAML: what a run has by default where there is a GPU, and what follows from `trainer.device`.
 OmegaConf.register_new_resolver("default_device", lambda: "cuda" if torch.cuda.is_available() else "cpu", replace=True)
@@ -39,16 +44,18 @@ def known_keys(settings: type = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def _take_unknown(tree: dict[str, Any], known: list[str], prefix: str = "") -> list[str]:
-    """Remove the keys that nothing knows from a composed tree, in place, and return them dotted."""
-    unknown = []
+def _take_unknown(tree: dict[str, Any], known: list[str], prefix: str = "") -> dict[str, Any]:
+    """Remove the keys that nothing knows from a composed tree, in place, and return them dotted, with their values."""
+    unknown = {}
     for name, value in list(tree.items()):
         key = prefix + name
         is_free_dict = key in known and not any(k.startswith(key + ".") for k in known)
-        if isinstance(value, dict) and not is_free_dict:
-            unknown += _take_unknown(value, known, key + ".")
+        if isinstance(value, dict) and is_free_dict:
+            unknown |= {f"{key}.{entry}": value.pop(entry) for entry in list(value) if family_of(f"{key}.{entry}")}
+        elif isinstance(value, dict):
+            unknown |= _take_unknown(value, known, key + ".")
         elif key not in known:
-            unknown.append(key)
+            unknown[key] = value
         if key not in known:
             del tree[name]
     return unknown
@@ -107,14 +114,6 @@ def _joined(tree: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     return joined
 
 
-def _nearest(key: str, known: list[str]) -> str:
-    """The known key most like this one: the same last name elsewhere first, then by spelling."""
-    leaf = key.rsplit(".", 1)[-1]
-    same_leaf = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == leaf]
-    close = difflib.get_close_matches(key, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 REQUIRED = {
     "data.train_files": "a parquet or jsonl file of prompts and teacher answers",
     "actor_rollout_ref.model.path": "a Hugging Face folder, or a checkpoint's actor folder",
@@ -132,8 +131,11 @@ def _type_problems(error: ValidationError, known: list[str], missing: list[str])
     return [problem for key, problem in problems.items() if key not in missing]
 
 
-def to_config(composed: DictConfig) -> Config:
+def to_config(composed: DictConfig, overrides: Sequence[str] | None = None) -> Config:
     """Type and check a composed configuration.
+
+    Args:
+        overrides: what the command line sets, for what only it can tell: whether it names the stage.
 
     Raises:
         ConfigError: with every problem found: missing, unknown and mistyped keys, or, once those are right, settings
@@ -143,19 +145,25 @@ def to_config(composed: DictConfig) -> Config:
     tree = OmegaConf.to_container(composed, resolve=False)
     missing = _take_missing(tree)
     problems = [f"{key} is not set: give {REQUIRED.get(key, 'it a value')}" for key in missing]
-    problems += [f"unknown key {key}{_nearest(key, known)}" for key in _take_unknown(tree, known)]
+    refused, idle = sort_out(_take_unknown(tree, known), known)
+    problems += refused
     try:
         values = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
         config = TypeAdapter(Config).validate_python(values)
     except OmegaConfBaseException as error:
-        problems.append(str(error).splitlines()[0])
+        said = str(error).splitlines()[0]
+        problems.append(f"{error.full_key}: {said}" if error.full_key else said)
     except ValidationError as error:
         problems += _type_problems(error, known, missing)
     if problems:
         raise ConfigError(problems)
     conflicts = find_conflicts(config)
+    if overrides is not None:
+        conflicts += stage_conflicts(config, overrides)
     if conflicts:
-        raise ConfigError(conflicts)
+        raise ConfigError(conflicts, config)
+    for why in dict.fromkeys(idle.values()):
+        logger.info("%s: %s", ", ".join(key for key in idle if idle[key] == why), why)
     return config
 
 
@@ -164,6 +172,13 @@ def explain_refusals() -> Iterator[None]:
     """Hydra's errors, of an override that it cannot take, become ConfigErrors with its words and their cause."""
     try:
         yield
+    except MissingConfigException as error:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        if not error.options:
+            raise ConfigError([" ".join(str(error).split())]) from error
+        close = difflib.get_close_matches(name.lower(), error.options, n=1, cutoff=0.5)
+        there_are = f"did you mean {close[0]}? There are" if close else "there are"
+        raise ConfigError([f"{group}={name} is not known: {there_are} {', '.join(error.options)}"]) from error
     except HydraException as error:
         said = dict.fromkeys(" ".join(str(each).split()) for each in (error, error.__cause__) if each is not None)
         raise ConfigError([": ".join(said)]) from error
@@ -173,5 +188,27 @@ def compose_config(overrides: list[str]) -> Config:
     """The configuration that `python -m verl.trainer.main_ppo OVERRIDES` would run with."""
     with _hydra_of_our_own():
         with explain_refusals():
-            composed = compose("ppo_trainer", overrides=normalize_overrides(overrides))
-        return to_config(composed)
+            normalized = normalize_overrides(overrides)
+            composed = compose("ppo_trainer", overrides=normalized)
+        return to_config(composed, normalized)
+
+
+def check_shown(arguments: Sequence[str]) -> list[str]:
+    """Check the settings that `--cfg job` shows, as a run would; what has only not been given yet may be.
+
+    Args:
+        arguments: the command line's, normalized.
+
+    Returns:
+        The keys that are still to be given.
+
+    Raises:
+        ConfigError: everything else that a run would refuse.
+    """
+    overrides = [argument for argument in arguments if ARGUMENT.fullmatch(argument)]
+    with _hydra_of_our_own(), explain_refusals():
+        composed = compose("ppo_trainer", overrides=list(overrides))
+        missing = _take_missing(OmegaConf.to_container(composed, resolve=False))
+        to_come = [key for key in missing if key in REQUIRED]
+        to_config(compose("ppo_trainer", overrides=[*overrides, *(f"{key}=to_come" for key in to_come)]), overrides)
+    return to_come

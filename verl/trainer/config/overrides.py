@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -31,6 +33,15 @@ ALIASES = {
     "optim.lr_scheduler.warmup_steps": "optim.lr_warmup_steps",
     "optim.lr_scheduler.total_steps": "optim.total_training_steps",
 }
+# Hydra's flags, and those with a value behind them.
+FLAGS = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
+         "--shell-completion", "-sc")  # fmt: skip
+VALUED_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+                "--experimental-rerun")  # fmt: skip
+OPTIONALLY_VALUED_FLAGS = ("--info", "-i")
+# And not a number, which may be a value behind a space.
+FLAG = re.compile("--?[A-Za-z]")
+FULL_WIDTH_EQUALS = "\uff1d"
 ARGUMENT = re.compile(r"\+{0,2}(?P<key>[^=+~-][^=]*)=(?P<value>.*)", flags=re.DOTALL)
 KEY = re.compile(r"[\w./-]+", flags=re.ASCII)
 # What Hydra's language lacks outside of quotation marks travels through its parser as a stand-in.
@@ -46,25 +57,100 @@ def normalize_overrides(arguments: list[str]) -> list[str]:
     (`--help`), the stage and Hydra's own settings pass unchanged.
 
     Raises:
-        ConfigError: an argument that sets nothing, a key to be removed, or one that cannot be, or a whole config group
-            to be replaced.
+        ConfigError: arguments that set nothing, keys to be removed, or that cannot be, or whole config groups to be
+            replaced.
     """
-    before = ["", *arguments]
-    return [_normalize(argument, previous) for previous, argument in zip(before, arguments, strict=False)]
+    are_flags = _are_flags(arguments)
+    problems = _spaced([argument for argument, is_flag in zip(arguments, are_flags, strict=True) if not is_flag])
+    normalized, is_spaced = [], bool(problems)
+    for argument, is_flag in zip(arguments, are_flags, strict=True):
+        if FLAG.match(argument) and not _is_known(argument):
+            problems.append(_flag_problem(argument))
+        elif is_flag or is_spaced:
+            normalized.append(argument)
+        else:
+            with _kept(problems):
+                normalized.append(_normalize(argument))
+    if problems:
+        raise ConfigError(problems)
+    return normalized
 
 
-def _normalize(argument: str, previous: str) -> str:
+@contextmanager
+def _kept(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
+
+
+def flags_last(arguments: Sequence[str]) -> list[str]:
+    """The same with all flags behind the settings: Hydra wants them in one place."""
+    are_flags = _are_flags(arguments)
+    of_kind = [
+        [a for a, is_flag in zip(arguments, are_flags, strict=True) if is_flag == kind] for kind in (False, True)
+    ]
+    return of_kind[0] + of_kind[1]
+
+
+def _are_flags(arguments: Sequence[str]) -> list[bool]:
+    """Which arguments are flags or their values."""
+    found, before = [], ""
+    for argument in arguments:
+        is_flag = FLAG.match(argument) is not None
+        valued = before in VALUED_FLAGS or (before.startswith("-") and before not in FLAGS and "=" not in argument)
+        found.append(is_flag or valued)
+        before = argument if is_flag else ""
+    return found
+
+
+def _is_known(flag: str) -> bool:
+    return flag.split("=")[0] in {*FLAGS, *VALUED_FLAGS, *OPTIONALLY_VALUED_FLAGS}
+
+
+def _flag_problem(argument: str) -> str:
+    name, _, value = argument.lstrip("-").partition("=")
+    if name in ("resume_step", "resume-step"):
+        return (
+            f"{argument}: a run goes on from its newest checkpoint by itself; from another one with "
+            "trainer.resume_mode=resume_path trainer.resume_from_path=.../global_step_N"
+        )
+    return f"{argument}: no such flag; a setting is written without dashes, {name or 'KEY'}={value or 'VALUE'}"
+
+
+def _spaced(settings: Sequence[str]) -> list[str]:
+    """Sentences about `KEY = VALUE`, `KEY =VALUE` and `KEY= VALUE`, which a shell makes several arguments of."""
+    found, at = [], 0
+    while at < len(settings):
+        sizes = [size for size in (3, 2) if len(parts := settings[at : at + size]) == size and _is_spaced(parts)]
+        if sizes:
+            typed = settings[at : at + sizes[0]]
+            found.append(f"{' '.join(typed)}: write {''.join(typed)}, without spaces around '='")
+        at += sizes[0] if sizes else 1
+    return found
+
+
+def _is_spaced(parts: Sequence[str]) -> bool:
+    if not KEY.fullmatch(parts[0].lstrip("+").rstrip("=")):
+        return False
+    if len(parts) == 3:
+        return "=" not in parts[0] and parts[1] == "="
+    around = (parts[0].endswith("=") and "=" not in parts[1]) or ("=" not in parts[0] and parts[1].startswith("="))
+    return around and len(parts[0] + parts[1]) > len(parts[0].rstrip("=")) + 1
+
+
+def _normalize(argument: str) -> str:
     match = ARGUMENT.fullmatch(argument)
     if argument.startswith("~"):
         raise ConfigError([f"{argument}: keys cannot be removed, only set"])
-    if match is None:
-        # A flag, or what follows one: `--config-dir FOLDER`.
-        if argument.startswith("-") or (previous.startswith("-") and "=" not in previous):
-            return argument
+    if match is None or (FULL_WIDTH_EQUALS in match["key"]):
+        if FULL_WIDTH_EQUALS in argument:
+            key, _, value = argument.partition(FULL_WIDTH_EQUALS)
+            raise ConfigError([f"{argument}: its equals sign is a full-width one; write {key}={value}"])
         raise ConfigError([f"{argument!r} sets nothing: expected KEY=VALUE"])
     if match["key"].startswith("hydra"):
         return argument
-    key, value = _resolve_alias(match["key"]), match["value"]
+    key, value = _resolve_alias(match["key"].strip()), match["value"]
     if key == "stage":
         return f"stage={value}"
     if key in GROUPS or (key in _group_keys() and not value.startswith("{")):

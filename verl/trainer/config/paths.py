@@ -13,6 +13,7 @@ from verl.config import ModelConfig
 from verl.config.run import Config
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.hub import data_files, model_folder
+from verl.utils.refusals import Findings
 from verl.utils.user_code import is_user_function, with_absolute_path
 
 AnyModelConfig = TypeVar("AnyModelConfig", bound=ModelConfig)
@@ -29,12 +30,17 @@ def with_absolute_paths(config: Config) -> Config:
     discriminator = critic.discriminator
     if is_user_function(discriminator.loss):
         discriminator = replace(discriminator, loss=with_absolute_path(discriminator.loss))
-    return replace(
-        config,
-        data=replace(data, train_files=_files(data.train_files, "train"), val_files=_files(data.val_files)),
-        actor_rollout_ref=replace(policy_settings, model=_absolute(policy_settings.model)),
-        critic=replace(critic, model=_absolute(critic.model, config.use_critic), discriminator=discriminator),
-    )
+    findings = Findings()
+    with findings.gathered():
+        data = replace(data, train_files=_files(data.train_files, "train"))
+    with findings.gathered():
+        data = replace(data, val_files=_files(data.val_files))
+    with findings.gathered():
+        policy_settings = replace(policy_settings, model=_absolute(policy_settings.model))
+    with findings.gathered():
+        critic = replace(critic, model=_absolute(critic.model, config.use_critic), discriminator=discriminator)
+    findings.tell()
+    return replace(config, data=data, actor_rollout_ref=policy_settings, critic=critic)
 
 
 def _absolute(model: AnyModelConfig, used: bool = True) -> AnyModelConfig:

@@ -20,6 +20,7 @@ from verl.utils.background import Background
 from verl.utils.checkpoint.best_link import behind_best, point_best
 from verl.utils.checkpoint.checkpoint_manager import (
     STATE_FILE,
+    checkpoints_in,
     mark_only_as_best,
     prune_checkpoints,
     publish_checkpoint,
@@ -116,13 +117,6 @@ class Checkpoints:
         if self.config.async_save:
             for group in self.parts.values():
                 group.reserve_for_checkpoints()
-
-    def warn_of_little_room(self) -> None:
-        """Say it at the start if there is no room for a checkpoint yet."""
-        try:
-            check_room(self.root, self.size)
-        except OSError as error:
-            logger.warning("as it is, nothing can be saved: %s", error.strerror)
 
     def write(self, state: RunState, only_as_best: bool = False) -> None:
         """Write the folder of `global_step_N`, all but its name, which `publish` gives it; or only begin to, in the
@@ -270,8 +264,12 @@ class Checkpoints:
         """
         if self._writing is not None or self.saved_step == self.pruned_step:
             return
-        prune_checkpoints(self.root, "actor", self.config.max_actor_ckpt_to_keep, self.saved_step)
-        prune_checkpoints(self.root, "critic", self.config.max_critic_ckpt_to_keep, self.saved_step)
+        kept = {part: keep for part, keep in kept_of(self.config).items() if part in self.parts}
+        gone = [name for part in kept for name in prune_checkpoints(self.root, part, kept[part], self.saved_step)]
+        # Of one that is gone as a whole its parts need not be named.
+        named = [name for name in gone if name == name.partition("/")[0] or name.partition("/")[0] not in gone]
+        if named:
+            logger.info("pruned %s: %s", ", ".join(named), kept_in_words(kept))
         self.pruned_step = self.saved_step
 
     def point_best(self, step: int) -> bool:
@@ -334,6 +332,19 @@ def _not_written(folder: Path, error: Exception) -> RuntimeError:
     return RuntimeError(f"{folder} could not be written in the background, so it is no checkpoint: {reason}")
 
 
+def kept_of(config: TrainerConfig) -> dict[str, int | None]:
+    """How many of the last checkpoints keep each part; None: all."""
+    return {"actor": config.max_actor_ckpt_to_keep, "critic": config.max_critic_ckpt_to_keep}
+
+
+def kept_in_words(kept: Mapping[str, int | None]) -> str:
+    """What is kept, with the settings that say so."""
+    words = {part: "all" if keep is None else f"the last {keep}" for part, keep in kept.items()}
+    same = len(set(words.values())) == 1
+    shown = next(iter(words.values())) if same else ", ".join(f"{part}: {word}" for part, word in words.items())
+    return f"kept are {shown} ({', '.join(f'trainer.max_{part}_ckpt_to_keep' for part in kept)}) and the best"
+
+
 def run_folder(config: TrainerConfig) -> Path:
     """Where checkpoints go, absolute: workers may run in another folder than the driver."""
     return Path(config.default_local_dir).expanduser().absolute()
@@ -351,9 +362,22 @@ def find_checkpoint(config: TrainerConfig, parts: Collection[str] = ("actor",)) 
         return None
     if config.resume_mode == "auto":
         return newest_whole(run_folder(config), parts)
+    folder = behind_best(named_checkpoint(config))
+    refuse_damaged(folder)
+    return folder
+
+
+def may_resume_critic(config: TrainerConfig) -> bool:
+    """Whether a checkpoint that training may go on from has a discriminator; nothing is read of them."""
+    if config.resume_mode == "disable":
+        return False
+    folders = checkpoints_in(run_folder(config)) if config.resume_mode == "auto" else [named_checkpoint(config)]
+    return any((folder / "critic").is_dir() for folder in folders)
+
+
+def named_checkpoint(config: TrainerConfig) -> Path:
+    """The folder of `trainer.resume_from_path`, not looked into. FileNotFoundError if it is not there."""
     folder = Path(config.resume_from_path).expanduser().absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"trainer.resume_from_path={folder} does not exist")
-    folder = behind_best(folder)
-    refuse_damaged(folder)
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,16 +10,13 @@ from typing import Any
 from tqdm import tqdm
 
 from verl.batch import Prompts, Scores
-from verl.config.run import Config, TrainerConfig
+from verl.config.run import Config
 from verl.monitor.live import Monitor
 from verl.trainer.ppo.checkpointing import run_folder
 from verl.trainer.ppo.run_record import keep_record
 from verl.trainer.ppo.val_samples import set_val_samples_aside
 from verl.utils.dump import dump_jsonl
-from verl.utils.stalls import duration
 from verl.utils.tracking import Tracking
-
-logger = logging.getLogger(__name__)
 
 # What the progress bar shows, where a step has it.
 SHOWN = {
@@ -73,16 +69,6 @@ def show_step(bar: tqdm, metrics: Mapping[str, float], in_lines: bool) -> None:
         shown = {label: f"{metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics}
         bar.set_postfix(shown, refresh=False)
     bar.update()
-
-
-def say_done(trainer: TrainerConfig, step: int, has_critic: bool, seconds: float) -> None:
-    """The end of a whole run: how long it took, where its weights are, and what they are good for."""
-    folder = run_folder(trainer) / f"global_step_{step}"
-    critic = f" --reward_model {folder / 'critic'}" if has_critic else ""
-    logger.info("done: %d steps are made, %s in this run", step, duration(seconds))
-    logger.info("a next stage takes --model %s%s", folder / "actor", critic)
-    merge = "python -m verl.model_merger merge --backend fsdp"
-    logger.info("for transformers and vLLM: %s --local_dir %s --target_dir student", merge, folder / "actor")
 
 
 def dump_answers(path: Path, prompts: Prompts, texts: list[str], scores: Scores | None) -> None:

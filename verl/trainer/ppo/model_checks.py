@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 
+import torch
 from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -29,6 +31,7 @@ from verl.models.proof import check_class
 from verl.trainer.ppo.discriminator_algos import get_discriminator_loss_fn
 from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.dataset.tokenizer_checks import check_ids
+from verl.utils.refusals import Findings
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +104,17 @@ def check_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, datasets: I
                     raise ValueError(_without_embedding(f"token {text!r}, in row {number} of the data,", token, size))
 
 
+def check_device(config: Config) -> None:
+    """ValueError if the run is to use GPUs, and there is none on this machine, which is the only one."""
+    address = config.ray_kwargs.ray_init.address or os.environ.get("RAY_ADDRESS")
+    if config.trainer.device == "cuda" and not torch.cuda.is_available() and not address:
+        raise ValueError(
+            "trainer.device=cuda, and torch finds no GPU on this machine: set trainer.device=cpu, or see what "
+            "nvidia-smi and CUDA_VISIBLE_DEVICES say, and for which CUDA torch was built (python -m "
+            "torch.utils.collect_env)"
+        )
+
+
 def check_engine(config: Config) -> None:
     """ModuleNotFoundError if the generation engine is not installed."""
     if config.actor_rollout_ref.rollout.name == "vllm" and find_spec("vllm") is None:
@@ -121,18 +135,28 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
             without a warmed-up discriminator.
     """
     longest = config.data.max_prompt_length + config.data.max_response_length
-    tokenizer = _look_at(config.actor_rollout_ref.model, "policy", "actor_rollout_ref.model", longest)
-    if not config.use_critic:
-        return tokenizer
+    findings, tokenizer, other = Findings(), None, None
+    with findings.gathered():
+        tokenizer = _look_at(config.actor_rollout_ref.model, "policy", "actor_rollout_ref.model", longest)
+    with findings.gathered():
+        if config.use_critic:
+            other = _look_at(config.critic.model, "score", "critic.model", longest)
+    findings.tell()
+    if config.use_critic:
+        _check_discriminator(config, tokenizer, other)
+    return tokenizer
+
+
+def _check_discriminator(config: Config, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
+    """The discriminator, whose tokenizer is `other`, belongs to the student and has learned where it has to."""
     path = config.critic.model.path
-    other = _look_at(config.critic.model, "score", "critic.model", longest)
     if other.get_vocab() != tokenizer.get_vocab() or other.eos_token_id != tokenizer.eos_token_id:
         raise ValueError(
             f"the discriminator in {path} has another tokenizer than the student in "
             f"{config.actor_rollout_ref.model.path} ({len(other)} tokens, EOS {other.eos_token_id}, against "
             f"{len(tokenizer)}, EOS {tokenizer.eos_token_id}): it would misread the answers; use models of one family"
         )
-    rewards = not config.trainer.warmup_use_sft
+    rewards = not config.trainer.warmup_use_sft and not config.trainer.val_only
     if rewards and config.trainer.critic_warmup == 0 and not is_discriminator(path):
         raise ValueError(
             f"{path} is a language model, and an untrained discriminator would reward noise: pass a warmed-up critic "
@@ -141,7 +165,6 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
     if not is_discriminator(path):
         logger.info("%s is a language model: the discriminator starts from it with a fresh score head", path)
     _warn_of_other_scoring(config)
-    return tokenizer
 
 
 def _warn_of_other_scoring(config: Config) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from verl.config.run import Config
 from verl.models.loading import find_model
 from verl.trainer.ppo.rejected import refuse_another_stage
-from verl.utils.checkpoint.checkpoint_manager import REJECTED_FILE
+from verl.utils.checkpoint.checkpoint_manager import ORIGIN_FILE, REJECTED_FILE
 from verl.utils.checkpoint.checksums import checksums_of
 from verl.utils.checkpoint.whole import part_checksums, weight_files
 from verl.utils.dataset.rl_dataset import find_files
@@ -26,7 +26,6 @@ from verl.utils.hub import hub_origin
 
 logger = logging.getLogger(__name__)
 
-ORIGIN_FILE = "origin.json"
 # What a run that resumes may change, in words.
 FREE = (
     "learning rates and schedules (*.optim.*), losses and their coefficients, micro-batches and token budgets, nnodes, "
@@ -75,8 +74,8 @@ class Origin:
         sums = [checksums_of(file.absolute().parent, [file.name])[file.name] for file in files]
         return cls(
             stage=config.stage,
-            actor=_model(config.actor_rollout_ref.model.path),
-            critic=_model(config.critic.model.path) if config.use_critic else None,
+            actor=content_of_model(config.actor_rollout_ref.model.path),
+            critic=content_of_model(config.critic.model.path) if config.use_critic else None,
             data=_content(files, _digest(sums)),
             rows=rows,
             order=f"shuffled with seed {data.seed}" if data.shuffle else "as in the files",
@@ -160,7 +159,8 @@ def check_same_run(folder: Path, now: Origin, config: Config) -> None:
     )
 
 
-def _model(path: str) -> Content:
+def content_of_model(path: str) -> Content:
+    """A model, by the contents of its weights."""
     source = find_model(path)
     sums = None if source.shards is None else part_checksums(source.shards.parent)
     if sums is not None:

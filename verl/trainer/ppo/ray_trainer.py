@@ -32,7 +32,7 @@ from verl.trainer.ppo.best import first_that_counts, open_best
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState, run_folder
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator import Discriminator
-from verl.trainer.ppo.display import dump_answers, open_monitor, open_tracking, progress_bar, say_done, show_step
+from verl.trainer.ppo.display import dump_answers, open_monitor, open_tracking, progress_bar, show_step
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.metric_utils import compute_throughout_metrics, compute_timing_metrics
@@ -54,6 +54,7 @@ from verl.utils.run_log import phase
 from verl.utils.signals import RunSignals
 from verl.utils.stalls import doing
 from verl.utils.tracking import Tracking
+from verl.utils.units import counted
 
 __all__ = [
     "RayPPOTrainer",
@@ -84,6 +85,18 @@ def marked_timer(name: str, timing: dict[str, float]) -> Iterator[None]:
 def compute_response_mask(data: DataProto) -> torch.Tensor:
     """The last columns of `attention_mask`, as wide as `responses`: 1 on real answer tokens."""
     return data.batch["attention_mask"][:, -data.batch["responses"].shape[-1] :]
+
+
+def count_steps(config: Config, rows: int) -> int:
+    """The steps of a run on so many training rows; ValueError if they fill no batch."""
+    batch, epochs = config.data.train_batch_size, config.trainer.total_epochs
+    steps = config.trainer.total_training_steps or rows * epochs // batch
+    if steps == 0:
+        raise ValueError(
+            f"{rows} training rows times {epochs} epochs do not fill one batch of {batch}: lower "
+            "data.train_batch_size or raise trainer.total_epochs"
+        )
+    return steps
 
 
 class RayPPOTrainer:
@@ -129,14 +142,11 @@ class RayPPOTrainer:
 
     def _count_steps(self) -> int:
         rows, batch = len(self.train_dataset), self.config.data.train_batch_size
-        epochs = self.config.trainer.total_epochs
-        steps = self.config.trainer.total_training_steps or rows * epochs // batch
-        if steps == 0:
-            raise ValueError(
-                f"{rows} training rows times {epochs} epochs do not fill one batch of {batch}: lower "
-                "data.train_batch_size or raise trainer.total_epochs"
-            )
-        logger.info("%d training rows, batches of %d: %d steps, %.2f epochs", rows, batch, steps, steps * batch / rows)
+        steps = count_steps(self.config, rows)
+        logger.info(
+            "%s, batches of %d: %s, %.2f epochs",
+            counted(rows, "training row"), batch, counted(steps, "step"), steps * batch / rows,
+        )  # fmt: skip
         if self.config.frozen_actor_steps >= steps:
             logger.warning(
                 "trainer.critic_warmup=%s covers all %d steps: only the discriminator will be trained",
@@ -190,7 +200,6 @@ class RayPPOTrainer:
         groups = [group for group in (actor_rollout, critic) if group is not None]
         size = sum(group.checkpoint_bytes()[0] for group in groups)
         self.checkpoints = Checkpoints(config.trainer, actor_rollout, critic, files, self.origin, size)
-        self.checkpoints.warn_of_little_room()
         self.checkpoints.reserve()
         self.student.peak_memory()  # What building took is not the first step's.
 
@@ -213,7 +222,7 @@ class RayPPOTrainer:
             self.head_start.warn_of_a_blind_critic()
         if self.config.actor_rollout_ref.actor.fsdp_config.use_torch_compile:
             logger.info("the models' layers are compiled on the way, so that the first steps take longer")
-        stage, began = self.config.stage, time.monotonic()
+        stage = self.config.stage
         with (
             self._open_tracking() as tracking,
             progress_bar(stage, self.total_steps, self.global_step) as bar,
@@ -232,11 +241,9 @@ class RayPPOTrainer:
             if complete and config.test_freq > 0 and self.val_dataset is not None:
                 self._log(tracking, self._validate(tracking, partial(marked_timer, timing={}))[0])
             self._prune()
-        if complete:
-            if stage == "warmup":
-                held_out = None if self.held_out is None else self.held_out.present_accuracy
-                self.head_start.conclude(held_out, self.discriminator.balance.accuracy)
-            say_done(config, self.global_step, self.discriminator is not None, time.monotonic() - began)
+        if complete and stage == "warmup":
+            held_out = None if self.held_out is None else self.held_out.present_accuracy
+            self.head_start.conclude(held_out, self.discriminator.balance.accuracy)
 
     def _make_steps(self, tracking: Tracking, bar: tqdm) -> bool:
         """Make the steps that are left, validating and saving on the way; whether all of them were made. A signal or an
@@ -286,6 +293,7 @@ class RayPPOTrainer:
         """Send a step's metrics to the trackers, and to the monitor, which may raise an alarm."""
         tracking.log(metrics, self.global_step)
         self.monitor.see(self.global_step, metrics)
+        self.reached.update(metrics)
 
     def _save_unless_saved(self) -> None:
         """Save the present weights, where a step has been made since the newest checkpoint, which may be on its way."""
@@ -302,6 +310,11 @@ class RayPPOTrainer:
             raise
         self.skipped.see(made, self.global_step)
         return made
+
+    @cached_property
+    def reached(self) -> dict[str, float]:
+        """The last value of every metric."""
+        return {}
 
     @cached_property
     def skipped(self) -> SkippedSteps:

@@ -52,14 +52,14 @@ def keep_record(config: Config, folder: Path, resumed: bool) -> None:
 def describe_start(config: Config) -> dict[str, Any]:
     """Stage, preset, and the settings that differ from it as {key: [preset's, own]}; versions, device, revision;
     what comes from the hub, with its commit."""
-    preset = _preset(config)
+    preset = preset_of(config)
     revision, dirty = _revision()
     hub = hub_names(config)
     return {
         "started": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "stage": config.stage,
         "preset": preset,
-        "changed": _changed(preset, config),
+        "changed": changed_settings(config),
         "device": f"{config.trainer.ranks} x {config.trainer.device} ({_device(config.trainer.device)})",
         "git": revision,
         "dirty": dirty,
@@ -93,7 +93,7 @@ def _earlier(file: Path) -> list[Any]:
     return starts if isinstance(starts, list) else []
 
 
-def _preset(config: Config) -> str:
+def preset_of(config: Config) -> str:
     """The stage that was chosen on the command line; of a run that no command line began, the one that its settings
     differ least from."""
     if HydraConfig.initialized() and "stage" in HydraConfig.get().runtime.choices:
@@ -107,8 +107,9 @@ def _preset(config: Config) -> str:
     return min(STAGES, key=differences)
 
 
-def _changed(preset: str, config: Config) -> dict[str, list[Any]]:
-    settings = asdict(config)
+def changed_settings(config: Config) -> dict[str, list[Any]]:
+    """The settings that differ from the preset's, as {key: [preset's, own]}; names of runs and folders left out."""
+    preset, settings = preset_of(config), asdict(config)
     before, now = flat(preset_settings(preset, settings)), flat(settings)
     return {
         key: [before.get(key), value]

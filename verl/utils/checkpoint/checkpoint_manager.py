@@ -22,12 +22,15 @@ from verl.utils.checkpoint.checksums import CHECKSUMS, checksums_of, read_checks
 from verl.utils.checkpoint.classic import is_classic
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, OPTIM_FOLDER
 from verl.utils.checkpoint.whole import changed_files
+from verl.utils.command_line import called_as
 
 # How a user names the checkpoint to resume from.
 NAMING = "trainer.resume_mode=resume_path trainer.resume_from_path=..."
 ONLY_AS_BEST = "only_as_best.txt"
 # Where the run was, its step among it.
 STATE_FILE = "trainer_state.json"
+# What the run began with.
+ORIGIN_FILE = "origin.json"
 # What a run with a discriminator keeps beside the models; of no use without it.
 REPLAY_FILE, HELD_OUT_FILE = "replay.safetensors", "held_out.safetensors"
 # What SODA keeps beside the actor.
@@ -202,7 +205,7 @@ def damage_of(folder: Path) -> str | None:
         if any(is_classic(folder / part) for part in PARTS):
             return (
                 f"{folder} was written by verl's classic trainer, whose runs cannot be gone on with: merge its models "
-                "(python -m verl.model_merger merge) and begin a run of another name with them"
+                f"({called_as('verl.model_merger')}) and begin a run of another name with them"
             )
         return f"{folder / CHECKSUMS} is missing, and nothing else tells whether the checkpoint is whole"
     try:
@@ -269,23 +272,33 @@ def _checkpoints(root: str | Path, newest: int) -> list[Path]:
     return [folder for folder in checkpoints_in(root) if step_of(folder) <= newest]
 
 
-def prune_checkpoints(root: str | Path, part: str, keep: int | None, newest: int) -> None:
-    """Remove `part` (`actor` or `critic`) from all but the last `keep` checkpoints up to step `newest`; None keeps all.
+def not_to_be_kept(root: str | Path, part: str, keep: int | None, newest: int) -> list[Path]:
+    """Where `part` (`actor` or `critic`) is, or was, in all but the last `keep` checkpoints up to step `newest`; None
+    keeps all.
 
     The one that `best` names stays; one that is there only for being the best is not counted among the last.
     """
     if keep is None:
-        return
+        return []
     regular = [folder for folder in _checkpoints(root, newest) if not (folder / ONLY_AS_BEST).exists()]
-    for folder in regular[:-keep]:
-        if step_of(folder) == best_step(root):
-            continue
-        if (folder / part).is_dir():
-            _remove(folder / part)
-        for name in PARTS[part]:
-            (folder / name).unlink(missing_ok=True)
-        if not any(child.is_dir() for child in folder.iterdir()):
+    return [folder / part for folder in regular[:-keep] if step_of(folder) != best_step(root)]
+
+
+def prune_checkpoints(root: str | Path, part: str, keep: int | None, newest: int) -> list[str]:
+    """Remove what is `not_to_be_kept` of `part`; returns what went, as `global_step_N/part`, and `global_step_N` where
+    that was the last of it."""
+    gone = []
+    for folder in not_to_be_kept(root, part, keep, newest):
+        checkpoint = folder.parent
+        if folder.is_dir():
             _remove(folder)
+            gone.append(f"{checkpoint.name}/{part}")
+        for name in PARTS[part]:
+            (checkpoint / name).unlink(missing_ok=True)
+        if not any(child.is_dir() for child in checkpoint.iterdir()):
+            _remove(checkpoint)
+            gone.append(checkpoint.name)
+    return gone
 
 
 def remove_former_bests(root: str | Path, newest: int) -> None:

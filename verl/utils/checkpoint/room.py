@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from verl.utils.units import GIB
@@ -24,24 +25,59 @@ def bytes_in(folder: Path) -> int:
     return sum(max(stat.st_size, stat.st_blocks * 512) for stat in stats)
 
 
-def check_room(folder: Path, need: int) -> None:
+def check_room(folder: Path, need: int, freed: int = 0) -> None:
     """Look whether so many bytes fit into a folder, which is made if it is not there.
+
+    Args:
+        freed: bytes that will be removed from there before.
 
     Raises:
         OSError: they do not; names folder, need and room.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    room = shutil.disk_usage(folder).free
+    room = free_in(folder) + freed
     if room < need:
         raise OSError(
             errno.ENOSPC,
-            f"a checkpoint needs {_amount(need)} and {folder} has room for {_amount(room)}: {_ADVICE}",
+            f"a checkpoint needs {amount(need)} and {folder} has room for {amount(room)}: {_ADVICE}",
             str(folder),
         )
 
 
-def _amount(size: int) -> str:
+def free_in(folder: Path) -> int:
+    """The bytes that this user may still write there."""
+    return shutil.disk_usage(folder).free
+
+
+def amount(size: int) -> str:
+    """A number of bytes, in GiB or MiB."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model in a run's checkpoints.
+
+    size: its bytes in one of them.
+    keep: how many of the last ones keep it; None: all.
+    """
+
+    size: int
+    keep: int | None
+
+
+def most_on_disk(parts: Collection[Part], there: int, to_come: int, best: bool) -> int:
+    """The bytes of a run's checkpoints when there are most of them: those kept, the newest beside them while it is
+    written, and the best.
+
+    Args:
+        there: the checkpoints that are there already.
+        to_come: those that the run will write.
+        best: whether one is kept for being the best.
+    """
+    every = there + to_come
+    counts = [every if part.keep is None else min(every, part.keep + 1) for part in parts]
+    return sum(part.size * (count + best) for part, count in zip(parts, counts, strict=True))
 
 
 @contextmanager

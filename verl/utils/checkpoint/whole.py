@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from verl.utils.checkpoint.checksums import CHECKSUMS, checksums_of, read_checksums
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, SHARD, check_chunks, missing_shards, read_layout
+from verl.utils.lfs import LFS_POINTER
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,6 @@ WEIGHTS = (
 )
 # Nanoseconds between two times that a file system tells apart, generously.
 GRAIN_OF_TIME = 50_000_000
-LFS_POINTER = b"version https://git-lfs"
 # Of what stands beside the weights, whatever Git LFS may hold and a model or tokenizer is read from.
 READ_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".py")
 
@@ -215,6 +215,12 @@ def weight_files(folder: Path) -> list[Path]:
     """
     first = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if first is None:
+        whole = folder.parent
+        if folder.name == HUGGINGFACE and ((whole / MODEL_FOLDER).is_dir() or any(whole.glob("model_world_size_*.pt"))):
+            raise FileNotFoundError(
+                f"{folder} has a checkpoint's config and tokenizer, and its weights are beside it: pass its parent, "
+                f"{whole}"
+            )
         raise FileNotFoundError(f"{folder} holds no weights: expected one of {', '.join(WEIGHTS)}")
     if not first.endswith(".index.json"):
         return [folder / first]

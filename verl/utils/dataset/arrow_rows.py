@@ -6,8 +6,10 @@ fields, and fields different types, and each row is to be read as it stands ther
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from verl.utils.command_line import called_as
 from verl.utils.dataset.cache import HEAD, Cache, file_digest
+from verl.utils.lfs import LFS_POINTER
 
 # Rows of a file in one Arrow batch; fewer where a nested column of them exceeds what Arrow can take.
 ROWS_PER_BATCH = 8192
@@ -76,7 +80,10 @@ class FileRows:
 
     def __init__(self, path: Path, cache: Cache):
         if path.suffix not in _READERS:
-            raise ValueError(f"{path} ends in none of {', '.join(_READERS)}")
+            raise ValueError(
+                f"{path} ends in none of {', '.join(_READERS)}: `{called_as('verl.data_tools.convert')}` makes such "
+                "a file of .json, .csv and .xlsx"
+            )
         self.path = path
         self.digest = file_digest(path)
         self.mapped = self._convert(cache) if path.stat().st_size > MAPPED_BYTES else None
@@ -163,7 +170,22 @@ def _read_parquet(path: Path) -> Iterator[pa.RecordBatch]:
         for group in range(file.num_row_groups):
             yield from _read_row_group(file, group)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+        raise ValueError(f"{path} is not a readable parquet file{_looks_like(path)}: {error}") from error
+
+
+def _looks_like(path: Path) -> str:
+    """What a file seems to be that is not what its name says."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(LFS_POINTER):
+        return ", but a Git LFS pointer (run `git lfs pull` in its folder)"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return ", but a web page (download the file itself)"
+    if head.startswith(b"PAR1"):
+        return ", but cut short (copy it again)"
+    if head.lstrip()[:1] in (b"{", b"["):
+        return ", but JSON (name it .jsonl, with an object on each line)"
+    return "" if head else ", but empty"
 
 
 def _read_row_group(file: pyarrow.parquet.ParquetFile, group: int) -> Iterator[pa.RecordBatch]:
@@ -208,7 +230,30 @@ def _fault_of_value(error: Exception) -> str:
 # Lines
 
 
+def _refuse_other_text(path: Path) -> None:
+    """ValueError for a file that is no JSON lines in UTF-8 from its first bytes on, in which every line would fail."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(
+            f"{path}, line 1 (from 1) is not UTF-8 but UTF-16, as Windows writes it: save the file as UTF-8 (iconv -f "
+            "UTF-16 -t UTF-8)"
+        )
+    if head.startswith(LFS_POINTER):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}")
+    if head.startswith(b"PAR1"):
+        raise ValueError(f"{path} is a parquet file by its content: name it .parquet")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"{path} is a web page and not JSON lines: download the file itself")
+    if re.match(rb"\s*\[\s*(\{|$)", head.removeprefix(codecs.BOM_UTF8)):
+        raise ValueError(
+            f"{path} is a JSON array and not JSON lines, an object on each line: "
+            f"`{called_as('verl.data_tools.convert')}` makes such a file of it, if it is named .json"
+        )
+
+
 def _read_lines(path: Path) -> Iterator[pa.RecordBatch]:
+    _refuse_other_text(path)
     numbers: list[int] = []
     lines: list[bytes] = []
     size = 0
@@ -238,7 +283,7 @@ def _parse(line: bytes, number: int) -> Record:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
         byte = line[error.start]
-        return Unreadable(number, f"is not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8")
+        return Unreadable(number, f"is not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8{_maybe(line)}")
     except RecursionError:
         return Unreadable(number, "is nested too deeply to be read")
     except ValueError as error:
@@ -248,7 +293,19 @@ def _parse(line: bytes, number: int) -> Record:
     return record
 
 
+def _maybe(line: bytes) -> str:
+    """The command for a line of the encoding that Chinese Windows writes, which it may be of."""
+    try:
+        text = line.decode("gb18030")
+    except UnicodeDecodeError:
+        return ""
+    chinese = sum("\u4e00" <= letter <= "\u9fff" for letter in text)
+    return " (iconv -f GB18030 -t UTF-8)" if 2 * chinese > sum(not letter.isascii() for letter in text) else ""
+
+
 _READERS: dict[str, Callable[[Path], Iterator[pa.RecordBatch]]] = {".parquet": _read_parquet, ".jsonl": _read_lines}
+# What files of rows end in.
+READABLE = tuple(_READERS)
 _RECORDS: dict[str, Callable[[pa.RecordBatch], Iterator[Record]]] = {
     ".parquet": _parquet_records,
     ".jsonl": _line_records,

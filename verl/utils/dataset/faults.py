@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from verl.utils.command_line import called_as
+from verl.utils.console import shorten
 from verl.utils.dataset.texts import (
     SYSTEM_KEY,
     TOOLS_KEY,
@@ -36,6 +38,10 @@ MAX_CHARACTERS = 10_000_000
 # For one prompt, of which a chat template makes thousands in this time.
 TEMPLATE_SECONDS = 20
 PROBE = "verl{}probe"
+# What is said where a row is of another format, and so mostly is its whole file.
+NO_COLUMN = "there is no column"
+NO_LIST = "is not a list of chat messages"
+NO_MESSAGE = "is not {role: text, content: text}"
 # A tag such as <think>, [THINK] or ◁think▷ at the end of a prompt.
 _CLOSING_TAG = re.compile(r"(?P<open><|\[|◁)(?P<slash>/?)(?P<name>[^<>\[\]◁▷\s/]{1,40})(?P<close>>|\]|▷)$")
 _THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
@@ -48,7 +54,12 @@ _THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
 def fault_of_columns(record: Mapping[str, Any], keys: Iterable[str]) -> str | None:
     """A column that the row does not have, or None."""
     missing = next((key for key in keys if key not in record), None)
-    return None if missing is None else f"there is no column {missing!r}, only {', '.join(map(repr, record))}"
+    return None if missing is None else f"{NO_COLUMN} {missing!r}, only {', '.join(map(repr, record))}"
+
+
+def is_of_another_format(fault: str) -> bool:
+    """Whether a fault is of columns or messages that are not there, and not of what stands in them."""
+    return any(words in fault for words in (NO_COLUMN, NO_LIST, NO_MESSAGE))
 
 
 def fault_of_text(text: str, name: str) -> str | None:
@@ -67,14 +78,15 @@ def fault_of_text(text: str, name: str) -> str | None:
 def fault_of_messages(messages: Any, key: str) -> str | None:
     """The reason why `messages` is no conversation that an answer can follow, or None."""
     if not isinstance(messages, list):
-        return f"{key!r} is not a list of chat messages but {type(messages).__name__}"
+        return f"{key!r} {NO_LIST} but {_what_instead(messages)}"
     if not messages:
         return f"{key!r} has no chat messages"
     for message in messages:
-        fields = [message.get("role"), message.get("content")] if isinstance(message, dict) else []
-        if not fields or not all(isinstance(field, str) for field in fields):
-            return f"a message of {key!r} is not {{role: text, content: text}}"
-        fault = fault_of_text(fields[0], f"a role of {key!r}") or fault_of_text(fields[1], f"a message of {key!r}")
+        instead = _no_message(message)
+        if instead:
+            return f"a message of {key!r} {NO_MESSAGE}: {instead}"
+        role, content = message["role"], message["content"]
+        fault = fault_of_text(role, f"a role of {key!r}") or fault_of_text(content, f"a message of {key!r}")
         if fault is None and len(message) > 2:
             fault = fault_of_depth(message, f"a message of {key!r}")
         if fault:
@@ -85,6 +97,31 @@ def fault_of_messages(messages: Any, key: str) -> str | None:
             "answer itself: a prompt ends before the answer"
         )
     return None
+
+
+def _what_instead(value: Any) -> str:
+    if isinstance(value, dict):
+        return "dict: put the one message into a list"
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        return f"str, a text of JSON: {called_as('verl.data_tools.convert')} makes messages of it"
+    return type(value).__name__
+
+
+def _no_message(message: Any) -> str | None:
+    """What stands in a message's place, or None for {role: text, content: text}."""
+    if not isinstance(message, dict):
+        return f"it is {_type(message)}"
+    missing = [name for name in ("role", "content") if name not in message]
+    if missing:
+        return f"it has no {' and no '.join(missing)}, only {shorten(', '.join(map(str, message)))}"
+    if isinstance(message["content"], list):
+        return "its content is a list of parts, and text alone is read"
+    wrong = next((name for name in ("role", "content") if not isinstance(message[name], str)), None)
+    return None if wrong is None else f"its {wrong} is {_type(message[wrong])}"
+
+
+def _type(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def fault_of_conversation(messages: Any, record: Mapping[str, Any], key: str) -> str | None:

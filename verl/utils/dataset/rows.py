@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
+from verl.utils.command_line import called_as
 from verl.utils.dataset.arrow_rows import ROWS_AT_ONCE, FileRows, NoTurn, Place, Record, Unreadable
+from verl.utils.dataset.faults import is_of_another_format
 
 if TYPE_CHECKING:
     from verl.utils.dataset.turns import TurnRows
@@ -21,6 +23,11 @@ logger = logging.getLogger(__name__)
 SHOWN_BAD_ROWS = 10
 # What is said of a row that cannot be read where equal faults are counted.
 NOT_READABLE = "not readable"
+# What to do about a file whose rows are of another format, all of them.
+OTHER_FORMAT = (
+    "Name the columns with data.prompt_key (chat messages) and data.response_key (text), or bring the file into this "
+    "form with "
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,10 @@ def without_faults(rows: Rows, faults: Sequence[str | None], on_bad_row: Literal
     bad = [number for number, fault in enumerate(faults) if fault is not None]
     if bad and on_bad_row == "error":
         first = [(rows[number], faults[number]) for number in bad[:SHOWN_BAD_ROWS]]
+        row, fault = first[0]
+        if len(bad) == len(rows) > 1 and len(set(faults)) == 1 and is_of_another_format(fault):
+            instead = OTHER_FORMAT + called_as("verl.data_tools.convert")
+            raise ValueError(f"{row.place}: {fault}, and so it is with all {len(bad)} rows. {instead}")
         refuse(
             [row.unreadable or f"{row.place}: {fault}" for row, fault in first],
             f"{len(bad)} of {len(rows)} rows cannot be used",

@@ -1,0 +1,79 @@
+"""Folders that a pipeline cannot work in, seen before anything starts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.tiny import write_data, write_model
+from verl.pipeline import main
+from verl.pipeline.state import State
+from verl.utils.run_lock import only_run_in
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny base model with data to train and to judge on."""
+    path = tmp_path_factory.mktemp("preflight")
+    write_model(path / "base")
+    write_data(path / "train.jsonl", rows=8)
+    content = [{"role": "user", "content": "b!"}]
+    (path / "val.jsonl").write_text(json.dumps({"content": content, "teacher_response": "It is."}) + "\n")
+    return path
+
+
+@pytest.fixture
+def start(made, tmp_path, monkeypatch):
+    """`start(*more)`: the pipeline in this process, in `tmp_path / "it"`; returns the exit code."""
+    monkeypatch.setattr("verl.utils.run_log.log_to_terminal", lambda: None)
+    line = [
+        "--model",
+        f"{made}/base",
+        "--data",
+        f"{made}/train.jsonl",
+        "--val",
+        f"{made}/val.jsonl",
+        "--exp_name",
+        "it",
+    ]
+    settings = [
+        "trainer.device=cpu",
+        "data.train_batch_size=4",
+        "data.max_prompt_length=28",
+        "data.max_response_length=10",
+    ]
+    return lambda *more: main([*line, "--out", str(tmp_path / "it"), *settings, *more])
+
+
+def checkpoint(run, step):
+    (run / f"global_step_{step}").mkdir(parents=True)
+    (run / "latest_checkpointed_iteration.txt").write_text(str(step))
+
+
+def test_a_stage_without_the_one_it_began_with(start, tmp_path, capsys):
+    checkpoint(tmp_path / "it" / "warmup", 2)
+    assert start("--stages", "seqkd,warmup") == 2
+    said = capsys.readouterr().err
+    assert f"warmup: began with what an earlier seqkd handed on, and {tmp_path}/it/seqkd holds no checkpoint" in said
+    assert not (tmp_path / "it" / "seqkd").exists()
+
+
+def test_two_pipelines_in_one_folder_are_one_too_many(start, tmp_path, capsys):
+    with only_run_in(tmp_path / "it"):
+        assert start() == 2
+    assert "another run is at work in" in capsys.readouterr().err
+
+
+def test_a_single_runs_folder_is_none_for_a_pipeline(start, tmp_path, capsys):
+    checkpoint(tmp_path / "it", 2)
+    assert start() == 2
+    assert "holds the checkpoints of a single run" in capsys.readouterr().err
+
+
+def test_problems_of_the_command_line_start_nothing(start, tmp_path, capsys):
+    assert start("actor_rollout_ref.model.path=/m", "seqkd.trainer.totl_epochs=2") == 2
+    out, said = capsys.readouterr()
+    assert "error: settings: actor_rollout_ref.model.path=/m: the pipeline decides" in said
+    assert "goes on from here" not in out + said
+    assert State(tmp_path / "it").finished("seqkd") is None

@@ -1,0 +1,75 @@
+"""Which student is closest: the judge's numbers, made up here, in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from verl.pipeline.options import parse_options
+from verl.pipeline.summary import closest, conclude
+
+
+def report(students, interval=0.02):
+    """{name: (ROUGE-L, accuracy or None)} as judge.json has it."""
+    entries = {}
+    for name, (rouge, accuracy) in students.items():
+        entries[name] = {"numbers": {"rouge_l": rouge, "mean_tokens": 10.0, "cut": 0.0, "loops": 0.0}}
+        if accuracy is not None:
+            low_high = {"low": accuracy - interval, "high": accuracy + interval}
+            entries[name]["two_sample"] = {"accuracy": {"value": accuracy, **low_high}}
+    teacher = {"numbers": {"mean_tokens": 11.0, "cut": 0.0, "loops": 0.0}}
+    return {"students": entries, "teacher": teacher}
+
+
+def test_the_temperature_is_part_of_the_answer():
+    """README, "What to expect today": at 1 GAD is closer, and SeqKD at .8 is closer than both."""
+    reports = {
+        0.8: report({"base": (0.2, 0.95), "seqkd": (0.4, 0.57), "gad": (0.3, 0.62)}),
+        1.0: report({"base": (0.2, 0.97), "seqkd": (0.4, 0.66), "gad": (0.3, 0.62)}),
+    }
+    best, says = closest(reports, ["seqkd", "gad"])
+    assert best == "seqkd"
+    assert says == (
+        "seqkd, sampled at temperature 0.8: told from it in 0.570 [0.550, 0.590] of cases, where 0.5 is a perfect "
+        "student"
+    )
+
+
+def test_what_is_too_close_is_named():
+    best, says = closest({1.0: report({"base": (0, 0.9), "seqkd": (0, 0.61), "gad": (0, 0.6)})}, ["seqkd", "gad"])
+    assert best == "gad" and says.endswith("too close to call against seqkd at 1")
+
+
+def test_a_judge_that_cannot_tell_even_the_base_has_learned_nothing():
+    students = {"base": (0, 0.55), "seqkd": (0, 0.51)}
+    _, says = closest({0.8: report(students, 0.1), 1.0: report(students, 0.2)}, ["seqkd"])
+    assert says.startswith("not decided: fresh discriminators could not tell even the base model")
+    # Where it tells the base at one temperature, it has learned something.
+    _, says = closest({0.8: report(students, 0.01), 1.0: report(students, 0.2)}, ["seqkd"])
+    assert says.startswith("seqkd, sampled at temperature")
+
+
+def test_a_base_that_no_student_comes_near():
+    _, says = closest({1.0: report({"base": (0, 0.6), "seqkd": (0, 0.9)})}, ["seqkd"])
+    assert says == "none of the students: the base model is told in 0.600 of cases only"
+
+
+@pytest.mark.parametrize(
+    ("scores", "best", "says"),
+    [
+        ({"base": 0.1, "seqkd": 0.3, "soda": 0.2}, "seqkd", "seqkd by ROUGE-L alone (0.300 at temperature 0.8)"),
+        ({"base": 0.4, "seqkd": 0.3, "soda": 0.2}, "seqkd", "none of the students has more ROUGE-L than the base"),
+    ],
+)
+def test_numbers_alone_are_a_hint(scores, best, says):
+    found = closest({0.8: report({name: (score, None) for name, score in scores.items()})}, ["seqkd", "soda"])
+    assert found[0] == best and found[1].startswith(says)
+
+
+def test_an_accuracy_that_could_not_be_told_is_left_out(tmp_path):
+    reports = {0.8: report({"base": (0.1, 0.9), "seqkd": (0.2, 0.7)})}
+    reports[0.8]["students"]["base"]["two_sample"]["accuracy"] = dict.fromkeys(("value", "low", "high"))
+    flags = ["--model", "m", "--data", "t", "--val", "v", "--exp_name", "x", "--out", str(tmp_path)]
+    text = conclude(parse_options(flags), {"seqkd": tmp_path / "students" / "seqkd"}, reports, {"seqkd": "Healthy"})
+    rows = {line.split()[0]: line for line in text.splitlines() if " at 0.8 " in line}
+    assert rows["base"].split()[3] == "-" and "0.700 [0.680, 0.720]" in rows["seqkd"]
+    assert f"vllm serve {tmp_path}/students/seqkd" in text and "--stages seqkd,warmup,gad" in text

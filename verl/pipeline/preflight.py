@@ -1,0 +1,272 @@
+"""Everything that can be seen before a stage starts, of all stages at once: settings, models, data, room."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from verl.config.run import Config
+from verl.memory.check import check_run_memory
+from verl.memory.estimate import host_memory
+from verl.models.loading import all_eos_token_ids, is_discriminator
+from verl.pipeline.options import STAGES
+from verl.pipeline.settings import Models, compose, run_folder, unused_settings
+from verl.pipeline.state import State, handed_on
+from verl.tools.judge.answers import read_prompts, refuse_trained
+from verl.trainer.config import ConfigError
+from verl.trainer.config.paths import with_absolute_paths
+from verl.trainer.main_ppo import create_rl_dataset
+from verl.trainer.ppo.disk import checkpoint_parts
+from verl.trainer.ppo.model_checks import check_device, check_engine, check_models, check_tokens
+from verl.trainer.ppo.origin import Origin
+from verl.trainer.ppo.ray_trainer import count_steps
+from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, tracked_step
+from verl.utils.checkpoint.room import Part
+from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.refusals import sentences_of
+from verl.utils.tracking import check_loggers
+
+
+@dataclass
+class Look:
+    """A stage as it would run now.
+
+    config: None where its settings are wrong. finished: its last step, if it is done. steps: all that it makes; None
+    where that cannot be told. parts: the models in its checkpoints; empty where they were not measured.
+    """
+
+    stage: str
+    models: Models
+    config: Config | None = None
+    finished: int | None = None
+    done: int = 0
+    steps: int | None = None
+    rows: int | None = None
+    parts: dict[str, Part] = field(default_factory=dict)
+
+
+class Preflight:
+    """Looks at all stages of a line, in order, and keeps every problem with the stages that have it.
+
+    Args:
+        measure: also work out what a dry run shows.
+    """
+
+    def __init__(self, options: Namespace, state: State, measure: bool = False):
+        self.options, self.state, self.measure = options, state, measure
+        self.looks: list[Look] = []
+        self._problems: dict[str, list[str]] = {}
+        # Data sets by all that they were read with, or what was wrong with them.
+        self._kept: dict[str, RLHFDataset | Exception] = {}
+
+    @property
+    def problems(self) -> list[str]:
+        """Each once, behind the stages that have it."""
+        return [f"{', '.join(stages)}: {problem}" for problem, stages in self._problems.items()]
+
+    def look(self) -> None:
+        """Look at every stage, and at what comes after them."""
+        try:
+            for stage in self.options.stages:
+                self._look_at(stage)
+            # Settings for other stages are to be settings all the same.
+            for stage in STAGES:
+                if any(stage in setting.stages for setting in unused_settings(self.options)):
+                    self._compose(Look(stage, Models(self.options.model, self._first_critic())))
+        except ConfigError as error:
+            # Of the command line itself.
+            self._problems = {sentence: ["settings"] for sentence in error.problems}
+            return
+        if not self.options.no_judge and any(look.config for look in self.looks):
+            self._try("judge", self._look_at_prompts)
+        self._kept.clear()
+
+    def look_at(self, number: int) -> Look:
+        """The stage of this number, from 1, once those before it are done."""
+        for stage in self.options.stages[:number]:
+            self._look_at(stage)
+        self._kept.clear()
+        return self.looks[-1]
+
+    def _try(self, what: str, look: Callable[[], Any]) -> Any:
+        """What `look` returns; None where it fails, its sentence being a problem of `what`."""
+        try:
+            return look()
+        except (OSError, ValueError, ImportError) as error:
+            for sentence in sentences_of(error):
+                stages = self._problems.setdefault(sentence, [])
+                if what not in stages:
+                    stages.append(what)
+        return None
+
+    # ------------------------------------------------------------ a stage
+
+    def _first_critic(self) -> str:
+        return self.options.reward_model or self.options.model
+
+    def _models(self) -> Models:
+        """What the next stage begins with, as far as it is there."""
+        before = self.looks[-1] if self.looks else None
+        if before is None:
+            return Models(self.options.model, self._first_critic())
+        has_critic = before.stage == "warmup"
+        if before.finished is None or before.config is None:
+            return Models(self.options.model, self._first_critic(), pending=True)
+        folder = handed_on(run_folder(self.options, before.stage), before.config)
+        return Models(str(folder / "actor"), str(folder / "critic") if has_critic else self._first_critic())
+
+    def _look_at(self, stage: str) -> None:
+        look = Look(stage, self._models())
+        look.config = self._compose(look)
+        warmed = bool(self.looks) and self.looks[-1].stage == "warmup"
+        run = run_folder(self.options, stage)
+        if look.config is not None:
+            # Whether one is done that begins with what is still to be made can be told only then.
+            if not look.models.pending:
+                look.finished = self._try(stage, lambda: self.state.finished(stage))
+            look.done = look.finished or self._try(stage, lambda: tracked_step(run)) or 0
+            if look.done and look.models.pending:
+                self._try(stage, lambda: self._refuse_orphan(look))
+            if look.finished is None:
+                self._look_at_inputs(look, warmed)
+            else:
+                self._try(stage, lambda: self._refuse_changes(look))
+        self.looks.append(look)
+
+    def _compose(self, look: Look) -> Config | None:
+        return self._try(look.stage, lambda: with_absolute_paths(compose(self.options, look.stage, look.models)))
+
+    def _look_at_inputs(self, look: Look, warmed: bool) -> None:
+        """Models and data of a stage that is still to be made."""
+        stage, config = look.stage, look.config
+        self._try(stage, lambda: check_loggers(config.trainer.logger))
+        self._try(stage, lambda: check_engine(config))
+        if not self.measure:
+            # A dry run may be on another machine than the run.
+            self._try(stage, lambda: check_device(config))
+        if stage == "gad" and not warmed:
+            self._try(stage, lambda: _refuse_untaught(config))
+        # Whether the discriminator has learned is asked above: one that is still to be made will have.
+        trainer = replace(config.trainer, critic_warmup=config.trainer.critic_warmup or 1)
+        tokenizer = self._try(stage, lambda: check_models(replace(config, trainer=trainer)))
+        if tokenizer is None:
+            return
+        train = self._rows(look, tokenizer, config.data.train_files, config.data.train_max_samples)
+        val = self._rows(look, tokenizer, config.data.val_files, config.data.val_max_samples)
+        if train is None or val is None:
+            return
+        look.rows = len(train)
+        self._try(stage, lambda: check_tokens(config, tokenizer, [train, val]))
+        look.steps = self._try(stage, lambda: count_steps(config, len(train)))
+        if not look.models.pending and look.done:
+            self._try(stage, lambda: self._refuse_another_run(look))
+        if self.measure:
+            self._try(stage, lambda: self._measure(look))
+
+    def _rows(
+        self, look: Look, tokenizer: PreTrainedTokenizerBase, files: str | list[str], samples: int
+    ) -> RLHFDataset | None:
+        """A data set as a stage reads it; stages that read the same share it, and its problems."""
+        model, data = look.config.actor_rollout_ref.model, replace(look.config.data, train_batch_size=1)
+        key = f"{files} {samples} {model.path} {model.tokenizer_path} {data}"
+
+        def read() -> RLHFDataset:
+            if key not in self._kept:
+                ends = all_eos_token_ids(tokenizer, model.path)
+                try:
+                    self._kept[key] = create_rl_dataset(files, data, tokenizer, samples, ends)
+                except (OSError, ValueError) as error:
+                    self._kept[key] = error
+            if isinstance(self._kept[key], Exception):
+                raise self._kept[key]
+            return self._kept[key]
+
+        return self._try(look.stage, read)
+
+    # ------------------------------------------------------------ what is there already
+
+    def _refuse_orphan(self, look: Look) -> None:
+        """ValueError if a stage is there, and nothing of the one that it began with."""
+        before = run_folder(self.options, self.looks[-1].stage)
+        if not checkpoints_in(before):
+            raise ValueError(
+                f"began with what an earlier {before.name} handed on, and {before} holds no checkpoint any more: move "
+                f"{run_folder(self.options, look.stage)} away too, to make both anew, or bring {before.name} back"
+            )
+
+    def _refuse_changes(self, look: Look) -> None:
+        """ValueError if a finished stage would be another one now."""
+        found = self.state.changes(look.stage, look.config)
+        before = _origin(run_folder(self.options, look.stage) / f"global_step_{look.finished}")
+        if before is not None:
+            # Rows are told by the files' contents; their number is not counted again.
+            found += before.differences(Origin.of(look.config, before.rows))
+        if found:
+            raise ValueError(
+                f"is finished, and was made otherwise: {'; '.join(found)}. Leave that as it was, give it to the later "
+                "stages alone (STAGE.KEY=VALUE), take another --exp_name, or move "
+                f"{run_folder(self.options, look.stage)} away to make this stage anew"
+            )
+
+    def _refuse_another_run(self, look: Look) -> None:
+        """ValueError if a stage that was begun would go on as another one; the trainer would refuse it too."""
+        folder = run_folder(self.options, look.stage) / f"global_step_{look.done}"
+        before = _origin(folder)
+        found = [] if before is None else before.differences(Origin.of(look.config, look.rows))
+        if look.steps is not None and look.done >= look.steps:
+            # Its last step is made, and only the word of it is missing.
+            found += self.state.changes(look.stage, look.config)
+        if found:
+            raise ValueError(
+                f"was begun otherwise: {'; '.join(found)}. Leave that as it was, take another --exp_name, or move "
+                f"{run_folder(self.options, look.stage)} away to make this stage anew"
+            )
+
+    def _look_at_prompts(self) -> None:
+        """Whether the validation rows can be judged on."""
+        data = next(look.config for look in self.looks if look.config).data
+        try:
+            if data.turns != "none":
+                raise ValueError(f"it reads no conversations of several turns (data.turns={data.turns})")
+            prompts, _ = read_prompts(listed(data.val_files), data.prompt_key, data.response_key)
+            refuse_trained(prompts, listed(data.train_files), data.prompt_key)
+        except ValueError as error:
+            raise ValueError(f"{error} (or do without it: --no_judge)") from error
+
+    # ------------------------------------------------------------ what a dry run shows
+
+    def _measure(self, look: Look) -> None:
+        """Sizes, and whether the memory of this machine's GPU will do."""
+        config, look.parts = look.config, checkpoint_parts(look.config)
+        if config.trainer.device == "cuda" and torch.cuda.is_available():
+            check_run_memory(config, (torch.cuda.get_device_properties(0).total_memory, host_memory()))
+
+
+def _refuse_untaught(config: Config) -> None:
+    path = config.critic.model.path
+    learns_first = config.trainer.critic_warmup != 0 or config.trainer.warmup_use_sft
+    if not learns_first and not is_discriminator(path):
+        raise ValueError(
+            "nothing has taught the discriminator, and an untrained one would reward noise: put warmup before it "
+            "(--stages seqkd,warmup,gad), name the critic that a warmup has left (--reward_model .../critic), or let "
+            "it learn first (gad.trainer.critic_warmup=auto)"
+        )
+
+
+def _origin(checkpoint: Path) -> Origin | None:
+    """None where there is none, or one that cannot be read: what is damaged is the trainer's to tell."""
+    try:
+        return Origin.read(checkpoint)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def listed(files: str | list[str]) -> list[str]:
+    """One file or several, as a list."""
+    return [files] if isinstance(files, str) else list(files)

@@ -1,0 +1,1 @@
+"""Talk to a student in the terminal, `verl chat` or `python -m verl.tools.chat`."""
