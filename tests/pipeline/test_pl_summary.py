@@ -21,7 +21,7 @@ def report(students, interval=0.02):
 
 
 def test_the_temperature_is_part_of_the_answer():
-    """README, "What to expect today": at 1 GAD is closer, and SeqKD at .8 is closer than both."""
+    """docs/where_to_stop.md: at 1 GAD is closer, and SeqKD at .8 is closer than both."""
     reports = {
         0.8: report({"base": (0.2, 0.95), "seqkd": (0.4, 0.57), "gad": (0.3, 0.62)}),
         1.0: report({"base": (0.2, 0.97), "seqkd": (0.4, 0.66), "gad": (0.3, 0.62)}),
