@@ -1,4 +1,4 @@
-"""docs/data.md's way from an API key to a trained student: its commands, in their order, on the quick start's world."""
+"""docs/from_api_key.md: its commands, in their order, on the quick start's world."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 
 
 def blocks() -> list[str]:
-    """The code of the how-to's section, without its first part, which sets variables."""
-    section = (ROOT / "docs" / "data.md").read_text().split("\n## From an API key")[1].split("\n## ")[0]
-    found = re.findall(r"(?:^    .*\n)+", section, re.MULTILINE)
+    """The code of the page, without its first part, which sets variables."""
+    page = (ROOT / "docs" / "from_api_key.md").read_text(encoding="utf-8")
+    found = re.findall(r"(?:^    .*\n)+", page, re.MULTILINE)
     assert found[0].lstrip().startswith("export OPENAI_API_KEY=")
     return [re.sub("^    ", "", block, flags=re.MULTILINE) for block in found[1:]]
 
@@ -48,7 +48,8 @@ def folder(tmp_path):
 
 
 def test_from_an_api_key_to_a_trained_student(folder):
-    estimate, collect, check, split, lengths, train = blocks()
+    codes = blocks()
+    assert len(codes) == 8
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": KEY, "TEACHER": "teacher", "BASE": str(folder / "base"),
@@ -56,7 +57,7 @@ def test_from_an_api_key_to_a_trained_student(folder):
     }  # fmt: skip
     said = []
     with teaching(folder, world=True, at_random=[0.05, 2, 500, [429, "0.1"], "length"]) as teacher:
-        for number, code in enumerate((estimate, collect, check, split, lengths, train)):
+        for number, code in enumerate(codes):
             code = code.replace("--nnodes 1 \\\n", f"--nnodes 1 {SETTINGS} \\\n")
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", code], cwd=folder, env=environment | {"ENDPOINT": teacher.url},
@@ -75,11 +76,16 @@ def test_from_an_api_key_to_a_trained_student(folder):
     assert "nothing of --fail_on was found" in said[2]
     assert "no prompt or near-duplicate is in two of them" in said[3] and "cannot be told apart" in said[3]
     assert "data.max_prompt_length=32" in said[4] and "gpt5-8b-gad-gspo.sh" in said[4]
-    settings = json.loads((folder / "checkpoints" / "gad" / "seqkd" / "settings.json").read_text())
+    settings = json.loads((folder / "checkpoints" / "gad" / "first" / "seqkd" / "settings.json").read_text())
     assert settings["data"]["max_prompt_length"] == 32 and settings["data"]["train_batch_size"] == 16
-    metrics = read_metrics(folder / "checkpoints" / "gad" / "seqkd")
+    metrics = read_metrics(folder / "checkpoints" / "gad" / "first" / "seqkd")
     losses = [metrics[step]["actor/sft_loss"] for step in sorted(metrics) if "actor/sft_loss" in metrics[step]]
     assert len(losses) == STEPS and losses[-1] < losses[0]
-    AutoModelForCausalLM.from_pretrained(folder / "student")
-    AutoTokenizer.from_pretrained(folder / "student")
+    student = folder / "checkpoints" / "gad" / "first" / "students" / "seqkd"
+    AutoModelForCausalLM.from_pretrained(student)
+    AutoTokenizer.from_pretrained(student)
+    assert "closest to the teacher: " in said[5] and f"student of seqkd:   {student}" in said[5]
+    judged = json.loads((folder / "data" / "judged" / "judge.json").read_text())
+    assert list(judged["students"]) == ["base", "seqkd"] and "told from teacher by fresh discriminators" in said[6]
+    assert said[7].strip()
     assert files_with_the_key(folder) == []
