@@ -14,6 +14,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 from tests.docs.doc_blocks import blocks
+from tests.docs.doc_commands import commands
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -128,11 +129,42 @@ def test_both_tables_of_contents_are_the_same():
 # ---- the same pages in both languages
 
 
-def shape(file: Path) -> list[tuple[str, int | str]]:
-    """Headings' levels and code, in their order."""
-    return [
-        ("heading", block.level) if block.level else ("code", without_comments(block.text)) for block in blocks(file)
-    ]
+# Fences that hold a file.
+FILES = {"yaml", "json", "python", "toml"}
+
+
+def shape(file: Path) -> list[tuple[str, object]]:
+    """Headings' levels and code, in their order: commands word by word, and files without comments. What a
+    program prints, and trees of files, are code too, and their words may be translated."""
+    found: list[tuple[str, object]] = []
+    for block in blocks(file):
+        if block.level:
+            found.append(("heading", block.level))
+        elif block.language in FILES:
+            found.append(("file", without_comments(block.text)))
+        else:
+            found.append(("code", [command.words for command in commands([block])]))
+    return found
+
+
+def test_translations_may_change_words_and_not_commands(tmp_path):
+    english = (
+        "# A\n\n    verl chat student --temperature 0   # greedy\n\n```yaml\na: 1  # one\n```\n\n    a/   weights\n"
+    )
+    made = {
+        "same": english.replace("# A", "# 甲")
+        .replace("greedy", "贪心")
+        .replace("weights", "权重")
+        .replace("one", "一"),
+        "flag": english.replace("temperature 0", "temperature 1"),
+        "level": english.replace("# A", "## A"),
+        "value": english.replace("a: 1", "a: 2"),
+        "block": english.replace("    a/   weights\n", ""),
+    }
+    (tmp_path / "english.md").write_text(english)
+    for name, text in made.items():
+        (tmp_path / f"{name}.md").write_text(text, encoding="utf-8")
+        assert (shape(tmp_path / f"{name}.md") == shape(tmp_path / "english.md")) == (name == "same"), name
 
 
 def without_comments(code: str) -> str:
