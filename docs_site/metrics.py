@@ -32,11 +32,13 @@ TEXTS = {
         "intro": (
             "Every name that a run can log, with the stages that log it: to `metrics.jsonl`, and to each of "
             "`trainer.logger`. A metric that its settings switch off, or that a step has not measured, is absent. "
-            "A discriminator loss from a file of your own adds the names that it returns. Where the health monitor has "
-            "rules on a metric they are named; [The health monitor](../monitor.md) has what is healthy, and what to "
-            "turn."
+            "A discriminator loss from a file of your own adds the names that it returns. Units and ranges are in "
+            "italics. The health monitor's rules on a metric are named behind it; [The health monitor](../monitor.md) "
+            "has what is healthy, and what to turn."
         ),
-        "head": ("metric", "stages", "unit", "what it says", "rules"),
+        "head": ("metric", "stages", "what it says"),
+        "rules": " Rules: {0}.",
+        "unit": "*{0}*. ",
         "all": "all",
         "made": "Made from `docs_site/metrics.yaml` by `python -m docs_site.generate`: change it there.",
     },
@@ -46,9 +48,11 @@ TEXTS = {
             "一次运行可能记录的全部指标名，以及记录它的阶段：写入 `metrics.jsonl`，"
             "也写入 `trainer.logger` 列出的每个工具。"
             "被配置关闭的，或该步没有测量的指标不会出现。来自用户文件的判别器损失会另外加入它自己返回的名字。"
-            "健康监控对某个指标有规则时，在最后一列列出；何为健康、该调什么，见[健康监控](../monitor.md)。"
+            "斜体为单位与取值范围。健康监控对某个指标的规则列在其后；何为健康、该调什么，见[健康监控](../monitor.md)。"
         ),
-        "head": ("指标", "阶段", "单位", "含义", "规则"),
+        "head": ("指标", "阶段", "含义"),
+        "rules": "规则：{0}。",
+        "unit": "*{0}*。",
         "all": "全部",
         "made": "本页由 `python -m docs_site.generate` 根据 `docs_site/metrics.yaml` 生成，请在那里修改。",
     },
@@ -107,7 +111,7 @@ def page(language: str) -> str:
     lines = [f"<!-- {texts['made'].replace('`', '')} -->", "", f"# {texts['title']}", "", texts["intro"]]
     for section in catalogue():
         title = TITLES[section["section"]][language == "zh"]
-        lines += ["", f"## {title}", "", section[language], "", _row(texts["head"]), _row(["---"] * 5)]
+        lines += ["", f"## {title}", "", section[language], "", _row(texts["head"]), _row(["---"] * 3)]
         lines += [_row(_cells(metric, language)) for metric in section["metrics"]]
     return "\n".join([*lines, "", texts["made"], ""])
 
@@ -117,14 +121,15 @@ def _row(cells: Any) -> str:
 
 
 def _cells(metric: dict[str, Any], language: str) -> list[str]:
-    stages = TEXTS[language]["all"] if metric["stages"] == "all" else ", ".join(metric["stages"])
+    texts = TEXTS[language]
+    stages = texts["all"] if metric["stages"] == "all" else ", ".join(metric["stages"])
     rules = sorted({rule for name in names_of(metric["name"]) for rule in _rules().get(name, [])})
     return [
         " ".join(f"`{shown}`" for shown in _shown(metric["name"])),
         stages,
-        metric["unit"][language],
-        metric[language],
-        ", ".join(f"`{rule}`" for rule in rules),
+        texts["unit"].format(metric["unit"][language])
+        + metric[language]
+        + (texts["rules"].format(", ".join(f"`{rule}`" for rule in rules)) if rules else ""),
     ]
 
 
