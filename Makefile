@@ -12,7 +12,7 @@ PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --max-
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: help install quickstart test test-fast test-faults test-faults-short test-vllm lint format clean
+.PHONY: help install quickstart test test-fast test-faults test-faults-short test-vllm docs lint format clean
 
 help:
 	@echo "make quickstart   distil a tiny student through all three stages on CPU"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-faults  runs that are killed, listened to and led astray, and much more of the fuzz test"
 	@echo "make test-faults-short  those of them that take a few minutes"
 	@echo "make test-vllm    the tests of the vLLM engine, on vLLM's CPU build"
+	@echo "make docs         the documents as a site, in site/"
 	@echo "make lint         ruff, check and format"
 	@echo "make format       let ruff mend what it can"
 
@@ -64,6 +65,13 @@ test-faults-short: install
 test-vllm: $(VLLM_VENV)/.installed
 	TORCHDYNAMO_DISABLE=1 $(VLLM_BIN)/python -m pytest -m vllm tests/vllm
 
+# Both languages; nothing is fetched. A page that was made from the code and is not up to date is an error, as a dead link is.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: install
+	$(BIN)/python -m docs_site.generate --check
+	$(BIN)/mkdocs build --strict --config-file mkdocs.yml
+	test ! -f docs/zh/index.md || $(BIN)/mkdocs build --strict --config-file mkdocs.zh.yml
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,4 +81,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) outputs
+	rm -rf $(VENV) $(VLLM_VENV) outputs site

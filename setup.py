@@ -9,6 +9,8 @@ here = Path(__file__).parent
 # Read, not imported: the package needs what is installed only with it.
 version = re.search('^__version__ = "(.+)"$', (here / "verl/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 trackers = ["mlflow", "swanlab", "trackio", "wandb"]
+# The site and its search, whose Chinese words jieba finds.
+docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "jieba>=0.42"]
 test = [
     "pytest",
     "pytest-timeout",
@@ -26,10 +28,13 @@ test = [
     "openpyxl",
     "py3langid",
     "scikit-learn",
+    "markdown-it-py>=3",
+    *docs,
 ]
 extras = {
     "test": test,
     "dev": [*test, "wheel"],
+    "docs": docs,
     "data": ["datasets", "datasketch", "matplotlib", "openpyxl", "py3langid", "scikit-learn", "scipy"],
     "examples": ["matplotlib"],
     "gpu": ["vllm>=0.26,<0.33"],
