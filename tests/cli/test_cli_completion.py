@@ -39,7 +39,7 @@ def script(tmp_path_factory) -> Path:
         (["monitor", "--lang", ""], {"en", "zh"}),
         (["train", "--cfg", ""], {"job", "hydra", "all"}),
         (["--v"], {"--version"}),
-        (["score", "--critic", "ver"], {"verl"}),
+        (["score", "--critic", "exam"], {"examples"}),
         (["launch", "--wo"], {"--worker"}),
         # A kind of answers, which is no path.
         (["data", "collect", "--include", "ver"], set()),
