@@ -1,6 +1,6 @@
-"""Write the pages that are made from the code: docs/reference and docs/zh/reference.
+"""Write the pages that are made from the code, docs/reference and docs/zh/reference, and docs/zh/models.md.
 
-python -m docs_site.generate            # after a change of settings, their comments or metrics
+python -m docs_site.generate            # after a change of settings, their comments, metrics or docs/models.md
 python -m docs_site.generate --check    # writes nothing; exit code 1 where a page is not up to date
 """
 
@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from docs_site import metrics, settings
+from docs_site import metrics, models, settings
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"en": ROOT / "docs" / "reference", "zh": ROOT / "docs" / "zh" / "reference"}
@@ -19,11 +19,12 @@ PAGES = {"settings": settings, "metrics": metrics}
 
 def pages() -> dict[Path, str]:
     """Every page's text by its file."""
-    return {
+    found = {
         folder / f"{name}.md": source.page(language)
         for language, folder in FOLDERS.items()
         for name, source in PAGES.items()
     }
+    return {**found, FOLDERS["zh"].parent / "models.md": models.page()}
 
 
 def stale() -> list[str]:
@@ -35,7 +36,7 @@ def stale() -> list[str]:
 
 def problems() -> list[str]:
     """What keeps the pages from being made."""
-    return [problem for source in PAGES.values() for problem in source.problems()]
+    return [problem for source in (*PAGES.values(), models) for problem in source.problems()]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from docs_site import generate, metrics, settings
+from docs_site import generate, metrics, models, settings
 from docs_site.yaml_comments import entries
 from tests.e2e import metric_names
 from verl.trainer.config.loading import composed_preset, known_keys
@@ -90,6 +90,28 @@ def test_translations_are_chinese_and_keep_the_names_of_settings_and_values():
         # Formulas and paths in backticks are the same text.
         for code in re.findall(r"`([^`]+)`", text["en"]):
             assert code.lstrip("+ ") in text["zh"], key
+
+
+# ---- models in Chinese
+
+
+def test_the_chinese_page_of_models_has_the_english_ones_families_and_versions():
+    english = models.ENGLISH.read_text(encoding="utf-8")
+    families = [line.split(" | ")[0] for line in english.splitlines() if line.startswith("| ")]
+    chinese = [line.split(" | ") for line in models.page().splitlines() if line.startswith("| ")]
+    assert [cells[0] for cells in chinese[1:]] == families[1:] and len(families) > 100
+    assert all(re.search("[\u4e00-\u9fff]", cells[1]) for cells in chinese)
+    assert re.search(r"transformers [\d.]+", english)[0] in models.page()
+
+
+def test_an_english_page_of_models_that_says_something_new_asks_for_chinese(tmp_path, monkeypatch):
+    text = models.ENGLISH.read_text(encoding="utf-8")
+    changed = text.replace("Which families", "Which of them", 1) + "| new | packed | unsure | it does not say why |\n"
+    (tmp_path / "models.md").write_text(changed, encoding="utf-8")
+    monkeypatch.setattr(models, "ENGLISH", tmp_path / "models.md")
+    found = models.problems()
+    assert [problem.rpartition(": ")[2] for problem in found[1:]] == ["unsure", "it does not say why"]
+    assert "above its table has changed" in found[0]
 
 
 # ---- metrics

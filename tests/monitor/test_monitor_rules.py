@@ -132,9 +132,10 @@ def test_every_text_of_the_own_rules_is_there_in_chinese():
         assert all(text.zh for text in texts), rule.id
 
 
-def test_the_documents_table_is_that_of_the_rules():
-    document = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text()
-    assert document.partition(BEGIN)[2].partition(END)[0].strip() == markdown(load_rules())
+@pytest.mark.parametrize(("language", "folder"), [("en", "docs"), ("zh", "docs/zh")])
+def test_the_documents_table_is_that_of_the_rules(language, folder):
+    document = (Path(__file__).parents[2] / folder / "monitor.md").read_text(encoding="utf-8")
+    assert document.partition(BEGIN[language])[2].partition(END)[0].strip() == markdown(load_rules(), language)
 
 
 def test_settings_are_found_nested_and_flat():

@@ -1,6 +1,7 @@
 """Which model families can be trained, as docs/models.md says: the proof of every class that transformers has.
 
     python -m verl.tools.families > docs/models.md
+    python -m docs_site.generate    # the Chinese page, from that
 
 Families are found by walking the auto classes' mapping of causal language models, with each family's default config.
 """
