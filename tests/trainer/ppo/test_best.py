@@ -289,7 +289,7 @@ def test_by_default_the_last_two_and_the_best_are_kept_and_what_goes_is_said(tmp
     said = [message.partition(":")[0] for message in caplog.messages if message.startswith("pruned ")]
     # Each when a step from the newest has been made: 6 stays for being the best when 10 is the newest.
     assert said == ["pruned global_step_2", "pruned global_step_4"]
-    assert "kept are the last 2 (trainer.max_actor_ckpt_to_keep, trainer.max_critic_ckpt_to_keep) and the best" in caplog.text
+    assert "kept are the last 2 (trainer.max_actor_ckpt_to_keep) and the best" in caplog.text
 
 
 def test_without_best_metric_nothing_changes(tmp_path):
