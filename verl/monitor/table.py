@@ -14,7 +14,7 @@ BEGIN = {
 END = "<!-- end of rules -->"
 HEAD = {
     "en": ("rule", "value", "healthy", "fires after", "says", "causes and what to turn, in order"),
-    "zh": ("规则", "取值", "健康范围", "触发条件", "含义", "原因与应调整的设置（按顺序）"),
+    "zh": ("规则", "取值", "健康范围", "触发条件", "含义", "原因与应调整的配置项（按顺序）"),
 }
 AFTER = {"en": "{steps} in a row", "zh": "连续 {steps} 次"}
 NOTE = {"en": " (note)", "zh": "（提示）"}
