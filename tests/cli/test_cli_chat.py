@@ -148,6 +148,8 @@ def test_in_a_terminal_ctrl_c_ends_an_answer_and_then_the_conversation(tmp_path)
     screen.type("/reset\n")
     screen.wait_for("a new conversation")
     screen.wait_for("> ")
+    # readline shows its prompt a moment before it waits: a signal between the two is only seen with the next key.
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     screen.drain()

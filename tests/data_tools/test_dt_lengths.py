@@ -242,7 +242,9 @@ def test_the_command_on_files(model, tmp_path, capsys):
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": "echo", "N_GPUS_PER_NODE": "1", "DATA_DIR": str(tmp_path)}
     handed = subprocess.run(script, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
     # Its first line is what it asks Python for.
-    config = compose_config([*handed.stdout.splitlines()[-1].split()[2:], f"data.train_files={train}", f"data.val_files={val}"])
+    config = compose_config(
+        [*handed.stdout.splitlines()[-1].split()[2:], f"data.train_files={train}", f"data.val_files={val}"]
+    )
     # 72 tokens of the longest prompt, and 21 of an answer.
     assert (config.data.max_prompt_length, config.data.max_response_length) == (80, 32)
     assert len(RLHFDataset(config.data.train_files, byte_tokenizer(), config.data)) == 100

@@ -273,8 +273,9 @@ def _there(path: str) -> None:
 
 
 def _placeholders(words: list[str]) -> list[str]:
-    """Without an ellipsis and words for what may stand there."""
-    return [word for word in words if word not in ("...", "[flags]", "KEY=VALUE", "[KEY=VALUE", "...]")]
+    """Without an ellipsis and words for what may stand there; a shell's variable in small letters holds a number."""
+    given = [word for word in words if word not in ("...", "[flags]", "KEY=VALUE", "[KEY=VALUE", "...]")]
+    return ["64" if re.fullmatch(r"\$[a-z]+", word) else word for word in given]
 
 
 def check_settings(settings: list[str]) -> None:

@@ -362,20 +362,30 @@ def context_length(config: PretrainedConfig) -> int | None:
     return max(positions, int(factor * (rope.get("original_max_position_embeddings") or positions)))
 
 
+class NoSuchClass(ValueError):
+    """transformers has no class of the kind for a type of model."""
+
+
 def find_class(config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False) -> type[PreTrainedModel]:
-    """The class of the model that `config` describes; ValueError if there is none for `kind`, or it cannot be built."""
+    """The class of the model that `config` describes.
+
+    Raises:
+        NoSuchClass: there is none for `kind`.
+        ValueError: it cannot be built.
+    """
     try:
         with torch.device("meta"):
             return type(empty_model(config, kind, trust_remote_code))
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
         what = {"policy": "a language model", "score": "a discriminator"}[kind]
+        said = f"a model of type {config.model_type} cannot be built as {what}: "
         reason = str(error).strip().splitlines()[0][:200]
         if "Unrecognized configuration class" in reason:
-            reason = (
-                "transformers has no such class for it (models of images or sound, encoders and encoder-decoders have "
-                "none); take a causal model of text"
-            )
-        raise ValueError(f"a model of type {config.model_type} cannot be built as {what}: {reason}") from error
+            raise NoSuchClass(
+                f"{said}transformers has no such class for it (models of images or sound, encoders and "
+                "encoder-decoders have none); take a causal model of text"
+            ) from error
+        raise ValueError(said + reason) from error
 
 
 def check_labels(path: str | Path) -> None:

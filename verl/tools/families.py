@@ -8,6 +8,7 @@ Families are found by walking the auto classes' mapping of causal language model
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from verl.models.answer_models import ANSWER_MODELS
-from verl.models.loading import Kind, as_discriminator, find_class, quiet_transformers
+from verl.models.loading import Kind, NoSuchClass, as_discriminator, find_class, quiet_transformers
 from verl.models.proof import Verdict, class_verdict
 from verl.models.twin import small_config
+from verl.utils.command_line import called_as
 
 UNKNOWN = Verdict(compared=False)
 KINDS: tuple[Kind, ...] = ("policy", "score")
@@ -49,8 +51,8 @@ function has been called with the class of its config.
 
 @dataclass(frozen=True)
 class Family:
-    """A model type as policy or discriminator. `model_class` is None where none can be built, `problem` says why. What
-    is right packed is not looked at padded."""
+    """A model type as policy or discriminator. `model_class` is None where none can be built, `problem` says why,
+    and `is_refused` that none would be from any config. What is right packed is not looked at padded."""
 
     model_type: str
     kind: Kind
@@ -59,12 +61,13 @@ class Family:
     packed: Verdict = UNKNOWN
     padded: Verdict = UNKNOWN
     problem: str = ""
+    is_refused: bool = False
 
     @property
     def outcome(self) -> str:
         """A word or two, as in the table."""
         if self.model_class is None:
-            return "no" if "Unrecognized configuration class" in self.problem else "not tried"
+            return "no" if self.is_refused else "not tried"
         if not (self.packed.compared or self.padded.compared):
             return "own weights"
         if self.packed.compared and self.packed.fault is None:
@@ -83,7 +86,8 @@ def look_at(model_type: str, kind: Kind) -> Family:
     except Exception as error:
         # Some default configs are not meant to be used, and fail in any way.
         lines = str(error).strip().splitlines()
-        return Family(model_type, kind, problem=lines[0][:120] if lines else type(error).__name__)
+        problem = lines[0][:120] if lines else type(error).__name__
+        return Family(model_type, kind, problem=problem, is_refused=isinstance(error, NoSuchClass))
     packed = class_verdict(ANSWER_MODELS[kind], model_class, config, remove_padding=True)
     right = packed.compared and packed.fault is None and packed.longest is None
     padded = UNKNOWN if right else class_verdict(ANSWER_MODELS[kind], model_class, config, remove_padding=False)
@@ -107,6 +111,9 @@ def table(families: Iterator[tuple[Family, Family]]) -> str:
 
 def main() -> None:
     """Print the document."""
+    argparse.ArgumentParser(
+        prog=called_as("verl.tools.families"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     quiet_transformers()
     sys.stdout.write(table((look_at(name, "policy"), look_at(name, "score")) for name in model_types()))
 
