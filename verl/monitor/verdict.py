@@ -97,7 +97,7 @@ class Words:
         return "\n".join(lines)
 
     def _alarm(self, alarm: Alarm) -> list[str]:
-        until = self.say("now") if alarm.until is None else alarm.until
+        until = self.say("now") if alarm.until is None else self.say("until_step", step=alarm.until)
         follows = self.follows(alarm) if alarm.until is None and not alarm.is_note else ""
         kind = "note_line" if alarm.is_note else "alarm_line"
         lines = [self.say(kind, until=until, **self.facts(alarm)) + follows]

@@ -175,7 +175,8 @@
   function explained(alarm, times) {
     const kind = alarm.note ? "note" : alarm.until === null ? "alarm" : "over";
     const name = alarm.note ? "note" : alarm.until === null ? "state_alarm" : "over";
-    const values = { ...alarm, label: both(alarm.label), value: figure(alarm.value), range: both(alarm.range), until: alarm.until ?? say("firing") };
+    const until = alarm.until === null ? say("firing") : say("until_step", { step: alarm.until });
+    const values = { ...alarm, label: both(alarm.label), value: figure(alarm.value), range: both(alarm.range), until };
     const follows = alarm.follows ? ` (${say("follows", { id: alarm.follows })})` : "";
     const made = make("details", null,
       make("summary", null, both(alarm.says), make("span", `badge ${kind}`, say(name) + (times > 1 ? ` × ${times}` : ""))),
