@@ -119,6 +119,25 @@ def test_an_alarm_ends_and_begins_again(rules):
     assert Words(replay(run, rules)).verdict(run) == "Healthy now: 80 steps of GAD; 1 alarm(s) earlier, all over."
 
 
+@pytest.mark.parametrize(
+    ("values", "since"),
+    [
+        ([0.2, 0.3, 0.6, 0.7], None),  # It rises: the mean of the last two is far below the best, and nothing falls.
+        ([0.6, 0.5, 0.6, 0.5], None),  # One validation alone may be worse.
+        ([0.6, 0.52, 0.52, 0.52], None),  # 0.52 / 0.6 = 0.87.
+        ([0.6, 0.6, 0.5, 0.5, 0.5], 3),  # 0.5 / 0.6 = 0.83, in two validations.
+    ],
+)
+def test_what_falls_has_fallen_twice(rules, values, since):
+    rows = healthy_rows(10 * len(values), seed=1)
+    for step, data in rows:
+        data.pop("val/rouge-L/mean", None)
+        if step % 10 == 0:
+            data["val/rouge-L/mean"] = values[step // 10]
+    fired = [alarm for alarm in replay(Run.of("x", rows), rules).alarms if alarm.rule.id == "rouge_falls"]
+    assert [alarm.since for alarm in fired] == ([] if since is None else [10 * since])
+
+
 def test_missing_metrics_leave_rules_silent(rules):
     run = Run.of("few", [(step, {"critic/d_acc": 0.7}) for step in range(30)])
     watch = replay(run, rules)
