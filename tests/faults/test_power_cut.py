@@ -7,7 +7,6 @@ Needs root and loop devices.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +64,15 @@ def make_image(file: Path) -> Path:
     return file
 
 
+def as_of_now(image: Path, copy: Path) -> Path:
+    """The image at one moment, which a copy made while blocks are written is not: read until two readings agree."""
+    content = None
+    while content != (content := image.read_bytes()):
+        pass
+    copy.write_bytes(content)
+    return copy
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Images of the disk by when the power went: seconds after the last save, or the newest step while saving."""
@@ -85,13 +93,15 @@ def images(tmp_path_factory):
             while process.poll() is None and not (disk / "run" / f"global_step_{STEPS}").is_dir():
                 promised = tracked_step(disk / "run") if (disk / "run").is_dir() else None
                 if promised is not None:
-                    during.append((promised, shutil.copy(image, folder / f"during{len(during)}")))
+                    process.send_signal(signal.SIGSTOP)
+                    during.append((promised, as_of_now(image, folder / f"during{len(during)}")))
+                    process.send_signal(signal.SIGCONT)
                 time.sleep(0.1)
             assert process.stdout.readline() == "done\n"
             saved = time.monotonic()
             for seconds in (1, 3, 10):
                 time.sleep(max(0.0, saved + seconds - time.monotonic()))
-                copies[seconds] = shutil.copy(image, folder / f"after{seconds}")
+                copies[seconds] = as_of_now(image, folder / f"after{seconds}")
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()

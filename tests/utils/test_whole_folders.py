@@ -286,16 +286,16 @@ def test_the_merger_the_scorer_and_the_judge_refuse_it(checkpoint, tmp_path, cap
     write_data(tmp_path / "data.jsonl", 6)
     damaged = [damage(checkpoint / part) for damage, part in ((flip_a_weight, "actor"), (remove_middle, "critic"))]
     assert damaged == [shard(2)] * 2
+    base = write_model(tmp_path / "base")
     for part in ("actor", "critic"):
         flags = ["--backend", "fsdp", "--local_dir", str(checkpoint / part)]
         assert shard(2) in stopped(merger, ["merge", *flags, "--target_dir", str(tmp_path / "merged")])
-        assert shard(2) in stopped(merger, ["test", *flags, "--test_hf_dir", str(tmp_path / "merged")])
+        assert shard(2) in stopped(merger, ["test", *flags, "--test_hf_dir", str(base)])
     assert not (tmp_path / "merged").exists()
     data = ["--data", str(tmp_path / "data.jsonl")]
     assert shard(2) in stopped(score, [*data, "--critic", str(checkpoint / "critic"), "--device", "cpu"])
     data += ["--out", str(tmp_path / "out"), "--device", "cpu", "--folds", "2"]
     assert shard(2) in stopped(judge, [*data, "--student", f"x={checkpoint / 'actor'}"])
-    base = write_model(tmp_path / "base")
     judged = ["--student", f"x={base}", "--judge_model", str(checkpoint / "actor")]
     assert shard(2) in stopped(judge, [*data, *judged])
     assert not (tmp_path / "out").exists(), "nothing is generated before the judge is looked at"
