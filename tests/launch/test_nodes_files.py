@@ -233,7 +233,8 @@ def test_the_kuberay_file_has_known_fields_that_agree(tmp_path):
     # The entrypoint, run with a Python that writes down what it is asked for.
     python = recording(tmp_path, "python")
     entrypoint = shlex.split(job["spec"]["entrypoint"].replace("/opt/verl", str(ROOT)))
-    done = subprocess.run(entrypoint, env={"PATH": os.environ["PATH"], "PYTHON": str(python), "DATA_DIR": "/work/data"})
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), "DATA_DIR": "/srv/verl/data"}
+    done = subprocess.run(entrypoint, env=environment)
     assert done.returncode == 0
     [(_, arguments, _)] = started(calls(tmp_path))
     gpus, nodes = container["resources"]["limits"]["nvidia.com/gpu"], 1 + workers["replicas"]
@@ -242,7 +243,7 @@ def test_the_kuberay_file_has_known_fields_that_agree(tmp_path):
     assert "kubectl apply -f examples/cluster/kuberay.yaml" in DOCS
     for option in arguments[3:]:
         path = option.partition("=")[2]
-        assert not path.startswith("/") or path.startswith("/work/"), "not on the volume"
+        assert not path.startswith("/") or path.startswith("/srv/verl/"), "not on the volume"
 
 
 def test_commands_in_the_docs_name_what_is_there():
