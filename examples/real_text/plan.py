@@ -14,6 +14,7 @@ from dataclasses import dataclass
 BATCH = 64  # prompts per step
 N = 8
 HEAD_START = 30  # steps of the discriminator alone
+LONG_HEAD_START = 100  # at .8, where after 30 it tells nothing apart
 GAD_STEPS = 200  # of both, after the head start
 ANSWERS = 4  # to each of the judge's prompts, from every student
 TEMPERATURES = (0.8, 1.0)  # they are drawn at
@@ -37,7 +38,6 @@ SEQKD = (
 )
 GAD = (
     "stage=gad",
-    f"trainer.critic_warmup={HEAD_START}",
     f"actor_rollout_ref.rollout.n={N}",
     "actor_rollout_ref.actor.optim.lr=5e-6",
     # At 1e-5 it told nothing apart after 27 steps; at 5e-5 four of five held-out pairs after 30.
@@ -103,8 +103,9 @@ class Run:
         return None if self.start == "base" else self.start.split("@")[0]
 
 
-def _gad(name: str, *more: str, start: str = "SeqKD") -> Run:
-    return Run(name, start, (*GAD, *more), steps=HEAD_START + GAD_STEPS, answer_every=100)
+def _gad(name: str, *more: str, start: str = "SeqKD", head_start: int = HEAD_START) -> Run:
+    first = f"trainer.critic_warmup={head_start}"
+    return Run(name, start, (*GAD, first, *more), steps=head_start + GAD_STEPS, answer_every=100)
 
 
 def _earlier(name: str, *more: str, start: str = "SeqKD") -> Run:
@@ -140,6 +141,7 @@ def _from_the_defaults() -> Iterator[Run]:
     yield _gad("GAD-anchor-1", _anchor(1))
     yield _gad("GAD-anchor-3", _anchor(3))
     yield _gad("GAD-cool", *COOL)
+    yield _gad("GAD-cool-long", *COOL, head_start=LONG_HEAD_START)
     yield _gad("GAD-no-balance", "critic.balance.enable=False")
     yield _gad("GAD-ranking", *RANKING)
     yield _gad("GAD-mean", *MEAN)
