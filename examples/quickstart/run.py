@@ -2,8 +2,9 @@
 
     python -m examples.quickstart.run [--out outputs/quickstart]
 
-It builds the world, its data and a base student that speaks the language (`tiny_model.py`), runs the three stage
-scripts as a user would run them on GPU nodes, merges each student, and prints how well each answers held-out prompts.
+It builds the world, its data and a base student that speaks the language (`tiny_model.py`), has `verl.data_tools` look
+for what would spoil training, runs the three stage scripts as a user would run them on GPU nodes, merges each student,
+and prints how well each answers held-out prompts.
 What each stage is given beyond the script's own defaults stands in STAGES: a tiny model wants larger steps than 8B.
 """
 
@@ -33,6 +34,7 @@ REPOSITORY = Path(__file__).parents[2]
 SHOWN_SAMPLES = 3
 # Written last: {student: its grades}.
 RESULTS = "results.json"
+DATA_CHECK = "data_check.txt"
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,17 @@ def locate(name: str, out: Path) -> Path:
     run = out / "checkpoints" / "gad" / stage
     step = (run / "latest_checkpointed_iteration.txt").read_text().strip()
     return run / f"global_step_{step}" / part
+
+
+def check_data(out: Path) -> None:
+    """Look for what would spoil training in the data, test prompts among it; the tool's report is kept."""
+    command = [sys.executable, "-m", "verl.data_tools.check", str(out / "train.parquet")]
+    command += ["--against", str(out / "test.parquet"), "--model", str(out / "base")]
+    checked = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    (out / DATA_CHECK).write_text(checked.stdout, encoding="utf-8")
+    if checked.returncode:
+        sys.exit(printable(checked.stdout))
+    print(f"data: nothing was found that would spoil training; the report is {out / DATA_CHECK}", flush=True)
 
 
 def run_stage(stage: Stage, out: Path, ranks: int, device: str, overrides: list[str]) -> None:
@@ -199,6 +212,7 @@ def main() -> None:
     print("[1/4] the world, its data, and a base student that speaks the language", flush=True)
     build = [sys.executable, "-m", "examples.quickstart.tiny_model", "--out", str(out), "--seed", str(options.seed)]
     subprocess.run(build, cwd=REPOSITORY, check=True)
+    check_data(out)
     world, test = World(options.seed), pd.read_parquet(out / "test.parquet")
     results["base"] = grade(out / "base", world, test)
     seconds["base"] = time.monotonic() - started

@@ -2,12 +2,15 @@
 
     python -m examples.quickstart.tiny_model --out DIR
 
-writes DIR/base (model and tokenizer in Hugging Face format), DIR/train.parquet and DIR/test.parquet. The base is a
-Qwen2 of about a million parameters, trained for half a minute on plain sentences with random values. Left out: anything
-that real training needs (several devices, mixed precision, checkpoints); that is what `verl` is for.
+writes DIR/base (model and tokenizer in Hugging Face format), the teacher's conversations as DIR/raw/train.json and
+test.json, and what `verl.data_tools.convert` makes of them, DIR/train.parquet and DIR/test.parquet. The base is a Qwen2
+of about a million parameters, trained for half a minute on plain sentences with random values. Left out: anything that
+real training needs (several devices, mixed precision, checkpoints); that is what `verl` is for.
 """
 
 import argparse
+import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from tqdm import trange
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from examples.quickstart.world import Row, World
-from verl.data_tools.writing import write_rows
+from verl.data_tools.convert.command import main as convert
 from verl.models.loading import quiet_transformers
 
 PAD, BOS_OF_TURN, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -161,6 +164,25 @@ def world_texts(world: World, seed: int = 0) -> list[str]:
     return [text for row in rows for text in (row["content"][0]["content"], row["teacher_response"])]
 
 
+def write_data(world: World, split: str, count: int, out: Path, seed: int) -> None:
+    """A split's conversations as people export them, and as a dataset that trains."""
+    exported = [
+        {
+            "conversations": [
+                {"from": "human", "value": row["content"][0]["content"]},
+                {"from": "gpt", "value": row["teacher_response"]},
+            ]
+        }
+        for row in world.teacher_rows(split, count, seed)
+    ]
+    raw = out / "raw" / f"{split}.json"
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    raw.write_text(json.dumps(exported, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    code = convert([str(raw), "--out", str(out / f"{split}.parquet"), "--overwrite"])
+    if code:
+        sys.exit(code)
+
+
 def main() -> None:
     """Write the base model, its tokenizer and the data."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -175,9 +197,8 @@ def main() -> None:
 
     quiet_transformers()
     world = World(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_rows(args.out / "train.parquet", world.teacher_rows("train", args.train_rows, args.seed))
-    write_rows(args.out / "test.parquet", world.teacher_rows("test", args.test_rows, args.seed))
+    write_data(world, "train", args.train_rows, args.out, args.seed)
+    write_data(world, "test", args.test_rows, args.out, args.seed)
 
     tokenizer = build_tokenizer(world_texts(world, args.seed))
     model = build_model(tokenizer, seed=args.seed)
