@@ -48,7 +48,7 @@ GOING_ON = ("actor_rollout_ref.actor.optim.lr=5e-6", "actor_rollout_ref.actor.op
 SODA = ("stage=soda", "actor_rollout_ref.actor.optim.lr=5e-6", "actor_rollout_ref.actor.optim.lr_warmup_steps=10")
 RANKING = ("critic.discriminator.loss=ranking",)
 BRADLEY_TERRY = ("critic.discriminator.loss=bradley_terry",)
-MEAN = ("critic.discriminator.pooling=mean",)
+LAST_TOKEN = ("critic.discriminator.pooling=last_token",)
 # The form that `ranking` grew out of, on sums over tokens, with nothing beside it that the trainer has learned since.
 USERS_FORMULA = (
     *RANKING,
@@ -59,6 +59,7 @@ USERS_FORMULA = (
 )
 PAPERS_LOSS = (
     *BRADLEY_TERRY,
+    *LAST_TOKEN,
     "critic.discriminator.exclude_eos=True",
     "critic.balance.enable=False",
     "algorithm.cut_answers=keep",
@@ -144,7 +145,7 @@ def _from_the_defaults() -> Iterator[Run]:
     yield _gad("GAD-cool-long", *COOL, head_start=LONG_HEAD_START)
     yield _gad("GAD-no-balance", "critic.balance.enable=False")
     yield _gad("GAD-ranking", *RANKING)
-    yield _gad("GAD-mean", *MEAN)
+    yield _gad("GAD-last-token", *LAST_TOKEN)
     yield _gad("GAD-length-correction", LENGTH_CORRECTION)
     yield _gad("GAD-no-std", NO_STD)
     yield _gad("GAD-eos-not-scored", "critic.discriminator.exclude_eos=True")
@@ -163,14 +164,14 @@ def _from_the_earlier_defaults() -> Iterator[Run]:
     yield _earlier("earlier")
     yield _earlier("earlier-from-2-epochs", start="SeqKD-2-epochs")
     yield _earlier("earlier-papers-loss", *PAPERS_LOSS)
-    yield _earlier("earlier-bradley_terry", *BRADLEY_TERRY, *MEAN)
-    yield _earlier("earlier-last-token", *BRADLEY_TERRY)
-    yield _earlier("earlier-last-token-anchor", *BRADLEY_TERRY, _anchor(0.3))
-    yield _earlier("earlier-last-token-fast", *BRADLEY_TERRY, _actor_rate(1e-5))
-    yield _earlier("earlier-last-token-16-answers", *BRADLEY_TERRY, "actor_rollout_ref.rollout.n=16")
-    yield _earlier("earlier-last-token-no-std", *BRADLEY_TERRY, NO_STD)
-    yield _earlier("earlier-last-token-length-correction", *BRADLEY_TERRY, LENGTH_CORRECTION)
-    yield _earlier("earlier-last-token-ranking", "critic.discriminator.pooling=last_token")
+    yield _earlier("earlier-bradley_terry", *BRADLEY_TERRY)
+    yield _earlier("earlier-last-token", *BRADLEY_TERRY, *LAST_TOKEN)
+    yield _earlier("earlier-last-token-anchor", *BRADLEY_TERRY, *LAST_TOKEN, _anchor(0.3))
+    yield _earlier("earlier-last-token-fast", *BRADLEY_TERRY, *LAST_TOKEN, _actor_rate(1e-5))
+    yield _earlier("earlier-last-token-16-answers", *BRADLEY_TERRY, *LAST_TOKEN, "actor_rollout_ref.rollout.n=16")
+    yield _earlier("earlier-last-token-no-std", *BRADLEY_TERRY, *LAST_TOKEN, NO_STD)
+    yield _earlier("earlier-last-token-length-correction", *BRADLEY_TERRY, *LAST_TOKEN, LENGTH_CORRECTION)
+    yield _earlier("earlier-last-token-ranking", *LAST_TOKEN)
     yield _earlier("earlier-anchor", _anchor(0.1))
     yield _earlier("earlier-anchor-1", _anchor(1))
     yield _earlier("earlier-no-std", NO_STD)
