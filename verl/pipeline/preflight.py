@@ -21,7 +21,7 @@ from verl.pipeline.state import State, handed_on
 from verl.tools.judge.answers import read_prompts, refuse_trained
 from verl.trainer.config import ConfigError
 from verl.trainer.config.paths import with_absolute_paths
-from verl.trainer.main_ppo import create_rl_dataset
+from verl.trainer.looking_over import create_rl_dataset
 from verl.trainer.ppo.disk import checkpoint_parts
 from verl.trainer.ppo.model_checks import check_device, check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin

@@ -10,8 +10,7 @@ import os
 import sys
 import threading
 import time
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -21,37 +20,37 @@ import psutil
 import ray
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from transformers import PreTrainedTokenizerBase
 
 from verl.batch import Prompts
-from verl.models.loading import all_eos_token_ids, find_model, is_discriminator, quiet_transformers
+from verl.models.loading import quiet_transformers
 from verl.monitor.live import StoppedByAlarm
 from verl.single_controller.ray.output import RankOutput
 from verl.single_controller.ray.starting import join_or_start, stop
-from verl.trainer.config import Config, ConfigError, DataConfig, normalize_overrides, to_config
+from verl.trainer.config import Config, ConfigError, normalize_overrides, to_config
 from verl.trainer.config.loading import check_shown, explain_refusals
 from verl.trainer.config.overrides import flags_last
 from verl.trainer.config.paths import with_absolute_paths
-from verl.trainer.config.value_checks import NO_TEXT, doubt_of_rows, doubts
+
+# Users of verl look for the first of these here.
+from verl.trainer.looking_over import create_rl_dataset as create_rl_dataset
+from verl.trainer.looking_over import look_at, look_over, missing_paths, without_idle_critic
 from verl.trainer.node_checks import check_nodes
 from verl.trainer.options import asked_for_help
-from verl.trainer.ppo.checkpointing import find_checkpoint, may_resume_critic, named_checkpoint, run_folder
+from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
 from verl.trainer.ppo.disk import check_disk
 from verl.trainer.ppo.ending import end_said, nothing_left, say_end
-from verl.trainer.ppo.model_checks import check_device, check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.roles import ResourcePoolManager, Role
 from verl.utils.checkpoint.recovery import clear_up
 from verl.utils.console import print_exception
-from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, find_files
-from verl.utils.hub import parse_hub_name
-from verl.utils.refusals import Findings, Refused, before_the_start, is_told_plainly, sentences_of, tell
-from verl.utils.run_lock import check_writable, only_run_in
+from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.refusals import Findings, Refused, before_the_start, is_told_plainly, tell
+from verl.utils.run_lock import only_run_in
 from verl.utils.run_log import FOLDER, RANKS, log_to, log_to_terminal, phase
 from verl.utils.signals import EndedBySignal, RunSignals, out_of_reach
 from verl.utils.stalls import StallWatch, doing, duration
-from verl.utils.tracking import check_loggers, ending_in_time
+from verl.utils.tracking import ending_in_time
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
 logger = logging.getLogger(__name__)
@@ -61,26 +60,6 @@ REFUSED = 1
 # Hydra's flags that show the settings and run nothing; and those by which they are not this package's.
 SHOWING = {"--cfg", "-c"}
 OF_ANOTHER_FOLDER = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
-
-
-def create_rl_dataset(
-    data_paths: str | list[str],
-    data_config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    max_samples: int = -1,
-    eos_token_ids: tuple[int, ...] = (),
-) -> RLHFDataset:
-    """The rows of one or several files, checked; ValueError for bad rows (see `RLHFDataset`)."""
-    return RLHFDataset(
-        data_paths,
-        tokenizer,
-        data_config,
-        max_samples=max_samples,
-        eos_token_ids=eos_token_ids,
-        special_token_text=data_config.special_token_text,
-        cache_dir=data_config.cache_dir,
-        turns=data_config.turns,
-    )
 
 
 def resumed_from(config: Config) -> Path | None:
@@ -95,100 +74,6 @@ def check_resume(config: Config, rows: int, resumed: Path | None) -> Origin:
     if resumed is not None:
         check_same_run(resumed, now, config)
     return now
-
-
-def check_folders(config: Config) -> None:
-    """OSError for folders beside the run's own: those that the run is to write and cannot, and a checkpoint's that is
-    not there."""
-    trainer = config.trainer
-    folders = {"rollout_data_dir": trainer.rollout_data_dir, "validation_data_dir": trainer.validation_data_dir}
-    if "tensorboard" in trainer.logger:
-        folders["default_tensorboard_dir"] = trainer.default_tensorboard_dir
-    findings = Findings()
-    for setting, folder in folders.items():
-        with findings.gathered():
-            if folder is not None:
-                check_writable(Path(folder).expanduser(), f"trainer.{setting}")
-    # Nothing more of checkpoints: they may be those of another run that is at work here.
-    with findings.gathered():
-        if trainer.resume_mode == "resume_path":
-            named_checkpoint(trainer)
-    findings.tell()
-
-
-def check_data_files(data: DataConfig) -> None:
-    """The files of both settings are there, or it is told which are not."""
-    findings = Findings()
-    for setting in ("train_files", "val_files"):
-        with findings.gathered():
-            if getattr(data, setting) is not None:
-                find_files(getattr(data, setting))
-    findings.tell()
-
-
-def missing_paths(config: Config) -> list[str]:
-    """Sentences about data files and model folders that are not there; names of the hub are not asked for."""
-    findings = Findings()
-    for names in (config.data.train_files, config.data.val_files):
-        for name in [names] if isinstance(names, str) else names or []:
-            with findings.gathered():
-                if name not in NO_TEXT and parse_hub_name(name, "dataset") is None:
-                    find_files(name)
-    models = [config.actor_rollout_ref.model.path] + [config.critic.model.path] * config.use_critic
-    for path in dict.fromkeys(models):
-        with findings.gathered():
-            if parse_hub_name(path, "model") is None:
-                find_model(path)
-    return [sentence for error in findings.errors for sentence in sentences_of(error)]
-
-
-def look_over(config: Config, findings: Findings) -> PreTrainedTokenizerBase | None:
-    """Look at everything but the rows of the data, which take longest; returns the student's tokenizer, if that can be
-    had."""
-    tokenizer = None
-    with findings.gathered():
-        check_loggers(config.trainer.logger)
-    with findings.gathered():
-        check_folders(config)
-    with findings.gathered():
-        check_device(config)
-    with findings.gathered():
-        check_engine(config)
-    with findings.gathered():
-        check_data_files(config.data)
-    with findings.gathered(), phase("reading tokenizer and model files"):
-        tokenizer = check_models(config)
-    return tokenizer
-
-
-def without_idle_critic(config: Config) -> Config:
-    """Without a discriminator where only the student is looked at: `trainer.val_only`, and neither the settings nor a
-    checkpoint have a trained one."""
-    if not (config.trainer.val_only and config.use_critic):
-        return config
-    with suppress(OSError, ValueError):
-        if not may_resume_critic(config.trainer) and not is_discriminator(config.critic.model.path):
-            logger.info("trainer.val_only=True: no discriminator takes part, as critic.model.path names no trained one")
-            return replace(config, trainer=replace(config.trainer, critic_warmup=-1))
-    return config
-
-
-def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[RLHFDataset, RLHFDataset | None]:
-    """Training and validation rows; what is wrong with either is told."""
-    data, findings, val = config.data, Findings(), None
-    if config.custom_reward_function.path is not None:
-        data = replace(data, return_raw_chat=True)
-    ends = all_eos_token_ids(tokenizer, config.actor_rollout_ref.model.path)
-    with phase("reading data"):
-        with findings.gathered():
-            train = create_rl_dataset(data.train_files, data, tokenizer, data.train_max_samples, ends)
-        with findings.gathered():
-            if data.val_files is not None:
-                # Validation shows what the user said last.
-                asked = replace(data, return_raw_chat=True)
-                val = create_rl_dataset(data.val_files, asked, tokenizer, data.val_max_samples, ends)
-        findings.tell()
-    return train, val
 
 
 class TaskRunner:
@@ -229,7 +114,7 @@ class TaskRunner:
         """The trainer with its workers, all checked, and the checkpoint that it goes on from; None, which is said, if
         nothing is left to train."""
         trainer = config.trainer
-        tokenizer, train, val = self._looked_at(config)
+        tokenizer, train, val = look_at(config)
         roles = [Role.ActorRollout] + ([Role.Critic] if config.use_critic else [])
         pools = ResourcePoolManager(
             {"global_pool": [trainer.n_gpus_per_node] * trainer.nnodes},
@@ -257,19 +142,6 @@ class TaskRunner:
         )  # fmt: skip
         runner.init_workers()
         return runner, resumed
-
-    def _looked_at(self, config: Config) -> tuple[PreTrainedTokenizerBase, RLHFDataset, RLHFDataset | None]:
-        """The student's tokenizer, training and validation data; of everything that is wrong, each is told."""
-        findings = Findings()
-        tokenizer = look_over(config, findings)
-        findings.tell()
-        for doubt in doubts(config):
-            logger.warning("%s", doubt)
-        train, val = read_data(config, tokenizer)
-        for doubt in doubt_of_rows(len(train), config):
-            logger.warning("%s", doubt)
-        check_tokens(config, tokenizer, [train] if val is None else [train, val])
-        return tokenizer, train, val
 
     def start(self, config: Config) -> None:
         """Start what the workers run on."""
