@@ -17,11 +17,11 @@ from tests.faults.runs import Run
 from verl.utils.checkpoint.checkpoint_manager import tracked_step
 from verl.utils.checkpoint.sharded import read_full_tensors
 
-pytestmark = [pytest.mark.faults, pytest.mark.distributed]
-
 STEPS, STAGES = 10, ("seqkd", "warmup", "gad")
 # Three starts of Ray, a merger and a judge, on a machine that is busy with others.
 PATIENCE_S = 1800
+
+pytestmark = [pytest.mark.faults, pytest.mark.distributed, pytest.mark.timeout(4 * PATIENCE_S)]
 
 
 def pipeline(folder, out, log, *more):
