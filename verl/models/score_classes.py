@@ -30,10 +30,7 @@ SAID_OF_THE_CLASS = (
 def register_score_class(config_class: type[PretrainedConfig]) -> None:
     """A token-classification class for a family to which transformers gives none: its backbone and a linear `score`,
     as its other such classes have. From then on the auto classes of this process know it."""
-    if (
-        config_class in AutoModelForTokenClassification._model_mapping
-        or config_class not in AutoModel._model_mapping
-    ):
+    if config_class in AutoModelForTokenClassification._model_mapping or config_class not in AutoModel._model_mapping:
         return
     backbone = AutoModel._model_mapping[config_class]
     if isinstance(backbone, tuple):
