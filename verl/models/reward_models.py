@@ -30,7 +30,7 @@ def is_reward_model(entries: Mapping[str, Any]) -> bool:
 def refuse_other_rewards(path: str | Path, entries: Mapping[str, Any]) -> None:
     """ValueError for a reward model of a class of its own, whose head would be taken for remnants and lost."""
     for name in entries.get("architectures") or []:
-        if "Reward" in name:
+        if "Reward" in name and not name.endswith((CLASS, "ForTokenClassification")):
             raise ValueError(
                 f"{path} is a reward model of a class of its own ({name}), whose head is not known here: expected "
                 f"...{CLASS} with one label, or a language model, which gets a fresh score head"
