@@ -50,7 +50,8 @@ def folder(tmp_path_factory):
 def run(folder, name, *overrides, steps=4):
     return train(
         folder, name, f"trainer.total_training_steps={steps}", "critic.optim.lr=1e-3", "trainer.val_before_train=False",
-        "critic.max_prompt_length=60", "trainer.save_freq=2", *KEEPING, *overrides, run_with=run_in_process,
+        "critic.max_prompt_length=60",
+        "critic.discriminator.pooling=last_token", "trainer.save_freq=2", *KEEPING, *overrides, run_with=run_in_process,
     )  # fmt: skip
 
 

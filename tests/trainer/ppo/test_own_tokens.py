@@ -301,3 +301,11 @@ def test_arguments_of_the_students_template_that_the_discriminators_does_not_kno
         own = OwnTokens.of(settings(folder, "rewards", "+data.apply_chat_template_kwargs.thinking=false"), STUDENT)
     assert own.tokenization.template_kwargs == {}
     assert "does not know data.apply_chat_template_kwargs.thinking" in caplog.text
+
+
+def test_another_pooling_than_a_reward_models_is_warned_of(folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        check_models(settings(folder, "rewards", "critic.discriminator.pooling=last_token"))
+        assert "was trained with" not in caplog.text
+        check_models(settings(folder, "rewards", "critic.discriminator.pooling=mean"))
+    assert "was trained with critic.discriminator.pooling=last_token, and this run uses pooling=mean" in caplog.text
