@@ -16,6 +16,7 @@ The columns of a batch:
     teacher_response                (B, T)     the teacher's answer, right-padded
     teacher_attention_mask          (B, P+T)   of prompt and answer
     responses, response_mask        (B, N, T)  the student's answers
+    critic_input_ids, critic_attention_mask    (B, P')  the prompt in the discriminator's tokens, where these are others
     old_log_probs, ref_log_prob, advantages, ... (B, N, T);  scores (B, N)
 
 A step of training makes records, whose fields are named as the columns are: `Prompts`, `Answers`, `LogProbs`, `Scores`,
@@ -41,6 +42,8 @@ PROMPT_KEYS = ("input_ids", "attention_mask")
 TEACHER_KEYS = ("teacher_response", "teacher_attention_mask")
 STUDENT_KEYS = ("responses", "response_mask")
 GROUP_KEYS = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
+# The prompt as a discriminator reads it that has a tokenizer of its own; other batches have no such columns.
+CRITIC_PROMPT_KEYS = ("critic_input_ids", "critic_attention_mask")
 # In a batch's meta_info: the weight of the teachers' answers beside the students' in a policy's update.
 ANCHOR_COEF = "sft_anchor_coef"
 POLICY_KEYS = ("old_log_probs", "ref_log_prob", "advantages")
@@ -86,6 +89,8 @@ class Prompts(Record):
     index: np.ndarray  # (B,) the rows' numbers in the data
     teacher_text: np.ndarray  # (B,) str
     raw_prompt: np.ndarray | None = None  # (B,) lists of chat messages, where a task reward wants them
+    critic_input_ids: torch.Tensor | None = None  # (B, P') in the tokens of a discriminator that has its own
+    critic_attention_mask: torch.Tensor | None = None  # (B, P')
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -6,6 +6,7 @@ import pytest
 
 from docs_site import metrics
 from tests.e2e.running import read_metrics, train
+from tests.other_tokenizer import write_other_model
 from verl.trainer.in_process import run_in_process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
@@ -31,6 +32,7 @@ RUNS = {
          "critic.discriminator.adaptive_temperature.enable=True", *SCORED),
     ),
     "hinge": ("gad", ("stage=gad", "trainer.critic_warmup=1", "critic.discriminator.loss=two_sided_hinge", *SCORED)),
+    "own_tokens": ("warmup", ("stage=warmup", "trainer.critic_warmup=1", *SCORED)),
     "soda": ("soda", ("stage=soda", "soda.sft_coef=0.5", "actor_rollout_ref.rollout.n=1", *COMMON)),
 }  # fmt: skip
 # Where there is a GPU, or where an update is not finite.
@@ -42,10 +44,12 @@ ELSEWHERE |= {"actor/skipped_steps", "critic/skipped_steps"}
 def logged(folder, run) -> dict[str, set[str]]:
     """The names that each run logs in four steps."""
     (folder / "reward.py").write_text(REWARD)
+    others = {"own_tokens": write_other_model(folder / "other")}
     found = {}
     for name, (_, settings) in RUNS.items():
         # An untrained discriminator may not reward from the first step on.
-        start = folder / "runs/warmup/global_step_4/critic" if name == "gad" else folder / "base"
+        others["gad"] = folder / "runs/warmup/global_step_4/critic"
+        start = others.get(name, folder / "base")
         critic = [] if name in ("seqkd", "soda") else [f"critic.model.path={start}"]
         given = [setting.format(folder=folder) for setting in settings]
         where = train(folder, name, *given, *critic, "trainer.total_training_steps=4", run_with=run_in_process)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.other_tokenizer import other_tokenizer, write_other_model
 from tests.tiny import write_data, write_model
 from verl.pipeline import main
 from verl.pipeline.state import State
@@ -77,3 +78,11 @@ def test_problems_of_the_command_line_start_nothing(start, tmp_path, capsys):
     assert "error: settings: actor_rollout_ref.model.path=/m: the pipeline decides" in said
     assert "goes on from here" not in out + said
     assert State(tmp_path / "it").finished("seqkd") is None
+
+
+def test_what_a_discriminator_of_another_family_cannot_read(start, tmp_path, capsys):
+    write_other_model(tmp_path / "strict", other_tokenizer("{{ raise_exception('no such turn') }}"))
+    assert start("--stages", "seqkd,warmup", "--reward_model", f"{tmp_path}/strict") == 2
+    said = capsys.readouterr().err
+    assert "warmup: 8 of 8 rows cannot be read by the discriminator" in said and "no such turn" in said
+    assert not (tmp_path / "it" / "seqkd").exists()

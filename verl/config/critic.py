@@ -121,6 +121,8 @@ class CriticConfig:
     ppo_epochs: Positive
     ulysses_sequence_parallel_size: Positive
     grad_clip: PositiveFloat
+    max_prompt_length: Positive | None
+    max_response_length: Positive | None
     discriminator: DiscriminatorConfig
     replay: ReplayConfig
     balance: BalanceConfig

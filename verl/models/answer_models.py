@@ -145,6 +145,11 @@ def plain_attention(hf: PreTrainedModel) -> str:
 
 def score_head(hf: PreTrainedModel) -> nn.Linear:
     """The head of a token-classification model, whatever the family calls it; ValueError unless it has one label."""
+    return getattr(hf, score_head_name(hf))
+
+
+def score_head_name(hf: PreTrainedModel) -> str:
+    """The attribute that holds `score_head`."""
     for name in SCORE_HEADS:
         head = getattr(hf, name, None)
         if isinstance(head, nn.Linear):
@@ -152,7 +157,7 @@ def score_head(hf: PreTrainedModel) -> nn.Linear:
                 raise ValueError(
                     f"expected a score head with one label, got {head.out_features} in {type(hf).__name__}"
                 )
-            return head
+            return name
     raise ValueError(
         f"{type(hf).__name__} has no linear score head under {' or '.join(SCORE_HEADS)}: use another model as "
         "discriminator"

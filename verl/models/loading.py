@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,6 @@ from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -24,11 +23,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
-from transformers.modeling_layers import GenericForTokenClassification
 from transformers.utils import logging as hf_logging
 
-from verl.models.answer_models import SCORE_HEADS
+from verl.models.answer_models import SCORE_HEADS, score_head, score_head_name
 from verl.models.folders import no_model, refuse_no_tokenizer, refuse_quantized, told_of
+from verl.models.reward_models import head_renaming, is_reward_model, labels_of, refuse_other_rewards, settled_bias
+from verl.models.score_classes import register_own_score_class, register_score_class
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.classic import is_classic
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, is_dropout
@@ -121,16 +121,18 @@ def config_entries(path: str | Path) -> dict[str, Any]:
 
 
 def is_discriminator(path: str | Path) -> bool:
-    """Whether the folder's model has a score head already."""
+    """Whether the folder's model has a score head already: a discriminator's or a reward model's."""
     config = config_entries(path)
-    return any(name.endswith("ForTokenClassification") for name in config.get("architectures") or [])
+    names = config.get("architectures") or []
+    return any(name.endswith("ForTokenClassification") for name in names) or is_reward_model(config)
 
 
 def refuse_discriminator(path: str | Path) -> None:
     """ValueError for a discriminator where a language model belongs, which may miss none of its weights."""
     if is_discriminator(path):
+        what = "reward model" if is_reward_model(config_entries(path)) else "discriminator"
         raise ValueError(
-            f"{path} holds a discriminator, and a language model is wanted here: pass a checkpoint's actor folder, or "
+            f"{path} holds a {what}, and a language model is wanted here: pass a checkpoint's actor folder, or "
             "a Hugging Face folder of a language model"
         )
 
@@ -201,15 +203,17 @@ def load_config(
         if is_dropout(key) and isinstance(value, float):
             setattr(config, key, 0.0)
     if kind == "score":
-        as_discriminator(config)
+        as_discriminator(config, trust_remote_code)
     return config
 
 
-def as_discriminator(config: PretrainedConfig) -> None:
+def as_discriminator(config: PretrainedConfig, trust_remote_code: bool = False) -> None:
     """The config, changed in place to that of a score head with one label; the family has a class for it from then on
     if it can have one."""
     config.num_labels = 1
     config.classifier_dropout = 0.0
+    if trust_remote_code:
+        register_own_score_class(config)
     register_score_class(type(config))
 
 
@@ -227,34 +231,6 @@ def _overridden(config: PretrainedConfig, entries: dict[str, Any], changes: dict
     # Where the model was found: code that came with it is looked for there.
     changed.name_or_path = config.name_or_path
     return changed
-
-
-def register_score_class(config_class: type[PretrainedConfig]) -> None:
-    """A token-classification class for a family to which transformers gives none: its backbone and a linear `score`,
-    as its other such classes have. From then on the auto classes of this process know it."""
-    known = AutoModelForTokenClassification._model_mapping
-    if config_class in known or config_class not in AutoModel._model_mapping:
-        return
-    backbone = AutoModel._model_mapping[config_class]
-    if isinstance(backbone, tuple):
-        return
-    parent = next(
-        (base for base in backbone.__mro__[1:] if issubclass(base, PreTrainedModel) and base is not PreTrainedModel),
-        None,
-    )
-    if parent is None:
-        return
-    score_class = type(
-        f"{backbone.__name__.removesuffix('Model')}ForTokenClassification",
-        (GenericForTokenClassification, parent),
-        {
-            "__module__": backbone.__module__,
-            "base_model_prefix": parent.base_model_prefix,
-            "config_class": config_class,
-        },
-    )
-    # Without exist_ok nothing is registered for a config of transformers' own.
-    AutoModelForTokenClassification.register(config_class, score_class, exist_ok=True)
 
 
 def load_model(
@@ -282,6 +258,11 @@ def load_model(
     config = load_config(path, kind, override_config, trust_remote_code)
     auto = AUTO_CLASSES[kind]
     options = {"config": config, "dtype": dtype, "output_loading_info": True, "trust_remote_code": trust_remote_code}
+    rewards = kind == "score" and is_reward_model(config_entries(path))
+    if rewards:
+        with torch.device("meta"):
+            head = score_head_name(empty_model(config, kind, trust_remote_code))
+        options["key_mapping"] = head_renaming(head)
     if source.shards is None:
         model, info = auto.from_pretrained(source.huggingface, **options)
     else:
@@ -292,15 +273,23 @@ def load_model(
     generation_config = source.huggingface / "generation_config.json"
     if kind == "policy" and generation_config.is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.huggingface)
-    may_miss = tuple(f"{name}." for name in SCORE_HEADS) if kind == "score" and fresh_head else ()
-    missing = [key for key in info["missing_keys"] if not key.startswith(may_miss)]
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, e.g. {sorted(missing)[:3]}")
-    if info["missing_keys"]:
-        logger.info("%s is a language model: the discriminator starts from it with a fresh score head", path)
+    missing = set(info["missing_keys"])
+    if rewards:
+        missing -= settled_bias(path, score_head(model), head, missing)
+    _check_missing(path, model, missing, fresh_head=kind == "score" and fresh_head and not rewards)
     if kind == "policy" and is_tied(config) and not shares_embedding(model):
         raise ValueError(untied_head(path))
     return model
+
+
+def _check_missing(path: str | Path, model: PreTrainedModel, names: Collection[str], fresh_head: bool) -> None:
+    """ValueError if weights were not found, those of a fresh score head apart, which is said."""
+    head = tuple(f"{name}." for name in SCORE_HEADS) if fresh_head else ()
+    missing = sorted(name for name in names if not name.startswith(head))
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[:3]}")
+    if names:
+        logger.info("%s is a language model: the discriminator starts from it with a fresh score head", path)
 
 
 def is_tied(config: PretrainedConfig) -> bool:
@@ -389,16 +378,21 @@ def find_class(config: PretrainedConfig, kind: Kind, trust_remote_code: bool = F
 
 
 def check_labels(path: str | Path) -> None:
-    """ValueError for a token-classification model whose number of labels is not one."""
+    """ValueError for a discriminator or a reward model whose number of labels is not one, and for a reward model of a
+    class whose head is not known."""
+    entries = config_entries(path)
+    refuse_other_rewards(path, entries)
     if not is_discriminator(path):
         return
-    folder = find_model(path).huggingface
-    # The head says it where there is one; a config is silent about its labels if they are two.
-    labels = len(json.loads((folder / "config.json").read_text()).get("id2label") or [None])
-    for file in _weights_beside_config(path):
-        with safe_open(file, framework="pt") as tensors:
-            for name in {f"{head}.weight" for head in SCORE_HEADS} & set(tensors.keys()):
-                labels = tensors.get_slice(name).get_shape()[0]
+    if is_reward_model(entries):
+        labels = labels_of(entries, _weights_beside_config(path))
+    else:
+        # The head says it where there is one; a config is silent about its labels if they are two.
+        labels = len(entries.get("id2label") or [None])
+        for file in _weights_beside_config(path):
+            with safe_open(file, framework="pt") as tensors:
+                for name in {f"{head}.weight" for head in SCORE_HEADS} & set(tensors.keys()):
+                    labels = tensors.get_slice(name).get_shape()[0]
     if labels != 1:
         raise ValueError(
             f"expected a score head with one label, got {labels} labels in {path}; pass a discriminator, or the "

@@ -25,6 +25,7 @@ from verl.trainer.looking_over import create_rl_dataset
 from verl.trainer.ppo.disk import checkpoint_parts
 from verl.trainer.ppo.model_checks import check_device, check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin
+from verl.trainer.ppo.own_tokens import OwnTokens
 from verl.trainer.ppo.ray_trainer import count_steps
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, tracked_step
 from verl.utils.checkpoint.room import Part
@@ -163,6 +164,9 @@ class Preflight:
             return
         look.rows = len(train)
         self._try(stage, lambda: check_tokens(config, tokenizer, [train, val]))
+        own_tokens = self._try(stage, lambda: OwnTokens.of(config, tokenizer))
+        if own_tokens is not None:
+            self._try(stage, lambda: [own_tokens.with_prompts(rows) for rows in (train, val)])
         look.steps = self._try(stage, lambda: count_steps(config, len(train)))
         if not look.models.pending and look.done:
             self._try(stage, lambda: self._refuse_another_run(look))

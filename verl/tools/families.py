@@ -41,8 +41,17 @@ anything starts, and once more on its own weights.
 - **no**: refused before anything starts, for the reason given.
 
 Where transformers has no token-classification class for a family, the discriminator is the family's backbone and a
-linear `score` (`verl.models.loading.register_score_class`). Outside of this package such a critic opens once that
+linear `score` (`verl.models.score_classes.register_score_class`). Outside of this package such a critic opens once that
 function has been called with the class of its config.
+
+A reward model (`...ForSequenceClassification`) with one label is taken as a discriminator with its head; its score is
+that of the last token. A discriminator may be of another family than the student, with a tokenizer of its own
+([the stages](stages.md)).
+
+A model whose code is in its folder is not in the table, and is compared as any other. Its code runs where
+`actor_rollout_ref.model.trust_remote_code` is set, in student and discriminator, and goes into checkpoints and merged
+folders; as a discriminator it gets the same linear `score`, unless its code has a class for
+`AutoModelForTokenClassification`.
 
 | family | policy | discriminator | why not packed |
 |---|---|---|---|

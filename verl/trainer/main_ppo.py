@@ -40,6 +40,7 @@ from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
 from verl.trainer.ppo.disk import check_disk
 from verl.trainer.ppo.ending import end_said, nothing_left, say_end
 from verl.trainer.ppo.origin import Origin, check_same_run
+from verl.trainer.ppo.own_tokens import OwnTokens
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.roles import ResourcePoolManager, Role
 from verl.utils.checkpoint.recovery import clear_up
@@ -115,6 +116,10 @@ class TaskRunner:
         nothing is left to train."""
         trainer = config.trainer
         tokenizer, train, val = look_at(config)
+        own_tokens = OwnTokens.of(config, tokenizer)
+        if own_tokens is not None:
+            with phase("looking at the data as the discriminator reads it"):
+                train, val = (None if rows is None else own_tokens.with_prompts(rows) for rows in (train, val))
         roles = [Role.ActorRollout] + ([Role.Critic] if config.use_critic else [])
         pools = ResourcePoolManager(
             {"global_pool": [trainer.n_gpus_per_node] * trainer.nnodes},
@@ -126,7 +131,7 @@ class TaskRunner:
         runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate)
         resumed = resumed_from(config)
         runner.origin = check_resume(config, len(train), resumed)
-        runner.signals = signals
+        runner.signals, runner.own_tokens = signals, own_tokens
         over = nothing_left(config, runner.total_steps, resumed)
         if over is not None:
             say_end(config, over)

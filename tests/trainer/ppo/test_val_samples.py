@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -135,7 +136,7 @@ def test_two_answers_to_each_of_two_prompts():
         Sample("34", "", "77", 0.0, 1.5, 4.0, 1, "stop"),
         Sample("34", "5", "77", 0.0, 2.0, 4.0, 1, "length"),
     ]
-    bare = Answered(Prompts(*(getattr(prompts, name) for name in Prompts.names()[:-1])), *part[1:3], None)
+    bare = Answered(replace(prompts, raw_prompt=None), *part[1:3], None)
     assert [(row.prompt, row.score, row.teacher_score) for row in validation._samples(bare)] == [
         *[("12", None, None)] * 2, *[("34", None, None)] * 2
     ]  # fmt: skip

@@ -154,7 +154,7 @@ def _judges_tokens(
     if options.judge_model and is_discriminator(options.judge_model):
         raise ValueError(
             f"--judge_model: expected a language model, to which a fresh score head is given, got a discriminator in "
-            f"{folder}, which knows students already; pass a base model or a checkpoint's actor folder"
+            f"{folder}, whose head has learned already; pass a base model or a checkpoint's actor folder"
         )
     refuse_pointers(find_tokenizer(folder))
     if options.judge_model:

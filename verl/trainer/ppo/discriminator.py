@@ -13,6 +13,7 @@ from verl.config.run import Config
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.trainer.ppo.discriminator_balance import DiscriminatorBalance
+from verl.trainer.ppo.own_tokens import OwnTokens
 from verl.trainer.ppo.replay import ReplayBuffer, past_groups
 from verl.trainer.ppo.shares import Shares
 
@@ -26,10 +27,12 @@ class Discriminator:
     Args:
         config: the run's.
         workers: a group of `CriticWorker`.
+        own_tokens: reads answers where the discriminator's tokenizer is not the student's.
     """
 
-    def __init__(self, config: Config, workers: WorkerGroup):
+    def __init__(self, config: Config, workers: WorkerGroup, own_tokens: OwnTokens | None = None):
         self.workers = workers
+        self.own_tokens = own_tokens
         self.scores_from_update = config.critic.ppo_mini_batch_size == config.data.train_batch_size
         self.balance = DiscriminatorBalance(config.critic.balance, config.critic.ppo_epochs)
         self.shares = Shares(config.trainer.ranks, config.trainer.balance_batch, config.critic.ppo_mini_batch_size)
@@ -40,7 +43,11 @@ class Discriminator:
 
     def scores(self, answered: DataProto) -> DataProto:
         """`Scores` of a table's answers and their teachers', as a table."""
-        return self.workers.compute_scores(columns(answered, GROUP_KEYS))
+        return self.workers.compute_scores(self._read(answered)[0])
+
+    def _read(self, answered: DataProto) -> tuple[DataProto, dict[str, float]]:
+        """The groups of a table in the discriminator's tokens, and what became of them on the way."""
+        return (columns(answered, GROUP_KEYS), {}) if self.own_tokens is None else self.own_tokens.groups(answered)
 
     def score_and_learn(
         self, prompts: Prompts, answers: Answers, step: int, timed: Callable
@@ -53,7 +60,7 @@ class Discriminator:
         Returns:
             the scores before the update, and the update's metrics.
         """
-        fresh = columns(table(prompts, answers), GROUP_KEYS)
+        fresh, read = self._read(table(prompts, answers))
         self.replay.check_shapes(fresh)
         mini_batches = len(fresh) // self.shares.mini_batch_size
         past = self._past(mini_batches, step)
@@ -65,7 +72,8 @@ class Discriminator:
             self.replay.add(fresh)
         scores = Scores.of(scores.select_idxs(~is_past))
         self.balance.observe((scores.teacher_scores > scores.student_scores).float().mean().item())
-        return scores, metrics | {"critic/balance/d_acc": self.balance.accuracy, "critic/balance/epochs": epochs}
+        metrics |= {"critic/balance/d_acc": self.balance.accuracy, "critic/balance/epochs": epochs}
+        return scores, metrics | read
 
     def _score_and_train(
         self, rows: DataProto, mini_batches: int, epochs: int, timed: Callable

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from verl.batch import GROUP_KEYS, PROMPT_KEYS, TEACHER_KEYS, table
+from verl.batch import CRITIC_PROMPT_KEYS, GROUP_KEYS, PROMPT_KEYS, TEACHER_KEYS, columns, table
 from verl.config.run import Config
 from verl.protocol import DataProto
 from verl.trainer.ppo.discriminator import Discriminator
@@ -56,7 +56,7 @@ class HeldOutPairs:
         rows = Subset(dataset, range(min(config.critic.held_out_prompts, len(dataset))))
         batches = DataLoader(rows, batch_size=self.batch_size, collate_fn=collate_fn)
         prompts = DataProto.concat([DataProto.from_single_dict(batch) for batch in batches])
-        self.prompts = prompts.select(list(PROMPT_KEYS + TEACHER_KEYS), non_tensor_batch_keys=[])
+        self.prompts = columns(prompts, PROMPT_KEYS + TEACHER_KEYS + CRITIC_PROMPT_KEYS)
         self.fixed: DataProto | None = None
 
     def store(self, step: int) -> None:
@@ -95,7 +95,7 @@ class HeldOutPairs:
     def _answered(self, prompts: DataProto) -> DataProto:
         prompts = DataProto(prompts.batch.clone())
         answers = table(self.student.sample(prompts, self.sampling, self.seed))
-        return prompts.union(answers).select(list(GROUP_KEYS))
+        return columns(prompts.union(answers), GROUP_KEYS + CRITIC_PROMPT_KEYS)
 
     def _scored(self, parts: Iterable[DataProto]) -> DataProto:
         scored = []
@@ -117,4 +117,5 @@ class HeldOutPairs:
         stored = DataProto.from_dict({key: tensor.clone() for key, tensor in load_file(file).items()})
         keys = PROMPT_KEYS + TEACHER_KEYS
         if all(torch.equal(stored.batch[key], self.prompts.batch[key]) for key in keys):
-            self.fixed = stored
+            own = [key for key in CRITIC_PROMPT_KEYS if key in self.prompts.batch]
+            self.fixed = stored.union(columns(self.prompts, own)) if own else stored

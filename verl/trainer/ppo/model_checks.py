@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +20,7 @@ from verl.models.loading import (
     check_files,
     check_head,
     check_labels,
+    config_entries,
     context_length,
     find_class,
     find_tokenizer,
@@ -28,19 +30,68 @@ from verl.models.loading import (
     refuse_discriminator,
 )
 from verl.models.proof import check_class
+from verl.models.reward_models import POOLING, is_reward_model
 from verl.trainer.ppo.discriminator_algos import get_discriminator_loss_fn
+from verl.trainer.ppo.own_tokens import is_other, own_limits
 from verl.utils.checkpoint.whole import refuse_pointers
-from verl.utils.dataset.tokenizer_checks import check_ids
+from verl.utils.dataset.tokenizer_checks import check_ids, check_tokenizer
 from verl.utils.refusals import Findings
 
 logger = logging.getLogger(__name__)
 
 
-def _look_at(model: ModelConfig, kind: Kind, key: str, longest: int) -> PreTrainedTokenizerBase:
-    """Check all that a model's folder tells about its use for rows of `longest` tokens; returns its tokenizer."""
+@dataclass(frozen=True)
+class _Lengths:
+    """Tokens of a prompt and of an answer, and the settings that say so."""
+
+    prompt: int
+    response: int
+    settings: str
+
+    @property
+    def longest(self) -> int:
+        return self.prompt + self.response
+
+
+def _lengths(config: Config) -> _Lengths:
+    data = config.data
+    return _Lengths(data.max_prompt_length, data.max_response_length, "data.max_prompt_length + max_response_length")
+
+
+def _critics_lengths(
+    config: Config, students: PreTrainedTokenizerBase | None, critics: PreTrainedTokenizerBase
+) -> _Lengths:
+    """Those of what the discriminator reads, whose tokenizer is `critics`; None: the student's is not known.
+
+    Raises:
+        ValueError: lengths are given that have no effect, as its tokenizer is the student's.
+    """
+    critic = config.critic
+    if students is not None and is_other(critics, students):
+        limits = own_limits(config)
+        settings = (
+            "critic.max_prompt_length + critic.max_response_length (in the tokens of the discriminator, which has a "
+            "tokenizer of its own; null: twice those of data)"
+        )
+        return _Lengths(limits.prompt, limits.response, settings)
+    given = [name for name in ("max_prompt_length", "max_response_length") if getattr(critic, name) is not None]
+    if students is not None and given:
+        raise ValueError(
+            f"critic.{given[0]}={getattr(critic, given[0])} is for a discriminator with a tokenizer of its own, and "
+            f"that in {critic.model.path} has the student's: leave it out, data.{given[0]} says it"
+        )
+    return _lengths(config)
+
+
+def _tokenizer_of(model: ModelConfig) -> PreTrainedTokenizerBase:
     refuse_pointers(find_tokenizer(model.tokenizer_path or model.path))
     tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
     check_ids(tokenizer)
+    return tokenizer
+
+
+def _look_at(model: ModelConfig, kind: Kind, key: str, lengths: _Lengths, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check all that a model's folder tells about its use for rows of these lengths in its tokenizer's tokens."""
     # The rank that reads the weights compares the contents of a copy in memory itself.
     check_files(model.path, contents=not model.use_shm)
     if kind == "policy":
@@ -49,22 +100,21 @@ def _look_at(model: ModelConfig, kind: Kind, key: str, longest: int) -> PreTrain
         check_labels(model.path)
     config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
     try:
-        _check_context(config, longest)
+        _check_context(config, lengths)
         _check_vocabulary(config, tokenizer)
         model_class = find_class(config, kind, model.trust_remote_code)
-        check_class(ANSWER_MODELS[kind], model_class, config, model.use_remove_padding, longest)
+        check_class(ANSWER_MODELS[kind], model_class, config, model.use_remove_padding, lengths.longest)
         if kind == "policy":
             check_head(model.path, config, model.trust_remote_code)
     except ValueError as error:
         raise ValueError(f"{key}.path={model.path}: {error}") from error
-    return tokenizer
 
 
-def _check_context(config: PretrainedConfig, longest: int) -> None:
+def _check_context(config: PretrainedConfig, lengths: _Lengths) -> None:
     context = context_length(config)
-    if context is not None and longest > context:
+    if context is not None and lengths.longest > context:
         raise ValueError(
-            f"data.max_prompt_length + max_response_length = {longest} is above max_position_embeddings={context}, the "
+            f"{lengths.settings} = {lengths.longest} is above max_position_embeddings={context}, the "
             "model's context: shorten them, or raise override_config.max_position_embeddings of a model with rotary "
             "positions that is to work beyond it"
         )
@@ -131,31 +181,61 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
         FileNotFoundError: a folder holds no model.
         ValueError: a folder is not whole, or the student's holds a discriminator; a model's values would be wrong (see
             `check_class`), its context is shorter than a row, or it has no embedding for a token; a tokenizer makes
-            other ids than its tokenizer.json, or the discriminator's other ones than the student's; or GAD starts
+            other ids than its tokenizer.json, or the discriminator's is none that it can read text with; or GAD starts
             without a warmed-up discriminator.
     """
-    longest = config.data.max_prompt_length + config.data.max_response_length
     findings, tokenizer, other = Findings(), None, None
     with findings.gathered():
-        tokenizer = _look_at(config.actor_rollout_ref.model, "policy", "actor_rollout_ref.model", longest)
+        model = config.actor_rollout_ref.model
+        tokenizer = _tokenizer_of(model)
+        _look_at(model, "policy", "actor_rollout_ref.model", _lengths(config), tokenizer)
     with findings.gathered():
         if config.use_critic:
-            other = _look_at(config.critic.model, "score", "critic.model", longest)
+            model, other = config.critic.model, _tokenizer_of(config.critic.model)
+            _look_at(model, "score", "critic.model", _critics_lengths(config, tokenizer, other), other)
     findings.tell()
     if config.use_critic:
         _check_discriminator(config, tokenizer, other)
     return tokenizer
 
 
+def _check_own_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The discriminator's tokenizer, which is not the student's, can read text for it."""
+    model = config.critic.model
+    check_tokenizer(tokenizer)
+    read = load_config(model.path, "score", model.override_config, model.trust_remote_code)
+    size, last = read.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    if last >= size:
+        # Which tokens the student's answers will have is not known.
+        text = repr(tokenizer.convert_ids_to_tokens(last))
+        raise ValueError(f"critic.model.path={model.path}: {_without_embedding(f'token {text}', last, size)}")
+
+
+def _warn_of_students_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn of a discriminator that is given the student's `tokenizer`, as `tokenizer_path` is handed on, and has
+    another beside it: it may be of another family."""
+    model, students = config.critic.model, config.actor_rollout_ref.model
+    if model.tokenizer_path is None or model.tokenizer_path != students.tokenizer_path or model.path == students.path:
+        return
+    try:
+        own = load_tokenizer(model.path, model.trust_remote_code)
+    except (FileNotFoundError, ValueError):
+        return
+    if own.get_vocab() != tokenizer.get_vocab():
+        logger.warning(
+            "critic.model.tokenizer_path is the student's, %s, and the discriminator in %s has another vocabulary "
+            "beside it: if it is of another family, set critic.model.tokenizer_path=%s, so that it reads with its own",
+            model.tokenizer_path, model.path, model.path,
+        )  # fmt: skip
+
+
 def _check_discriminator(config: Config, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
-    """The discriminator, whose tokenizer is `other`, belongs to the student and has learned where it has to."""
+    """The discriminator, whose tokenizer is `other`, can read what the student writes and has learned where it has
+    to."""
     path = config.critic.model.path
-    if other.get_vocab() != tokenizer.get_vocab() or other.eos_token_id != tokenizer.eos_token_id:
-        raise ValueError(
-            f"the discriminator in {path} has another tokenizer than the student in "
-            f"{config.actor_rollout_ref.model.path} ({len(other)} tokens, EOS {other.eos_token_id}, against "
-            f"{len(tokenizer)}, EOS {tokenizer.eos_token_id}): it would misread the answers; use models of one family"
-        )
+    _warn_of_students_tokenizer(config, other)
+    if is_other(other, tokenizer):
+        _check_own_tokenizer(config, other)
     rewards = not config.trainer.warmup_use_sft and not config.trainer.val_only
     if rewards and config.trainer.critic_warmup == 0 and not is_discriminator(path):
         raise ValueError(
@@ -174,7 +254,8 @@ def _warn_of_other_scoring(config: Config) -> None:
     pooling = settings.pooling or get_discriminator_loss_fn(settings.loss).pooling
     now = {"pooling": pooling, "exclude_eos": settings.exclude_eos}
     model = config.critic.model
-    trained = getattr(load_config(model.path, "score", None, model.trust_remote_code), "discriminator", now)
+    usual = now | {"pooling": POOLING} if is_reward_model(config_entries(model.path)) else now
+    trained = getattr(load_config(model.path, "score", None, model.trust_remote_code), "discriminator", usual)
     differing = [f"{key}={trained[key]}" for key in now if trained[key] != now[key]]
     if differing:
         logger.warning(

@@ -37,6 +37,7 @@ from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.metric_utils import compute_throughout_metrics, compute_timing_metrics
 from verl.trainer.ppo.origin import Origin
+from verl.trainer.ppo.own_tokens import OwnTokens
 from verl.trainer.ppo.rejected import RejectedAnswers
 from verl.trainer.ppo.reward import (
     apply_kl_penalty,
@@ -113,6 +114,8 @@ class RayPPOTrainer:
 
     # What the run began with, which its checkpoints keep; None: they keep nothing of it.
     origin: Origin | None = None
+    # How the discriminator reads answers; None: in the student's tokens.
+    own_tokens: OwnTokens | None = None
     # Those that may end the run; these never arrive.
     signals: RunSignals = RunSignals()
 
@@ -161,7 +164,8 @@ class RayPPOTrainer:
         config, eos_token_ids = self.config, all_eos_token_ids(self.tokenizer, self.config.actor_rollout_ref.model.path)
         ranks = "1 rank" if config.trainer.ranks == 1 else f"{config.trainer.ranks} ranks"
         with phase(f"starting {ranks}"):
-            groups = self.spawn(worker_roles(config, self.role_worker_mapping, self.total_steps, eos_token_ids))
+            ends = eos_token_ids if self.own_tokens is None else (self.own_tokens.eos_token_id,)
+            groups = self.spawn(worker_roles(config, self.role_worker_mapping, self.total_steps, ends))
         actor_rollout, critic = groups[str(Role.ActorRollout)], groups.get(str(Role.Critic))
         check_run_memory(config, actor_rollout.memory_sizes()[0])
         with phase("building models: the student's"):
@@ -172,7 +176,7 @@ class RayPPOTrainer:
         if critic is not None:
             with phase("building models: the discriminator's"):
                 critic.init_model()
-            self.discriminator = Discriminator(config, critic)
+            self.discriminator = Discriminator(config, critic, self.own_tokens)
             files[REPLAY_FILE] = self.discriminator.replay
             if self._measures_held_out():
                 self.held_out = files[HELD_OUT_FILE] = HeldOutPairs(

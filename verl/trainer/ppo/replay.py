@@ -64,7 +64,8 @@ class ReplayBuffer:
             if held != made:
                 raise ValueError(
                     f"the replay buffer holds {key} of shape {held} per prompt, and this run makes {made}: keep "
-                    "rollout.n, data.max_prompt_length and data.max_response_length as they were, or set "
+                    "rollout.n and the lengths (data.max_prompt_length and max_response_length, or those of critic, "
+                    "where the discriminator has a tokenizer of its own) as they were, or set "
                     "critic.replay.capacity=0"
                 )
 

@@ -46,12 +46,13 @@ class ResourcePoolManager:
 
 
 def worker_roles(
-    config: Config, classes: Mapping[Role, type], total_steps: int, eos_token_ids: tuple[int, ...]
+    config: Config, classes: Mapping[Role, type], total_steps: int, critic_eos_token_ids: tuple[int, ...]
 ) -> dict[str, RayClassWithInitArgs]:
     """Each role's worker class (`classes`) with what it is built with.
 
     Args:
         total_steps: of the run; the discriminator's schedule has so many, the actor's those in which it trains.
+        critic_eos_token_ids: what may end an answer in the discriminator's tokens.
     """
     trainer = config.trainer
     common = {"device": trainer.device, "seed": config.data.seed, "collective_timeout": trainer.collective_timeout}
@@ -66,6 +67,6 @@ def worker_roles(
     }
     if config.use_critic:
         roles[str(Role.Critic)] = RayClassWithInitArgs(
-            classes[Role.Critic], config.critic, total_steps=total_steps, eos_token_ids=eos_token_ids, **common
+            classes[Role.Critic], config.critic, total_steps=total_steps, eos_token_ids=critic_eos_token_ids, **common
         )
     return roles

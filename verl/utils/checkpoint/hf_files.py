@@ -39,6 +39,8 @@ class HuggingFaceFiles:
     as_read: dict[str, Any]
     generation_config: bytes | None
     tokenizer: dict[str, bytes]
+    # The model's own, if its config names any.
+    code: dict[str, bytes]
 
     @classmethod
     def read(cls, model: Path, tokenizer: Path, trust_remote_code: bool = False) -> HuggingFaceFiles:
@@ -49,7 +51,14 @@ class HuggingFaceFiles:
             as_read=_entries(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)),
             generation_config=generation.read_bytes() if generation.is_file() else None,
             tokenizer=_tokenizer_files(tokenizer),
+            code=_code(model),
         )
+
+
+def _code(model: Path) -> dict[str, bytes]:
+    if "auto_map" not in json.loads((model / CONFIG).read_text(encoding="utf-8")):
+        return {}
+    return {str(file.relative_to(model)): file.read_bytes() for file in _matching(model, ("*.py", "*/*.py"))}
 
 
 def _tokenizer_files(folder: Path) -> dict[str, bytes]:
@@ -81,7 +90,7 @@ def write_hf_files(
         base: what the model was trained from; None where it came from no folder.
     """
     folder = Path(folder)
-    # Brings the model's own code along, if it has any.
+    # Brings the config's own code along, if it has any.
     model.config.save_pretrained(folder)
     entries = json.loads(model.config.to_json_string()) if base is None else _trained_entries(base, model.config)
     entries["architectures"] = [type(model).__name__]
@@ -99,7 +108,7 @@ def write_hf_files(
     for file in _matching(folder, TOKENIZER_FILES):
         # Another tokenizer's, of an earlier model in the same folder, would be read beside these.
         file.unlink()
-    for name, content in base.tokenizer.items():
+    for name, content in (base.code | base.tokenizer).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 

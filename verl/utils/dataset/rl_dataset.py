@@ -213,7 +213,7 @@ class RLHFDataset(Dataset):
         )
         # What fills the padding is never looked at, so a tokenizer without a pad token does too.
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        cache = Cache(cache_dir)
+        self.cache = cache = Cache(cache_dir)
         rows = open_files(find_files(data_files), cache)
         if turns != "none":
             keys = config.prompt_key, config.response_key
@@ -253,6 +253,10 @@ class RLHFDataset(Dataset):
             "extra_info": row.record.get("extra_info") or {},
         }
         return sample | {"raw_prompt": list(messages)} if self.config.return_raw_chat else sample
+
+    def messages(self, item: int) -> Messages:
+        """The conversation of a row, with its tools."""
+        return self._messages(self.rows[item])
 
     def _messages(self, row: Row) -> Messages:
         return conversation(row.record[self.config.prompt_key], row.record)

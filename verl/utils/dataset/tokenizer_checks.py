@@ -62,6 +62,14 @@ def check_template_kwargs(tokenizer: PreTrainedTokenizerBase, template_kwargs: M
             )
 
 
+def arguments_for(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of arguments made for another model's chat template, those whose names occur in this tokenizer's; another
+    template never is."""
+    kept = {name: value for name, value in template_kwargs.items() if name != "chat_template"}
+    words = set(re.findall(r"\w+", _template(tokenizer, kept)))
+    return {name: value for name, value in kept.items() if name in words}
+
+
 def check_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[tuple[str, str]] = ()) -> None:
     """ValueError if a tokenizer from a folder makes other ids of a text than the tokenizer.json in it.
 
