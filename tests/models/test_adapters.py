@@ -292,6 +292,17 @@ def test_a_relative_base_is_of_the_adapters_folder(base, tmp_path):
     assert load_model(tmp_path / "adapter", "policy").config.hidden_size == 32
 
 
+def test_a_base_of_the_hub_is_named_with_its_commit(base, tmp_path, monkeypatch):
+    commit = "0123456789" * 4
+    text = config_json(adapted(causal_lm()), tmp_path / "hub" / "models--org--name" / "snapshots" / commit)
+    write_peft_folder(tmp_path / "adapter", base, causal_lm())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(text)
+    asked = []
+    monkeypatch.setattr("verl.models.adapter_folders.model_folder", lambda name: asked.append(name) or str(base))
+    assert find_adapter(tmp_path / "adapter").base == str(base)
+    assert asked == [f"org/name@{commit}"]
+
+
 def changed(folder: Path, **entries) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
@@ -360,10 +371,11 @@ def test_settings_make_pefts_config(base):
 def test_a_folders_own_rank_counts(base, tmp_path):
     write_peft_folder(tmp_path, base, causal_lm())
     folder = find_adapter(tmp_path)
-    for chosen in ((), ("lora_rank=4",)):
+    for chosen in ((), ("lora_rank=4", "lora_alpha=12")):
         assert adapters_of(model_settings(tmp_path, *chosen), folder).r == 4
-    with pytest.raises(ValueError, match=r"model.lora_rank=8, and the adapters in .* have rank 4: leave"):
-        adapters_of(model_settings(tmp_path, "lora_rank=8"), folder)
+    said = r"of other settings than model says \(lora_rank=8, not 4; lora_alpha=16, not 12; use_dora=True, not False\)"
+    with pytest.raises(ValueError, match=said):
+        adapters_of(model_settings(tmp_path, "lora_rank=8", "use_dora=True"), folder)
 
 
 def test_without_peft_it_is_said(base, tmp_path, monkeypatch):

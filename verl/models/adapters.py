@@ -63,17 +63,25 @@ def adapters_of(model: ModelConfig, folder: AdapterFolder | None, key: str = "mo
 
     Raises:
         ModuleNotFoundError: PEFT is not installed.
-        ValueError: the folder's adapters are of another kind or another rank than the settings say.
+        ValueError: the folder's adapters are of another kind, or the settings, which name a rank, say something else.
     """
     if folder is None and model.lora_rank == 0:
         return None
     require_peft(f"{key}.lora_rank={model.lora_rank}" if folder is None else f"{key}.path={model.path}, an adapter,")
     if folder is not None:
         config = config_in(folder)
-        if model.lora_rank not in (0, config.r):
+        own = {"lora_rank": config.r} | {
+            name: getattr(config, name) for name in ("lora_alpha", "use_dora", "use_rslora")
+        }
+        others = [
+            f"{name}={getattr(model, name)}, not {value}"
+            for name, value in own.items()
+            if getattr(model, name) != value
+        ]
+        if model.lora_rank and others:
             raise ValueError(
-                f"{key}.lora_rank={model.lora_rank}, and the adapters in {folder.folder}, which the run goes on with, "
-                f"have rank {config.r}: leave {key}.lora_rank out; for adapters of another rank merge these first"
+                f"the run goes on with the adapters in {folder.folder}, which are of other settings than {key} says "
+                f"({'; '.join(others)}): leave {key}.lora_rank out, and theirs count; or merge them first"
             )
         return config
     from peft import LoraConfig

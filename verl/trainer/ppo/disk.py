@@ -73,6 +73,13 @@ def checkpoint_parts(config: Config) -> dict[str, Part]:
     }
 
 
+def merged_parameters(config: Config) -> int:
+    """The parameters of the run's student, merged: more than its checkpoints hold where adapters are trained."""
+    model = config.actor_rollout_ref.model
+    hf = load_config(model.path, "policy", model.override_config, model.trust_remote_code)
+    return count_parameters(hf, "policy", model.trust_remote_code)
+
+
 def _parameters(model: ModelConfig, kind: Kind) -> int:
     config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
     return count_parameters(config, kind, model.trust_remote_code, trained_adapters(model))
