@@ -11,6 +11,7 @@ version = re.search('^__version__ = "(.+)"$', (here / "verl/__init__.py").read_t
 trackers = ["mlflow", "swanlab", "trackio", "wandb"]
 # The site and its search, whose Chinese words jieba finds.
 docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "jieba>=0.42"]
+lora = ["peft>=0.21,<1", "accelerate>=1"]
 test = [
     "pytest",
     "pytest-timeout",
@@ -30,6 +31,7 @@ test = [
     "scikit-learn",
     "markdown-it-py>=3",
     *docs,
+    *lora,
 ]
 extras = {
     "test": test,
@@ -38,6 +40,7 @@ extras = {
     "data": ["datasets", "datasketch", "matplotlib", "openpyxl", "py3langid", "scikit-learn", "scipy"],
     "examples": ["matplotlib"],
     "gpu": ["vllm>=0.26,<0.33"],
+    "lora": lora,
     "trackers": trackers,
     **{name: [name] for name in trackers},
 }

@@ -53,6 +53,18 @@ def test_values_and_gradients_are_autograds(memory, bias, entropy):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_a_frozen_head_has_no_gradient_and_changes_nobody_elses(memory):
+    results = []
+    for frozen in (False, True):
+        hidden, weight, bias, targets = inputs(bias=True)
+        weight.requires_grad_(not frozen)
+        bias.requires_grad_(not frozen)
+        head_log_probs(hidden, weight, bias, targets)[0].sum().backward()
+        results.append(hidden.grad)
+        assert (weight.grad is None) == (bias.grad is None) == frozen
+    assert torch.equal(*results)
+
+
 def test_by_hand():
     """Two tokens of a vocabulary of two, logits (0, log 3): probabilities 1/4 and 3/4."""
     hidden = torch.tensor([[1.0], [1.0]])

@@ -93,7 +93,7 @@ def test_what_a_stage_takes_of_the_disk():
     def need(*settings):
         config = config_of(*settings)
         parts = {"actor": Part(120, kept_of(config.trainer)["actor"])}
-        return disk_need(Look("seqkd", Models("/m", "/m"), config, steps=10, parts=parts))
+        return disk_need(Look("seqkd", Models("/m", "/m"), config, steps=10, parts=parts, merged=10))
 
     assert need("trainer.save_freq=4") == 3 * 120 + 20  # 4, 8, 10
     assert need("trainer.save_freq=1") == 3 * 120 + 20  # two are kept, and a third is being written

@@ -265,9 +265,9 @@ def without(*names: str) -> Callable[[Path], None]:
 BERT, T5 = '{"model_type": "bert"}', '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}'
 MODELS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "adapter": (
-        holding(**{"adapter_config.json": '{"base_model_name_or_path": "O/B"}'}),
+        holding(**{"adapter_config.json": '{"base_model_name_or_path": "/not/there"}'}),
         "",
-        "LoRA adapter and no model: merge it into O/B",
+        "/not/there, is not there: copy it there",
     ),
     "gguf": (holding(**{"m.gguf": "GGUF"}), "", "is GGUF, which is made for inference"),
     "gguf file": (holding(**{"m.gguf": "GGUF"}), "m.gguf", "is GGUF, which is made for inference"),

@@ -62,9 +62,8 @@ def test_no_suggestion_is_better_than_a_wrong_one(typed):
 
 # The keys that a user of verl met refused with a suggestion that was wrong: value, and what is said (None: taken).
 MET = [
-    ("actor_rollout_ref.model.lora_rank", 32, "not there: all weights are trained"),
-    ("actor_rollout_ref.model.lora_rank", 0, None),
-    ("actor_rollout_ref.model.lora_alpha", 16, None),
+    ("actor_rollout_ref.model.lora_adapter_path", "/adapter", "an adapter's folder is given as model.path"),
+    ("actor_rollout_ref.model.lora.rank", 0, None),
     (f"{ROLLOUT}.calculate_log_probs", True, None),
     (f"{ROLLOUT}.enable_prefix_caching", True, None),
     (f"{ROLLOUT}.enable_prefix_caching", False, "always on"),
@@ -161,7 +160,9 @@ def test_what_has_no_effect_is_said_and_what_is_refused_is_listed(caplog):
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert f"{ROLLOUT}.mode: no effect here: " in said and "trainer.use_legacy_worker_impl: no effect here: " in said
     with pytest.raises(ConfigError) as caught:
-        compose_config([*REQUIRED, "actor_rollout_ref.model.lora_rank=32", "actor.optim.lr=1e-6", "trainer.nnodes=no"])
+        compose_config(
+            [*REQUIRED, "actor_rollout_ref.model.lora_adapter_path=/x", "actor.optim.lr=1e-6", "trainer.nnodes=no"]
+        )
     assert len(caught.value.problems) == 3
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.adapters import adapted
 from tests.tiny import byte_tokenizer
 from tests.vllm.tiny_engine import (
     EOS,
@@ -28,6 +29,7 @@ from tests.vllm.tiny_engine import (
 )
 from verl.batch import student_rows
 from verl.models.answer_models import PolicyModel
+from verl.models.sharding import full_parameters
 from verl.workers.rollout import get_rollout_class
 
 pytestmark = pytest.mark.vllm
@@ -182,6 +184,16 @@ def test_a_push_must_be_exactly_the_models_parameters(engine, model, change, mes
     engine.push_weights(iter(weights))
     data = prompts(LENGTHS)
     assert real_tokens(engine.generate(data, GREEDY, seed=0)) == greedy_answers(model, data)
+
+
+def test_a_push_of_a_model_with_adapters_is_of_merged_weights(engine, model):
+    data = prompts(LENGTHS)
+    before = greedy_answers(model, data)
+    adapted(model)
+    expected = greedy_answers(model, data)
+    assert expected != before, "the adapters change nothing"
+    engine.push_weights(full_parameters(model))
+    assert real_tokens(engine.generate(data, GREEDY, seed=0)) == expected
 
 
 def test_sleep_drops_the_weights(engine, model):

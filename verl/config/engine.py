@@ -2,12 +2,13 @@
 
 from typing import Any, Literal
 
-from verl.config.base import AtLeastMinusOne, BelowOne, Finite, Fraction, Positive, PositiveFloat, settings
+from verl.config.base import AtLeastMinusOne, BelowOne, Count, Finite, Fraction, Positive, PositiveFloat, settings
 
 
 @settings
 class ModelConfig:
-    """A model folder (Hugging Face, or a checkpoint's `actor` or `critic`) and how to run it."""
+    """A model folder (Hugging Face, a checkpoint's `actor` or `critic`, or a PEFT adapter's), how to run it, and the
+    adapters that are trained in place of its weights, if `lora_rank` is above 0."""
 
     path: str
     tokenizer_path: str | None
@@ -17,6 +18,12 @@ class ModelConfig:
     recompute_share: Fraction
     use_remove_padding: bool
     override_config: dict[str, Any]
+    lora_rank: Count
+    lora_alpha: Positive
+    target_modules: str | list[str]
+    exclude_modules: str | list[str] | None
+    use_dora: bool
+    use_rslora: bool
 
 
 @settings

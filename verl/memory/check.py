@@ -7,6 +7,7 @@ from verl.config.run import Config
 from verl.memory.estimate import RunSettings, check_memory
 from verl.models.loading import Kind, load_config
 from verl.models.shape import ModelShape
+from verl.models.sharding import trained_adapters
 
 
 def check_run_memory(config: Config, sizes: tuple[int, int] | None) -> None:
@@ -37,4 +38,4 @@ def run_settings(config: Config) -> RunSettings:
 
 def _shape(model: ModelConfig, kind: Kind) -> ModelShape:
     config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
-    return ModelShape.of(config, kind, model.trust_remote_code)
+    return ModelShape.of(config, kind, model.trust_remote_code, trained_adapters(model))

@@ -1,24 +1,26 @@
 """An estimate of the memory a run will need, from its settings and the sizes of its models, before it starts.
 
 The estimate covers the tensors that are large and whose size is known in advance. N is a model's number of parameters,
-b the bytes of a number in the type it computes in (2 for bf16), S the tokens of the largest possible micro-batch.
+T of trained ones (N, or with adapters these and a score head), b the bytes of a number in the type it computes in (2
+for bf16), S the tokens of the largest possible micro-batch.
 
 | set | bytes on each GPU | there while |
 |---|---|---|
-| master weights, fp32 | 4 N / ranks | at work; always, without param_offload |
-| AdamW's two moments, fp32 | 8 N / ranks | updated; always, without optimizer_offload |
-| gradients, fp32 | 4 N / ranks; 4 N with sync_gradients_once and several micro-batches | updated |
+| weights, fp32 if trained | (4 T + b (N - T)) / ranks | at work; always, without param_offload |
+| AdamW's two moments, fp32 | 8 T / ranks | updated; always, without optimizer_offload |
+| gradients, fp32 | 4 T / ranks; 4 T with sync_gradients_once and several micro-batches | updated |
 | gathered layers and their gradients | see `_gathered` | updated |
 | activations | S times `layer_bytes_per_token` of each layer | updated |
 | logits | a chunk, at most CHUNK_BYTES | the actor is updated |
-| reference | b N / ranks | reference log-probs are computed; always, without param_offload |
+| reference (none with adapters) | b N / ranks | reference log-probs are computed; always, without param_offload |
 | vLLM's weights and KV cache | gpu_memory_utilization of the card | generating; always, without free_cache_engine |
 | CUDA, NCCL, cuBLAS, fragments | OVERHEAD_BYTES | always |
 
 In the memory of each machine are offloaded weights and states, and with `trainer.async_save` a copy of what checkpoints
-hold: 12 N bytes, N / ranks of it for each rank there.
+hold: 12 T bytes, T / ranks of it for each rank there.
 
-The forward passes without gradients need less than the update that follows them, and are left out.
+The forward passes without gradients need less than the update that follows them, and are left out, and so is what
+adapters keep beside the activations: some ranks of numbers per token and layer, and with DoRA their layers' outputs.
 """
 
 from __future__ import annotations
@@ -192,10 +194,10 @@ def _resting(run: RunSettings, actor: ModelShape, critic: ModelShape | None) -> 
     policy_settings, parts = run.actor_rollout_ref, {}
     for name, shape, fsdp in _trained(run, actor, critic):
         if not fsdp.param_offload:
-            parts[f"{name}'s weights"] = MASTER * shape.parameters / run.ranks
+            parts[f"{name}'s weights"] = _weights(shape, fsdp) / run.ranks
         if not fsdp.optimizer_offload:
-            parts[f"{name}'s optimizer states"] = MOMENTS * shape.parameters / run.ranks
-    if run.use_reference and not policy_settings.ref.fsdp_config.param_offload:
+            parts[f"{name}'s optimizer states"] = MOMENTS * shape.trained / run.ranks
+    if run.use_reference and not actor.frozen and not policy_settings.ref.fsdp_config.param_offload:
         parts["reference's weights"] = _reference(run, actor)
     return parts
 
@@ -207,6 +209,10 @@ def _trained(
     if critic is not None:
         trained.append(("critic", critic, run.critic.model.fsdp_config))
     return trained
+
+
+def _weights(shape: ModelShape, fsdp: FSDPConfig) -> float:
+    return MASTER * shape.trained + _itemsize(fsdp.dtype) * shape.frozen
 
 
 def _reference(run: RunSettings, actor: ModelShape) -> float:
@@ -274,10 +280,10 @@ def _update(
 ) -> Sizes:
     """The memory that an update adds to what rests on the GPU, with weights and states that came from the host."""
     return {
-        f"{name}'s weights": MASTER * shape.parameters / run.ranks,
-        f"{name}'s optimizer states": MOMENTS * shape.parameters / run.ranks,
+        f"{name}'s weights": _weights(shape, fsdp) / run.ranks,
+        f"{name}'s optimizer states": MOMENTS * shape.trained / run.ranks,
         # With several micro-batches every rank sums its own, whole, and shares them out layer by layer at the end.
-        f"{name}'s gradients": GRADIENT * shape.parameters / (1 if several and fsdp.sync_gradients_once else run.ranks),
+        f"{name}'s gradients": GRADIENT * shape.trained / (1 if several and fsdp.sync_gradients_once else run.ranks),
         "gathered layers": _gathered(shape, fsdp),
         f"activations of {tokens} tokens": tokens * _activations(shape, fsdp, model),
     }
@@ -286,10 +292,12 @@ def _update(
 def _gathered(shape: ModelShape, fsdp: FSDPConfig) -> float:
     """Gathered weights in compute type: two layers (one at work, one on its way) and what is outside the layers, or
     everything without reshard_after_forward. Their gradients: of what is outside the layers and of one layer, the
-    latter once more in fp32."""
+    latter once more in fp32; with adapters, of one layer's alone."""
     b = _itemsize(fsdp.dtype)
     outside = shape.parameters - shape.layers * shape.layer_parameters
     weights = 2 * shape.layer_parameters + outside if fsdp.reshard_after_forward else shape.parameters
+    if shape.frozen:
+        return b * weights + (b + GRADIENT) * shape.trained / max(1, shape.layers)
     return b * (weights + outside) + (b + GRADIENT) * shape.layer_parameters
 
 
@@ -306,12 +314,12 @@ def _host(run: RunSettings, actor: ModelShape, critic: ModelShape | None) -> Siz
     here, parts = run.ranks_per_machine / run.ranks, {}
     for name, shape, fsdp in _trained(run, actor, critic):
         if fsdp.param_offload:
-            parts[f"{name}'s weights"] = MASTER * shape.parameters * here
+            parts[f"{name}'s weights"] = _weights(shape, fsdp) * here
         if fsdp.optimizer_offload:
-            parts[f"{name}'s optimizer states"] = MOMENTS * shape.parameters * here
+            parts[f"{name}'s optimizer states"] = MOMENTS * shape.trained * here
         if run.async_save:
-            parts[f"copy of the {name} for checkpoints"] = (MASTER + MOMENTS) * shape.parameters * here
-    if run.use_reference and run.actor_rollout_ref.ref.fsdp_config.param_offload:
+            parts[f"copy of the {name} for checkpoints"] = (MASTER + MOMENTS) * shape.trained * here
+    if run.use_reference and not actor.frozen and run.actor_rollout_ref.ref.fsdp_config.param_offload:
         parts["reference's weights"] = _reference(run, actor) * run.ranks_per_machine
     parts["reading a model"] = MASTER * max(shape.parameters for _, shape, _ in _trained(run, actor, critic))
     return parts

@@ -17,6 +17,7 @@ from verl.models.loading import is_discriminator
 from verl.monitor.report.provenance import read_record
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.checkpoint_manager import ORIGIN_FILE, STATE_FILE
+from verl.utils.checkpoint.whole import ADAPTER_CONFIG
 from verl.utils.command_line import called_as
 from verl.utils.hub import SCHEME
 
@@ -67,19 +68,29 @@ def write_card(folder: Path, local_dir: Path, name: str | None = None, judge: Pa
     if file.is_file() and MARK not in file.read_text(encoding="utf-8", errors="replace"):
         return False
     score = is_discriminator(folder if (folder / "config.json").is_file() else local_dir.expanduser())
-    text = card_of(local_dir, name or folder.resolve().name, score, judge)
+    entries = _entries(folder / ADAPTER_CONFIG)
+    adapter, revision = entries.get("base_model_name_or_path"), entries.get("revision")
+    if adapter and revision:
+        adapter = f"{adapter}@{revision}"
+    text = card_of(local_dir, name or folder.resolve().name, score, judge, adapter)
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
     return True
 
 
-def card_of(local_dir: Path, name: str, score: bool, judge: Path | None = None) -> str:
-    """The card's text, of a discriminator if it is to `score`; see `write_card`."""
+def card_of(local_dir: Path, name: str, score: bool, judge: Path | None = None, adapter: str | None = None) -> str:
+    """The card's text, of a discriminator if it is to `score`, of an adapter beside the base that `adapter` names; see
+    `write_card`."""
     local_dir = behind_best(local_dir.expanduser().absolute())
     stages, base = trace(local_dir)
     verdict = read_judge(find_judge(local_dir) if judge is None else judge)
-    parts = [_head(base, score, stages), MARK, f"# {name.rpartition('/')[2]}", _summary(base, stages, score)]
-    parts += [_usage(name, score), _training(stages)] if stages else [_usage(name, score)]
+    parts = [
+        _head(base, score, stages, "peft" if adapter else "transformers"),
+        MARK,
+        f"# {name.rpartition('/')[2]}",
+        _summary(base, stages, score),
+    ]
+    parts += [_usage(name, score, adapter), *([_training(stages)] if stages else [])]
     parts += [] if verdict is None else [_judged(verdict)]
     return "\n\n".join(parts) + "\n"
 
@@ -125,8 +136,8 @@ def _last_name(where: str) -> str:
 # Its parts
 
 
-def _head(base: str | None, score: bool, stages: list[Stage]) -> str:
-    lines = ["library_name: transformers", *([] if score else ["pipeline_tag: text-generation"])]
+def _head(base: str | None, score: bool, stages: list[Stage], library: str) -> str:
+    lines = [f"library_name: {library}", *([] if score else ["pipeline_tag: text-generation"])]
     if base is not None and HUB_MODEL.fullmatch(base):
         lines.append(f"base_model: {base.partition('@')[0]}")
     tags = ["distillation", "verl", *dict.fromkeys(stage.name.lower() for stage in stages)]
@@ -141,12 +152,17 @@ def _summary(base: str | None, stages: list[Stage], score: bool) -> str:
     return f"{what}: {path}." if stages else f"{what}."
 
 
-def _usage(name: str, score: bool) -> str:
+def _usage(name: str, score: bool, adapter: str | None) -> str:
     auto = "AutoModelForTokenClassification" if score else "AutoModelForCausalLM"
     lines = [f"from transformers import {auto}, AutoTokenizer", ""]
-    lines += [
-        f'{kind} = {cls}.from_pretrained("{name}")' for kind, cls in (("model", auto), ("tokenizer", "AutoTokenizer"))
-    ]
+    if adapter:
+        lines.insert(0, "from peft import PeftModel")
+        labels = ", num_labels=1" if score else ""
+        lines.append(f'base = {auto}.from_pretrained("{_last_name(adapter).partition("@")[0]}"{labels})')
+        lines.append(f'model = PeftModel.from_pretrained(base, "{name}")')
+    else:
+        lines.append(f'model = {auto}.from_pretrained("{name}")')
+    lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{name}")')
     return "\n".join(["## Use", "", "```python", *lines, "```"])
 
 

@@ -11,7 +11,7 @@ from verl.utils.command_line import called_as, wide_formatter
 from verl.utils.console import printable
 from verl.utils.refusals import text_of
 
-DEFAULT_DTYPE = "bfloat16"
+DEFAULT_DTYPE, ADAPTER_DTYPE = "bfloat16", "float32"
 DTYPES = (DEFAULT_DTYPE, "float16", "float32")
 
 EXAMPLES = """\
@@ -55,8 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
     merge_command.add_argument(
         "--dtype",
         choices=DTYPES,
-        default=DEFAULT_DTYPE,
-        help="of the weights to write (default: %(default)s); training keeps float32",
+        help=f"of the weights to write (default: {DEFAULT_DTYPE}, with --adapter {ADAPTER_DTYPE}); trained in float32",
+    )
+    merge_command.add_argument(
+        "--adapter", action="store_true", help="write the trained adapters alone, as a PEFT folder, without their base"
     )
     test_command.add_argument("--dtype", choices=DTYPES, help="that the folder must have (default: whichever it has)")
     _add_publishing(merge_command.add_argument_group("the hub"))
@@ -100,6 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _merge(options: argparse.Namespace) -> None:
     import torch
 
+    from verl.model_merger.adapters import refuse_local_base, write_adapters
     from verl.model_merger.card import find_judge, read_judge
     from verl.model_merger.merger import merge
     from verl.model_merger.upload import prepare_upload, upload
@@ -117,20 +120,28 @@ def _merge(options: argparse.Namespace) -> None:
     if options.card_only:
         return _write_card(options, target)
     if repository is not None:
+        if options.adapter:
+            refuse_local_base(options.local_dir)
         prepare_upload(repository, options.private)
-    merge(
-        options.local_dir,
-        target,
-        options.is_value_model,
-        options.trust_remote_code,
-        options.hf_model_path,
-        getattr(torch, options.dtype),
-    )
-    _say(f"wrote {target}: {weights_in(target)}")
+    if options.adapter:
+        written = write_adapters(
+            options.local_dir, target, options.trust_remote_code, getattr(torch, options.dtype or ADAPTER_DTYPE)
+        )
+        _say(f"wrote {target}: {written}")
+    else:
+        merge(
+            options.local_dir,
+            target,
+            options.is_value_model,
+            options.trust_remote_code,
+            options.hf_model_path,
+            getattr(torch, options.dtype or DEFAULT_DTYPE),
+        )
+        _say(f"wrote {target}: {weights_in(target)}")
     if repository is not None:
         _write_card(options, target)
         _say(f"uploaded to {upload(target, repository)}")
-    elif not is_discriminator(target):
+    elif not options.adapter and not is_discriminator(target):
         _say(f"for llama.cpp, with its own converter: python convert_hf_to_gguf.py {shlex.quote(str(target))}")
 
 
@@ -144,8 +155,10 @@ def _write_card(options: argparse.Namespace, target: Path) -> None:
 def _test(options: argparse.Namespace) -> None:
     import torch
 
+    from verl.model_merger.adapters import adapter_dtype
     from verl.model_merger.merger import compare
     from verl.model_merger.written import name_of, stored_dtype
+    from verl.utils.checkpoint.whole import ADAPTER_CONFIG
 
     count = compare(
         options.local_dir,
@@ -155,7 +168,8 @@ def _test(options: argparse.Namespace) -> None:
         options.hf_model_path,
         None if options.dtype is None else getattr(torch, options.dtype),
     )
-    stored = name_of(stored_dtype(Path(options.test_hf_dir)))
+    folder = Path(options.test_hf_dir)
+    stored = name_of(adapter_dtype(folder) if (folder / ADAPTER_CONFIG).is_file() else stored_dtype(folder))
     _say(f"{count} tensors are equal in {stored}, to the bit: those of training, rounded once")
 
 

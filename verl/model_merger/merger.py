@@ -1,4 +1,5 @@
-"""Merging a checkpoint's `actor` or `critic` folder into one Hugging Face folder, and checking the result."""
+"""Merging a checkpoint's `actor` or `critic` folder, or adapters and their base, into one Hugging Face folder, and
+checking the result."""
 
 from __future__ import annotations
 
@@ -7,18 +8,20 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from verl.model_merger.adapters import compare_adapters, refuse_the_other_kind
 from verl.model_merger.classic import compare_classic, find_huggingface, merge_classic
 from verl.model_merger.written import name_of, open_to_readers, refuse_overflow, stored_dtype
 from verl.models.loading import Kind, find_model, hf_files, is_discriminator, load_model, load_tokenizer
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.classic import is_classic
 from verl.utils.checkpoint.hf_files import write_hf_files
-from verl.utils.checkpoint.whole import FSDP_CONFIG, check_huggingface, how_it_was_trained
+from verl.utils.checkpoint.whole import ADAPTER_CONFIG, FSDP_CONFIG, check_huggingface, how_it_was_trained
 
 
 def _checkpoint_kind(local_dir: Path, is_value_model: bool) -> Kind:
     """A critic's config names the class it was trained as."""
-    if find_model(local_dir).shards is None:
+    source = find_model(local_dir)
+    if source.shards is None and source.adapter is None:
         raise ValueError(f"{local_dir} is a Hugging Face folder already; give a checkpoint's actor or critic folder")
     if is_value_model and not is_discriminator(local_dir):
         raise ValueError(f"--is-value-model was given, but {local_dir} holds a language model")
@@ -35,8 +38,16 @@ def load_checkpoint_model(
     local_dir = Path(local_dir)
     kind = _checkpoint_kind(local_dir, is_value_model)
     if dtype is None:
-        dtype = _computed_in(local_dir / FSDP_CONFIG)
+        dtype = _computed_in(local_dir / FSDP_CONFIG) if (local_dir / FSDP_CONFIG).is_file() else _of_base(local_dir)
     return load_model(local_dir, kind, trust_remote_code=trust_remote_code, dtype=dtype)
+
+
+def _of_base(folder: Path) -> torch.dtype:
+    """The type of the weights that an adapter of elsewhere belongs to."""
+    base = find_model(find_model(folder).adapter.base)
+    if base.shards is None:
+        return stored_dtype(base.huggingface)
+    return _computed_in(base.shards.parent / FSDP_CONFIG)
 
 
 def _computed_in(file: Path) -> torch.dtype:
@@ -57,7 +68,8 @@ def merge(
 ) -> Path:
     """Write the checkpoint in `local_dir` to `target_dir` as safetensors with config and tokenizer.
 
-    Weights are rounded once, from the fp32 of training to `dtype`; left out, to what training computed in.
+    Weights are rounded once, from the fp32 of training to `dtype`; left out, to what training computed in. Adapters are
+    added to their base in `dtype`, summed in fp32: so the engine had them, where that is what it computed in.
     A folder of verl's classic trainer (`model_world_size_W_rank_R.pt`) is merged too, with config and tokenizer of
     `hf_model_path` where it has none.
 
@@ -72,6 +84,7 @@ def merge(
     if is_classic(local_dir):
         huggingface = find_huggingface(local_dir, hf_model_path)
         return merge_classic(local_dir, Path(target_dir), huggingface, is_value_model, trust_remote_code, dtype)
+    refuse_the_other_kind(Path(target_dir), adapter=False)
     model = load_checkpoint_model(local_dir, is_value_model, trust_remote_code, dtype)
     tokenizer = load_tokenizer(local_dir, trust_remote_code)
     base = hf_files(local_dir, trust_remote_code=trust_remote_code)
@@ -109,6 +122,8 @@ def compare(
         ValueError: names the tensors that differ or are missing, or the type that is another.
     """
     local_dir, test_hf_dir = behind_best(Path(local_dir).expanduser()), Path(test_hf_dir)
+    if (test_hf_dir / ADAPTER_CONFIG).is_file():
+        return compare_adapters(local_dir, test_hf_dir, dtype)
     check_huggingface(test_hf_dir)
     stored = stored_dtype(test_hf_dir)
     if dtype not in (None, stored):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,11 +23,6 @@ def no_model(folder: Path) -> str:
     if not folder.is_dir():
         return f"model folder {folder} does not exist: give a local Hugging Face or checkpoint folder"
     names = sorted(file.name for file in folder.iterdir())
-    if "adapter_config.json" in names:
-        return (
-            f"{folder} holds a LoRA adapter and no model: merge it into {_base_of(folder)} (in peft, "
-            "merge_and_unload), save that with its tokenizer, and give the folder"
-        )
     if any(name.endswith(".gguf") for name in names):
         return _gguf(folder)
     steps = {int(match[1]): name for name in names if (match := STEP.fullmatch(name))}
@@ -57,13 +51,6 @@ def _gguf(path: Path) -> str:
         f"{path} is GGUF, which is made for inference and cannot be trained: give the Hugging Face folder "
         "(config.json, .safetensors) that it was converted from"
     )
-
-
-def _base_of(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
-    except (ValueError, LookupError, TypeError):
-        return "its base model"
 
 
 def refuse_quantized(folder: Path, entries: Mapping[str, Any]) -> None:

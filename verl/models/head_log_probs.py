@@ -74,8 +74,9 @@ class _HeadLogProbs(torch.autograd.Function):
             known = (targets[part], log_sums[part], entropies[part], grad_log_probs[part], grad_entropies[part])
             logits = _on(logits, _gradient)(logits, *known, _part(ctx.scale, part), ctx.with_entropy)
             torch.mm(logits, weight, out=grad_hidden[part])
-            grad_weight = _sum_of_chunks(grad_weight, logits.T @ hidden[part], last=part.stop >= len(hidden))
-            if bias is not None:
+            if ctx.needs_input_grad[1]:
+                grad_weight = _sum_of_chunks(grad_weight, logits.T @ hidden[part], last=part.stop >= len(hidden))
+            if ctx.needs_input_grad[2]:
                 grad_bias = _sum_of_chunks(grad_bias, logits.sum(0), last=part.stop >= len(hidden))
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 

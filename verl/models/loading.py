@@ -1,4 +1,5 @@
-"""Finding and loading models: a Hugging Face folder, or a checkpoint's `actor`/`critic` folder as training wrote it."""
+"""Finding and loading models: a Hugging Face folder, a checkpoint's `actor`/`critic` folder as training wrote it, or a
+folder of adapters, of which the merged model is loaded."""
 
 from __future__ import annotations
 
@@ -25,6 +26,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
+from verl.models.adapter_folders import AdapterFolder, find_adapter
+from verl.models.adapters import add_adapters, config_in, load_adapters, merge_adapters
 from verl.models.answer_models import SCORE_HEADS, score_head, score_head_name
 from verl.models.folders import no_model, refuse_no_tokenizer, refuse_quantized, told_of
 from verl.models.reward_models import head_renaming, is_reward_model, labels_of, refuse_other_rewards, settled_bias
@@ -51,20 +54,27 @@ def quiet_transformers() -> None:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The folders of a model's Hugging Face files and, if it is a checkpoint's, of its sharded weights."""
+    """The folders of a model's Hugging Face files and, if it is a checkpoint's, of its sharded weights; or adapters,
+    with the rest of the weights in their base."""
 
     huggingface: Path
     shards: Path | None
+    adapter: AdapterFolder | None = None
 
 
 def find_model(path: str | Path) -> ModelSource:
-    """Tell a Hugging Face folder from a checkpoint folder.
+    """Tell a Hugging Face folder from a checkpoint folder, and both from a folder of adapters.
 
     Raises:
         FileNotFoundError: the folder is neither; says what was looked for, and what to pass instead where that can be
-            seen (a whole `global_step_N` folder, or one of verl's classic trainer, which has to be merged first).
+            seen (a whole `global_step_N` folder, or one of verl's classic trainer, which has to be merged first). Or
+            the base of adapters is not there.
+        ValueError: the folder of adapters is damaged (see `find_adapter`).
     """
     folder = behind_best(Path(path).expanduser())
+    adapter = find_adapter(folder)
+    if adapter is not None:
+        return ModelSource(adapter.huggingface or find_model(adapter.base).huggingface, None, adapter)
     if (folder / "huggingface" / "config.json").is_file() and (folder / MODEL_FOLDER).is_dir():
         return ModelSource(folder / "huggingface", folder / MODEL_FOLDER)
     if (folder / "config.json").is_file():
@@ -77,18 +87,28 @@ def find_model(path: str | Path) -> ModelSource:
     raise FileNotFoundError(no_model(folder))
 
 
+def base_of(path: str | Path) -> str | Path:
+    """The folder that most of a model's weights are in: that of the base of adapters, else this one."""
+    adapter = find_model(path).adapter
+    return path if adapter is None else adapter.base
+
+
 def check_files(path: str | Path, contents: bool = True) -> None:
     """See that a model folder is whole before it is used.
 
     Of a checkpoint's folder, shards are counted and everything that a model is read from is compared with its
     checksums, once per process; `contents=False` leaves the contents out. Of a Hugging Face folder, the weights that it
-    names have to be there, and whole by their own account.
+    names have to be there, and whole by their own account. Of adapters both are asked, and of their base.
 
     Raises:
         FileNotFoundError, ValueError: names the file that is missing, damaged, not this checkpoint's or a Git LFS
             pointer.
     """
     source = find_model(path)
+    if source.adapter is not None:
+        source.adapter.check(contents)
+        check_files(source.adapter.base, contents)
+        return
     refuse_quantized(source.huggingface, config_entries(path))
     if source.shards is None:
         check_huggingface(source.huggingface)
@@ -122,9 +142,9 @@ def config_entries(path: str | Path) -> dict[str, Any]:
 
 def is_discriminator(path: str | Path) -> bool:
     """Whether the folder's model has a score head already: a discriminator's or a reward model's."""
-    config = config_entries(path)
-    names = config.get("architectures") or []
-    return any(name.endswith("ForTokenClassification") for name in names) or is_reward_model(config)
+    adapter, config = find_model(path).adapter, config_entries(path)
+    heads = any(name.endswith("ForTokenClassification") for name in config.get("architectures") or [])
+    return heads or is_reward_model(config) or (adapter is not None and adapter.scores)
 
 
 def refuse_discriminator(path: str | Path) -> None:
@@ -241,8 +261,8 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     fresh_head: bool = True,
 ) -> PreTrainedModel:
-    """The whole model on CPU. A language model read as a discriminator gets a fresh score head, unless `fresh_head` is
-    false.
+    """The whole model on CPU, adapters merged. A language model read as a discriminator gets a fresh score head, unless
+    `fresh_head` is false.
 
     Raises:
         FileNotFoundError, ValueError: the folder is not whole (`check_files`), or a discriminator is to be a language
@@ -253,6 +273,8 @@ def load_model(
     if kind == "policy":
         refuse_discriminator(path)
     source = find_model(path)
+    if source.adapter is not None:
+        return _merged(path, source.adapter, kind, override_config, trust_remote_code, dtype, fresh_head)
     if kind == "score":
         check_labels(path)
     config = load_config(path, kind, override_config, trust_remote_code)
@@ -292,6 +314,27 @@ def _check_missing(path: str | Path, model: PreTrainedModel, names: Collection[s
         logger.info("%s is a language model: the discriminator starts from it with a fresh score head", path)
 
 
+def _merged(
+    path: str | Path,
+    adapter: AdapterFolder,
+    kind: Kind,
+    override_config: Mapping[str, Any] | None,
+    trust_remote_code: bool,
+    dtype: torch.dtype,
+    fresh_head: bool,
+) -> PreTrainedModel:
+    """`load_model` of a folder of adapters: base and adapters as one plain model, with the config of the latter."""
+    fresh_head |= adapter.scores
+    model = load_model(adapter.base, kind, override_config, trust_remote_code, dtype, fresh_head)
+    add_adapters(model, config_in(adapter))
+    load_adapters(model, adapter)
+    merge_adapters(model)
+    own = load_config(path, kind, override_config, trust_remote_code)
+    if hasattr(own, "discriminator"):
+        model.config.discriminator = own.discriminator
+    return model
+
+
 def is_tied(config: PretrainedConfig) -> bool:
     """Whether the config says that the LM head is the embedding."""
     return bool(config.get_text_config().tie_word_embeddings)
@@ -315,7 +358,7 @@ def untied_head(path: str | Path) -> str:
 def check_head(path: str | Path, config: PretrainedConfig, trust_remote_code: bool = False) -> None:
     """ValueError if the config says that the LM head is the embedding, and the folder's weights have another head under
     its name. `load_model` finds heads under other names."""
-    files = _weights_beside_config(path)
+    files = _weights_beside_config(base_of(path))
     if not is_tied(config) or not files:
         return
     with torch.device("meta"):
@@ -380,6 +423,7 @@ def find_class(config: PretrainedConfig, kind: Kind, trust_remote_code: bool = F
 def check_labels(path: str | Path) -> None:
     """ValueError for a discriminator or a reward model whose number of labels is not one, and for a reward model of a
     class whose head is not known."""
+    path = base_of(path)
     entries = config_entries(path)
     refuse_other_rewards(path, entries)
     if not is_discriminator(path):

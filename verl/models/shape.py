@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PretrainedConfig
 
+from verl.models.adapters import add_adapters
 from verl.models.layers import decoder_layers
 from verl.models.loading import Kind, empty_model
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
-def count_parameters(config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False) -> int:
-    """The parameters of the model that `config` describes, tied ones once; it is built without memory for weights."""
+
+def count_parameters(
+    config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False, adapters: LoraConfig | None = None
+) -> int:
+    """The trained parameters of the model that `config` describes, tied ones once: all, or with `adapters` these and a
+    score head. It is built without memory for weights."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in empty_model(config, kind, trust_remote_code).parameters())
+        hf = empty_model(config, kind, trust_remote_code)
+        if adapters is not None:
+            add_adapters(hf, adapters)
+    return sum(parameter.numel() for parameter in hf.parameters() if parameter.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,23 @@ class ModelShape:
     head_dim: int
     vocabulary: int
     normed_heads: bool  # queries and keys are normalised once more
+    frozen: int = 0  # of the parameters, beside adapters, which are among them
+
+    @property
+    def trained(self) -> int:
+        """Parameters that have gradients and optimizer states."""
+        return self.parameters - self.frozen
 
     @classmethod
-    def of(cls, config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False) -> ModelShape:
-        """The sizes of the model that `config` describes, which is built without memory for its weights."""
+    def of(
+        cls, config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False, adapters: LoraConfig | None = None
+    ) -> ModelShape:
+        """The sizes of the model that `config` describes, with `adapters` if it has some; it is built without memory
+        for its weights."""
         with torch.device("meta"):
             hf = empty_model(config, kind, trust_remote_code)
+            if adapters is not None:
+                add_adapters(hf, adapters)
         text = config.get_text_config()
         layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(hf)]
         return cls(
@@ -52,6 +74,7 @@ class ModelShape:
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             vocabulary=text.vocab_size,
             normed_heads=any("q_norm" in name for name, _ in hf.named_parameters()),
+            frozen=0 if adapters is None else sum(p.numel() for p in hf.parameters() if not p.requires_grad),
         )
 
 
@@ -84,9 +107,11 @@ def attention_flops(layers: int, width: int, lengths: Iterable[int], repeated: I
 
 
 def training_flops(
-    parameters: int, layers: int, width: int, lengths: Iterable[int], repeated: Iterable[int] = ()
+    parameters: int, layers: int, width: int, lengths: Iterable[int], repeated: Iterable[int] = (), frozen: int = 0
 ) -> float:
     """Operations of a forward and a backward pass by the usual convention: 6 N T + causal attention.
+
+    Of the parameters, `frozen` ones have no gradient of their own, which takes 2 N T off for them.
 
     Every parameter takes part in one multiplication and one addition per token, 2 N T; the backward pass makes two such
     products, one for the gradient of the inputs and one for that of the weights: 6 N T in all, and three times the
@@ -96,4 +121,4 @@ def training_flops(
     """
     lengths, repeated = list(lengths), list(repeated)
     tokens = sum(lengths) - sum(repeated)
-    return 6.0 * parameters * tokens + 3 * attention_flops(layers, width, lengths, repeated)
+    return (6.0 * parameters - 2.0 * frozen) * tokens + 3 * attention_flops(layers, width, lengths, repeated)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,16 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from verl.config import FSDPConfig, ModelConfig
+from verl.models.adapters import adapted_layers, adapters_of, add_adapters, load_adapters, merged_weight
 from verl.models.answer_models import ANSWER_MODELS, AnswerModel
 from verl.models.layers import compile_layers, decoder_layers, recompute_layers
-from verl.models.loading import Kind, empty_model, load_config, load_model, persistent_buffers
+from verl.models.loading import Kind, empty_model, find_model, load_config, load_model, persistent_buffers
 from verl.models.proof import prove
 from verl.models.shm import model_folder
 from verl.utils.run_log import phase
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 Part = TypeVar("Part")
 # For people.
@@ -38,37 +42,58 @@ def build_sharded_model(
     """The model of `model.path`, sharded over all ranks; collective.
 
     A model to be trained has fp32 master weights; a frozen one has the type it computes in, which is what FSDP would
-    make of fp32 weights before every use. Only rank 0 reads the weights; the others build the structure and receive
-    their shards.
+    make of fp32 weights before every use. Where adapters are trained (`trained_adapters`), everything else is frozen.
+    Only rank 0 reads the weights; the others build the structure and receive their shards.
 
     Raises:
         ValueError: the model's values are not those of its own plain forward (see `prove`).
     """
-    dtype = getattr(torch, fsdp.dtype) if frozen else torch.float32
+    compute, adapters = getattr(torch, fsdp.dtype), None if frozen else trained_adapters(model)
     what = f"the {'reference' if frozen else NAMES[kind]}"
     with phase(f"loading {what} from {model.path}"):
-        hf, weights = _read(model, kind, dtype)
+        hf = _read(model, kind, compute if frozen else torch.float32)
+        if adapters is not None:
+            _adapt(hf, model, adapters, compute)
+        weights = hf.state_dict() if dist.get_rank() == 0 else {}
         if model.enable_gradient_checkpointing and not frozen:
             recompute_layers(hf, model.recompute_share)
         if fsdp.use_torch_compile:
             compile_layers(hf)
-        wrapper = ANSWER_MODELS[kind](hf, model.use_remove_padding).requires_grad_(not frozen)
+        wrapper = ANSWER_MODELS[kind](hf, model.use_remove_padding)
+        if adapters is None:
+            wrapper.requires_grad_(not frozen)
         shard(wrapper, fsdp, device)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(hf, weights, options=options)
     with phase(f"comparing {what} with its plain forward"):
-        prove(wrapper.eval(), getattr(torch, fsdp.dtype))
+        prove(wrapper.eval(), compute)
         reshard(wrapper)
     return wrapper.train(not frozen)
 
 
-def _read(model: ModelConfig, kind: Kind, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """The model as its class builds it, and its weights on rank 0; the others have the structure alone."""
+def trained_adapters(model: ModelConfig) -> LoraConfig | None:
+    """The adapters that are trained in place of the model's weights; None where these are (see `adapters_of`)."""
+    return adapters_of(model, find_model(model.path).adapter)
+
+
+def _read(model: ModelConfig, kind: Kind, dtype: torch.dtype) -> PreTrainedModel:
+    """The model as its class builds it, of adapters their base, with its weights on rank 0; the others have the
+    structure alone."""
     if dist.get_rank() == 0:
-        hf = load_model(model_folder(model), kind, model.override_config, model.trust_remote_code, dtype)
-        return hf, hf.state_dict()
+        return load_model(model_folder(model), kind, model.override_config, model.trust_remote_code, dtype)
     config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
-    return empty_model(config, kind, model.trust_remote_code, dtype), {}
+    return empty_model(config, kind, model.trust_remote_code, dtype)
+
+
+def _adapt(hf: PreTrainedModel, model: ModelConfig, adapters: LoraConfig, dtype: torch.dtype) -> None:
+    """Put the adapters into a model that `_read` has read in fp32, and give what is frozen the type it computes in."""
+    folder = find_model(model.path).adapter
+    add_adapters(hf, adapters)
+    if folder is not None and dist.get_rank() == 0:
+        load_adapters(hf, folder)
+    for parameter in hf.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def shard(module: AnswerModel, fsdp: FSDPConfig, device: str) -> None:
@@ -108,10 +133,17 @@ def full_parameters(module: nn.Module, dtype: torch.dtype | None = None) -> Iter
     """Every parameter and every persistent buffer whole, one at a time, under its Hugging Face name; collective, all
     ranks must exhaust it.
 
-    Shards are cast to `dtype` before they are gathered (None: not cast); buffers are never cast. Call `reshard` first
-    if a forward pass may have left weights gathered, which have the type that it computes in.
+    Adapters come merged into the weights that they are beside: summed in fp32, then cast. Other shards are cast to
+    `dtype` before they are gathered (None: not cast); buffers are never cast. Call `reshard` first if a forward pass
+    may have left weights gathered, which have the type that it computes in.
     """
+    adapted = adapted_layers(module)
     for name, parameter in module.named_parameters():
-        tensor = parameter.detach().to(dtype or parameter.dtype)
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        owner, _, own = name.partition(".base_layer.")
+        if own == "weight" and owner in adapted:
+            yield f"{owner}.{own}", merged_weight(adapted[owner]).to(dtype or parameter.dtype)
+        elif not (".lora_" in name and name.partition(".lora_")[0] in adapted):
+            tensor = parameter.detach().to(dtype or parameter.dtype)
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield f"{owner}.{own}" if owner in adapted else name, whole
     yield from persistent_buffers(module)

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from verl.config import ModelConfig
-from verl.models.loading import find_model
+from verl.models.loading import base_of, find_model
 from verl.utils.checkpoint.checksums import CHECKSUMS, write_checksums
 from verl.utils.checkpoint.whole import FSDP_CONFIG, part_checksums
 from verl.utils.units import GIB
@@ -31,8 +31,10 @@ OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".o
 
 
 def model_folder(model: ModelConfig, root: Path = SHARED_MEMORY) -> str:
-    """The folder to read the model from: `model.path`, or with `use_shm` its copy, which is made if there is none."""
-    return str(copy_to_shm(model.path, root)) if model.use_shm else model.path
+    """The folder to read the model's weights from: `model.path`, of adapters their base; or with `use_shm` its copy,
+    which is made if there is none."""
+    folder = str(base_of(model.path))
+    return str(copy_to_shm(folder, root)) if model.use_shm else folder
 
 
 def copy_to_shm(path: str | Path, root: Path = SHARED_MEMORY) -> Path:

@@ -13,7 +13,7 @@ import torch
 from verl.model_merger.cli import DEFAULT_DTYPE
 from verl.monitor.reading import METRICS_FILE
 from verl.pipeline.preflight import Look
-from verl.trainer.ppo.disk import BYTES_PER_PARAMETER, checkpoints_to_come
+from verl.trainer.ppo.disk import checkpoints_to_come
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in
 from verl.utils.checkpoint.room import amount, bytes_in, free_in, most_on_disk
 
@@ -43,8 +43,7 @@ def disk_need(look: Look) -> int | None:
         return None
     best = look.config.trainer.best_metric is not None
     checkpoints = most_on_disk(look.parts.values(), 0, checkpoints_to_come(look.config, 0, look.steps), best)
-    parameters = look.parts["actor"].size // BYTES_PER_PARAMETER
-    return checkpoints + getattr(torch, DEFAULT_DTYPE).itemsize * parameters
+    return checkpoints + getattr(torch, DEFAULT_DTYPE).itemsize * look.merged
 
 
 def room(out: Path, looks: Sequence[Look]) -> Room:

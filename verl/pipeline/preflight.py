@@ -22,7 +22,7 @@ from verl.tools.judge.answers import read_prompts, refuse_trained
 from verl.trainer.config import ConfigError
 from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.looking_over import create_rl_dataset
-from verl.trainer.ppo.disk import checkpoint_parts
+from verl.trainer.ppo.disk import checkpoint_parts, merged_parameters
 from verl.trainer.ppo.model_checks import check_device, check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin
 from verl.trainer.ppo.own_tokens import OwnTokens
@@ -40,6 +40,7 @@ class Look:
 
     config: None where its settings are wrong. finished: its last step, if it is done. steps: all that it makes; None
     where that cannot be told. parts: the models in its checkpoints; empty where they were not measured.
+    merged: parameters of its merged student; 0 where they were not measured.
     """
 
     stage: str
@@ -50,6 +51,7 @@ class Look:
     steps: int | None = None
     rows: int | None = None
     parts: dict[str, Part] = field(default_factory=dict)
+    merged: int = 0
 
 
 class Preflight:
@@ -248,6 +250,7 @@ class Preflight:
     def _measure(self, look: Look) -> None:
         """Sizes, and whether the memory of this machine's GPU will do."""
         config, look.parts = look.config, checkpoint_parts(look.config)
+        look.merged = merged_parameters(config)
         if config.trainer.device == "cuda" and torch.cuda.is_available():
             check_run_memory(config, (torch.cuda.get_device_properties(0).total_memory, host_memory()))
 

@@ -27,10 +27,20 @@ from verl.memory.errors import explain_out_of_memory
 from verl.memory.estimate import host_memory
 from verl.memory.knobs import Phase
 from verl.memory.offload import Offloader, build_offloader
+from verl.models.adapters import AsFound, adapters_in, config_json
 from verl.models.answer_models import AnswerModel
-from verl.models.loading import Kind, all_eos_token_ids, hf_files, load_config, load_tokenizer, quiet_transformers
+from verl.models.loading import (
+    Kind,
+    all_eos_token_ids,
+    base_of,
+    find_model,
+    hf_files,
+    load_config,
+    load_tokenizer,
+    quiet_transformers,
+)
 from verl.models.shape import LIMITS, ModelShape, training_flops
-from verl.models.sharding import build_sharded_model, full_parameters
+from verl.models.sharding import build_sharded_model, full_parameters, reshard
 from verl.protocol import DataProto
 from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
@@ -87,7 +97,7 @@ class FSDPWorker(Worker):
         """Build the module, which is returned, its optimizer and schedule, its checkpoints and its offloading."""
         module = build_sharded_model(model, kind, fsdp, self.device)
         self.optimizer, self.lr_scheduler = build_optimizer(module, optim, total_steps)
-        self.shape = ModelShape.of(module.hf.config, kind, model.trust_remote_code)
+        self.shape = ModelShape.of(module.hf.config, kind, model.trust_remote_code, adapters_in(module.hf))
         self.tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
         self.checkpoint = FSDPCheckpointManager(
             module.hf,
@@ -96,6 +106,7 @@ class FSDPWorker(Worker):
             self.tokenizer,
             compute_dtype=getattr(torch, fsdp.dtype),
             base=hf_files(model.path, model.tokenizer_path, model.trust_remote_code),
+            adapter_config=config_json(module.hf, base_of(model.path)),
         )
         self.offloader = build_offloader(module, self.optimizer, fsdp, self.device)
         self.offloader.rest()
@@ -135,7 +146,7 @@ class FSDPWorker(Worker):
         if limits is None:
             return {}
         width = shape.heads * shape.head_dim
-        flops = training_flops(shape.parameters, shape.layers, width, work.lengths, work.repeated)
+        flops = training_flops(shape.parameters, shape.layers, width, work.lengths, work.repeated, shape.frozen)
         share = flops / (self.update_seconds * limits.flops)
         return {f"perf/mfu/{name}": sum_over_ranks([share])[0] / data_parallel_size()}
 
@@ -186,6 +197,8 @@ class ActorRolloutRefWorker(FSDPWorker):
 
     # Bytes that PyTorch counts as allocated for an engine that sleeps through training.
     engine_bytes = 0
+    # Where adapters are trained: the reference is the trained model itself, as it was found.
+    as_found: AsFound | None = None
 
     def __init__(
         self,
@@ -218,10 +231,28 @@ class ActorRolloutRefWorker(FSDPWorker):
 
     def _build_reference(self) -> None:
         config, fsdp = self.config, self.config.ref.fsdp_config
+        module = self.actor.actor_module
+        if adapters_in(module.hf) is not None:
+            with self.offloader.on_device():
+                self.as_found = AsFound(module, fresh=find_model(config.model.path).adapter is None)
+            self.reference = DataParallelPPOActor(config.actor, config.rollout, module)
+            self.reference_offloader = self.offloader
+            return
         module = build_sharded_model(config.model, "policy", fsdp, self.device, frozen=True)
         self.reference = DataParallelPPOActor(config.actor, config.rollout, module)
         self.reference_offloader = build_offloader(module, None, fsdp, self.device)
         self.reference_offloader.rest()
+
+    @contextmanager
+    def _reference_at_work(self) -> Iterator[None]:
+        """Keep the reference on the device within the block; of a model with adapters, have it as it was found."""
+        with explain_out_of_memory("compute_ref_log_prob", self.config), self.reference_offloader.on_device():
+            if self.as_found is None:
+                yield
+                return
+            reshard(self.reference.actor_module)
+            with self.as_found.back():
+                yield
 
     def _build_rollout(self) -> None:
         model, rollout = self.config.model, self.config.rollout
@@ -307,7 +338,7 @@ class ActorRolloutRefWorker(FSDPWorker):
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` (B, N, T) of the answers under the frozen reference."""
-        with explain_out_of_memory("compute_ref_log_prob", self.config), self.reference_offloader.on_device():
+        with self._reference_at_work():
             log_probs, _ = self.reference.compute_log_prob(data, entropy=False)
         return DataProto.from_dict({"ref_log_prob": log_probs})
 
@@ -323,7 +354,7 @@ class ActorRolloutRefWorker(FSDPWorker):
         """`chosen_ref_log_prob` and `rejected_ref_log_prob` (B,) under the frozen reference. Without one they are the
         policy's, which is the reference as long as it has its first weights."""
         if self.use_reference:
-            with explain_out_of_memory("compute_ref_log_prob", self.config), self.reference_offloader.on_device():
+            with self._reference_at_work():
                 return DataProto.from_dict(PairPolicy(self.reference).compute_log_prob(data))
         with self.on_device("compute_log_prob"):
             return DataProto.from_dict(PairPolicy(self.actor).compute_log_prob(data))

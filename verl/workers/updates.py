@@ -32,9 +32,10 @@ logger = logging.getLogger(__name__)
 def build_optimizer(
     module: nn.Module, config: OptimizerConfig, total_steps: int
 ) -> tuple[torch.optim.AdamW, LRScheduler]:
-    """AdamW (arXiv 1711.05101) over all parameters, and the schedule that is stepped once per training step."""
+    """AdamW (arXiv 1711.05101) over all parameters that are not frozen, and the schedule that is stepped once per
+    training step."""
     optimizer = torch.optim.AdamW(
-        module.parameters(),
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

@@ -46,6 +46,7 @@ def find_conflicts(config: Config) -> list[str]:
         soda_conflicts,
         _sampling,
         _kl,
+        _adapters,
         _loss,
         _replay,
         _task_reward,
@@ -310,6 +311,26 @@ def _task_reward(config: Config) -> Iterator[str]:
             load_user_function(f"{custom.path}:{custom.name}")
         except ValueError as error:
             yield f"custom_reward_function: {error}"
+
+
+def _adapters(config: Config) -> Iterator[str]:
+    """Settings of adapters where none are made."""
+    student, critic = config.actor_rollout_ref.model, config.critic.model
+    plain = {
+        "target_modules": ("all-linear", student.target_modules),
+        "exclude_modules": (None, student.exclude_modules),
+    }
+    plain |= {"use_dora": (False,), "use_rslora": (False,)}
+    for name, model in [("actor_rollout_ref", student)] + [("critic", critic)] * config.use_critic:
+        for key, usual in plain.items():
+            value = getattr(model, key)
+            # The critic's follow the student's.
+            idle = value != usual[0] if model is student else value not in usual
+            if model.lora_rank == 0 and idle:
+                yield (
+                    f"{name}.model.{key}={value} is of adapters, and {name}.model.lora_rank=0 makes none: set it to "
+                    f"their rank, or leave {key} out (adapters that the path has already keep their own)"
+                )
 
 
 def _run_names(config: Config) -> Iterator[str]:

@@ -10,6 +10,7 @@ from verl.config.run import Config
 from verl.memory.estimate import MASTER, MOMENTS
 from verl.models.loading import Kind, load_config
 from verl.models.shape import count_parameters
+from verl.models.sharding import trained_adapters
 from verl.trainer.ppo.checkpointing import kept_in_words, kept_of, run_folder
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, not_to_be_kept, step_of
 from verl.utils.checkpoint.room import Part, amount, bytes_in, check_room, free_in, most_on_disk
@@ -72,9 +73,16 @@ def checkpoint_parts(config: Config) -> dict[str, Part]:
     }
 
 
+def merged_parameters(config: Config) -> int:
+    """The parameters of the run's student, merged: more than its checkpoints hold where adapters are trained."""
+    model = config.actor_rollout_ref.model
+    hf = load_config(model.path, "policy", model.override_config, model.trust_remote_code)
+    return count_parameters(hf, "policy", model.trust_remote_code)
+
+
 def _parameters(model: ModelConfig, kind: Kind) -> int:
     config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
-    return count_parameters(config, kind, model.trust_remote_code)
+    return count_parameters(config, kind, model.trust_remote_code, trained_adapters(model))
 
 
 def checkpoints_to_come(config: Config, done: int, total_steps: int) -> int:

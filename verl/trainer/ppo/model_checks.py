@@ -14,15 +14,20 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from verl.config import ModelConfig
 from verl.config.run import Config
+from verl.models.adapters import adapters_of, add_adapters, load_adapters
+from verl.models.adapters_proof import check_merging
 from verl.models.answer_models import ANSWER_MODELS
 from verl.models.loading import (
     Kind,
+    base_of,
     check_files,
     check_head,
     check_labels,
     config_entries,
     context_length,
+    empty_model,
     find_class,
+    find_model,
     find_tokenizer,
     is_discriminator,
     load_config,
@@ -96,6 +101,7 @@ def _look_at(model: ModelConfig, kind: Kind, key: str, lengths: _Lengths, tokeni
     check_files(model.path, contents=not model.use_shm)
     if kind == "policy":
         refuse_discriminator(model.path)
+        refuse_discriminator(base_of(model.path))
     else:
         check_labels(model.path)
     config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
@@ -106,8 +112,37 @@ def _look_at(model: ModelConfig, kind: Kind, key: str, lengths: _Lengths, tokeni
         check_class(ANSWER_MODELS[kind], model_class, config, model.use_remove_padding, lengths.longest)
         if kind == "policy":
             check_head(model.path, config, model.trust_remote_code)
+        _check_adapters(model, kind, key, config)
     except ValueError as error:
         raise ValueError(f"{key}.path={model.path}: {error}") from error
+
+
+def _check_adapters(model: ModelConfig, kind: Kind, key: str, config: PretrainedConfig) -> None:
+    """The adapters that the run trains, if it does, suit the model, those of a folder to the last tensor, and are what
+    their merged weights compute."""
+    folder = find_model(model.path).adapter
+    adapters = adapters_of(model, folder, key)
+    if adapters is None:
+        return
+    with torch.device("meta"):
+        hf = empty_model(config, kind, model.trust_remote_code)
+        add_adapters(hf, adapters)
+    if folder is not None:
+        load_adapters(hf, folder)
+        logger.info("%s goes on training the adapters in %s, of rank %d", key, model.path, adapters.r)
+    check_merging(type(hf), config, adapters)
+
+
+def _check_reference(config: Config) -> None:
+    """With adapters the reference is the actor itself."""
+    group = config.actor_rollout_ref
+    if not config.use_reference or (group.model.lora_rank == 0 and find_model(group.model.path).adapter is None):
+        return
+    if group.ref.fsdp_config.dtype != group.actor.fsdp_config.dtype:
+        raise ValueError(
+            f"actor_rollout_ref.ref.fsdp_config.dtype={group.ref.fsdp_config.dtype}, and where adapters are trained "
+            f"the reference is the actor without them, which computes in {group.actor.fsdp_config.dtype}: leave it out"
+        )
 
 
 def _check_context(config: PretrainedConfig, lengths: _Lengths) -> None:
@@ -194,6 +229,7 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
             model, other = config.critic.model, _tokenizer_of(config.critic.model)
             _look_at(model, "score", "critic.model", _critics_lengths(config, tokenizer, other), other)
     findings.tell()
+    _check_reference(config)
     if config.use_critic:
         _check_discriminator(config, tokenizer, other)
     return tokenizer

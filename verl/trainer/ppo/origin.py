@@ -160,8 +160,11 @@ def check_same_run(folder: Path, now: Origin, config: Config) -> None:
 
 
 def content_of_model(path: str) -> Content:
-    """A model, by the contents of its weights."""
+    """A model, by the contents of its weights; adapters by theirs and their base's."""
     source = find_model(path)
+    if source.adapter is not None:
+        own = _digest([_sample(file) for file in source.adapter.files])
+        return _content([path], _digest([own, content_of_model(source.adapter.base).digest]))
     sums = None if source.shards is None else part_checksums(source.shards.parent)
     if sums is not None:
         return Content(path, _digest([value for name, value in sorted(sums.items()) if name.startswith("model/")]))

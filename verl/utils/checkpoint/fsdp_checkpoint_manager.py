@@ -5,6 +5,9 @@
     FOLDER/extra_state.json           optimizer scalars and the learning-rate schedule
     FOLDER/fsdp_config.json           how it was written
     FOLDER/huggingface/               config and tokenizer
+    FOLDER/adapter_config.json        where adapters are trained: what they are, and the folder of their base
+
+Of a model that is frozen but for some parameters (adapters, a score head) these alone are written and read.
 
 Any number of ranks can load what any other number wrote.
 """
@@ -38,10 +41,11 @@ from verl.utils.checkpoint.sharded import (
     Shard,
     check_all_are_seen,
     own_shard,
+    read_layout,
     read_sharded,
     write_sharded,
 )
-from verl.utils.checkpoint.whole import FSDP_CONFIG, HUGGINGFACE
+from verl.utils.checkpoint.whole import ADAPTER_CONFIG, FSDP_CONFIG, HUGGINGFACE
 from verl.utils.finite import non_finite_names
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -52,8 +56,10 @@ CONFIGURED = ("initial_lr", "weight_decay", "betas", "eps")
 class FSDPCheckpointManager:
     """The part of a checkpoint that is one FSDP2-wrapped Hugging Face model with its optimizer, saved and loaded.
 
-    `base` are the files of the folder that the model came from, read at the start: the folder may be gone when a
-    checkpoint is written.
+    Args:
+        base: the files of the folder that the model came from, read at the start: the folder may be gone when a
+            checkpoint is written.
+        adapter_config: the text of adapter_config.json, where adapters are trained.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class FSDPCheckpointManager:
         tokenizer: PreTrainedTokenizerBase,
         compute_dtype: torch.dtype,
         base: HuggingFaceFiles | None = None,
+        adapter_config: str | None = None,
     ):
         self.model = model
         self.optimizer = optimizer
@@ -71,6 +78,7 @@ class FSDPCheckpointManager:
         self.tokenizer = tokenizer
         self.compute_dtype = compute_dtype
         self.base = base
+        self.adapter_config = adapter_config
         self._host = HostShards()
         self._writing: Background | None = None
 
@@ -132,7 +140,7 @@ class FSDPCheckpointManager:
         return self._host.copy(shards), scalars
 
     def _refuse_non_finite(self, folder: Path) -> None:
-        named = dict(self.model.named_parameters())
+        named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         states = {
             f"{key} of {name}": value
             for name, parameter in named.items()
@@ -146,8 +154,13 @@ class FSDPCheckpointManager:
             )
 
     def load_checkpoint(self, folder: str | Path) -> None:
-        """Restore everything from `folder`; collective over all ranks."""
+        """Restore everything from `folder`; collective over all ranks.
+
+        Raises:
+            ValueError: it holds other tensors than are trained here, or of other shapes.
+        """
         folder = Path(folder)
+        self._refuse_others(folder)
         read_sharded(self._weights(), folder / MODEL_FOLDER)
         extra = json.loads((folder / "extra_state.json").read_text())
         tensors, _ = self._optimizer_state()
@@ -156,6 +169,22 @@ class FSDPCheckpointManager:
         set_optimizer_state_dict(self.model, self.optimizer, {**tensors, **extra["optimizer"]}, options=FLAT)
         self.lr_scheduler.load_state_dict(extra["lr_scheduler"])
         self._reconfigure(configured)
+
+    def _refuse_others(self, folder: Path) -> None:
+        there, wanted = read_layout(folder / MODEL_FOLDER), self._weights()
+        other = sorted(
+            name
+            for name in there.keys() | wanted.keys()
+            if name not in there or name not in wanted or there[name].size != wanted[name].shape
+        )
+        if other:
+            got = there[other[0]].size if other[0] in there else "nothing"
+            expected = wanted[other[0]].shape if other[0] in wanted else "nothing"
+            raise ValueError(
+                f"{folder} is of another model, or of other adapters: it differs in {len(other)} tensors, e.g. "
+                f"{other[0]} (expected {_sizes(expected)}, got {_sizes(got)}); resume with the model, lora_rank, "
+                "target_modules and use_dora that it was trained with"
+            )
 
     def _reconfigure(self, configured: list[dict[str, Any]]) -> None:
         """Today's settings win over the checkpoint's: a run may be resumed with another learning rate."""
@@ -167,9 +196,16 @@ class FSDPCheckpointManager:
         schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """The model's tensors, sharing memory with it; a tied LM head is the embedding and is not written twice."""
+        """The model's tensors, sharing memory with it; a tied LM head is the embedding and is not written twice. Where
+        there are frozen ones, the others."""
         again = tied_names(self.model)
-        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in again}
+        frozen = any(not parameter.requires_grad for parameter in self.model.parameters())
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if name not in again and (name in trained or not frozen)
+        }
 
     def _optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         state = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT)
@@ -191,9 +227,15 @@ class FSDPCheckpointManager:
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         how = {"FSDP_version": 2, "world_size": world_size, "dtype": str(self.compute_dtype).removeprefix("torch.")}
         (folder / FSDP_CONFIG).write_text(json.dumps(how, indent=1))
+        if self.adapter_config is not None:
+            (folder / ADAPTER_CONFIG).write_text(self.adapter_config, encoding="utf-8")
 
     def _write_hf_files(self, folder: Path) -> None:
         write_hf_files(folder / HUGGINGFACE, self.model, self.tokenizer, self.compute_dtype, self.base)
+
+
+def _sizes(shape: torch.Size | str) -> str:
+    return shape if isinstance(shape, str) else str(tuple(shape))
 
 
 def tied_names(model: nn.Module) -> set[str]:

@@ -24,6 +24,8 @@ from verl.utils.lfs import LFS_POINTER
 logger = logging.getLogger(__name__)
 
 FSDP_CONFIG, HUGGINGFACE = "fsdp_config.json", "huggingface"
+# What PEFT calls it: beside adapters, in a checkpoint as elsewhere.
+ADAPTER_CONFIG = "adapter_config.json"
 # In the order in which transformers looks for them.
 WEIGHTS = (
     "model.safetensors",

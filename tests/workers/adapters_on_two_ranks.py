@@ -1,0 +1,70 @@
+"""Child of test_adapter_updates: adapted models sharded over two ranks, built as workers build them."""
+
+import os
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.ranks import leave
+from tests.workers.adapters_setup import adapted_update
+from tests.workers.updates_setup import PROMPTS, batch, settings
+from verl.models.loading import load_model
+from verl.models.sharding import build_sharded_model, full_parameters, shard
+
+LOSSES = ("sft", "gspo", "bradley_terry")
+
+
+def run(rank: int, world_size: int, folder: Path) -> None:
+    """One rank: rank 0 writes gradients and metrics of each loss to `folder`; then what `build_sharded_model` makes of
+    the folders `base`, `adapter` and `critic` in it."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=120)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size, timeout=timeout
+    )
+    share = PROMPTS // world_size
+    mine = slice(share * rank, share * (rank + 1))
+    for loss in LOSSES:
+        for kind in ("lora", "dora"):
+            config = settings(loss, "tokens")
+            result = adapted_update(loss, config, batch()[mine], kind, lambda m, c=config: _sharded(m, c))
+            if rank == 0:
+                torch.save(result, folder / f"{loss}-{kind}.pt")
+    _check_what_is_built(folder)
+    leave()
+
+
+def _sharded(module, config):
+    shard(module, config.actor_rollout_ref.actor.fsdp_config, "cpu")
+    return module
+
+
+def _check_what_is_built(folder: Path) -> None:
+    """Frozen weights are in the type that is computed in and adapters in fp32; merged, they are what the folder's
+    merged model has; a fresh adapter leaves the base as it is."""
+    group = settings("gspo").actor_rollout_ref
+    for name, rank in (("adapter", 0), ("base", 3)):
+        for dtype in (torch.float32, torch.bfloat16):
+            fsdp = replace(group.actor.fsdp_config, dtype=str(dtype).removeprefix("torch."))
+            model = replace(group.model, path=str(folder / name), lora_rank=rank)
+            module = build_sharded_model(model, "policy", fsdp, "cpu")
+            for key, parameter in module.hf.named_parameters():
+                trained = ".lora_" in key
+                assert parameter.requires_grad == trained and parameter.dtype == (
+                    torch.float32 if trained else dtype
+                ), key
+            expected = dict(load_model(folder / name, "policy", dtype=dtype).named_parameters())
+            pushed = dict(full_parameters(module.hf, dtype))
+            assert pushed.keys() == expected.keys()
+            for key, tensor in pushed.items():
+                torch.testing.assert_close(
+                    tensor, expected[key], atol=1e-6, rtol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+                )
+    critic = replace(settings("gspo").critic.model, path=str(folder / "adapter"))
+    module = build_sharded_model(critic, "score", critic.fsdp_config, "cpu")
+    own = {key for key, parameter in module.hf.named_parameters() if parameter.requires_grad and ".lora_" not in key}
+    assert own == {"score.weight", "score.bias"}
