@@ -71,7 +71,11 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     from pandas import read_json
 
-    for number, name in enumerate(("data/teacher", "data/train", "data/test", "data/judge", "train", "test")):
+    quickstart = tmp_path / "outputs/quickstart"
+    quickstart.mkdir(parents=True)
+    (quickstart / "base").symlink_to(tmp_path / "BASE")
+    names = ("data/teacher", "data/train", "data/test", "data/judge", "train", "test")
+    for number, name in enumerate((*names, "outputs/quickstart/train", "outputs/quickstart/test")):
         rows = read_json(
             write_data(tmp_path / "rows.jsonl", rows=600 if name == "data/teacher" else 40 + number), lines=True
         )
