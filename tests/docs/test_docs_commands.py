@@ -71,7 +71,11 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     from pandas import read_json
 
-    for number, name in enumerate(("data/teacher", "data/train", "data/test", "data/judge", "train", "test")):
+    quickstart = tmp_path / "outputs/quickstart"
+    quickstart.mkdir(parents=True)
+    (quickstart / "base").symlink_to(tmp_path / "BASE")
+    names = ("data/teacher", "data/train", "data/test", "data/judge", "train", "test")
+    for number, name in enumerate((*names, "outputs/quickstart/train", "outputs/quickstart/test")):
         rows = read_json(
             write_data(tmp_path / "rows.jsonl", rows=600 if name == "data/teacher" else 40 + number), lines=True
         )
@@ -89,7 +93,7 @@ def test_data_commands_run_as_they_stand(folder, capsys, monkeypatch):
         kind = kind_of(command)
         given = command.words[3:]  # Behind `verl data NAME` and `python -m verl.data_tools.NAME` alike.
         arguments = [word.replace("$BASE", "BASE") for word in given]
-        arguments = ["3" if word == "300" else word for word in arguments]  # There are a few hundred rows.
+        arguments = ["60" if word == "300" else word for word in arguments]  # There are a few hundred rows.
         if any(word.isupper() and not (folder / word).exists() for word in arguments) or "..." in arguments:
             continue
         if kind == "verl data split":

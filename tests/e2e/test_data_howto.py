@@ -19,6 +19,7 @@ from tests.e2e.running import read_metrics
 ROOT = Path(__file__).parents[2]
 PROMPTS = 240
 STEPS = 6
+HELD_OUT = 24  # In the place of the page's 300.
 # What a tiny student on a CPU wants besides.
 SETTINGS = (
     "trainer.device=cpu actor_rollout_ref.actor.optim.lr=1e-3 trainer.logger=[file] "
@@ -47,6 +48,24 @@ def folder(tmp_path):
     return tmp_path
 
 
+def fitted(printed: str) -> str:
+    """The settings of SeqKD's line of `verl data lengths`, as the page says to give them to the pipeline."""
+    (line,) = re.findall(r"^  bash .*SeqKD.* --nnodes 1 (.*)$", printed, re.MULTILINE)
+    return " ".join(
+        setting if re.match("data.max_|actor_rollout_ref.rollout.max_", setting) else f"seqkd.{setting}"
+        for setting in line.split()
+    )
+
+
+def as_a_reader(code: str, printed: list[str]) -> str:
+    """A block of the page with sizes for few rows, and the settings that were printed in the place of its example's."""
+    code = code.replace(" 300", f" {HELD_OUT}")
+    if "verl distill" in code:
+        code = re.sub(r"data\.max_prompt_length=240[^#]*", fitted(printed[4]), code)
+        code = code.replace("--exp_name first", f"--exp_name first {SETTINGS}")
+    return code.replace("--max_response_length 240", "--max_response_length 32")
+
+
 def test_from_an_api_key_to_a_trained_student(folder):
     codes = blocks()
     assert len(codes) == 8
@@ -58,7 +77,7 @@ def test_from_an_api_key_to_a_trained_student(folder):
     said = []
     with teaching(folder, world=True, at_random=[0.05, 2, 500, [429, "0.1"], "length"]) as teacher:
         for number, code in enumerate(codes):
-            code = code.replace("--nnodes 1 \\\n", f"--nnodes 1 {SETTINGS} \\\n")
+            code = as_a_reader(code, said)
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", code], cwd=folder, env=environment | {"ENDPOINT": teacher.url},
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -70,7 +89,10 @@ def test_from_an_api_key_to_a_trained_student(folder):
     assert f"estimate: {PROMPTS} answers" in said[0] and f"{PROMPTS} of {PROMPTS} wanted" in said[1]
     sets = {name: rows_of(folder / "data" / f"{name}.parquet") for name in ("train", "test", "judge")}
     rows = rows_of(folder / "data" / "teacher.parquet")
-    assert sum(map(len, sets.values())) == len(rows) > 0.9 * PROMPTS and len(sets["judge"]) == len(sets["test"])
+    assert (
+        sum(map(len, sets.values())) == len(rows) > 0.9 * PROMPTS
+        and len(sets["judge"]) == len(sets["test"]) == HELD_OUT
+    )
     world = World(0)
     assert all(world.grade(row["content"][0]["content"], row["teacher_response"]).exact for row in rows)
     assert "nothing of --fail_on was found" in said[2]
