@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Iterable
 from importlib.util import find_spec
 
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from verl.config import ModelConfig
-from verl.config.run import Config
+from verl.config.run import Config, DataConfig
 from verl.models.answer_models import ANSWER_MODELS
 from verl.models.loading import (
     Kind,
@@ -30,14 +31,15 @@ from verl.models.loading import (
 from verl.models.proof import check_class
 from verl.trainer.ppo.discriminator_algos import get_discriminator_loss_fn
 from verl.utils.checkpoint.whole import refuse_pointers
+from verl.utils.command_line import called_as
 from verl.utils.dataset.tokenizer_checks import check_ids
 from verl.utils.refusals import Findings
 
 logger = logging.getLogger(__name__)
 
 
-def _look_at(model: ModelConfig, kind: Kind, key: str, longest: int) -> PreTrainedTokenizerBase:
-    """Check all that a model's folder tells about its use for rows of `longest` tokens; returns its tokenizer."""
+def _look_at(model: ModelConfig, kind: Kind, key: str, data: DataConfig) -> PreTrainedTokenizerBase:
+    """Check all that a model's folder tells about its use for rows of `data`'s limits; returns its tokenizer."""
     refuse_pointers(find_tokenizer(model.tokenizer_path or model.path))
     tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
     check_ids(tokenizer)
@@ -49,10 +51,10 @@ def _look_at(model: ModelConfig, kind: Kind, key: str, longest: int) -> PreTrain
         check_labels(model.path)
     config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
     try:
-        _check_context(config, longest)
+        _check_context(config, model.path, data)
         _check_vocabulary(config, tokenizer)
         model_class = find_class(config, kind, model.trust_remote_code)
-        check_class(ANSWER_MODELS[kind], model_class, config, model.use_remove_padding, longest)
+        check_class(ANSWER_MODELS[kind], model_class, config, model.use_remove_padding, _longest(data))
         if kind == "policy":
             check_head(model.path, config, model.trust_remote_code)
     except ValueError as error:
@@ -60,13 +62,20 @@ def _look_at(model: ModelConfig, kind: Kind, key: str, longest: int) -> PreTrain
     return tokenizer
 
 
-def _check_context(config: PretrainedConfig, longest: int) -> None:
-    context = context_length(config)
+def _longest(data: DataConfig) -> int:
+    return data.max_prompt_length + data.max_response_length
+
+
+def _check_context(config: PretrainedConfig, path: str, data: DataConfig) -> None:
+    context, longest = context_length(config), _longest(data)
     if context is not None and longest > context:
+        files = [data.train_files] if isinstance(data.train_files, str) else data.train_files
+        lengths = f"{called_as('verl.data_tools.lengths')} --data {shlex.join(files)} --model {shlex.quote(path)}"
         raise ValueError(
-            f"data.max_prompt_length + max_response_length = {longest} is above max_position_embeddings={context}, the "
-            "model's context: shorten them, or raise override_config.max_position_embeddings of a model with rotary "
-            "positions that is to work beyond it"
+            f"data.max_prompt_length + data.max_response_length = {longest} is above "
+            f"max_position_embeddings={context}, the model's context: shorten them, or raise "
+            "override_config.max_position_embeddings of a model with rotary positions that is to work beyond it. "
+            f"Values that fit the data: {lengths}"
         )
 
 
@@ -134,17 +143,23 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
             other ids than its tokenizer.json, or the discriminator's other ones than the student's; or GAD starts
             without a warmed-up discriminator.
     """
-    longest = config.data.max_prompt_length + config.data.max_response_length
     findings, tokenizer, other = Findings(), None, None
     with findings.gathered():
-        tokenizer = _look_at(config.actor_rollout_ref.model, "policy", "actor_rollout_ref.model", longest)
+        tokenizer = _look_at(config.actor_rollout_ref.model, "policy", "actor_rollout_ref.model", config.data)
     with findings.gathered():
         if config.use_critic:
-            other = _look_at(config.critic.model, "score", "critic.model", longest)
+            other = _look_at(config.critic.model, "score", "critic.model", config.data)
+    if config.use_critic and config.critic.model.path == config.actor_rollout_ref.model.path:
+        _tell_once(findings)
     findings.tell()
     if config.use_critic:
         _check_discriminator(config, tokenizer, other)
     return tokenizer
+
+
+def _tell_once(findings: Findings) -> None:
+    """Of what was found of one folder, as the student's and as the discriminator's: the same reason once."""
+    findings.errors = list({str(error.__cause__ or error): error for error in reversed(findings.errors)}.values())[::-1]
 
 
 def _check_discriminator(config: Config, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
