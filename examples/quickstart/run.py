@@ -109,13 +109,21 @@ def locate(name: str, out: Path) -> Path:
 def call(command: list[str], **how: Any) -> int:
     """Run a command; returns its exit code. Ctrl-C is this process' alone to hear: it ends the command, and waits for
     that, before it goes on its way."""
-    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), **how)
+    # Held back until there is a process to end.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    process = subprocess.Popen(command, preexec_fn=_do_not_hear, **how)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return process.wait()
     except KeyboardInterrupt:
         process.terminate()
         process.wait()
         raise
+
+
+def _do_not_hear() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def is_quick_start(out: Path) -> bool:
