@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from verl.tools.command import CommandParser, add_template_flag, command_parser
 from verl.tools.flags import number, whole
 from verl.utils.console import nobody_reads
-from verl.utils.refusals import tell
+from verl.utils.refusals import USAGE, tell
 
-USAGE = 2
 DESCRIPTION = "Talk to a student: a checkpoint's actor folder as it is, or a Hugging Face folder."
 EXAMPLE = """\
 examples:
