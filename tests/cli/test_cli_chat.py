@@ -32,12 +32,7 @@ def chat(monkeypatch, capsys):
     def run(folder: Path, lines: str | bytes, *flags: str) -> tuple[int, str, str]:
         data = lines if isinstance(lines, bytes) else lines.encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
-        code = 0
-        try:
-            code = main([str(folder), *flags])
-        except SystemExit as end:
-            print(end.code, file=sys.stderr)
-            code = 1
+        code = main([str(folder), *flags])
         said = capsys.readouterr()
         return code, said.out, said.err
 
@@ -104,6 +99,14 @@ def test_answers_that_are_cut_are_marked(chat, tmp_path):
     assert chat(folder, "go\n", "--max_tokens", "5") == (0, "ababa\n", "(cut)\n")
 
 
+def test_commands_are_listed_and_none_that_there_is_not_reaches_the_model(chat, chinese):
+    listed = "/reset begins a new conversation, /quit or /exit ends, /help lists these"
+    assert chat(chinese, "/help\n你好\n") == (0, "红花\n", f"{listed}\n")
+    assert chat(chinese, "/bye\n") == (1, "", f"there is no command /bye: {listed}\n")
+    # Neither is one: a path, and a sentence.
+    assert chat(chinese, "/etc/hosts\n/help me\n") == (0, "红花\n红花\n", "")
+
+
 @pytest.mark.parametrize("what", ["missing", "critic", "step"])
 def test_a_folder_without_a_student_is_refused_with_a_sentence(chat, what, tmp_path):
     folder = tmp_path / what
@@ -117,7 +120,7 @@ def test_a_folder_without_a_student_is_refused_with_a_sentence(chat, what, tmp_p
         (folder / "actor").mkdir(parents=True)
         expected = f"did you mean {folder / 'actor'}?"
     code, said, noted = chat(folder, "hello\n")
-    assert (code, said) == (1, "") and noted.startswith("error: ") and expected in noted
+    assert (code, said) == (2, "") and noted.startswith("error: ") and expected in noted
     assert len(noted.splitlines()) == 1
 
 
@@ -126,7 +129,7 @@ def test_a_template_without_a_place_for_the_system_message_is_refused(chat, chin
     template = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
     (folder / "chat_template.jinja").write_text(template)
     code, _, noted = chat(folder, "hello\n", "--system", "Be brief.")
-    assert code == 1 and "leaves out messages of the role 'system'" in noted
+    assert code == 2 and "leaves out messages of the role 'system'" in noted
     assert chat(chinese, "hello\n", "--system", "Be brief.")[:2] == (0, "红花\n")
 
 

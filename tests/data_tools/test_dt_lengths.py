@@ -11,7 +11,7 @@ import pytest
 
 from tests.tiny import byte_tokenizer, write_data, write_model
 from verl.config.run import DataConfig
-from verl.data_tools.lengths.advice import advise
+from verl.data_tools.lengths.advice import advise, in_one_command
 from verl.data_tools.lengths.command import main, parse
 from verl.data_tools.lengths.limits import Limits, fit, histogram, limit_for, rounded_up, summarise
 from verl.data_tools.lengths.measure import measure, workers_for
@@ -20,6 +20,8 @@ from verl.data_tools.rows import Columns
 from verl.memory.check import run_settings
 from verl.memory.estimate import GIB, estimate_memory
 from verl.models.shape import ModelShape
+from verl.pipeline.options import parse_options
+from verl.pipeline.settings import user_settings
 from verl.trainer.config import compose_config
 from verl.trainer.config.loading import composed_preset
 from verl.utils.dataset.rl_dataset import RLHFDataset
@@ -189,7 +191,22 @@ def test_every_line_is_taken_by_the_trainer(stage, limits):
     assert config.actor_rollout_ref.rollout.max_model_len == limits.together
     assert config.data.filter_overlong_prompts == (limits is LONG)
     assert 5000 * config.trainer.total_epochs // config.data.train_batch_size == advice.steps
-    assert advice.settings.get("stage") == ("gad_short" if stage == "gad" and limits is SHORT else None)
+    # No other preset, for short answers either: none was shown to bring a student closer.
+    assert "stage" not in advice.settings
+
+
+def test_one_command_gives_each_stage_what_its_script_gets():
+    """The pipeline reads it: shared settings once, others for their stage alone; of SODA and GAD, GAD."""
+    by_stage = {stage: advise(stage, LONG, 700, 0.99, "x", 8, None) for stage in ("gad", "seqkd", "soda", "warmup")}
+    line = in_one_command(list(by_stage.values()))
+    assert line.startswith("python -m verl.pipeline --model MODEL ") and line.count("data.max_prompt_length=") == 1
+    options = parse_options(line.split()[3:])
+    assert options.stages == ("seqkd", "warmup", "gad")
+    for stage, settings in user_settings(options).items():
+        if stage in options.stages:
+            assert sorted(settings) == sorted(by_stage[stage].line.split())
+    assert in_one_command([by_stage["gad"]]) is None
+    assert "--stages seqkd,soda " in in_one_command([by_stage["seqkd"], by_stage["soda"]])
 
 
 def qwen_7b() -> Machine:

@@ -149,7 +149,7 @@ def test_the_merger_writes_the_whole_model(stages, tmp_path, part):
     assert_close(merged, logits(load_model(checkpoint, kind)))
     assert is_discriminator(out) == (part == "critic")
     entries = json.loads((out / "config.json").read_text())
-    assert entries.get("discriminator", {}).get("pooling") == ("last_token" if part == "critic" else None)
+    assert entries.get("discriminator", {}).get("pooling") == ("mean" if part == "critic" else None)
     with pytest.raises(SystemExit, match="holds a model already"):
         merger(["--local_dir", str(checkpoint), "--target_dir", str(out), "--adapter"])
 

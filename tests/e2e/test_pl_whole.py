@@ -74,7 +74,8 @@ def test_a_stage_more_on_what_is_there(start, folder, capfd):
     out = folder / "it"
     assert start() == 0
     said = capfd.readouterr().out
-    assert "[1/1] seqkd: 2 steps" in said and "by ROUGE-L" in said and "vllm serve" in said
+    assert "[1/1] seqkd: 2 steps" in said and "by ROUGE-L" in said and "next:" in said
+    assert "a report of it" not in said and "the next stage" not in said
     assert (out / "students" / "seqkd" / "model.safetensors").is_file() and (out / "report.html").is_file()
     assert set(json.loads((out / "judge/at_0.8/judge.json").read_text())["students"]) == {"base", "seqkd"}
     before = (out / "students" / "seqkd" / "model.safetensors").stat().st_mtime_ns

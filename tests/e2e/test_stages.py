@@ -141,8 +141,9 @@ def test_merger_says_what_is_wrong(warmup, folder):
         merger(["merge", "--backend", "fsdp", "--local_dir", str(folder / "base"), "--target_dir", "x"])
     with pytest.raises(SystemExit, match=r"did you mean .*global_step_12/actor"):
         merger(["merge", "--backend", "fsdp", "--local_dir", str(warmup / "global_step_12"), "--target_dir", "x"])
-    with pytest.raises(SystemExit, match="fsdp checkpoints only"):
+    with pytest.raises(SystemExit, match="fsdp checkpoints only") as refused:
         merger(["merge", "--backend", "megatron", "--local_dir", "x"])
+    assert refused.value.code == 2
 
 
 # Past answers are half of the discriminator's batch: 4 groups of 3; the buffer holds those of two steps.

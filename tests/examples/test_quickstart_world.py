@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.quickstart import tiny_model
 from examples.quickstart.tiny_model import build_model, build_tokenizer, collate, encode_row, pretrain, world_texts
 from examples.quickstart.world import ATTRIBUTES, LANDS, VALUES, Grade, World
 from verl.data_tools.writing import write_rows
@@ -185,13 +186,16 @@ def test_collate_by_hand():
     assert batch["labels"].tolist() == [[-100, -100, 7, 2, -100], [-100, 8, 9, 9, 2]]
 
 
-def test_pretrain_lowers_the_loss_and_the_saved_base_is_the_same_model(world, tokenizer, tmp_path):
+def test_pretrain_lowers_the_loss_and_the_saved_base_is_the_same_model(world, tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tiny_model, "SAID_EVERY", 10)
     model = build_model(tokenizer, hidden_size=64, num_layers=2, intermediate_size=128)
     rows = world.plain_rows(256, seed=1)
     batch = collate([encode_row(tokenizer, row) for row in rows[:32]], tokenizer.pad_token_id)
     with torch.no_grad():
         loss_before = model(**batch).loss.item()
     assert pretrain(model, tokenizer, rows, steps=15, batch_size=16, lr=3e-3) < loss_before - 1
+    # Where no terminal shows the bar.
+    assert [line.split(", ")[0] for line in capsys.readouterr().out.splitlines()] == ["pre-training: 10 of 15 steps"]
 
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -102,7 +102,7 @@ def test_a_hub_that_refuses_is_one_sentence_and_the_folder_stays(folder, tmp_pat
     target = tmp_path / "student"
     with serving(hub) as endpoint:
         done = command(folder, *merge_flags(folder, target, "--hf_upload_path", "me/student"), endpoint=endpoint)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert sentence.startswith(f"error: --hf_upload_path: expected to write to me/student on {endpoint}, got ")
     assert "hf auth login" in sentence and "hf_test" not in done.stdout + done.stderr
@@ -120,7 +120,7 @@ def test_a_hub_that_is_not_there_and_a_name_that_is_none(folder, tmp_path):
     assert "expected to write to me/student on http://127.0.0.1:1, got " in nobody.stderr
     with serving(Hub()) as endpoint:
         wrong = command(folder, *flags, "a/b/c", endpoint=endpoint)
-    assert wrong.returncode == nobody.returncode == 1 and "expected to write to a/b/c" in wrong.stderr
+    assert wrong.returncode == nobody.returncode == 2 and "expected to write to a/b/c" in wrong.stderr
     assert "Traceback" not in nobody.stderr + wrong.stderr and not (tmp_path / "student").exists()
 
 

@@ -154,7 +154,7 @@ def test_a_rule_about_a_setting_that_is_no_number_is_silent_and_the_others_go_on
     settings = {"trainer": {"experiment_name": "abc"}, "data": {"val_files": None}}
     watching = Monitor(settings, tmp_path, Sent(), 0, str(rules), "warn")
     watching.see(0, {"critic/d_acc": 0.6})
-    assert watching.watch is not None and "is no number" in watching.watch.unknown["odd"]
+    assert watching.watch is not None and watching.watch.unknown["odd"].reason == "no_number"
     assert "odd" not in caplog.text
 
 

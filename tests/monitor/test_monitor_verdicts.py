@@ -149,6 +149,26 @@ def test_missing_metrics_leave_rules_silent(rules):
     assert Words(replay(nothing, rules)).verdict(nothing).startswith("Cannot say:")
 
 
+def test_a_note_asks_for_nothing_in_either_language(rules):
+    """One mini-batch and one epoch: a ppo_kl of 0 is exact."""
+    rows = [(step, data | {"actor/ppo_kl": 0.0, "actor/grad_norm": 1.0}) for step, data in healthy_rows(40, seed=0)]
+    settings = {"actor_rollout_ref": {"actor": {"ppo_epochs": 1}}}
+    run = Run.of("exact", rows, settings)
+    watch = replay(run, rules)
+    english, chinese = (Words(watch, language).report(run) for language in ("en", "zh"))
+    assert [alarm.rule.id for alarm in watch.notes] == ["ppo_kl_exact"] and "Turn" not in english
+    assert "Setting: actor_rollout_ref.actor.ppo_epochs (now 1), set it to 2 only if" in english
+    assert "actor/ppo_kl 的绝对值为 0，" in chinese and "调整" not in chinese
+
+
+def test_reasons_of_silent_rules_are_in_the_readers_language(rules):
+    run = Run.of("few", [(step, {"critic/d_acc": 0.7}) for step in range(3)])
+    chinese = Words(replay(run, rules), "zh").report(run, verbose=True)
+    silent = chinese.partition("没有取值的规则：\n")[2].splitlines()[:-1]
+    assert "  length_rewarded：critic/length_reward_corr 没有记录" in silent
+    assert len(silent) > 20 and not [line for line in silent if " is " in line or " has " in line or " of " in line]
+
+
 def test_upstreams_and_trls_names_are_known(rules):
     upstream = [
         (

@@ -72,6 +72,36 @@ def test_a_single_runs_folder_is_none_for_a_pipeline(start, tmp_path, capsys):
     assert "holds the checkpoints of a single run" in capsys.readouterr().err
 
 
+def test_every_file_that_is_missing_is_named_by_its_flag(start, made, tmp_path, capsys):
+    """Whatever else is wrong: the base, one of two files to train on, both to validate on, a setting."""
+    more = ["--model", "no_base", "--data", f"{tmp_path}/more.jsonl", "--val", "v.jsonl", "--val", "w.parquet"]
+    assert start(*more, "--dry_run", "data.no_such=1") == 2
+    said = capsys.readouterr().out
+    problems = [line for line in said.splitlines() if line.startswith("  - ")]
+    for flag, file in (("--data", f"{tmp_path}/more.jsonl"), ("--val", "v.jsonl"), ("--val", "w.parquet")):
+        assert [file in problem for problem in problems].count(True) == 1
+        assert any(p.startswith(f"  - {flag}: no such data file") and p.endswith(file) for p in problems)
+    assert any("data.no_such" in problem for problem in problems)
+    assert start(*more, "--dry_run", "--stages", "seqkd,warmup") == 2
+    said = capsys.readouterr().out
+    assert "seqkd, warmup: model folder" in said and "name of the Hugging Face hub" in said
+    assert said.count("no such data file") == 3
+    assert "how much is needed is not known" in said and "disk not known" in said
+
+
+def test_rows_beyond_the_context_are_told_once_with_what_tells_the_lengths(start, made, capsys):
+    """256 positions; 250 + 10 are too many. Rows can be read all the same: eight, in batches of four."""
+    more = ("data.max_prompt_length=250", "seqkd.trainer.total_epochs=3", "warmup.trainer.total_epochs=2")
+    assert start("--dry_run", "--stages", "seqkd,warmup", *more) == 2
+    said = capsys.readouterr().out
+    assert "[1/2] seqkd: 6 steps (8 rows in batches of 4)" in said and "[2/2] warmup: 4 steps" in said
+    (problem,) = [line for line in said.splitlines() if line.startswith("  - ")]
+    assert problem.startswith("  - seqkd, warmup: actor_rollout_ref.model.path=")
+    assert "data.max_prompt_length + data.max_response_length = 260 is above max_position_embeddings=256" in problem
+    assert problem.endswith(f"verl.data_tools.lengths --data {made}/train.jsonl --model {made}/base")
+    assert "how much is needed is not known" in said
+
+
 def test_problems_of_the_command_line_start_nothing(start, tmp_path, capsys):
     assert start("actor_rollout_ref.model.path=/m", "seqkd.trainer.totl_epochs=2") == 2
     out, said = capsys.readouterr()

@@ -18,7 +18,7 @@ from verl.pipeline.needs import disk_need, seconds_left
 from verl.pipeline.preflight import Look
 from verl.pipeline.processes import wait_until_left
 from verl.pipeline.settings import Models
-from verl.pipeline.state import FILE, State, handed_on
+from verl.pipeline.state import FILE, State, handed_on, settings_of
 from verl.trainer.config import compose_config
 from verl.trainer.ppo.checkpointing import kept_of
 from verl.utils.checkpoint.best_link import point_best
@@ -65,6 +65,23 @@ def test_changes_that_matter_are_told_and_others_are_free(tmp_path):
     found = State(tmp_path).changes("seqkd", other)
     assert "actor_rollout_ref.actor.optim.lr=5e-06, now 0.001" in found
     assert any(change.startswith("data.max_response_length=") and change.endswith("now 99") for change in found)
+
+
+def test_changes_are_of_settings_that_were_given_or_left_out(tmp_path):
+    """The engine's limit of answers and the mini-batches follow, and nobody gave them."""
+    given = ["data.max_response_length=99", "data.train_batch_size=64"]
+    State(tmp_path).begin("seqkd", config_of(*given), given)
+    assert len(settings_changed(given)) > 2
+    now = ["++data.train_batch_size=32"]
+    found = State(tmp_path).changes("seqkd", config_of(*now), now)
+    assert sorted(change.partition("=")[0] for change in found) == ["data.max_response_length", "data.train_batch_size"]
+    # What nobody gave is another default: all of it is told.
+    assert State(tmp_path).changes("seqkd", config_of(*given, "data.seed=9"), given)[0] == "data.seed=1, now 9"
+
+
+def settings_changed(given):
+    one, other = settings_of(config_of()), settings_of(config_of(*given))
+    return [key for key in one if one[key] != other[key]]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"stages": {"seqkd": {"step": 1}}}', '{"stages": 3}'])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from verl.pipeline import summary
 from verl.pipeline.options import parse_options
-from verl.pipeline.summary import closest, conclude
+from verl.pipeline.summary import NONE_CLOSER, closest, conclude
 
 
 def report(students, interval=0.02):
@@ -48,16 +49,20 @@ def test_a_judge_that_cannot_tell_even_the_base_has_learned_nothing():
     assert says.startswith("seqkd, sampled at temperature")
 
 
-def test_a_base_that_no_student_comes_near():
-    _, says = closest({1.0: report({"base": (0, 0.6), "seqkd": (0, 0.9)})}, ["seqkd"])
-    assert says == "none of the students: the base model is told in 0.600 of cases only"
+@pytest.mark.parametrize(("seqkd", "end"), [(0.9, "in 0.900 [0.880, 0.920]"), (0.61, ": too close to call")])
+def test_a_base_that_no_student_is_closer_than(seqkd, end):
+    best, says = closest({1.0: report({"base": (0, 0.6), "seqkd": (0, seqkd)})}, ["seqkd"])
+    assert best is None and says.endswith(end)
+    assert says.startswith(
+        "no student is closer to the teacher than the base model, which is told in 0.600 [0.580, 0.620] of cases, and "
+    )
 
 
 @pytest.mark.parametrize(
     ("scores", "best", "says"),
     [
         ({"base": 0.1, "seqkd": 0.3, "soda": 0.2}, "seqkd", "seqkd by ROUGE-L alone (0.300 at temperature 0.8)"),
-        ({"base": 0.4, "seqkd": 0.3, "soda": 0.2}, "seqkd", "none of the students has more ROUGE-L than the base"),
+        ({"base": 0.4, "seqkd": 0.3, "soda": 0.2}, None, f"{NONE_CLOSER}, by ROUGE-L alone: 0.400, and 0.300 of seqkd"),
     ],
 )
 def test_numbers_alone_are_a_hint(scores, best, says):
@@ -68,8 +73,26 @@ def test_numbers_alone_are_a_hint(scores, best, says):
 def test_an_accuracy_that_could_not_be_told_is_left_out(tmp_path):
     reports = {0.8: report({"base": (0.1, 0.9), "seqkd": (0.2, 0.7)})}
     reports[0.8]["students"]["base"]["two_sample"]["accuracy"] = dict.fromkeys(("value", "low", "high"))
-    flags = ["--model", "m", "--data", "t", "--val", "v", "--exp_name", "x", "--out", str(tmp_path)]
-    text = conclude(parse_options(flags), {"seqkd": tmp_path / "students" / "seqkd"}, reports, {"seqkd": "Healthy"})
+    text = concluded(tmp_path, reports)
     rows = {line.split()[0]: line for line in text.splitlines() if " at 0.8 " in line}
     assert rows["base"].split()[3] == "-" and "0.700 [0.680, 0.720]" in rows["seqkd"]
-    assert f"vllm serve {tmp_path}/students/seqkd" in text and "--stages seqkd,warmup,gad" in text
+
+
+def concluded(out, reports):
+    flags = ["--model", "m", "--data", "t", "--val", "v", "--exp_name", "x", "--out", str(out)]
+    return conclude(parse_options(flags), {"seqkd": out / "students" / "seqkd"}, reports, {"seqkd": "Healthy"})
+
+
+def test_what_comes_next(tmp_path, monkeypatch):
+    better = {0.8: report({"base": (0.1, 0.9), "seqkd": (0.2, 0.7)})}
+    for found, command in ((object(), "vllm serve"), (None, "python -m verl.tools.chat")):
+        monkeypatch.setattr(summary, "find_spec", lambda name, found=found: found)
+        text = concluded(tmp_path, better)
+        assert f"next:\n  {command} {tmp_path}/students/seqkd\n" in text and "--stages seqkd,warmup,gad" in text
+    for worse in ((0.2, 0.95), (0.05, None)):
+        base = (0.1, None if worse[1] is None else 0.9)
+        text = concluded(tmp_path, {0.8: report({"base": base, "seqkd": worse})})
+        assert "no student is closer to the teacher than the base model" in text
+        advice = text.partition("next:")[2]
+        assert "vllm" not in advice and "chat" not in advice and "--stages" not in advice
+        assert all(word in advice for word in ("total_epochs", "optim.lr", "--judge_temperatures"))

@@ -80,6 +80,24 @@ def test_ray_starts_below_a_long_temporary_folder(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+NICE = """
+import os, ray
+from verl.single_controller.ray.starting import start_alone, stop
+start_alone(1)
+print(ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0))
+stop()
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("asked", [None, "2"])
+def test_workers_are_as_nice_as_the_driver_unless_asked(asked):
+    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", starting.NICENESS)}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2])} | ({starting.NICENESS: asked} if asked else {})
+    done = subprocess.run([sys.executable, "-c", NICE], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[-1:] == [asked or "0"], done.stderr
+
+
 class IdleRunner(TaskRunner):
     """Starts Ray and trains nothing."""
 

@@ -7,7 +7,8 @@ import pytest
 from tqdm import tqdm
 
 from tests.tiny import write_model
-from verl.tools.judge.report import changes
+from verl.tools.judge.numbers import Numbers
+from verl.tools.judge.report import Verdict, changes, render
 from verl.tools.judge.two_sample import (
     Judge,
     JudgeSettings,
@@ -101,6 +102,17 @@ def test_splits_of_a_batch_give_the_same_judge(model):
         scores.append(judge.differences(pairs, EOS))
     np.testing.assert_allclose(scores[0], scores[2], atol=1e-3)
     np.testing.assert_allclose(scores[1], scores[2], atol=1e-3)
+
+
+def test_an_accuracy_near_a_half_is_warned_of_where_training_pairs_were_told_badly():
+    def test_of(right, fitted):
+        return TwoSample(np.array([[1.0] * right + [0.0] * (40 - right)]), np.arange(40), np.zeros(40), fitted)
+
+    told = {"a": test_of(21, 0.69), "b": test_of(21, 0.71), "c": test_of(39, 0.69)}
+    none = Numbers(*[0.0] * len(dataclasses.fields(Numbers)[:-1]), (0.0,) * 4)
+    text = render({name: Verdict(none, test) for name, test in told.items()}, none, "teacher", "better")
+    (warning,) = [line for line in text.splitlines() if line.startswith("warning: ")]
+    assert "in less than 0.7 of them: a (0.690). " in warning and "--judge_lr or --judge_epochs" in warning
 
 
 def test_changes_are_paired_by_prompt():

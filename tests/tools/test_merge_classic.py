@@ -65,7 +65,7 @@ def flags(local_dir, target):
 def refused(*arguments) -> str:
     with pytest.raises(SystemExit) as end:
         merger(list(arguments))
-    return str(end.value.code)
+    return str(end.value)
 
 
 def opened(folder, kind) -> PreTrainedModel:

@@ -22,8 +22,9 @@ from verl.monitor.live import StoppedByAlarm
 from verl.tools.judge.options import build_parser as judge_flags
 from verl.trainer.in_process import run_in_process
 from verl.trainer.ppo.ending import end_said, logged_metrics, nothing_left
-from verl.trainer.ppo.next_commands import PIPELINE_FILE, SCRIPTS, closing_commands
+from verl.trainer.ppo.next_commands import SCRIPTS, closing_commands, report_command
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
+from verl.utils.command_line import WHAT_NEXT, for_children
 from verl.utils.signals import EndedBySignal, RunSignals
 
 LOG = "verl.trainer.ppo.ending"
@@ -148,8 +149,16 @@ def test_commands_are_named_as_the_user_called_and_a_pipelines_stage_offers_none
     next_stage, merger, *_ = closing_commands(config, root, 4, 10)
     assert f"scripts/train/gpt5-8b-warmup-gspo.sh --model {root}/global_step_4/actor " in next_stage
     assert ": python -m verl.model_merger --local_dir " in merger
-    (tmp_path / "it" / PIPELINE_FILE).touch()
-    assert closing_commands(config, root, 4, 10) == []
+    # What a pipeline that was called as `verl distill` puts into its stages' environment.
+    monkeypatch.setattr(sys, "argv", ["verl distill"])
+    environment = for_children()
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "main_ppo.py")])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (root / "metrics.jsonl").touch()
+    assert closing_commands(config, root, 4, 10) == [] and report_command(root) is None
+    monkeypatch.delenv(WHAT_NEXT)
+    assert report_command(root).startswith("a report of it: verl monitor ")
 
 
 # ---- every way to end

@@ -484,7 +484,8 @@ def test_what_is_raised_on_purpose_is_told_from_what_a_line_ran_into(tmp_path, m
 def test_the_merger_cannot_write_there(folder, capsys):
     with pytest.raises(SystemExit) as end:
         merge(["merge", "--backend", "fsdp", "--local_dir", str(folder / "nothing"), "--target_dir", "/proc/x"])
-    assert str(end.value.code).startswith("error: ") and "\n" not in str(end.value.code)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_a_traceback_for_those_who_ask(folder, tmp_path):

@@ -279,7 +279,7 @@ def test_a_run_looks_before_it_starts(checkpoint, tmp_path):
 def stopped(command, arguments):
     with pytest.raises(SystemExit) as end:
         command(arguments)
-    return str(end.value.code)
+    return str(end.value)
 
 
 def test_the_merger_the_scorer_and_the_judge_refuse_it(checkpoint, tmp_path, capsys):

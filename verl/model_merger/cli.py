@@ -9,7 +9,7 @@ from pathlib import Path
 
 from verl.utils.command_line import called_as, wide_formatter
 from verl.utils.console import printable
-from verl.utils.refusals import text_of
+from verl.utils.refusals import Ended
 
 DEFAULT_DTYPE, ADAPTER_DTYPE = "bfloat16", "float32"
 DTYPES = (DEFAULT_DTYPE, "float16", "float32")
@@ -42,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         **options,
     )
     for command in (merge_command, test_command):
-        command.add_argument("--backend", choices=["fsdp", "megatron"], default="fsdp", help="(default: fsdp)")
+        # verl's scripts give it; others than this one are refused.
+        command.add_argument("--backend", metavar="fsdp", default="fsdp", help="the only one (default: fsdp)")
         command.add_argument("--local_dir", required=True, metavar="DIR", help="a checkpoint's actor or critic folder")
         command.add_argument(
             "--hf_model_path", metavar="DIR", help="config and tokenizer, where there are none beside it"
@@ -80,12 +81,12 @@ def _add_publishing(group: argparse._ArgumentGroup) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command, `merge` where none is named; exits with a sentence where something is wrong with the folders."""
+    """Run the command, `merge` where none is named; ends with a sentence and exit code 2 where something is wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     named = arguments[:1] and not arguments[0].startswith("-")
     options = build_parser().parse_args(arguments if named else ["merge", *arguments])
     if options.backend != "fsdp":
-        sys.exit("error: this trainer writes fsdp checkpoints only; use --backend fsdp")
+        raise Ended(ValueError("this trainer writes fsdp checkpoints only; use --backend fsdp"))
     # Not above: help is wanted at once, and this reads torch.
     from verl.models.loading import quiet_transformers
 
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             _test(options)
     except (OSError, ValueError) as error:
-        sys.exit(text_of(error))
+        raise Ended(error) from error
 
 
 def _merge(options: argparse.Namespace) -> None:

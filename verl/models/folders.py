@@ -21,7 +21,10 @@ def no_model(folder: Path) -> str:
     if folder.is_file():
         return _a_file(folder)
     if not folder.is_dir():
-        return f"model folder {folder} does not exist: give a local Hugging Face or checkpoint folder"
+        return (
+            f"model folder {folder} does not exist: give a local Hugging Face or checkpoint folder; what trains takes "
+            "a name of the Hugging Face hub too (ORG/NAME)"
+        )
     names = sorted(file.name for file in folder.iterdir())
     if any(name.endswith(".gguf") for name in names):
         return _gguf(folder)

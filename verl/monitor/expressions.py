@@ -32,11 +32,11 @@ class ExpressionFault(ValueError):
 
 
 class Unknown(Exception):
-    """There is no value yet. `metric` names one that has not been logged at all, if that is why."""
+    """There is no value yet. `reason` names a sentence, `unknown_...` in texts.yaml, which is filled with `facts`."""
 
-    def __init__(self, reason: str, metric: str | None = None):
-        super().__init__(reason)
-        self.metric = metric
+    def __init__(self, reason: str, **facts: Any):
+        super().__init__(reason, facts)
+        self.reason, self.facts = reason, facts
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Facts:
 
     def series(self, name: str) -> Series:
         if name not in self.metrics:
-            raise Unknown(f"{name} is not logged", name)
+            raise Unknown("not_logged", name=name)
         return self.metrics[name]
 
     def latest(self, name: str, count: int | None, whole: bool = True) -> list[float]:
@@ -59,7 +59,7 @@ class Facts:
         count = self.window if count is None else count
         values = list(islice(filter(math.isfinite, reversed(self.series(name).values)), count))
         if len(values) < (count if whole else 1):
-            raise Unknown(f"{name} has {len(values)} of {count} values")
+            raise Unknown("too_few", name=name, have=len(values), count=count)
         return values[::-1]
 
 
@@ -91,7 +91,7 @@ def _first(facts: Facts, name: str, count: int | None = None) -> float:
     count = facts.window if count is None else count
     values = list(islice(filter(math.isfinite, facts.series(name).values), count))
     if len(values) < count:
-        raise Unknown(f"{name} has {len(values)} of {count} values")
+        raise Unknown("too_few", name=name, have=len(values), count=count)
     return statistics.median(values)
 
 
@@ -104,7 +104,7 @@ def _rise(facts: Facts, name: str, count: int | None = None) -> float:
 def _broken(facts: Facts, *names: str) -> float:
     there = [facts.metrics[name].values[-facts.window :] for name in names if name in facts.metrics]
     if not there:
-        raise Unknown(f"none of {', '.join(names)} is logged", names[0])
+        raise Unknown("none_logged", names=", ".join(names))
     return max(sum(not math.isfinite(value) for value in values) / len(values) for values in there)
 
 
@@ -138,7 +138,7 @@ def _setting(facts: Facts, key: str, *otherwise: Any) -> Any:
     except KeyError:
         if otherwise:
             return otherwise[0]
-        raise Unknown(f"the setting {key} is not known") from None
+        raise Unknown("no_setting", key=key) from None
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Expression:
         try:
             return self._value(self.tree, facts)
         except (ZeroDivisionError, OverflowError, TypeError) as error:
-            raise Unknown(f"{self.text}: {error}") from error
+            raise Unknown("no_result", text=self.text, error=error) from error
 
     def _check(self, node: ast.expr, depth: int = 0) -> None:
         """ExpressionFault for a part that does not belong here."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from verl.monitor.rules import Cause, Language, Range
+from verl.monitor.expressions import Unknown
+from verl.monitor.rules import Cause, Language, Range, Rule
 from verl.monitor.series import Run
 from verl.monitor.watch import Alarm, Event, Watch, source_of
 
@@ -25,18 +26,20 @@ class Words:
         self.watch = watch
         self.language = language
 
-    def say(self, name: str, **values: Any) -> str:
+    def say(self, name: str, /, **values: Any) -> str:
         return _texts()[self.language][name].format(**values)
 
     # ------------------------------------------------------------ parts
 
-    def knob(self, cause: Cause) -> str:
-        """What to turn, with the value that it has; empty where there is nothing."""
+    def knob(self, cause: Cause, is_note: bool = False) -> str:
+        """What to turn, with the value that it has; empty where there is nothing. A note names it and asks for
+        nothing."""
         if cause.knob is None:
             return ""
         known, now = self.watch.setting(cause.knob)
         turn = "" if cause.turn is None else cause.turn.text(self.language)
-        return self.say("knob_now" if known else "knob", knob=cause.knob, now=now, turn=turn)
+        name = ("note_knob" if is_note else "knob") + ("_now" if known else "")
+        return self.say(name, knob=cause.knob, now=now, turn=turn)
 
     def facts(self, alarm: Alarm) -> dict[str, Any]:
         """What sentences about an alarm are filled with."""
@@ -44,13 +47,18 @@ class Words:
         return {
             "id": alarm.rule.id,
             "says": alarm.rule.says.text(self.language),
-            "label": alarm.rule.label.text(self.language),
+            "label": self._label(alarm.rule),
             "value": _figure(alarm.value),
             "range": shown_range(alarm.healthy, self.language),
             "since": alarm.since,
             "cause": first.text.text(self.language),
-            "knob": self.knob(first),
+            "knob": self.knob(first, alarm.is_note),
         }
+
+    def _label(self, rule: Rule) -> str:
+        """In Chinese a blank follows Latin letters, and no Chinese ones."""
+        label = rule.label.text(self.language)
+        return f"{label} " if self.language == "zh" and label[-1].isascii() else label
 
     # ------------------------------------------------------------ live
 
@@ -92,9 +100,12 @@ class Words:
                 lines += ["", self.say(title), *(line for alarm in alarms for line in self._alarm(alarm))]
         if verbose:
             lines += ["", self.say("silent")]
-            lines += [self.say("silent_line", id=name, reason=reason) for name, reason in self.watch.unknown.items()]
+            lines += [self._silent(name, unknown) for name, unknown in self.watch.unknown.items()]
             lines.append(self.say("metrics", count=len(run.metrics - self.watch.read)))
         return "\n".join(lines)
+
+    def _silent(self, rule: str, unknown: Unknown) -> str:
+        return self.say("silent_line", id=rule, reason=self.say(f"unknown_{unknown.reason}", **unknown.facts))
 
     def _alarm(self, alarm: Alarm) -> list[str]:
         until = self.say("now") if alarm.until is None else self.say("until_step", step=alarm.until)
@@ -103,7 +114,7 @@ class Words:
         lines = [self.say(kind, until=until, **self.facts(alarm)) + follows]
         for number, cause in enumerate(alarm.causes, start=1):
             text = cause.text.text(self.language)
-            lines.append(self.say("cause_line", number=number, cause=text, knob=self.knob(cause)))
+            lines.append(self.say("cause_line", number=number, cause=text, knob=self.knob(cause, alarm.is_note)))
         return lines
 
 

@@ -83,7 +83,7 @@ class Watch:
         self.synonyms = rules.synonyms
         self.settings = settings or {}
         self.alarms: list[Alarm] = []
-        self.unknown = {rule.id: "the run has no step of its stages" for rule in self.rules}
+        self.unknown = {rule.id: Unknown("no_step") for rule in self.rules}
         self.stages: list[str] = []
         self.step: int | None = None
         self._metrics: dict[str, Series] = {}
@@ -125,11 +125,11 @@ class Watch:
         facts = Facts(self._metrics, self.settings, step, rule.window)
         try:
             if rule.when is not None and not rule.when(facts):
-                raise Unknown(f"not asked while this does not hold: {rule.when.text}")
+                raise Unknown("not_asked", condition=rule.when.text)
             value = _as_float(rule.value, facts)
         except Unknown as reason:
             if rule.id in self.unknown:
-                self.unknown[rule.id] = str(reason)
+                self.unknown[rule.id] = reason
             return None
         self.unknown.pop(rule.id, None)
         if rule.value.metrics and not self._new & set(rule.value.metrics):
@@ -225,7 +225,7 @@ def _as_float(formula: Expression, facts: Facts) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise Unknown(f"{formula.text}: {value!r} is no number") from None
+        raise Unknown("no_number", text=formula.text, value=repr(value)) from None
 
 
 def replay(run: Run, rules: Rules) -> Watch:

@@ -20,14 +20,14 @@ from verl.utils.checkpoint.room import amount, bytes_in, free_in, most_on_disk
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that are still to be written, and bytes that are free."""
+    """Bytes that are still to be written, None where the size of a stage's is not known, and bytes that are free."""
 
-    need: int
+    need: int | None
     free: int
 
     def problem(self, out: Path) -> str | None:
         """A sentence, where there is too little."""
-        if self.need <= self.free:
+        if self.need is None or self.need <= self.free:
             return None
         return (
             f"{out} has room for {amount(self.free)}, and checkpoints and students need {amount(self.need)}: make "
@@ -47,13 +47,22 @@ def disk_need(look: Look) -> int | None:
 
 
 def room(out: Path, looks: Sequence[Look]) -> Room:
-    """What all stages still need, less what lies in their folders."""
+    """What all stages that are not finished still need, less what lies in their folders."""
+    place = next(folder for folder in (out, *out.parents) if folder.exists())
+    return Room(_need(out, looks), free_in(place))
+
+
+def _need(out: Path, looks: Sequence[Look]) -> int | None:
     need = 0
     for look in looks:
+        if look.finished is not None:
+            continue
+        most = disk_need(look)
+        if most is None:
+            return None
         there = bytes_in(out / look.stage) if checkpoints_in(out / look.stage) else 0
-        need += max(0, (disk_need(look) or 0) - there)
-    place = next(folder for folder in (out, *out.parents) if folder.exists())
-    return Room(need, free_in(place))
+        need += max(0, most - there)
+    return need
 
 
 def seconds_left(look: Look, run: Path) -> float | None:

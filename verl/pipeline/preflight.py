@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from verl.config.run import Config
 from verl.memory.check import check_run_memory
 from verl.memory.estimate import host_memory
-from verl.models.loading import all_eos_token_ids, is_discriminator
+from verl.models.loading import all_eos_token_ids, is_discriminator, load_tokenizer
 from verl.pipeline.options import STAGES
-from verl.pipeline.settings import Models, compose, run_folder, unused_settings
+from verl.pipeline.settings import Models, compose, run_folder, unused_settings, user_settings
 from verl.pipeline.state import State, handed_on
 from verl.tools.judge.answers import read_prompts, refuse_trained
 from verl.trainer.config import ConfigError
@@ -29,7 +30,9 @@ from verl.trainer.ppo.own_tokens import OwnTokens
 from verl.trainer.ppo.ray_trainer import count_steps
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, tracked_step
 from verl.utils.checkpoint.room import Part
-from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.dataset.rl_dataset import RLHFDataset, find_files
+from verl.utils.dataset.tokenizer_checks import check_ids
+from verl.utils.hub import parse_hub_name
 from verl.utils.refusals import sentences_of
 from verl.utils.tracking import check_loggers
 
@@ -65,6 +68,8 @@ class Preflight:
         self.options, self.state, self.measure = options, state, measure
         self.looks: list[Look] = []
         self._problems: dict[str, list[str]] = {}
+        # Flags of data files that are not there, which nobody reads then.
+        self._unread: set[str] = set()
         # Data sets by all that they were read with, or what was wrong with them.
         self._kept: dict[str, RLHFDataset | Exception] = {}
 
@@ -74,7 +79,11 @@ class Preflight:
         return [f"{', '.join(stages)}: {problem}" for problem, stages in self._problems.items()]
 
     def look(self) -> None:
-        """Look at every stage, and at what comes after them."""
+        """Look at the data files, at every stage, and at what comes after them."""
+        for flag, names in (("--data", self.options.data), ("--val", self.options.val)):
+            for name in names:
+                self._look_at_file(flag, name)
+        files = dict(self._problems)
         try:
             for stage in self.options.stages:
                 self._look_at(stage)
@@ -84,9 +93,9 @@ class Preflight:
                     self._compose(Look(stage, Models(self.options.model, self._first_critic())))
         except ConfigError as error:
             # Of the command line itself.
-            self._problems = {sentence: ["settings"] for sentence in error.problems}
+            self._problems = files | {sentence: ["settings"] for sentence in error.problems}
             return
-        if not self.options.no_judge and any(look.config for look in self.looks):
+        if not self.options.no_judge and not self._unread and any(look.config for look in self.looks):
             self._try("judge", self._look_at_prompts)
         self._kept.clear()
 
@@ -107,6 +116,13 @@ class Preflight:
                 if what not in stages:
                     stages.append(what)
         return None
+
+    def _look_at_file(self, flag: str, name: str) -> None:
+        """Whether a data file is there, whatever else is wrong. Names of the hub are asked for with the stages."""
+        known = set(self._problems)
+        self._try(flag, lambda: parse_hub_name(name, "dataset") or find_files(name))
+        if set(self._problems) != known:
+            self._unread.add(flag)
 
     # ------------------------------------------------------------ a stage
 
@@ -138,7 +154,7 @@ class Preflight:
                 self._try(stage, lambda: self._refuse_orphan(look))
             if look.finished is None:
                 self._look_at_inputs(look, warmed)
-            else:
+            elif not self._unread:
                 self._try(stage, lambda: self._refuse_changes(look))
         self.looks.append(look)
 
@@ -158,18 +174,22 @@ class Preflight:
         # Whether the discriminator has learned is asked above: one that is still to be made will have.
         trainer = replace(config.trainer, critic_warmup=config.trainer.critic_warmup or 1)
         tokenizer = self._try(stage, lambda: check_models(replace(config, trainer=trainer)))
-        if tokenizer is None:
+        usable = tokenizer is not None
+        tokenizer = tokenizer if usable else _plain_tokenizer(config)
+        if tokenizer is None or self._unread:
             return
         train = self._rows(look, tokenizer, config.data.train_files, config.data.train_max_samples)
         val = self._rows(look, tokenizer, config.data.val_files, config.data.val_max_samples)
         if train is None or val is None:
             return
         look.rows = len(train)
+        look.steps = self._try(stage, lambda: count_steps(config, len(train)))
+        if not usable:
+            return
         self._try(stage, lambda: check_tokens(config, tokenizer, [train, val]))
         own_tokens = self._try(stage, lambda: OwnTokens.of(config, tokenizer))
         if own_tokens is not None:
             self._try(stage, lambda: [own_tokens.with_prompts(rows) for rows in (train, val)])
-        look.steps = self._try(stage, lambda: count_steps(config, len(train)))
         if not look.models.pending and look.done:
             self._try(stage, lambda: self._refuse_another_run(look))
         if self.measure:
@@ -208,7 +228,7 @@ class Preflight:
 
     def _refuse_changes(self, look: Look) -> None:
         """ValueError if a finished stage would be another one now."""
-        found = self.state.changes(look.stage, look.config)
+        found = self._changes(look)
         before = _origin(run_folder(self.options, look.stage) / f"global_step_{look.finished}")
         if before is not None:
             # Rows are told by the files' contents; their number is not counted again.
@@ -227,12 +247,15 @@ class Preflight:
         found = [] if before is None else before.differences(Origin.of(look.config, look.rows))
         if look.steps is not None and look.done >= look.steps:
             # Its last step is made, and only the word of it is missing.
-            found += self.state.changes(look.stage, look.config)
+            found += self._changes(look)
         if found:
             raise ValueError(
                 f"was begun otherwise: {'; '.join(found)}. Leave that as it was, take another --exp_name, or move "
                 f"{run_folder(self.options, look.stage)} away to make this stage anew"
             )
+
+    def _changes(self, look: Look) -> list[str]:
+        return self.state.changes(look.stage, look.config, user_settings(self.options)[look.stage])
 
     def _look_at_prompts(self) -> None:
         """Whether the validation rows can be judged on."""
@@ -253,6 +276,16 @@ class Preflight:
         look.merged = merged_parameters(config)
         if config.trainer.device == "cuda" and torch.cuda.is_available():
             check_run_memory(config, (torch.cuda.get_device_properties(0).total_memory, host_memory()))
+
+
+def _plain_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model that cannot be used, to count rows and steps with; None where it cannot be either."""
+    model = config.actor_rollout_ref.model
+    with suppress(OSError, ValueError):
+        tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
+        check_ids(tokenizer)
+        return tokenizer
+    return None
 
 
 def _refuse_untaught(config: Config) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from verl.utils.command_line import for_children
 from verl.utils.console import say
 from verl.utils.run_lock import LOCK
 from verl.utils.signals import ENDING, EndedBySignal
@@ -73,7 +74,11 @@ class Processes:
             EndedBySignal: this process was told to end, and it ended well before it heard of it.
         """
         self._starting = True
-        self._process = subprocess.Popen([sys.executable, "-m", *module], preexec_fn=_ends_with_its_parent(os.getpid()))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *module],
+            env=os.environ | for_children(),
+            preexec_fn=_ends_with_its_parent(os.getpid()),
+        )
         self._starting = False
         if self.received is not None:
             self._hand_on(self.received)

@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from verl.config.run import Config
 from verl.monitor.report.provenance import flat
-from verl.trainer.ppo.next_commands import PIPELINE_FILE as FILE
 from verl.trainer.ppo.next_commands import best_is_meant
 from verl.utils.checkpoint.best_link import best_step
 from verl.utils.checkpoint.checkpoint_manager import tracked_step
 from verl.utils.checkpoint.checksums import sync_to_disk
 
+FILE = "pipeline.json"
 # Settings that a stage which is finished does not depend on any more: names and places (contents are compared through
 # origin.json), how it was computed, and when and where it saved, validated and logged.
 FREE = re.compile(
@@ -53,16 +54,17 @@ class State:
         try:
             stages = json.loads(file.read_text(encoding="utf-8"))["stages"]
             self._stages = {
-                stage: {"settings": dict(kept["settings"]), "step": kept["step"]} for stage, kept in stages.items()
+                stage: {"settings": dict(kept["settings"]), "step": kept["step"], "given": kept.get("given")}
+                for stage, kept in stages.items()
             }
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{file} is damaged ({error!r}): remove it, and stages whose last step is there are not repeated"
             ) from error
 
-    def begin(self, stage: str, config: Config) -> None:
-        """Keep what a stage is run with."""
-        self._stages[stage] = {"settings": settings_of(config), "step": None}
+    def begin(self, stage: str, config: Config, given: Sequence[str] = ()) -> None:
+        """Keep what a stage is run with, and which settings (KEY=VALUE) the user gave for it."""
+        self._stages[stage] = {"settings": settings_of(config), "step": None, "given": _keys(given)}
         self._write()
 
     def finish(self, stage: str, step: int) -> None:
@@ -78,14 +80,20 @@ class State:
         there = step is not None and tracked_step(run) == step and (run / f"global_step_{step}").is_dir()
         return step if there else None
 
-    def changes(self, stage: str, config: Config) -> list[str]:
-        """The settings that a stage was last run with and that are others now, in words."""
-        before, now = self._stages.get(stage, {}).get("settings", {}), settings_of(config)
-        return [
-            f"{key}={_shown(before[key])}, now {_shown(now[key])}"
-            for key in before
-            if key in now and before[key] != now[key]
-        ]
+    def changes(self, stage: str, config: Config, given: Sequence[str] = ()) -> list[str]:
+        """The settings that a stage was last run with and that are others now, in words: those that the user gave then
+        or gives now, of which others follow; all, where it is none of these.
+
+        Args:
+            given: as `begin` has it, now.
+        """
+        kept = self._stages.get(stage, {})
+        before, now = kept.get("settings", {}), settings_of(config)
+        changed = [key for key in before if key in now and before[key] != now[key]]
+        if kept.get("given") is not None:
+            own = {*kept["given"], *_keys(given)}
+            changed = [key for key in changed if key in own] or changed
+        return [f"{key}={_shown(before[key])}, now {_shown(now[key])}" for key in changed]
 
     def _write(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -114,6 +122,10 @@ def settings_of(config: Config) -> dict[str, Any]:
     """By key, without those that are `FREE`, as JSON has them."""
     settings = json.loads(json.dumps(flat(asdict(config)), default=str))
     return {key: value for key, value in settings.items() if not FREE.fullmatch(key)}
+
+
+def _keys(given: Sequence[str]) -> list[str]:
+    return [text.partition("=")[0].lstrip("+") for text in given]
 
 
 def _shown(value: Any) -> str:

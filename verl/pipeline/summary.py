@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from verl.utils.stalls import duration
 from verl.utils.units import counted
 
 BASE = "base"
+NONE_CLOSER = "no student is closer to the teacher than the base model"
 
 
 class Judged(NamedTuple):
@@ -54,7 +56,8 @@ def describe(options: Namespace, looks: Sequence[Look], room: Room, judging: str
     lines.append(f"then  merged into {options.out / STUDENTS}: {names}")
     lines.append(f"      judged: {judging}")
     lines.append(f"      report: {options.out / REPORT}")
-    lines.append(f"disk  {amount(room.need)} are still needed at most, {amount(room.free)} are free")
+    needed = "how much is needed is not known" if room.need is None else f"{amount(room.need)} are still needed at most"
+    lines.append(f"disk  {needed}, {amount(room.free)} are free")
     lines += [f"note  {given.text} goes to no stage of this line" for given in unused_settings(options)]
     return "\n".join(lines)
 
@@ -128,6 +131,7 @@ def conclude(
     if reports:
         lines += ["", _table(reports), ""]
     best, says = closest(reports, list(folders))
+    student = None if best is None else folders[best]
     lines += [f"closest to the teacher: {says}"] if says else []
     lines += [f"{stage}: {sentence}" for stage, sentence in health.items()]
     lines += ["", *(f"{f'student of {stage}:':<19} {folder}" for stage, folder in folders.items())]
@@ -135,14 +139,22 @@ def conclude(
         lines.append(f"{'judge:':<19} {options.out / JUDGE}")
     if (options.out / REPORT).is_file():
         lines.append(f"{'report of all runs:':<19} {options.out / REPORT}")
-    return "\n".join([*lines, "", *_next(options, folders[best])])
+    return "\n".join([*lines, "", "next:", *(f"  {line}" for line in _next(options, student))])
 
 
-def _next(options: Namespace, best: Path) -> list[str]:
-    lines = ["next:", f"  vllm serve {shlex.quote(str(best))}"]
+def _next(options: Namespace, best: Path | None) -> list[str]:
+    """What to do with the best student; where there is none, what may make one."""
+    if best is None:
+        return [
+            "train for more epochs (trainer.total_epochs=N), or with a higher learning rate",
+            "(actor_rollout_ref.actor.optim.lr=X), under another --exp_name",
+            "let the students answer at a lower temperature: the same line with --judge_temperatures 0.5",
+        ]
+    serve = "vllm serve" if find_spec("vllm") is not None else called_as("verl.tools.chat")
+    lines = [f"{serve} {shlex.quote(str(best))}"]
     if options.stages == DEFAULT_STAGES:
         lines.append(
-            "  the same line with --stages seqkd,warmup,gad, to see whether GAD pays here: SeqKD is not repeated"
+            "the same line with --stages seqkd,warmup,gad, to see whether GAD pays here: SeqKD is not repeated"
         )
     return lines
 
@@ -172,8 +184,9 @@ def _interval(test: Mapping[str, float | None]) -> str:
     return f"{test['value']:.3f} [{test['low']:.3f}, {test['high']:.3f}]"
 
 
-def closest(reports: Mapping[float, dict[str, Any]], trained: Sequence[str]) -> tuple[str, str]:
-    """The student to take, of those trained, and a sentence on how far the judge says so."""
+def closest(reports: Mapping[float, dict[str, Any]], trained: Sequence[str]) -> tuple[str | None, str]:
+    """The student to take, of those trained, None where the base model is closer to the teacher than all, and a
+    sentence on how far the judge says so."""
     judged = [
         Judged(name, temperature, test["value"], test["low"], test["high"])
         for temperature, report in reports.items()
@@ -188,7 +201,10 @@ def closest(reports: Mapping[float, dict[str, Any]], trained: Sequence[str]) -> 
     scores = {name: entry["numbers"]["rouge_l"] for name, entry in report["students"].items()}
     best = max(trained, key=lambda name: scores[name])
     if scores[BASE] >= scores[best]:
-        return best, f"none of the students has more ROUGE-L than the base model ({scores[BASE]:.3f})"
+        return None, (
+            f"{NONE_CLOSER}, by ROUGE-L alone: {scores[BASE]:.3f}, and {scores[best]:.3f} of {best} at temperature "
+            f"{temperature:g}"
+        )
     return best, (
         f"{best} by ROUGE-L alone ({scores[best]:.3f} at temperature {temperature:g}), which is a hint: only fresh "
         "discriminators (--judge_by discriminators) or a strong model "
@@ -196,7 +212,7 @@ def closest(reports: Mapping[float, dict[str, Any]], trained: Sequence[str]) -> 
     )
 
 
-def _by_accuracy(judged: Sequence[Judged], trained: Sequence[str]) -> tuple[str, str]:
+def _by_accuracy(judged: Sequence[Judged], trained: Sequence[str]) -> tuple[str | None, str]:
     ranked = sorted(judged, key=lambda one: abs(one.accuracy - 0.5))
     best = next(one for one in ranked if one.student in trained)
     bases = [one for one in judged if one.student == BASE]
@@ -206,8 +222,12 @@ def _by_accuracy(judged: Sequence[Judged], trained: Sequence[str]) -> tuple[str,
             "that they have learned nothing; take more validation prompts (300 or more), or ask "
             f"{called_as('verl.tools.judge')} with a higher --judge_lr"
         )
-    if ranked[0].student == BASE and ranked[0].high < best.low:
-        return best.student, f"none of the students: the base model is told in {ranked[0].accuracy:.3f} of cases only"
+    if ranked[0].student == BASE:
+        sure = ranked[0].high < best.low
+        return None, (
+            f"{NONE_CLOSER}, which is told in {_in_words(ranked[0])} of cases, and {best.student} in {_in_words(best)}"
+            + ("" if sure else ": too close to call")
+        )
     others = [one for one in judged if one is not best and one.low <= best.high and best.low <= one.high]
     says = (
         f"{best.student}, sampled at temperature {best.temperature:g}: told from it in {_in_words(best)} of cases, "

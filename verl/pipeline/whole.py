@@ -13,7 +13,7 @@ from verl.pipeline.options import NUMBERS
 from verl.pipeline.preflight import Look, Preflight
 from verl.pipeline.processes import Processes, wait_until_left
 from verl.pipeline.results import STUDENTS, Student, judge, judges_by_discriminators, merge_student, write_report
-from verl.pipeline.settings import arguments_of, run_folder
+from verl.pipeline.settings import arguments_of, run_folder, user_settings
 from verl.pipeline.state import State, handed_on
 from verl.pipeline.summary import BASE, conclude, describe, headline, problems
 from verl.trainer.ppo.origin import content_of_model
@@ -110,10 +110,11 @@ class Pipeline:
         if look.finished is not None:
             say(f"[{number}/{len(self.options.stages)}] {stage}: done, {look.finished} steps")
             return OK
-        for change in state.changes(stage, look.config):
+        given = user_settings(self.options)[stage]
+        for change in state.changes(stage, look.config, given):
             say(f"{stage} goes on otherwise than it was begun: {change}")
         say(headline(number, len(self.options.stages), look))
-        state.begin(stage, look.config)
+        state.begin(stage, look.config, given)
         code = self.processes.run("verl.trainer.main_ppo", *arguments_of(self.options, stage, look.models))
         if code == OK:
             state.finish(stage, tracked_step(run_folder(self.options, stage)))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 WIDTH = 119
+# Between a command and those that it starts; not for users.
+CONSOLE, WHAT_NEXT = "VERL_BY_CONSOLE", "VERL_WHAT_NEXT"
 # What `python -m` runs, and the subcommand of `verl` that is the same; `verl/cli/commands.py` says where each is.
 SUBCOMMANDS = {
     "verl.pipeline": "distill",
@@ -27,8 +30,20 @@ SUBCOMMANDS = {
 
 
 def by_console() -> bool:
-    """Whether the user has called `verl`, which then stands in the place of the program's name."""
-    return sys.argv[0].startswith("verl ")
+    """Whether the user has called `verl`, which then stands in the place of the program's name; or whoever started this
+    process was called so (`for_children`)."""
+    return sys.argv[0].startswith("verl ") or os.environ.get(CONSOLE) == "1"
+
+
+def for_children() -> dict[str, str]:
+    """What to put into the environment of a command that this one starts, so that it names commands as the user does
+    and, its caller doing what comes next, offers none (`goes_on_by_itself`)."""
+    return {WHAT_NEXT: "off"} | ({CONSOLE: "1"} if by_console() else {})
+
+
+def goes_on_by_itself() -> bool:
+    """Whether who started this process does what comes after it (`for_children`)."""
+    return os.environ.get(WHAT_NEXT) == "off"
 
 
 def called_as(module: str) -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 from verl.utils.console import printable
 
 PACKAGE = Path(__file__).parents[1]
+# The exit code of wrong usage, and of input that cannot be used.
+USAGE = 2
 REASONS = (ValueError, OSError, ImportError, RuntimeError)
 
 
@@ -107,6 +109,15 @@ def text_of(error: Exception) -> str:
     if wants_traceback():
         return printable("".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip("\n"))
     return printable("\n".join(f"error: {sentence}" for sentence in sentences_of(error)))
+
+
+class Ended(SystemExit):
+    """Ends a command that tells why on standard error, with the exit code of wrong usage; the reason is its text."""
+
+    def __init__(self, error: Exception):
+        tell(error)
+        super().__init__(text_of(error))
+        self.code = USAGE
 
 
 def tell(error: Exception) -> None:

@@ -15,12 +15,12 @@ from verl.data_tools.lengths.limits import Limits
 from verl.data_tools.lengths.room import Machine, find_room
 from verl.trainer.config import ConfigError, compose_config
 from verl.trainer.config.loading import composed_preset
+from verl.utils.command_line import called_as
 
 # Optimizer steps below which a stage has hardly begun, in an epoch and in all, and epochs beyond which no preset goes.
 STEPS_PER_EPOCH, STEPS, MOST_EPOCHS = 20, 40, 8
 # Prompts below which gradients and the discriminator's accuracy are mostly noise.
 SMALLEST_BATCH = 16
-SHORT_PRESET = "gad_short"
 SCRIPTS = {
     "seqkd": "gpt5-8b-SeqKD-gspo.sh",
     "warmup": "gpt5-8b-warmup-gspo.sh",
@@ -73,29 +73,15 @@ def advise(
     Raises:
         ValueError: too few rows for so many ranks, or the trainer would not take the settings.
     """
-    preset = _preset(stage, limits)
     advice = Advice(stage, 0)
-    if preset != stage:
-        advice.say(
-            "stage",
-            f"answers are short (at most {limits.answer} tokens): the preset tuned for these (batch "
-            f"{composed_preset(preset)['data']['train_batch_size']}, more epochs, larger steps of the actor)",
-            preset,
-        )
     _add_limits(advice, limits, keep)
-    _add_batch(advice, composed_preset(preset), rows, gpus)
+    _add_batch(advice, composed_preset(stage), rows, gpus)
     _add_budgets(advice, limits)
     if machine is None:
         compose(advice.settings, advice.stage, model, gpus, "cpu")
     else:
         _add_room(advice, model, gpus, machine)
     return advice
-
-
-def _preset(stage: str, limits: Limits) -> str:
-    if stage != "gad":
-        return stage
-    return SHORT_PRESET if limits.answer <= composed_preset(SHORT_PRESET)["data"]["max_response_length"] else stage
 
 
 def _add_limits(advice: Advice, limits: Limits, keep: float) -> None:
@@ -161,7 +147,7 @@ def _add_batch(advice: Advice, preset: dict[str, Any], rows: int, gpus: int) -> 
 
 def _add_budgets(advice: Advice, limits: Limits) -> None:
     """A micro-batch holds one whole row at least."""
-    preset = composed_preset(advice.settings.get("stage", advice.stage))
+    preset = composed_preset(advice.stage)
     budgets = [("actor_rollout_ref.actor", preset["actor_rollout_ref"]["actor"])]
     if advice.stage in NEEDS_CRITIC:
         budgets.append(("critic", preset["critic"]))
@@ -187,15 +173,32 @@ def compose(settings: Mapping[str, Any], stage: str, model: str, gpus: int, devi
     Raises:
         ValueError: it would not take them; says why.
     """
-    given = [f"{key}={value}" for key, value in settings.items() if key != "stage"]
+    given = [f"{key}={value}" for key, value in settings.items()]
     try:
         return compose_config([
-            f"stage={settings.get('stage', stage)}", "data.train_files=train.parquet", "data.val_files=test.parquet",
+            f"stage={stage}", "data.train_files=train.parquet", "data.val_files=test.parquet",
             f"actor_rollout_ref.model.path={model}", "trainer.experiment_name=lengths",
             f"trainer.n_gpus_per_node={gpus}", f"trainer.device={device}", *given,
         ])  # fmt: skip
     except ConfigError as error:
         raise ValueError(f"the trainer does not take {' '.join(given)}: {error}") from error
+
+
+def in_one_command(advices: Sequence[Advice]) -> str | None:
+    """The stages as a pipeline, settings that differ by stage with the stage's name before them; None where no pipeline
+    begins with the first of them. Of SODA and GAD, it is that of GAD."""
+    by_stage = {advice.stage: advice.settings for advice in advices}
+    if any(stage in by_stage for stage in NEEDS_CRITIC):
+        by_stage.pop("soda", None)
+    stages = [stage for stage in SCRIPTS if stage in by_stage]
+    if stages[0] != "seqkd":
+        return None
+    shared = set.intersection(*(set(settings.items()) for settings in by_stage.values()))
+    words = [f"{key}={value}" for key, value in by_stage["seqkd"].items() if (key, value) in shared]
+    for stage in stages:
+        words += [f"{stage}.{key}={value}" for key, value in by_stage[stage].items() if (key, value) not in shared]
+    names = f"--model MODEL --data TRAIN --val VAL --exp_name NAME --stages {','.join(stages)}"
+    return f"{called_as('verl.pipeline')} {names} {' '.join(words)}"
 
 
 def in_words(advice: Advice) -> list[Sequence[str]]:

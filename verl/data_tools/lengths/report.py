@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from verl.data_tools.lengths.advice import Advice, in_words
+from verl.data_tools.lengths.advice import Advice, in_one_command, in_words
 from verl.data_tools.lengths.limits import PERCENTS, Limits, histogram, summarise
 from verl.data_tools.lengths.measure import Lengths, faults_in_words
 from verl.data_tools.writing import write_whole
@@ -68,12 +68,16 @@ def render(lengths: Lengths, source: str, advices: Sequence[Advice]) -> str:
     for advice in advices[1:]:
         own = [entry for entry in in_words(advice) if entry not in shared]
         parts.append(f"{_title(advice)}, {advice.steps} steps; other than above:\n{_reasons(own)}\n  {advice.command}")
-    parts.append("MODEL, CRITIC and NAME are yours to fill in; what follows --nnodes 1 goes behind that script.")
+    if (command := in_one_command(advices)) is not None:
+        parts.append(f"all in one command:\n  {command}")
+    parts.append(
+        "MODEL, CRITIC, TRAIN, VAL and NAME are yours to fill in; what follows --nnodes 1 goes behind that script."
+    )
     return "\n\n".join(parts)
 
 
 def _title(advice: Advice) -> str:
-    return f"{advice.stage} (stage={advice.settings.get('stage', advice.stage)})"
+    return f"{advice.stage} (stage={advice.stage})"
 
 
 def _reasons(entries: Sequence[Sequence[str]]) -> str:

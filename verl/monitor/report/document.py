@@ -142,10 +142,11 @@ def _alarm(alarm: Alarm, watch: Watch) -> dict[str, Any]:
 
 
 def _causes(alarm: Alarm, words: Words) -> list[str]:
-    return [
-        words.say("cause_line", number=number, cause=cause.text.text(words.language), knob=words.knob(cause)).strip()
-        for number, cause in enumerate(alarm.causes, start=1)
-    ]
+    lines = []
+    for number, cause in enumerate(alarm.causes, start=1):
+        text, knob = cause.text.text(words.language), words.knob(cause, alarm.is_note)
+        lines.append(words.say("cause_line", number=number, cause=text, knob=knob).strip())
+    return lines
 
 
 def bands(watch: Watch, stages: list[list[Any]]) -> dict[str, list[list[Any]]]:

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 HEALTH_CHECK_SECONDS = 20
 END_S = 30
 LOOPBACK = "127.0.0.1"
+# By itself Ray has its workers yield to everything else (15): beside others' work on the machine training would halt.
+NICENESS = "RAY_worker_niceness"
 
 
 def join_or_start(address: str | None, num_cpus: int | None, nodes: int = 1) -> None:
@@ -63,13 +65,15 @@ def start_alone(num_cpus: int | None) -> None:
     """Start Ray on this machine: it listens on loopback alone, and answers those who have the run's token.
 
     The token is this start's own and lives in the environment of the run's processes, which only their owner can read,
-    unless RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names another.
+    unless RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH names another. Workers are as nice as this process, unless
+    RAY_worker_niceness says how much nicer.
 
     Raises:
         RuntimeError: this version of Ray listens elsewhere all the same; it has been stopped.
     """
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault(NICENESS, "0")
     with _one_machine():
         ray.init(
             address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address=LOOPBACK,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from verl.tools.command import CommandParser, add_template_flag, command_parser
 from verl.tools.flags import number, whole
 from verl.utils.console import nobody_reads
-from verl.utils.refusals import text_of
+from verl.utils.refusals import USAGE, tell
 
 DESCRIPTION = "Talk to a student: a checkpoint's actor folder as it is, or a Hugging Face folder."
 EXAMPLE = """\
@@ -16,13 +15,13 @@ examples:
   %(prog)s checkpoints/gad/seqkd/global_step_200/actor --system "You are a helpful assistant."
   printf '%%s\\n' '你好' 'And in English?' | %(prog)s student --temperature 0
 
-A line is a message. /reset begins a new conversation, /quit ends (Ctrl-D too); Ctrl-C ends an answer.
+A line is a message. /reset begins a new conversation, /quit ends (Ctrl-D too), /help lists them; Ctrl-C ends an answer.
 """
 MORE = """\
 Answers are drawn as in training, from the whole distribution at --temperature; the model's own top_k, top_p and
 repetition_penalty do not count. Answers go to standard output and everything else to standard error.
 
-exit codes: 0 all messages were answered; 1 one could not be, or there is no such model; 2 wrong usage
+exit codes: 0 all messages were answered; 1 one could not be; 2 wrong usage, or there is no such model
 """
 
 
@@ -54,4 +53,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nobody_reads()
         return 0
     except (OSError, ValueError) as error:
-        sys.exit(text_of(error))
+        tell(error)
+        return USAGE

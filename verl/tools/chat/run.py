@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,7 +27,10 @@ from verl.utils.dataset.faults import TemplateCheck, fault_of_text
 from verl.utils.dataset.texts import Messages, Tokenization
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
 
-RESET, QUIT = "/reset", ("/quit", "/exit")
+RESET, HELP, QUIT = "/reset", "/help", ("/quit", "/exit")
+COMMANDS = f"{RESET} begins a new conversation, {QUIT[0]} or {QUIT[1]} ends, {HELP} lists these"
+# What looks like a command; a path, /etc/hosts, does not.
+COMMAND = re.compile(r"/[A-Za-z_]+")
 PROMPT = "> "
 UNANSWERED, INTERRUPTED = 1, 130
 
@@ -176,6 +180,11 @@ def run(options: argparse.Namespace) -> int:
             if text == RESET:
                 chat.reset()
                 _note("a new conversation")
+            elif text == HELP:
+                _note(COMMANDS)
+            elif COMMAND.fullmatch(text):
+                _note(f"there is no command {text}: {COMMANDS}")
+                code = code if interactive else UNANSWERED
             elif not _answered(chat, text, interactive) and not interactive:
                 code = UNANSWERED
     except KeyboardInterrupt:
@@ -200,7 +209,7 @@ def _typed() -> Iterator[str]:
     """What is typed, line by line, with the editing keys that there are."""
     with suppress(ImportError):
         import readline  # noqa: F401
-    _note(f"{RESET} begins a new conversation, {QUIT[0]} ends")
+    _note(COMMANDS)
     while True:
         try:
             text = input(PROMPT).strip()

@@ -140,16 +140,16 @@ def kept_answers(folder: Path, job: Job, drawing: Drawing) -> tuple[Answers | No
     """The answers of an earlier run that asked for the same, or None; and a sentence on what was found."""
     answers, settings = _paths(folder, job.name)
     if not (answers.is_file() and settings.is_file()):
-        return None, "none yet"
+        return None, f"asking {job.name} ..."
     earlier, wanted = json.loads(settings.read_text(encoding="utf-8")), _fingerprint(job, drawing)
     changed = [key for key, value in wanted.items() if earlier.get(key) != value]
     if changed:
-        return None, f"{answers} is of another {', '.join(changed)} and is written anew"
+        return None, f"asking {job.name} ...: {answers} is of another {', '.join(changed)} and is written anew"
     with answers.open(encoding="utf-8", newline="\n") as file:
         rows = [json.loads(line) for line in file]
     return [
         [Answer(text, cut) for text, cut in zip(row["answers"], row["cut"], strict=True)] for row in rows
-    ], f"taken from {answers}"
+    ], f"answers of {job.name}: taken from {answers}"
 
 
 def keep(folder: Path, job: Job, drawing: Drawing, prompts: Sequence[Prompt], answers: Answers) -> None:

@@ -19,7 +19,7 @@ from verl.tools.judge.two_sample import MATCHES, TwoSample
 INTERVAL = f"{CONFIDENCE:.0%} t-interval, clustered by prompt"
 WIDENED = f"widened {CROSS_VALIDATED:.3g} times for cross-validation"
 # A discriminator that does not even know its own training pairs says nothing about others.
-KNOWS = 0.6
+KNOWS = 0.7
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,11 @@ def _doubts(judged: Mapping[str, TwoSample]) -> list[str]:
     weak = [name for name, test in judged.items() if test.fitted < KNOWS and test.accuracy.low <= 0.5]
     if not weak:
         return []
+    told = ", ".join(f"{name} ({judged[name].fitted:.3f})" for name in weak)
     return [
-        f"doubt: {', '.join(weak)} could not be told even on the pairs trained on. Either no difference is there, or "
-        "the judge has learned nothing: see that it tells the base model, or raise --judge_lr or --judge_epochs"
+        f"warning: told badly even on the pairs trained on, in less than {KNOWS:g} of them: {told}. An accuracy near "
+        "0.5 proves nothing there: either there is no difference, or the discriminators have learned nothing. See that "
+        "they tell the base model, or raise --judge_lr or --judge_epochs"
     ]
 
 

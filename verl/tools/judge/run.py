@@ -218,7 +218,7 @@ def _generated(out: str, jobs: Sequence[Job], drawing: Drawing, prompts: Sequenc
     found, missing = {}, []
     for job in jobs:
         found[job.name], says = kept_answers(folder, job, drawing)
-        print(printable(f"answers of {job.name}: {says}"), file=sys.stderr)
+        print(printable(says), file=sys.stderr)
         if found[job.name] is None:
             missing.append(job)
     generate(folder, missing, drawing, prompts)

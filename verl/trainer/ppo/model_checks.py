@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from verl.config import ModelConfig
-from verl.config.run import Config
+from verl.config.run import Config, DataConfig
 from verl.models.adapters import adapters_of, add_adapters, load_adapters
 from verl.models.adapters_proof import check_merging
 from verl.models.answer_models import ANSWER_MODELS
@@ -39,6 +40,7 @@ from verl.models.reward_models import POOLING, is_reward_model
 from verl.trainer.ppo.discriminator_algos import get_discriminator_loss_fn
 from verl.trainer.ppo.own_tokens import is_other, own_limits
 from verl.utils.checkpoint.whole import refuse_pointers
+from verl.utils.command_line import called_as
 from verl.utils.dataset.tokenizer_checks import check_ids, check_tokenizer
 from verl.utils.refusals import Findings
 
@@ -47,20 +49,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Lengths:
-    """Tokens of a prompt and of an answer, and the settings that say so."""
+    """Tokens of a prompt and of an answer, the settings that say so, and where there is one a command that prints
+    fitting ones."""
 
     prompt: int
     response: int
     settings: str
+    fitting: str | None = None
 
     @property
     def longest(self) -> int:
         return self.prompt + self.response
 
 
-def _lengths(config: Config) -> _Lengths:
-    data = config.data
-    return _Lengths(data.max_prompt_length, data.max_response_length, "data.max_prompt_length + max_response_length")
+def _lengths(data: DataConfig, path: str) -> _Lengths:
+    """Those of what a model in `path` reads with the student's tokenizer."""
+    files = [data.train_files] if isinstance(data.train_files, str) else data.train_files
+    fitting = f"{called_as('verl.data_tools.lengths')} --data {shlex.join(files)} --model {shlex.quote(path)}"
+    settings = "data.max_prompt_length + data.max_response_length"
+    return _Lengths(data.max_prompt_length, data.max_response_length, settings, fitting)
 
 
 def _critics_lengths(
@@ -85,7 +92,7 @@ def _critics_lengths(
             f"critic.{given[0]}={getattr(critic, given[0])} is for a discriminator with a tokenizer of its own, and "
             f"that in {critic.model.path} has the student's: leave it out, data.{given[0]} says it"
         )
-    return _lengths(config)
+    return _lengths(config.data, critic.model.path)
 
 
 def _tokenizer_of(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -152,6 +159,7 @@ def _check_context(config: PretrainedConfig, lengths: _Lengths) -> None:
             f"{lengths.settings} = {lengths.longest} is above max_position_embeddings={context}, the "
             "model's context: shorten them, or raise override_config.max_position_embeddings of a model with rotary "
             "positions that is to work beyond it"
+            + (f". Values that fit the data: {lengths.fitting}" if lengths.fitting else "")
         )
 
 
@@ -223,16 +231,23 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
     with findings.gathered():
         model = config.actor_rollout_ref.model
         tokenizer = _tokenizer_of(model)
-        _look_at(model, "policy", "actor_rollout_ref.model", _lengths(config), tokenizer)
+        _look_at(model, "policy", "actor_rollout_ref.model", _lengths(config.data, model.path), tokenizer)
     with findings.gathered():
         if config.use_critic:
             model, other = config.critic.model, _tokenizer_of(config.critic.model)
             _look_at(model, "score", "critic.model", _critics_lengths(config, tokenizer, other), other)
+    if config.use_critic and config.critic.model.path == config.actor_rollout_ref.model.path:
+        _tell_once(findings)
     findings.tell()
     _check_reference(config)
     if config.use_critic:
         _check_discriminator(config, tokenizer, other)
     return tokenizer
+
+
+def _tell_once(findings: Findings) -> None:
+    """Of what was found of one folder, as the student's and as the discriminator's: the same reason once."""
+    findings.errors = list({str(error.__cause__ or error): error for error in reversed(findings.errors)}.values())[::-1]
 
 
 def _check_own_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,12 +12,10 @@ import verl
 from verl.config.run import Config
 from verl.trainer.ppo.run_record import changed_settings, preset_of
 from verl.utils.checkpoint.best_link import BEST, best_step
-from verl.utils.command_line import by_console, called_as
+from verl.utils.command_line import by_console, called_as, goes_on_by_itself
 
 # In a checkout that is a link to `scripts/train`.
 SCRIPTS = (Path(verl.__file__).parent / "scripts" / "train").resolve()
-# A pipeline keeps this file beside its stages' folders.
-PIPELINE_FILE = "pipeline.json"
 # By preset: the next one, and its script.
 NEXT = {"seqkd": ("warmup", "gpt5-8b-warmup-gspo.sh"), "warmup": ("gad", "gpt5-8b-gad-gspo.sh")}
 # Settings that the next stage most likely takes over, where they are not the preset's.
@@ -28,8 +26,9 @@ FOR_THE_JUDGE = ("prompt_key", "max_prompt_length", "max_response_length")
 
 def closing_commands(config: Config, root: Path, newest: int, total_steps: int) -> list[str]:
     """The lines for a run in `root` that is at its end, each with a command on its best checkpoint or, where there is
-    none, its newest: the next stage, the merger, the judge. None of a pipeline's stage: the pipeline does all of it."""
-    if (root.parent / PIPELINE_FILE).is_file():
+    none, its newest: the next stage, the merger, the judge. No line where a pipeline, which does all of it, has started
+    the run."""
+    if goes_on_by_itself():
         return []
     checkpoint = root / (BEST if best_step(root) is not None and best_is_meant(config) else f"global_step_{newest}")
     changed = {key: now for key, (_, now) in changed_settings(config).items()}
@@ -41,8 +40,8 @@ def closing_commands(config: Config, root: Path, newest: int, total_steps: int) 
 
 
 def report_command(root: Path) -> str | None:
-    """The line for the report; None where the run has kept no metrics to make it of."""
-    if not (root / "metrics.jsonl").is_file():
+    """The line for the report; None where the run has kept no metrics to make it of, or a pipeline writes it."""
+    if goes_on_by_itself() or not (root / "metrics.jsonl").is_file():
         return None
     return f"a report of it: {_command('verl.monitor', root, '--html', root / 'report.html')}"
 
