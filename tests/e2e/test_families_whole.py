@@ -109,7 +109,7 @@ def test_a_student_is_saved_and_merged_whole(tmp_path, model):
 
 
 @pytest.mark.parametrize("model", [gpt2, olmo2])
-def test_a_discriminator_with_a_head_of_another_name_or_of_ours_is_trained_and_scores(tmp_path, capsys, model):
+def test_a_discriminator_with_a_head_of_another_name_or_of_ours_is_trained_and_scores(tmp_path, model):
     """GPT-2's head is called `classifier`; OLMo 2 has no token-classification class in transformers."""
     write(tmp_path / "base", model)
     metrics = train(tmp_path, "warmup", f"critic.model.path={tmp_path}/base")
@@ -119,11 +119,12 @@ def test_a_discriminator_with_a_head_of_another_name_or_of_ours_is_trained_and_s
     (tmp_path / "answers.jsonl").write_text(
         json.dumps({"content": "a?", "teacher_response": "It is 3.", "student_response": "red"}) + "\n"
     )
-    reports = []
-    for folder in (critic, tmp_path / "merged"):
-        score(["--critic", str(folder), "--data", str(tmp_path / "answers.jsonl")])
-        reports.append(capsys.readouterr().out.splitlines()[2:])
-    assert reports[0] == reports[1]
+    scored = []
+    for number, folder in enumerate((critic, tmp_path / "merged")):
+        out = tmp_path / f"scores_{number}.jsonl"
+        score(["--critic", str(folder), "--data", str(tmp_path / "answers.jsonl"), "--out", str(out)])
+        scored.append(json.loads(out.read_text())["score_diff"])
+    assert scored[0] == pytest.approx(scored[1], abs=1e-5)
 
 
 def test_an_engine_gets_buffers(tmp_path):
