@@ -134,8 +134,9 @@ def test_merge_needs_no_second_word(capsys, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["verl", "merge", *arguments])
         with pytest.raises(SystemExit) as end:
             cli.main()
-        said.append(end.value.code)
-    assert said[0] == said[1] and said[0].startswith("error: ") and "none" in said[0]
+        said.append((end.value.code, capsys.readouterr().err))
+    assert said[0] == said[1] and said[0][0] == 2
+    assert said[0][1].startswith("error: ") and "none" in said[0][1]
 
 
 def test_ctrl_c_ends_a_subcommand_as_it_ends_the_module(tmp_path):

@@ -111,6 +111,10 @@ def test_resuming_is_exact(stages, folder):
     path = ("trainer.resume_mode=resume_path", f"trainer.resume_from_path={gad}/global_step_2")
     with pytest.raises(ValueError, match=r"of other adapters: .*lora_A.* \(expected \(8, .*, got \(4, "):
         train(folder, "gad_other", *gad_of(warmup), *rank, *path, run_with=run_in_process)
+    # Of the same shapes, and worth twice as much.
+    scale = (rank[0], "actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=64")
+    with pytest.raises(ValueError, match=r"adapters of other settings than this run's \(lora_alpha=64, not "):
+        train(folder, "gad_scaled", *gad_of(warmup), *scale, *path, run_with=run_in_process)
 
 
 def assert_resumed(run: Path, resumed: Path) -> None:

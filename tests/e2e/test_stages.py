@@ -117,7 +117,7 @@ def test_validations_leave_their_answers_in_parquet(warmup, folder):
 
 
 def test_merged_critic_gives_the_trainers_own_scores(warmup, folder, tmp_path):
-    """The value at the answer's last token, computed with transformers alone on the merged folder."""
+    """The mean of the values at the answer's tokens, computed with transformers alone on the merged folder."""
     checkpoint = warmup / "global_step_12" / "critic"
     out = ["--target_dir", str(tmp_path / "hf"), "--dtype", "float32"]
     merger(["merge", "--backend", "fsdp", "--local_dir", str(checkpoint), *out])
@@ -133,7 +133,7 @@ def test_merged_critic_gives_the_trainers_own_scores(warmup, folder, tmp_path):
         answer = tokenizer(row["teacher_response"], add_special_tokens=False)["input_ids"]
         answer = [*answer, tokenizer.eos_token_id][:10]
         values = model(torch.tensor([prompt + answer])).logits[0, len(prompt) :, 0]
-        assert entry["teacher_score"] == pytest.approx(values[-1].item(), abs=1e-5)
+        assert entry["teacher_score"] == pytest.approx(values.mean().item(), abs=1e-5)
 
 
 def test_merger_says_what_is_wrong(warmup, folder):

@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     train(
         path, "two", "stage=warmup", *QUIET, f"actor_rollout_ref.model.path={seqkd}/global_step_2/actor",
         f"critic.model.path={seqkd}/global_step_2/actor", f"critic.discriminator.loss={path}/mine.py:mine",
-        "critic.discriminator.pooling=mean", "critic.held_out_prompts=0", run_with=run_in_process,
+        "critic.discriminator.pooling=last_token", "critic.held_out_prompts=0", run_with=run_in_process,
     )  # fmt: skip
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -151,7 +151,7 @@ def test_the_card_tells_the_way_from_the_base_and_nothing_private(folder, tmp_pa
     assert "A student, distilled from the text of a teacher's answers: tiny-base -> SeqKD -> warmup." in card
     rows = [line.split(" | ")[:4] for line in card.splitlines() if line.startswith(("| SeqKD", "| warmup"))]
     assert rows == [["| SeqKD", "2", "18", "train.jsonl"], ["| warmup", "2", "18", "train.jsonl"]]
-    assert "- `critic.discriminator.pooling=mean`" in card and "- `critic.discriminator.loss=mine`" in card
+    assert "- `critic.discriminator.pooling=last_token`" in card and "- `critic.discriminator.loss=mine`" in card
     assert f"torch {torch.__version__}" in card
     judged = card[card.index("## Measured by the judge") :].splitlines()
     assert judged[4:7] == [

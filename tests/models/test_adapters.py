@@ -29,7 +29,7 @@ from verl.models.adapters import (
 )
 from verl.models.adapters_proof import check_merging
 from verl.models.answer_models import PolicyModel, ScoreModel
-from verl.models.loading import check_files, find_model, is_discriminator, load_model
+from verl.models.loading import check_files, find_model, is_discriminator, load_config, load_model
 from verl.models.proof import prove
 from verl.models.shape import ModelShape, count_parameters
 from verl.models.sharding import full_parameters
@@ -247,6 +247,22 @@ def test_a_peft_folder_is_loaded_merged(base, tmp_path, kind):
     assert not is_discriminator(tmp_path / "adapter")
     source = find_model(tmp_path / "adapter")
     assert (source.huggingface, source.shards, source.adapter.base) == (base, None, str(base))
+
+
+def test_the_config_beside_adapters_counts_and_not_their_bases(base, tmp_path):
+    """That of a run with `override_config`, on every rank."""
+    write_peft_folder(tmp_path / "adapter", base, causal_lm())
+    entries = json.loads((base / "config.json").read_text())
+    entries["rope_parameters"] = {"rope_theta": 100.0, "rope_type": "default"}
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps(entries))
+    changed = causal_lm()
+    changed = type(changed)(load_config(tmp_path / "adapter", "policy"))
+    changed.load_state_dict(causal_lm().state_dict())
+    expected = logits(PeftModel.from_pretrained(changed, tmp_path / "adapter"))
+    model = load_model(tmp_path / "adapter", "policy")
+    assert model.config.rope_parameters["rope_theta"] == 100
+    assert_close(logits(model), expected)
+    assert not torch.allclose(expected, logits(PeftModel.from_pretrained(causal_lm(), tmp_path / "adapter")), atol=0.1)
 
 
 def test_a_language_models_adapters_make_a_discriminator_with_a_fresh_head(base, tmp_path):

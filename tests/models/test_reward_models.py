@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -95,6 +96,61 @@ def test_a_head_that_is_not_there_is_not_made_up(tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"says that it is a reward model, and has no head under score or classifier"):
         load_model(folder, "score")
+
+
+def test_one_that_is_more_than_a_linear_head_is_refused(tmp_path):
+    folder = write(tmp_path / "m")
+    weights = load_file(folder / "model.safetensors") | {"gate.weight": torch.ones(1, 32)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 weights more than a linear head on its backbone, e.g. \['gate.weight'\]"):
+        load_model(folder, "score")
+    # What is left of the language model that it was made from does not matter.
+    weights = {name: tensor for name, tensor in weights.items() if name != "gate.weight"}
+    save_file(
+        weights | {"lm_head.weight": torch.ones(260, 32)}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    load_model(folder, "score")
+
+
+def test_one_whose_own_code_computes_its_score_is_refused(tmp_path):
+    folder = write(tmp_path / "m")
+    file = folder / "config.json"
+    own = {"auto_map": {"AutoModelForSequenceClassification": "modeling_gated.GatedForSequenceClassification"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    with pytest.raises(ValueError, match=r"its own code computes \(modeling_gated.GatedForSequenceClassification\)"):
+        check_labels(folder)
+
+
+def test_a_head_of_one_row_counts_where_the_config_is_silent(tmp_path):
+    folder = write(tmp_path / "m")
+    file = folder / "config.json"
+    entries = json.loads(file.read_text())
+    entries.pop("id2label"), entries.pop("label2id")
+    file.write_text(json.dumps(entries))
+    check_labels(folder)
+    check_critic(str(folder))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_adapters_of_a_reward_model_bring_its_head(tmp_path, family):
+    """As TRL's RewardTrainer leaves them, on a base that is a reward model: scores are PEFT's own."""
+    base = write(tmp_path / "base", family)
+    modules = ["q_proj", "v_proj"] if family == "qwen2" else ["c_attn"]
+    config = LoraConfig(r=4, target_modules=modules, task_type="SEQ_CLS", fan_in_fan_out=family == "gpt2")
+    peft = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(len(name)))
+    peft.save_pretrained(tmp_path / "adapter")
+    byte_tokenizer().save_pretrained(tmp_path / "adapter")
+    assert is_discriminator(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="a language model is wanted"):
+        refuse_discriminator(tmp_path / "adapter")
+    own = load_model(tmp_path / "adapter", "score", fresh_head=False).eval()
+    ids = torch.tensor([[5, 9, 7, 1]])
+    expected = peft.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0]
+    torch.testing.assert_close(own(input_ids=ids).logits[0, -1, 0], expected, rtol=0, atol=2e-5)
 
 
 def test_a_reward_model_of_a_class_of_its_own_is_refused(tmp_path):

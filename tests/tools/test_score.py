@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import byte_tokenizer, scorer, write_model
 from tests.workers.updates_setup import settings
@@ -309,9 +310,10 @@ def test_what_is_no_critic_is_refused(tmp_path, data, capsys):
     assert "trained score head" in message and "Qwen2ForCausalLM" in message and "pass global_step_N/critic" in message
     inside = write_critic(tmp_path / "step" / "critic")
     assert f"pass {inside}" in refusal(capsys, "--critic", str(tmp_path / "step"), "--data", str(data))
-    config = json.loads((inside / "config.json").read_text()) | {"id2label": {"0": "A", "1": "B"}}
-    (inside / "config.json").write_text(json.dumps(config))
-    assert "got 2 in" in refusal(capsys, "--critic", str(inside), "--data", str(data))
+    weights = load_file(inside / "model.safetensors")
+    head = {name: tensor.repeat(2, *[1] * (tensor.dim() - 1)) for name, tensor in weights.items() if "score" in name}
+    save_file(weights | head, inside / "model.safetensors", metadata={"format": "pt"})
+    assert "got 2 labels in" in refusal(capsys, "--critic", str(inside), "--data", str(data))
     assert "does not exist" in refusal(capsys, "--critic", str(tmp_path / "none"), "--data", str(data))
 
 

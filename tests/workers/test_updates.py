@@ -18,6 +18,8 @@ from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.critic.groups import DistinctAnswers
 from verl.workers.updates import MetricSums, build_optimizer, optimizer_step, split_rows
 
+LAST_TOKEN = ["critic.discriminator.pooling=last_token"]
+
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in module.named_parameters()}
@@ -110,7 +112,7 @@ def test_discriminator_update_equals_the_flat_form():
     cut_group[11] = 1
     loss = -F.logsigmoid(last(repeated, 0) - last(students, cut_group)).mean()
     loss.backward()
-    grouped, metrics = update("bradley_terry", settings("bradley_terry"), data)
+    grouped, metrics = update("bradley_terry", settings("bradley_terry", overrides=LAST_TOKEN), data)
     assert metrics["critic/d_loss"] == pytest.approx(loss.item(), abs=1e-6)
     assert_same_gradients(gradients(grouped), gradients(module))
 
@@ -313,7 +315,7 @@ def test_how_an_answer_is_closed_tells_the_discriminator_nothing():
     """A student that wrote what the teacher did and closed it with another EOS has the teacher's score, to the last
     bit; and all scores are those of a batch in which every answer is closed with the tokenizer's."""
     other = 77
-    config = settings("ranking", overrides=["critic.discriminator.pooling=last_token"]).critic
+    config = settings("ranking", overrides=LAST_TOKEN).critic
     critic = DataParallelPPOCritic(config, ScoreModel(scorer()), None, (EOS, other))
     data, plain = batch(), batch()
     for tensors in (data.batch, plain.batch):

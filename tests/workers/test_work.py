@@ -59,7 +59,7 @@ def test_a_group_has_its_prompt_once(update):
 def worker_on(device: str) -> FSDPWorker:
     worker = FSDPWorker.__new__(FSDPWorker)
     worker.device, worker.update_seconds = device, 2.0
-    worker.shape = SimpleNamespace(parameters=10, layers=2, heads=2, head_dim=3)
+    worker.shape = SimpleNamespace(parameters=10, layers=2, heads=2, head_dim=3, frozen=0)
     return worker
 
 

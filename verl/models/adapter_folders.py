@@ -24,7 +24,7 @@ from verl.utils.hub import model_folder, parse_hub_name
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # PEFT's name of the only adapter, which stands in a model's names and not in files; and what files have before names.
 ADAPTER, PREFIX = "default", "base_model.model."
-SCORE_TASK, POLICY_TASK = "TOKEN_CLS", "CAUSAL_LM"
+SCORE_TASK, POLICY_TASK, REWARD_TASK = "TOKEN_CLS", "CAUSAL_LM", "SEQ_CLS"
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,13 @@ class AdapterFolder:
 
     @property
     def scores(self) -> bool:
-        """Whether they are a discriminator's."""
-        return self.entries.get("task_type") == SCORE_TASK
+        """Whether they are a discriminator's or a reward model's."""
+        return self.entries.get("task_type") in (SCORE_TASK, REWARD_TASK)
+
+    @property
+    def rewards(self) -> bool:
+        """Whether they are a reward model's, whose head may have another name and no bias."""
+        return self.entries.get("task_type") == REWARD_TASK
 
     @property
     def huggingface(self) -> Path | None:

@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 
 from verl.config import ModelConfig
 from verl.models.adapter_folders import ADAPTER, POLICY_TASK, SCORE_TASK, AdapterFolder
-from verl.models.answer_models import SCORE_HEADS, score_head
+from verl.models.answer_models import SCORE_HEADS, score_head, score_head_name
 from verl.models.layers import decoder_layers
+from verl.models.reward_models import HEADS
 from verl.utils.hub import hub_origin
 
 if TYPE_CHECKING:
@@ -240,6 +241,8 @@ def load_adapters(hf: PreTrainedModel, folder: AdapterFolder) -> None:
         ValueError: tensors are missing, of another shape, or not the model's.
     """
     trained, tensors = {name: p for name, p in hf.named_parameters() if p.requires_grad}, folder.tensors()
+    if folder.rewards and hf.get_output_embeddings() is None:
+        tensors = _with_own_head(hf, tensors)
     heads = () if folder.scores else tuple(f"{name}." for name in SCORE_HEADS)
     missing = sorted(name for name in trained.keys() - tensors.keys() if not name.startswith(heads))
     foreign = sorted(tensors.keys() - trained.keys())
@@ -257,6 +260,19 @@ def load_adapters(hf: PreTrainedModel, folder: AdapterFolder) -> None:
     with torch.no_grad():
         for name in trained.keys() & tensors.keys():
             trained[name].copy_(tensors[name])
+
+
+def _with_own_head(hf: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A reward model's tensors with its head called as the model's is, and a bias of zero where it had none."""
+    head = score_head_name(hf)
+    tensors = {
+        f"{head}.{name.partition('.')[2]}" if name.partition(".")[0] in HEADS else name: tensor
+        for name, tensor in tensors.items()
+    }
+    bias = score_head(hf).bias
+    if bias is not None and f"{head}.weight" in tensors:
+        tensors.setdefault(f"{head}.bias", torch.zeros(bias.shape))
+    return tensors
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,14 @@ from verl.models.adapter_folders import AdapterFolder, find_adapter
 from verl.models.adapters import add_adapters, config_in, load_adapters, merge_adapters
 from verl.models.answer_models import SCORE_HEADS, score_head, score_head_name
 from verl.models.folders import no_model, refuse_no_tokenizer, refuse_quantized, told_of
-from verl.models.reward_models import head_renaming, is_reward_model, labels_of, refuse_other_rewards, settled_bias
+from verl.models.reward_models import (
+    head_renaming,
+    is_reward_model,
+    labels_of,
+    refuse_more_than_a_head,
+    refuse_other_rewards,
+    settled_bias,
+)
 from verl.models.score_classes import register_own_score_class, register_score_class
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.classic import is_classic
@@ -260,9 +267,10 @@ def load_model(
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
     fresh_head: bool = True,
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The whole model on CPU, adapters merged. A language model read as a discriminator gets a fresh score head, unless
-    `fresh_head` is false.
+    `fresh_head` is false. `config`: in the place of that which the folder and `override_config` make.
 
     Raises:
         FileNotFoundError, ValueError: the folder is not whole (`check_files`), or a discriminator is to be a language
@@ -277,7 +285,8 @@ def load_model(
         return _merged(path, source.adapter, kind, override_config, trust_remote_code, dtype, fresh_head)
     if kind == "score":
         check_labels(path)
-    config = load_config(path, kind, override_config, trust_remote_code)
+    if config is None:
+        config = load_config(path, kind, override_config, trust_remote_code)
     auto = AUTO_CLASSES[kind]
     options = {"config": config, "dtype": dtype, "output_loading_info": True, "trust_remote_code": trust_remote_code}
     rewards = kind == "score" and is_reward_model(config_entries(path))
@@ -297,6 +306,7 @@ def load_model(
         model.generation_config = GenerationConfig.from_pretrained(source.huggingface)
     missing = set(info["missing_keys"])
     if rewards:
+        refuse_more_than_a_head(path, info["unexpected_keys"])
         missing -= settled_bias(path, score_head(model), head, missing)
     _check_missing(path, model, missing, fresh_head=kind == "score" and fresh_head and not rewards)
     if kind == "policy" and is_tied(config) and not shares_embedding(model):
@@ -325,13 +335,11 @@ def _merged(
 ) -> PreTrainedModel:
     """`load_model` of a folder of adapters: base and adapters as one plain model, with the config of the latter."""
     fresh_head |= adapter.scores
-    model = load_model(adapter.base, kind, override_config, trust_remote_code, dtype, fresh_head)
+    own = load_config(path, kind, override_config, trust_remote_code)
+    model = load_model(adapter.base, kind, None, trust_remote_code, dtype, fresh_head, own)
     add_adapters(model, config_in(adapter))
     load_adapters(model, adapter)
     merge_adapters(model)
-    own = load_config(path, kind, override_config, trust_remote_code)
-    if hasattr(own, "discriminator"):
-        model.config.discriminator = own.discriminator
     return model
 
 

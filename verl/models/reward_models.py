@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 CLASS = "ForSequenceClassification"
+AUTO_CLASS = "AutoModelForSequenceClassification"
 # The names that such classes give their head.
 HEADS = ("score", "classifier")
 # What the pooling of a reward model's score is in this trainer's terms.
@@ -28,7 +29,13 @@ def is_reward_model(entries: Mapping[str, Any]) -> bool:
 
 
 def refuse_other_rewards(path: str | Path, entries: Mapping[str, Any]) -> None:
-    """ValueError for a reward model of a class of its own, whose head would be taken for remnants and lost."""
+    """ValueError for a reward model of a class of its own, or with code of its own, whose score would be another one
+    here."""
+    if is_reward_model(entries) and AUTO_CLASS in (entries.get("auto_map") or {}):
+        raise ValueError(
+            f"{path} is a reward model whose score its own code computes ({entries['auto_map'][AUTO_CLASS]}), which is "
+            "not run here: expected a class of transformers' own, or a language model, which gets a fresh score head"
+        )
     for name in entries.get("architectures") or []:
         if "Reward" in name and not name.endswith((CLASS, "ForTokenClassification")):
             raise ValueError(
@@ -45,6 +52,17 @@ def labels_of(entries: Mapping[str, Any], weights: Sequence[Path]) -> int:
                 return tensors.get_slice(name).get_shape()[0]
     # transformers writes neither where there are two.
     return entries.get("num_labels") or len(entries.get("id2label") or (0, 1))
+
+
+def refuse_more_than_a_head(path: str | Path, unexpected: Collection[str]) -> None:
+    """ValueError for weights of a reward model that backbone and linear head have no place for; an LM head that it has
+    kept takes no part in its score."""
+    more = sorted(name for name in unexpected if not name.startswith("lm_head."))
+    if more:
+        raise ValueError(
+            f"{path} is a reward model with {len(more)} weights more than a linear head on its backbone, e.g. "
+            f"{more[:3]}: its score would be another one here; pass the language model that it was made from"
+        )
 
 
 def head_renaming(name: str) -> dict[str, str]:

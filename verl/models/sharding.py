@@ -79,9 +79,9 @@ def trained_adapters(model: ModelConfig) -> LoraConfig | None:
 def _read(model: ModelConfig, kind: Kind, dtype: torch.dtype) -> PreTrainedModel:
     """The model as its class builds it, of adapters their base, with its weights on rank 0; the others have the
     structure alone."""
-    if dist.get_rank() == 0:
-        return load_model(model_folder(model), kind, model.override_config, model.trust_remote_code, dtype)
     config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
+    if dist.get_rank() == 0:
+        return load_model(model_folder(model), kind, None, model.trust_remote_code, dtype, config=config)
     return empty_model(config, kind, model.trust_remote_code, dtype)
 
 
@@ -93,7 +93,9 @@ def _adapt(hf: PreTrainedModel, model: ModelConfig, adapters: LoraConfig, dtype:
         load_adapters(hf, folder)
     for parameter in hf.parameters():
         if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+            # What the other ranks have is memory that nothing was written to: a copy of it would take some.
+            own = parameter.data
+            parameter.data = own.to(dtype) if dist.get_rank() == 0 else torch.empty_like(own, dtype=dtype)
 
 
 def shard(module: AnswerModel, fsdp: FSDPConfig, device: str) -> None:

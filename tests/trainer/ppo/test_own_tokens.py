@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForSequenceClassification
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from tests.other_tokenizer import END, TEMPLATE, other_tokenizer, write_other_model, write_reward_model
 from tests.tiny import byte_tokenizer, write_model
@@ -51,6 +52,14 @@ def read(own, *answers):
     return [ids[mask.bool()].tolist() for ids, mask in zip(made.ids, made.mask, strict=True)], made.cut.tolist()
 
 
+def byte_fallback_tokenizer():
+    """As of Llama 2: what is no token of its own is written in bytes."""
+    tokens = ["<unk>", "</s>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]
+    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
 def of_student(text):
     return STUDENT(text, add_special_tokens=False)["input_ids"]
 
@@ -77,6 +86,17 @@ def test_half_a_character_at_the_cut_is_left_out_and_elsewhere_seen():
     assert got[0] == of_other("红")
     assert got[1] == [*of_other("\ufffda"), OTHER.eos_token_id]
     assert got[2] == [*of_other("\ufffd"), OTHER.eos_token_id]
+
+
+def test_half_a_character_of_a_tokenizer_that_falls_back_to_bytes():
+    """Its decoder writes a sign for each byte."""
+    own = OwnTokens(
+        byte_fallback_tokenizer(), (EOS,), *(getattr(reader(), name) for name in ("tokenization", "limits"))
+    )
+    a, *red = own.student("a红", add_special_tokens=False)["input_ids"]
+    assert len(red) == 3 and own.student.decode([a, *red[:2]]) == "a\ufffd\ufffd"
+    got, _ = read(own, [a, *red[:2]], [a, *red])
+    assert got == [of_other("a"), of_other("a红")]
 
 
 def test_names_of_special_tokens_are_letters_on_the_way():
@@ -294,6 +314,16 @@ def test_the_students_tokenizer_handed_on_is_warned_of(folder, caplog):
     with caplog.at_level(logging.WARNING):
         check_models(settings(folder, "rewards", f"actor_rollout_ref.model.tokenizer_path={alone}"))
     assert f"set critic.model.tokenizer_path={folder}/rewards" in caplog.text
+
+
+def test_the_students_tokens_without_an_embedding_are_refused(folder, tmp_path):
+    """The student's tokenizer handed on to a discriminator of another family, whose embedding is smaller."""
+    alone = folder / "alone"
+    byte_tokenizer().save_pretrained(alone)
+    write_other_model(tmp_path / "small", byte_tokenizer(), vocab_size=150)
+    critic = (f"critic.model.path={tmp_path}/small", "trainer.critic_warmup=1")
+    with pytest.raises(ValueError, match=r"small: .*of the student.*set critic\.model\.tokenizer_path="):
+        check_models(settings(folder, "rewards", f"actor_rollout_ref.model.tokenizer_path={alone}", *critic))
 
 
 def test_arguments_of_the_students_template_that_the_discriminators_does_not_know_are_said(folder, caplog):

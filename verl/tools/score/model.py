@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.models.answer_models import ScoreModel
-from verl.models.loading import check_files, config_entries, is_discriminator, load_model
+from verl.models.loading import check_files, check_labels, config_entries, is_discriminator, load_model
 from verl.models.proof import class_verdict
 from verl.tools.prompts import PromptAndAnswer, to_rows
 from verl.trainer.ppo.discriminator_algos import POOLINGS
@@ -58,11 +58,7 @@ def check_critic(path: str) -> None:
             f"--critic: expected a model with a trained score head (...ForTokenClassification), got {path} with "
             f"{entries.get('architectures')}; pass global_step_N/critic of a warmup or GAD run, or that one merged"
         )
-    labels = len(entries.get("id2label") or ("LABEL_0", "LABEL_1"))
-    if labels != 1:
-        raise ValueError(
-            f"--critic: expected a score head with one label, got {labels} in {path}; pass a discriminator"
-        )
+    check_labels(path)
     check_files(path)
 
 

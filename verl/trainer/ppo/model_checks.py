@@ -262,6 +262,22 @@ def _check_own_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> 
         raise ValueError(f"critic.model.path={model.path}: {_without_embedding(f'token {text}', last, size)}")
 
 
+def _check_students_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The discriminator, which is given the student's tokens, has an embedding for each that the student can write."""
+    size, students = (
+        load_config(model.path, kind, model.override_config, model.trust_remote_code).get_text_config().vocab_size
+        for model, kind in ((config.critic.model, "score"), (config.actor_rollout_ref.model, "policy"))
+    )
+    last = min(max(tokenizer.get_vocab().values()), students - 1)
+    if last >= size:
+        text = repr(tokenizer.convert_ids_to_tokens(last))
+        path = config.critic.model.path
+        raise ValueError(
+            f"critic.model.path={path}: {_without_embedding(f'token {text} of the student', last, size)}; where it has "
+            f"a tokenizer of its own, set critic.model.tokenizer_path={path}"
+        )
+
+
 def _warn_of_students_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Warn of a discriminator that is given the student's `tokenizer`, as `tokenizer_path` is handed on, and has
     another beside it: it may be of another family."""
@@ -287,6 +303,8 @@ def _check_discriminator(config: Config, tokenizer: PreTrainedTokenizerBase, oth
     _warn_of_students_tokenizer(config, other)
     if is_other(other, tokenizer):
         _check_own_tokenizer(config, other)
+    else:
+        _check_students_tokens(config, tokenizer)
     rewards = not config.trainer.warmup_use_sft and not config.trainer.val_only
     if rewards and config.trainer.critic_warmup == 0 and not is_discriminator(path):
         raise ValueError(
@@ -298,6 +316,12 @@ def _check_discriminator(config: Config, tokenizer: PreTrainedTokenizerBase, oth
     _warn_of_other_scoring(config)
 
 
+def _is_rewarding(path: str) -> bool:
+    """Whether a folder holds a reward model, or adapters that make one."""
+    adapter = find_model(path).adapter
+    return is_reward_model(config_entries(path)) or (adapter is not None and adapter.rewards)
+
+
 def _warn_of_other_scoring(config: Config) -> None:
     """Warn of a warmed-up discriminator that was trained with another pooling or EOS setting: its scores will mean
     something else at first."""
@@ -305,7 +329,7 @@ def _warn_of_other_scoring(config: Config) -> None:
     pooling = settings.pooling or get_discriminator_loss_fn(settings.loss).pooling
     now = {"pooling": pooling, "exclude_eos": settings.exclude_eos}
     model = config.critic.model
-    usual = now | {"pooling": POOLING} if is_reward_model(config_entries(model.path)) else now
+    usual = {"pooling": POOLING, "exclude_eos": False} if _is_rewarding(model.path) else now
     trained = getattr(load_config(model.path, "score", None, model.trust_remote_code), "discriminator", usual)
     differing = [f"{key}={trained[key]}" for key in now if trained[key] != now[key]]
     if differing:

@@ -31,7 +31,7 @@ from verl.utils.torch_functional import pad_2d_list_to_length
 
 logger = logging.getLogger(__name__)
 
-# What a decoder makes of a character that the answer's end has cut in two.
+# What a decoder makes of a character that the answer's end has cut in two, some for each of its bytes.
 HALF_A_CHARACTER = "\ufffd"
 
 
@@ -168,7 +168,7 @@ class OwnTokens:
         rows = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
         texts = self.student.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return [
-            text if is_whole or text == HALF_A_CHARACTER else text.removesuffix(HALF_A_CHARACTER)
+            text if is_whole else text.rstrip(HALF_A_CHARACTER) or text
             for text, is_whole in zip(texts, ended, strict=True)
         ]
 

@@ -50,6 +50,8 @@ from verl.utils.finite import non_finite_names
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 # Optimizer settings that come from the configuration, not from the checkpoint.
+# Entries of adapter_config.json that say how much adapters count.
+SCALE = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 CONFIGURED = ("initial_lr", "weight_decay", "betas", "eps")
 
 
@@ -157,10 +159,11 @@ class FSDPCheckpointManager:
         """Restore everything from `folder`; collective over all ranks.
 
         Raises:
-            ValueError: it holds other tensors than are trained here, or of other shapes.
+            ValueError: it holds other tensors than are trained here, of other shapes, or adapters of another scale.
         """
         folder = Path(folder)
         self._refuse_others(folder)
+        self._refuse_another_scale(folder)
         read_sharded(self._weights(), folder / MODEL_FOLDER)
         extra = json.loads((folder / "extra_state.json").read_text())
         tensors, _ = self._optimizer_state()
@@ -184,6 +187,19 @@ class FSDPCheckpointManager:
                 f"{folder} is of another model, or of other adapters: it differs in {len(other)} tensors, e.g. "
                 f"{other[0]} (expected {_sizes(expected)}, got {_sizes(got)}); resume with the model, lora_rank, "
                 "target_modules and use_dora that it was trained with"
+            )
+
+    def _refuse_another_scale(self, folder: Path) -> None:
+        """What adapters compute depends on settings that no shape tells of."""
+        file = folder / ADAPTER_CONFIG
+        if self.adapter_config is None or not file.is_file():
+            return
+        there, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(self.adapter_config)
+        other = [f"{key}={wanted.get(key)}, not {there.get(key)}" for key in SCALE if there.get(key) != wanted.get(key)]
+        if other:
+            raise ValueError(
+                f"{folder} has adapters of other settings than this run's ({'; '.join(other)}): resume with those of "
+                "the checkpoint"
             )
 
     def _reconfigure(self, configured: list[dict[str, Any]]) -> None:
