@@ -45,9 +45,9 @@ linear `score` (`verl.models.score_classes.register_score_class`). Outside of th
 function has been called with the class of its config.
 
 A reward model (`...ForSequenceClassification`) with one label is taken as a discriminator with its head; its score is
-that of the last token, which is EOS here: a chat template that closes an answer with something else, as Gemma 2's does, is not
-followed there. One whose score its own code computes is refused. A discriminator may be of another family than the student, with a tokenizer of its own
-([the stages](stages.md)).
+that of the last token, which is EOS here: a chat template that closes an answer with something else, as Gemma 2's
+does, is not followed there. One whose score its own code computes is refused. A discriminator may be of another
+family than the student, with a tokenizer of its own ([the stages](stages.md)).
 
 A model whose code is in its folder is not in the table, and is compared as any other. Its code runs where
 `actor_rollout_ref.model.trust_remote_code` is set, in student and discriminator, and goes into checkpoints and merged
