@@ -76,9 +76,14 @@ class Run:
         """Return once it holds; AssertionError where the run ends before, or it takes too long."""
         deadline = time.monotonic() + PATIENCE_S
         while not holds():
-            assert self.process.poll() is None, f"the run ended before {what}:\n{self.log.read_text()}"
-            assert time.monotonic() < deadline, f"waited in vain until {what}:\n{self.log.read_text()}"
+            assert self.process.poll() is None, f"the run ended before {what}:\n{self._said()}"
+            assert time.monotonic() < deadline, f"waited in vain until {what}:\n{self._said()}"
             time.sleep(0.05)
+
+    def _said(self) -> str:
+        """What it printed, and where it is a trainer's what its ranks did."""
+        ranks = self.log.with_suffix("") / "logs" / "ranks.log"
+        return self.log.read_text() + (f"\nranks:\n{ranks.read_text()}" if ranks.exists() else "")
 
     def end(self) -> int:
         """Its exit code, once it has ended."""
@@ -97,6 +102,11 @@ class Run:
             with suppress(psutil.Error):
                 process.kill()
         self.process.wait()
+
+
+def lines_of(file: Path) -> int:
+    """Whole lines of a file that may not be there yet."""
+    return file.read_text().count("\n") if file.exists() else 0
 
 
 def trainer(folder: Path, run: Path, *overrides: str, **environment: str) -> Run:

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from tests.faults.runs import REPOSITORY, trainer
+from tests.faults.runs import REPOSITORY, lines_of, trainer
 from verl.utils.checkpoint.checkpoint_manager import step_of, tracked_step, verify_checkpoint
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed]
@@ -50,14 +50,12 @@ def steps(run):
     return sorted(step_of(folder) for folder in run.glob("global_step_*") if folder.suffix == "")
 
 
-def logged(run):
-    return (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
-
-
 def wait_for_a_step(run, where):
     """Until a step has been made since a save began: the first line from now on may be that of the step it followed."""
-    before = logged(where)
-    run.wait_until(lambda: logged(where) >= before + 2, "a step is made while a checkpoint is written")
+    before = lines_of(where / "metrics.jsonl")
+    run.wait_until(
+        lambda: lines_of(where / "metrics.jsonl") >= before + 2, "a step is made while a checkpoint is written"
+    )
 
 
 def test_a_kill_resumes_from_the_one_before_and_a_signal_waits_for_both(start, tmp_path):

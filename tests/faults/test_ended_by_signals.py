@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.e2e.running import assert_equal_tensors, read_metrics
-from tests.faults.runs import REPOSITORY, Run, arguments, trainer
+from tests.faults.runs import REPOSITORY, Run, arguments, lines_of, trainer
 from verl.utils.checkpoint.sharded import read_full_tensors
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed]
@@ -25,7 +25,8 @@ def steps_saved(folder) -> list[int]:
 
 
 def wait_for_a_step(run, folder):
-    run.wait_until((folder / "metrics.jsonl").exists, "the first step")
+    # The file is there before its first line.
+    run.wait_until(lambda: lines_of(folder / "metrics.jsonl") >= 1, "the first step")
 
 
 def test_sigterm_to_the_whole_group_saves_and_the_run_goes_on_as_if_nothing_had_been(folder, tmp_path):

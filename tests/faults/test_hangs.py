@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.faults.runs import trainer
+from tests.faults.runs import lines_of, trainer
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed]
 
@@ -27,7 +27,7 @@ def rank_of_the_run(run, rank):
 def test_a_rank_that_is_stopped(folder, tmp_path, ranks):
     run = trainer(folder, tmp_path / "run", "stage=seqkd", *LONG, *LIMITS, f"trainer.n_gpus_per_node={ranks}")
     try:
-        run.wait_until((tmp_path / "run" / "metrics.jsonl").exists, "the first step")
+        run.wait_until(lambda: lines_of(tmp_path / "run" / "metrics.jsonl") >= 1, "the first step")
         start = time.monotonic()
         rank_of_the_run(run, ranks - 1).suspend()
         assert run.end() == 1, run.log.read_text()
@@ -79,7 +79,7 @@ def test_a_raylet_that_is_stopped(folder, tmp_path):
     """Ray takes its node for dead after a minute; nothing but force ends it."""
     run = trainer(folder, tmp_path / "run", "stage=seqkd", *LONG, "trainer.total_training_steps=100000")
     try:
-        run.wait_until((tmp_path / "run" / "metrics.jsonl").exists, "the first step")
+        run.wait_until(lambda: lines_of(tmp_path / "run" / "metrics.jsonl") >= 1, "the first step")
         (raylet,) = [process for process in run.processes() if process.name() == "raylet"]
         raylet.suspend()
         assert run.end() == 1, run.log.read_text()

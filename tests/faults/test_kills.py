@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.running import assert_equal_tensors, read_metrics
 from tests.faults.killed_runs import KILLS, STEPS
-from tests.faults.runs import PATIENCE_S, REPOSITORY, Run, trainer
+from tests.faults.runs import PATIENCE_S, REPOSITORY, Run, lines_of, trainer
 from verl.utils.checkpoint.checkpoint_manager import tracked_step
 from verl.utils.checkpoint.sharded import read_full_tensors
 
@@ -57,8 +57,9 @@ def test_twenty_kills_of_one_process(tmp_path, way):
 
 # ---- on Ray
 
-# The raylet's and the gcs's end is noticed late, and the run saves on meanwhile; so they come last.
-VICTIMS = ("driver", "rank 0", "rank 1", "raylet", "gcs_server")
+# One run is killed again and again. The raylet's and the gcs's end is noticed late, maybe after the last step: each has
+# a run of its own.
+VICTIMS = {"driver": "killed", "rank 0": "killed", "rank 1": "killed", "raylet": "raylet", "gcs_server": "gcs"}
 STEPS_ON_RAY = 40
 WHOLE = ("stage=seqkd", "trainer.n_gpus_per_node=2", "trainer.save_freq=1", "trainer.max_actor_ckpt_to_keep=2",
          "trainer.total_epochs=100", f"trainer.total_training_steps={STEPS_ON_RAY}")  # fmt: skip
@@ -76,22 +77,19 @@ def rank_of(process: psutil.Process) -> str | None:
     return process.environ().get("RANK")
 
 
-def lines(run) -> int:
-    return len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
-
-
 @pytest.mark.faults
 @pytest.mark.distributed
 def test_each_kind_of_process_of_two_ranks_killed_at_a_random_moment(folder, tmp_path):
     """The same command each time; what dies with a process is the run, never its folder."""
     chance = random.Random(SEED)
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    for victim in VICTIMS:
-        delay, more, before = round(chance.uniform(0, 1), 3), chance.randint(1, 3), lines(killed)
+    for victim, name in VICTIMS.items():
+        killed = tmp_path / name
+        log = killed / "metrics.jsonl"
+        delay, more, before = round(chance.uniform(0, 1), 3), chance.randint(1, 3), lines_of(log)
         saved = tracked_step(killed) if killed.is_dir() else None
         run = trainer(folder, killed, *WHOLE)
         try:
-            run.wait_until(lambda n=before + more: lines(killed) >= n, f"{more} more steps")
+            run.wait_until(lambda log=log, n=before + more: lines_of(log) >= n, f"{more} more steps")
             time.sleep(delay)
             victim_of(run, victim).kill()
             start, code = time.monotonic(), run.end()
@@ -103,12 +101,15 @@ def test_each_kind_of_process_of_two_ranks_killed_at_a_random_moment(folder, tmp
             run.stop()
         done = tracked_step(killed) == STEPS_ON_RAY
         assert code == {"driver": -9}.get(victim, 0 if done else 1), run.log.read_text()[-4000:]
-    for path in (killed, whole):
+    whole, *others = ends = [tmp_path / name for name in ("whole", "killed", "raylet", "gcs")]
+    for path in ends:
         run = trainer(folder, path, *WHOLE)
         assert run.end() == 0, run.log.read_text()[-4000:]
         run.stop()
-    for part in PARTS[:2]:
-        found, expected = (read_full_tensors(path / f"global_step_{STEPS_ON_RAY}" / part) for path in (killed, whole))
-        assert_equal_tensors(found, expected)
-    losses = [{step: data["actor/sft_loss"] for step, data in read_metrics(path).items()} for path in (killed, whole)]
-    assert sorted(losses[0]) == list(range(STEPS_ON_RAY)) and losses[0] == losses[1]
+    losses = [{step: data["actor/sft_loss"] for step, data in read_metrics(path).items()} for path in ends]
+    assert sorted(losses[0]) == list(range(STEPS_ON_RAY))
+    for path, found in zip(others, losses[1:], strict=True):
+        assert found == losses[0], path
+        for part in PARTS[:2]:
+            weights, expected = (read_full_tensors(end / f"global_step_{STEPS_ON_RAY}" / part) for end in (path, whole))
+            assert_equal_tensors(weights, expected)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import listeners, trainer
+from tests.faults.runs import lines_of, listeners, trainer
 from verl.single_controller.ray.starting import LOOPBACK
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed]
@@ -31,7 +31,7 @@ def test_a_run_of_two_ranks_listens_on_loopback_and_answers_with_a_token_alone(f
         "trainer.save_freq=-1", HOME="/proc/none",
     )  # fmt: skip
     try:
-        run.wait_until((tmp_path / "run" / "metrics.jsonl").exists, "the first step")
+        run.wait_until(lambda: lines_of(tmp_path / "run" / "metrics.jsonl") >= 1, "the first step")
         processes = run.processes()
         found = listeners(processes)
         names = {listener.process for listener in found}
