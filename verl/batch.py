@@ -46,7 +46,7 @@ GROUP_KEYS = PROMPT_KEYS + TEACHER_KEYS + STUDENT_KEYS
 CRITIC_PROMPT_KEYS = ("critic_input_ids", "critic_attention_mask")
 # In a batch's meta_info: the weight of the teachers' answers beside the students' in a policy's update.
 ANCHOR_COEF = "sft_anchor_coef"
-POLICY_KEYS = ("old_log_probs", "ref_log_prob", "advantages")
+POLICY_KEYS = ("old_log_probs", "ref_log_prob", "advantages", "rollout_is_weights")
 # Of the teacher's answer and of the student's, (B,) each: the reference's log-probs of a preference pair.
 PAIR_REFERENCE_KEYS = ("chosen_ref_log_prob", "rejected_ref_log_prob")
 
@@ -112,6 +112,13 @@ class LogProbs(Record):
 
     old_log_probs: torch.Tensor  # (B, N, T)
     entropys: torch.Tensor  # (B, N, T)
+
+
+@dataclass(frozen=True)
+class EngineCorrection(Record):
+    """What the policy loss of each token is multiplied by, since the engine drew it and not the policy."""
+
+    rollout_is_weights: torch.Tensor  # (B, N, T)
 
 
 @dataclass(frozen=True)

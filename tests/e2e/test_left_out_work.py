@@ -55,6 +55,18 @@ def test_the_old_log_prob_pass(run, calls, monkeypatch, loss):
     assert calls == [("policy", 2), ("policy", 4), ("reference", 4), ("policy", 4), ("reference", 4)]
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_weights_against_an_engine_that_computes_the_same(run, level):
+    """They are 1, and change nothing."""
+    plain, weighted = read_metrics(run("plain")), read_metrics(run(level, f"algorithm.rollout_is={level}"))
+    assert "rollout_corr/rollout_is_mean" not in weighted[0]  # The actor is frozen.
+    for step in range(1, STEPS):
+        for name in ("mean", "min", "max", "eff_sample_size"):
+            assert weighted[step][f"rollout_corr/rollout_is_{name}"] == pytest.approx(1, abs=1e-3), name
+        for name in ("actor/grad_norm", "actor/kl_loss", "actor/pg_loss", "response_length/mean"):
+            assert weighted[step][name] == pytest.approx(plain[step][name], rel=1e-3, abs=1e-6), (step, name)
+
+
 def test_two_mini_batches_need_the_old_log_probs(run, calls):
     run("two mini-batches", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "critic.ppo_mini_batch_size=4")
     assert ("policy", 4) in calls

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.tiny import answer_rows, causal_lm, scorer
 from tests.workers import updates_on_two_ranks
-from tests.workers.updates_setup import ANCHOR, ANSWERS, EOS, LOSSES, PROMPTS, batch, settings, update
+from tests.workers.updates_setup import ANCHOR, ANSWERS, EOS, LOSSES, PROMPTS, WEIGHTS, batch, settings, update
 from verl.batch import student_rows, teacher_response_mask, teacher_rows
 from verl.models.answer_models import PolicyModel, ScoreModel
 from verl.models.packing import AnswerRows
@@ -338,6 +338,7 @@ def test_an_anchored_update_has_the_sum_of_two_gradients(loss):
     """The policy loss's, at the sampling temperature, and ANCHOR times that of the teacher's cross-entropy at 1."""
     anchored, metrics = update(loss, settings(loss), batch())
     data = batch()
+    data.batch.pop("rollout_is_weights")
     if loss.endswith("first-look"):
         data.batch.pop("old_log_probs")
     group = settings(loss).actor_rollout_ref
@@ -352,6 +353,25 @@ def test_an_anchored_update_has_the_sum_of_two_gradients(loss):
     for name, value in expected.items():
         if name != "actor/grad_norm":
             assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("loss", ["gspo", "ppo"])
+def test_importance_weights_scale_the_policy_loss_of_each_token(loss):
+    """As advantages would: the losses are proportional to them. The KL loss is what it was."""
+    group = settings(loss).actor_rollout_ref
+    both = []
+    for key, value in (("rollout_is_weights", WEIGHTS), ("advantages", batch().batch["advantages"] * WEIGHTS)):
+        data = batch()
+        data.batch.pop("rollout_is_weights")
+        data.batch[key] = value
+        policy = PolicyModel(causal_lm())
+        actor = DataParallelPPOActor(group.actor, group.rollout, policy, torch.optim.SGD(policy.parameters(), lr=0.0))
+        metrics = actor.update_policy(data)
+        both.append((gradients(policy), metrics))
+    (weighted, ours), (scaled, theirs) = both
+    assert_same_gradients(weighted, scaled)
+    for name in ("actor/pg_loss", "actor/kl_loss", "actor/ppo_kl"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
 
 
 def test_an_anchored_update_shares_the_prompts():

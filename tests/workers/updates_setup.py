@@ -49,6 +49,9 @@ LOSSES = {
     ],
     # The policy's own log-probs, detached, in the place of those before the update.
     "ppo-first-look": ["stage=gad", "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla"],
+    # Drawn by an engine that computes something else: WEIGHTS.
+    "gspo-weighted": ["stage=gad", "actor_rollout_ref.actor.kl_loss_coef=0.1"],
+    "ppo-weighted-anchor": ["stage=gad", "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla"],
     # With the teacher's answers beside, at a weight of ANCHOR.
     "gspo-anchor": ["stage=gad", "actor_rollout_ref.actor.kl_loss_coef=0.1"],
     "ppo-anchor-first-look": [
@@ -68,6 +71,7 @@ LOSSES = {
     ],
 }
 ANCHOR = 0.3
+WEIGHTS = torch.linspace(0.25, 2, PROMPTS * ANSWERS * 8).view(PROMPTS, ANSWERS, 8)
 CRITIC_LOSSES = [name for name, overrides in LOSSES.items() if any("critic.discriminator" in o for o in overrides)]
 # Ways to cut the same mini-batch: everything at once, by tokens, by rows, and padded instead of packed.
 SPLITS = {
@@ -125,6 +129,7 @@ def batch() -> DataProto:
             "response_mask": students.response_mask.view(shape),
             "old_log_probs": log_probs + noise[0],
             "ref_log_prob": log_probs + noise[1],
+            "rollout_is_weights": WEIGHTS.clone(),
             "advantages": torch.randn((PROMPTS, ANSWERS, 1), generator=generator).expand(shape).contiguous(),
         }
     )
@@ -139,6 +144,8 @@ def update(loss: str, config: Config, data: DataProto, wrap=lambda module: modul
         return module, DataParallelPPOCritic(config.critic, module, optimizer, EOS).update_critic(data)
     if loss.endswith("first-look"):
         data.batch.pop("old_log_probs")
+    if "weighted" not in loss:
+        data.batch.pop("rollout_is_weights", None)
     if "anchor" in loss:
         data.meta_info[ANCHOR_COEF] = ANCHOR
     group = config.actor_rollout_ref

@@ -63,6 +63,8 @@ class AlgorithmConfig:
     cut_answers: Literal["keep", "lowest", "leave_out"]
     min_group_std: NonNegative
     length_correction: bool
+    rollout_is: Literal["token", "sequence"] | None
+    rollout_is_threshold: Positive
 
 
 @settings
@@ -204,8 +206,10 @@ class Config:
     @property
     def needs_old_log_probs(self) -> bool:
         """Whether the policy's log-probs before the update take a pass of their own: with one mini-batch and one epoch
-        they are those of the update's own forward."""
+        they are those of the update's own forward. Weights against the engine's log-probs are made of them before."""
         actor = self.actor_rollout_ref.actor
+        if self.algorithm.rollout_is is not None:
+            return True
         return actor.ppo_mini_batch_size != self.data.train_batch_size or actor.ppo_epochs != 1
 
     @property

@@ -198,11 +198,17 @@ def _actor(config: Config) -> Iterator[str]:
             "actor_rollout_ref.actor.entropy_coeff": actor.entropy_coeff,
             "algorithm.use_kl_in_reward": config.algorithm.use_kl_in_reward,
             "algorithm.task_reward_weight": config.algorithm.task_reward_weight,
+            "algorithm.rollout_is": config.algorithm.rollout_is,
             # The warmup stage has one for the policy loss that it trains with otherwise.
             "actor_rollout_ref.actor.sft_anchor_coef": 0 if config.use_critic else actor.sft_anchor_coef,
         }
         for key in (key for key, value in unused.items() if value):
             yield f"{key}={unused[key]} has no effect with actor_rollout_ref.actor.use_sft_mode=True; leave it off"
+    if config.algorithm.rollout_is_threshold < 1:
+        yield (
+            f"algorithm.rollout_is_threshold={config.algorithm.rollout_is_threshold} would scale down answers that "
+            "engine and trainer agree on, whose weight is 1: use 1 or more"
+        )
     if not config.use_sft and actor.policy_loss.loss_mode == "vanilla" and actor.clip_ratio_c <= 1:
         yield f"actor_rollout_ref.actor.clip_ratio_c={actor.clip_ratio_c} must be above 1, the cap of dual clip"
 

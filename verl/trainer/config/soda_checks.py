@@ -41,6 +41,7 @@ def soda_conflicts(config: Config) -> Iterator[str]:
         "algorithm.norm_adv_by_std_in_grpo": (algorithm.norm_adv_by_std_in_grpo, True),
         "algorithm.min_group_std": (algorithm.min_group_std, 0),
         "algorithm.length_correction": (algorithm.length_correction, False),
+        "algorithm.rollout_is": (algorithm.rollout_is, None),
         "trainer.sft_monitor_freq": (config.trainer.sft_monitor_freq, None),
     }
     for key, (value, default) in unused.items():

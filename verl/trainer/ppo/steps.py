@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from verl.batch import Answers, Prompts, Rewards, Scores, table
+from verl.batch import Answers, EngineCorrection, LogProbs, Prompts, Rewards, Scores, table
 from verl.config.run import Config
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import AdaptiveKLController, FixedKLController
+from verl.trainer.ppo.core_algos import AdaptiveKLController, FixedKLController, truncated_importance_weights
 from verl.trainer.ppo.discriminator import Discriminator
 from verl.trainer.ppo.head_start import HeadStart
 from verl.trainer.ppo.metric_utils import compute_data_metrics, compute_discriminator_metrics
@@ -147,9 +147,24 @@ class Steps:
         if trains:
             # Omitted where the update's own forward gives the same values, to the last bit.
             old = old if config.needs_old_log_probs else None
+            correction, corrected = self._correct_engine(answers, old)
             with timed("update_actor"):
-                metrics |= student.learn(prompts, answers, rewards, old, reference, self._sft_anchor_coef(step))
+                learned = student.learn(
+                    prompts, answers, rewards, old, reference, correction, self._sft_anchor_coef(step)
+                )
+            metrics |= corrected | learned
         return rewards, metrics
+
+    def _correct_engine(self, answers: Answers, old: LogProbs | None) -> tuple[EngineCorrection | None, Metrics]:
+        """If they are asked for, weights for answers that the engine drew with other probabilities than the policy."""
+        algorithm = self.config.algorithm
+        if algorithm.rollout_is is None:
+            return None, {}
+        weights, metrics = truncated_importance_weights(
+            old.old_log_probs, answers.rollout_log_probs, answers.response_mask, algorithm.rollout_is,
+            algorithm.rollout_is_threshold,
+        )  # fmt: skip
+        return EngineCorrection(weights), metrics
 
     def _soda(self, prompts: Prompts, step: int, samples_seen: int, timed: Timed) -> Step:
         """SODA: one update on pairs of the teacher's answer and one that the student wrote before."""

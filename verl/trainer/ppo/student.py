@@ -17,6 +17,7 @@ from verl.batch import (
     STUDENT_KEYS,
     TEACHER_KEYS,
     Answers,
+    EngineCorrection,
     LogProbs,
     PairLogProbs,
     Prompts,
@@ -61,6 +62,7 @@ class Student:
         self.shares = Shares(
             config.trainer.ranks, config.trainer.balance_batch, config.actor_rollout_ref.actor.ppo_mini_batch_size
         )
+        self._corrects = config.algorithm.rollout_is is not None
         self._engine_is_current = False
 
     # ------------------------------------------------------------ the engine
@@ -78,7 +80,8 @@ class Student:
     def answer(self, prompts: Prompts, step: int) -> Answers:
         """Answers to train on, drawn from the present weights; the step is part of the draw's seed."""
         rollout = self.config.rollout
-        return self.sample(table(prompts), rollout.sampling, rollout.seed + step, rollout.sync_check_prompts)
+        reported = len(prompts) if self._corrects else rollout.sync_check_prompts
+        return self.sample(table(prompts), rollout.sampling, rollout.seed + step, reported)
 
     def sample(self, prompts: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int = 0) -> Answers:
         """Answers to a table's prompts from the present weights, with the engine's log-probs of those to the first
@@ -154,11 +157,12 @@ class Student:
         rewards: Rewards,
         old: LogProbs | None,
         reference: ReferenceLogProbs | None,
+        correction: EngineCorrection | None,
         sft_anchor_coef: float,
     ) -> dict[str, float]:
         """One update on the student's answers and, by `sft_anchor_coef`, the teacher's; returns its metrics."""
         keys = PROMPT_KEYS + STUDENT_KEYS + POLICY_KEYS + (TEACHER_KEYS if sft_anchor_coef > 0 else ())
-        rows = table(prompts, answers, rewards, old, reference)
+        rows = table(prompts, answers, rewards, old, reference, correction)
         return self._update(rows, keys, **{ANCHOR_COEF: sft_anchor_coef})
 
     def learn_from_pairs(

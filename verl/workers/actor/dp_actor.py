@@ -90,7 +90,8 @@ class DataParallelPPOActor:
         """Train on this rank's rows: `ppo_epochs` times over mini-batches of `ppo_mini_batch_size` prompts.
 
         With `use_sft_mode` the teacher's answers are the target, each counted once; otherwise the student's own, with
-        `advantages`, `old_log_probs` and, for a KL loss, `ref_log_prob`. `meta_info["sft_anchor_coef"]` above 0 adds so
+        `advantages`, `old_log_probs` and, where they are given, `ref_log_prob` for a KL loss and `rollout_is_weights`,
+        which each token's policy loss is multiplied by. `meta_info["sft_anchor_coef"]` above 0 adds so
         many times the SFT loss of the teacher's answers, whose prompts are shared (CHORD, arXiv 2508.11408).
 
         With one mini-batch and one epoch `old_log_probs` may be left out: no weight changes before the last of them
@@ -211,8 +212,9 @@ class DataParallelPPOActor:
         old_log_prob = log_prob.detach() if computes_old else policy_inputs["old_log_probs"]
         policy_loss = get_policy_loss_fn(config.policy_loss.loss_mode)
         loss, means = policy_loss(
-            old_log_prob, log_prob, policy_inputs["advantages"], mask, config.loss_agg_mode, config, **totals
-        )
+            old_log_prob, log_prob, policy_inputs["advantages"], mask, config.loss_agg_mode, config,
+            rollout_is_weights=policy_inputs.get("rollout_is_weights"), **totals,
+        )  # fmt: skip
         if computes_old:
             means = {**means, "actor/entropy": masked_mean(entropy.detach(), mask)}
         shares = {"actor/pg_loss": loss.detach()}
