@@ -37,6 +37,7 @@ from verl.models.loading import (
 )
 from verl.models.proof import check_class
 from verl.models.reward_models import POOLING, is_reward_model
+from verl.models.shared_base import shares_base, trains_adapters, why_not_shared
 from verl.trainer.ppo.discriminator_algos import get_discriminator_loss_fn
 from verl.trainer.ppo.own_tokens import is_other, own_limits
 from verl.utils.checkpoint.whole import refuse_pointers
@@ -143,12 +144,24 @@ def _check_adapters(model: ModelConfig, kind: Kind, key: str, config: Pretrained
 def _check_reference(config: Config) -> None:
     """With adapters the reference is the actor itself."""
     group = config.actor_rollout_ref
-    if not config.use_reference or (group.model.lora_rank == 0 and find_model(group.model.path).adapter is None):
+    if not config.use_reference or not trains_adapters(group.model):
         return
     if group.ref.fsdp_config.dtype != group.actor.fsdp_config.dtype:
         raise ValueError(
             f"actor_rollout_ref.ref.fsdp_config.dtype={group.ref.fsdp_config.dtype}, and where adapters are trained "
             f"the reference is the actor without them, which computes in {group.actor.fsdp_config.dtype}: leave it out"
+        )
+
+
+def _check_shared_base(config: Config) -> None:
+    """Say whether student and discriminator, where both have adapters, share their base; ValueError if they are to and
+    cannot."""
+    policy, critic = config.actor_rollout_ref, config.critic
+    if shares_base(policy, critic):
+        logger.info("student and discriminator share the frozen weights of %s", base_of(policy.model.path))
+    elif critic.model.share_base is None and trains_adapters(policy.model) and trains_adapters(critic.model):
+        logger.info(
+            "student and discriminator each have frozen weights of their own: %s", why_not_shared(policy, critic)
         )
 
 
@@ -242,6 +255,7 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
     _check_reference(config)
     if config.use_critic:
         _check_discriminator(config, tokenizer, other)
+        _check_shared_base(config)
     return tokenizer
 
 
