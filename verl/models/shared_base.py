@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from verl.config import ActorRolloutRefConfig, CriticConfig, ModelConfig
 from verl.models.adapters import adapters_of
 from verl.models.answer_models import score_head_name
-from verl.models.loading import Kind, base_of, empty_model, find_model, load_config, persistent_buffers
+from verl.models.loading import Kind, base_of, empty_model, find_model, load_config
 
 KEY = "critic.model.share_base"
 # PEFT's name of the layer that an adapter is beside.
@@ -121,9 +121,6 @@ def put_on_base(hf: PreTrainedModel, base: PreTrainedModel) -> None:
         if not parameter.requires_grad:
             owner, _, own = name.rpartition(".")
             setattr(backbone.get_submodule(owner), own, _frozen(there[name.replace(BESIDE, "")].detach()))
-    buffers = dict(persistent_buffers(base.base_model))
-    for name, buffer in persistent_buffers(backbone):
-        buffer.copy_(buffers[name])
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
