@@ -5,9 +5,9 @@
 
 The step is that of `step`: 64 prompts of about 220 tokens with 8 answers of 256, KL to the reference, generation and
 the push of the weights included. `shared`: student and discriminator train adapters on one frozen base in memory;
-`apart`: each has a base of its own; `full`: all weights of both are trained. Seconds are medians over the steps after the
-warm-up, in whose first step the student waits, because a discriminator with a fresh score head may not reward it. On a
-GPU each way gets a process of its own.
+`apart`: each has a base of its own; `full`: all weights of both are trained. Seconds are medians over the steps after
+the warm-up, in whose first step the student waits, because a discriminator with a fresh score head may not reward it.
+On a GPU each way gets a process of its own.
 
 `peak_gib` is what PyTorch held at most, with the engine asleep; `engine_gib` the engine's share of the card, awake,
 beside what rests then.

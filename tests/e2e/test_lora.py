@@ -259,3 +259,14 @@ def test_whole_weights_have_no_adapters_to_write(run, folder, tmp_path):
 def test_what_cannot_be_trained_is_said_before_the_start(run, overrides, said):
     with pytest.raises(ValueError, match=said):
         run("refused", *overrides)
+
+
+def test_adapters_of_a_folder_are_beside_the_layers_that_the_settings_name(stages, run):
+    folder = (f"actor_rollout_ref.model.path={stages[0]}/global_step_3/actor", *LORA[:2])
+    run("again", *folder, steps=1)
+    said = (
+        r"beside other layers than actor_rollout_ref\.model\.target_modules and exclude_modules say, 10 of them "
+        r"\(model\.layers\.0\.mlp\.down_proj has one, and should have none; .*\): leave actor_rollout_ref\.model\.lora_rank out"
+    )
+    with pytest.raises(ValueError, match=said):
+        run("others", *folder, "actor_rollout_ref.model.target_modules=[q_proj,k_proj]")

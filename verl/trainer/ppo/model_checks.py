@@ -8,14 +8,15 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.config import ModelConfig
 from verl.config.run import Config, DataConfig
-from verl.models.adapters import adapters_of, add_adapters, load_adapters
+from verl.models.adapters import adapted_layers, adapters_of, add_adapters, fresh_adapters, load_adapters
 from verl.models.adapters_proof import check_merging
 from verl.models.answer_models import ANSWER_MODELS
 from verl.models.loading import (
@@ -44,6 +45,9 @@ from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.command_line import called_as
 from verl.utils.dataset.tokenizer_checks import check_ids, check_tokenizer
 from verl.utils.refusals import Findings
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +136,35 @@ def _check_adapters(model: ModelConfig, kind: Kind, key: str, config: Pretrained
     adapters = adapters_of(model, folder, key)
     if adapters is None:
         return
-    with torch.device("meta"):
-        hf = empty_model(config, kind, model.trust_remote_code)
-        add_adapters(hf, adapters)
+
+    def adapted(wanted: LoraConfig) -> PreTrainedModel:
+        with torch.device("meta"):
+            hf = empty_model(config, kind, model.trust_remote_code)
+            add_adapters(hf, wanted)
+        return hf
+
+    hf = adapted(adapters)
     if folder is not None:
         load_adapters(hf, folder)
+        if model.lora_rank:
+            _refuse_other_layers(adapted_layers(hf), adapted_layers(adapted(fresh_adapters(model))), key)
         logger.info("%s goes on training the adapters in %s, of rank %d", key, model.path, adapters.r)
     check_merging(type(hf), config, adapters)
+
+
+def _refuse_other_layers(theirs: Iterable[str], wanted: Iterable[str], key: str) -> None:
+    """ValueError if the adapters of a folder are beside other layers than the settings name."""
+    theirs, wanted = set(theirs), set(wanted)
+    if theirs != wanted:
+        said = [
+            f"{name} has {'one' if name in theirs else 'none'}, and should have {'one' if name in wanted else 'none'}"
+            for name in sorted(theirs ^ wanted)[:2]
+        ]
+        raise ValueError(
+            f"its adapters are beside other layers than {key}.target_modules and exclude_modules say, "
+            f"{len(theirs ^ wanted)} of them ({'; '.join(said)}): leave {key}.lora_rank out, and those of the folder "
+            "count; or merge them first"
+        )
 
 
 def _check_reference(config: Config) -> None:
