@@ -266,7 +266,7 @@ def test_adapters_of_a_folder_are_beside_the_layers_that_the_settings_name(stage
     run("again", *folder, steps=1)
     said = (
         r"beside other layers than actor_rollout_ref\.model\.target_modules and exclude_modules say, 10 of them "
-        r"\(model\.layers\.0\.mlp\.down_proj has one, and should have none; .*\): leave actor_rollout_ref\.model\.lora_rank out"
+        r"\(model\.layers\.0\.mlp\.down_proj has one, and should have none; .*\): leave actor_rollout_ref\.model\.lora"
     )
     with pytest.raises(ValueError, match=said):
         run("others", *folder, "actor_rollout_ref.model.target_modules=[q_proj,k_proj]")

@@ -76,6 +76,7 @@ def build_sharded_model(
             wrapper.requires_grad_(not frozen)
         shard(wrapper, fsdp, device)
         if base is not None:
+            reshard(base)
             put_on_base(hf, base.hf)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=base is None)
         set_model_state_dict(hf, weights, options=options)
