@@ -19,7 +19,6 @@ from verl.models.sharding import build_sharded_model, full_parameters, reshard
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 
-# Rows that the prompts divide over one, two and four ranks.
 ROWS = answer_rows([5, 3], [4, 2])
 
 

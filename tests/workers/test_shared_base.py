@@ -18,11 +18,11 @@ from verl.trainer.config import compose_config
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "cases"), [(2, ("float32", "bfloat16", "float32-dora")), (4, ("bfloat16",))])
+@pytest.mark.parametrize(("ranks", "cases"), [(2, ("float32", "bfloat16", "float32-dora")), (3, ("bfloat16",))])
 def test_nothing_but_memory_differs_from_two_bases(tmp_path, ranks, cases):
     """Gradients after an update of each, values and merged weights, to the bit, offloaded or not; the child looks at
-    the memory. Four ranks have shards of unlike lengths: 260 rows of the embedding divide by them, 2 and 6 of the
-    adapters do not."""
+    the memory. On three ranks the last one's shards are shorter, 86 of 260 rows of the embedding and 10 of 32 of
+    others."""
     write_model(tmp_path / "base")
     torch.multiprocessing.spawn(shared_base_ranks.run, args=(ranks, tmp_path, cases), nprocs=ranks)
     for case in cases:
@@ -41,7 +41,7 @@ def test_nothing_but_memory_differs_from_two_bases(tmp_path, ranks, cases):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base and a link to it, a base of another seed, adapters on the first, and a shallower model."""
+    """A base and a link to it, a base of another seed, and adapters on the first."""
     path = tmp_path_factory.mktemp("shared")
     base = write_model(path / "base")
     (path / "link").symlink_to(base)
