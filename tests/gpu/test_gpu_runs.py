@@ -77,6 +77,21 @@ def test_gad_with_everything_offloaded(run):
     assert offloaded[STEPS - 1][memory] < plain[STEPS - 1][memory]
 
 
+def test_gad_with_adapters_on_one_base(run):
+    """As on two, in less memory; and with the base in host memory between uses."""
+    lora = ("actor_rollout_ref.model.lora_rank=8", "critic.model.lora_rank=8")
+    offload = ("actor_rollout_ref.actor.fsdp_config.param_offload=True", "critic.model.fsdp_config.param_offload=True")
+    apart = gad(run, "apart", 1, *lora, "critic.model.share_base=False")
+    shared = gad(run, "shared", 1, *lora, "critic.model.share_base=True")
+    offloaded = gad(run, "shared offloaded", 1, *lora, *offload)
+    for step in range(STEPS):
+        for name in ("critic/d_loss", "critic/grad_norm", "response_length/mean"):
+            for other in (shared, offloaded):
+                assert other[step][name] == pytest.approx(apart[step][name], rel=0.05, abs=1e-4), (step, name)
+    memory = "perf/max_memory_allocated_gb"
+    assert shared[STEPS - 1][memory] < apart[STEPS - 1][memory]
+
+
 def test_resuming_with_everything_offloaded(run):
     """The weights, the optimizer's states and the engine after a restart, against a run in one piece."""
     offload = ("actor_rollout_ref.actor.fsdp_config.param_offload=True", "critic.model.fsdp_config.param_offload=True")

@@ -464,6 +464,7 @@ def adapted(kind: str, rank: int = 8) -> ModelShape:
 
 
 # Rank 8 times the inputs and outputs of q, k, v, o, gate, up and down, in 28 layers.
+OFFLOADED = [f"{part}.fsdp_config.param_offload=True" for part in (ACTOR, "critic.model")]
 ADAPTERS = 28 * 8 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
 
 
@@ -489,6 +490,25 @@ def test_memory_of_adapters_is_as_worked_out_by_hand():
     # Two gathered layers with what is around them, in bf16, and the gradients of one layer's adapters, in both types.
     layer = LAYER + ADAPTERS // 28
     assert update["gathered layers"] == 2 * (2 * layer + PARAMETERS - 28 * LAYER) + 6 * ADAPTERS / 28
+
+
+def test_memory_of_a_shared_base_is_as_worked_out_by_hand():
+    """The critic's own weights are its adapters and head; while it is updated, the actor's base is there too."""
+    own, away = run_of("stage=gad"), run_of("stage=gad", f"{ACTOR}.fsdp_config.param_offload=True")
+    shapes = adapted("policy"), adapted("score")
+    sizes = [estimate_memory(replace(run, share_base=True), *shapes, 80 * GIB) for run in (own, away)]
+    for estimate in sizes:
+        update = estimate.phases["update_critic"]
+        assert update["critic's weights"] == 4 * (ADAPTERS + 1537)
+        assert update["actor's weights"] == 2 * PARAMETERS + 4 * ADAPTERS
+    assert "actor's weights" not in sizes[1].phases["generate"]
+    assert sizes[1].host["actor's weights"] == 2 * PARAMETERS + 4 * ADAPTERS
+    for phase in sizes[0].phases:
+        saved = estimate_memory(own, *shapes, 80 * GIB).need(phase) - sizes[0].need(phase)
+        assert saved == 2 * PARAMETERS
+    # With both at rest in host memory, the base is there once.
+    both = replace(run_of("stage=gad", *OFFLOADED), share_base=True)
+    assert estimate_memory(both, *shapes, 80 * GIB).host["critic's weights"] == 4 * (ADAPTERS + 1537)
 
 
 def test_activations_with_adapters_are_what_autograd_keeps():

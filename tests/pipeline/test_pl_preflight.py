@@ -60,6 +60,25 @@ def test_a_stage_without_the_one_it_began_with(start, tmp_path, capsys):
     assert not (tmp_path / "it" / "seqkd").exists()
 
 
+def test_a_stage_that_asks_for_other_adapters_than_those_it_is_handed(start, capsys):
+    student = ("actor_rollout_ref.model.lora_rank=4", "gad.actor_rollout_ref.model.target_modules=[q_proj]")
+    critic = (
+        "warmup.critic.model.lora_rank=2",
+        "gad.critic.model.lora_rank=3",
+        "gad.critic.model.target_modules=[q_proj]",
+    )
+    for given, said in (
+        (student, "goes on with the adapters of warmup, and actor_rollout_ref.model asks for others (target_modules=["),
+        (("seqkd.actor_rollout_ref.model.lora_rank=4", "gad.actor_rollout_ref.model.lora_rank=8"),
+         "goes on with the adapters of seqkd, and actor_rollout_ref.model asks for others (lora_rank=8, not 4): give"),
+        ((student[0], *critic), "adapters of warmup, and critic.model asks for others (lora_rank=3, not 2; target_m"),
+    ):  # fmt: skip
+        assert start("--stages", "seqkd,warmup,gad", "--dry_run", *given) == 2
+        (problem,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  - ")]
+        assert problem.startswith("  - gad: ") and said in problem
+    assert start("--stages", "seqkd,warmup,gad", "--dry_run", student[0], "critic.model.lora_rank=2") == 0
+
+
 def test_two_pipelines_in_one_folder_are_one_too_many(start, tmp_path, capsys):
     with only_run_in(tmp_path / "it"):
         assert start() == 2

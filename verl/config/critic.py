@@ -101,8 +101,9 @@ class HeadStartConfig:
 
 @settings
 class CriticModelConfig(ModelConfig):
-    """The critic keeps its sharding under its model, as verl does."""
+    """The critic keeps its sharding under its model, as verl does, and may have no base of its own."""
 
+    share_base: bool | None
     fsdp_config: FSDPConfig
 
 

@@ -8,6 +8,7 @@ from verl.memory.estimate import RunSettings, check_memory
 from verl.models.loading import Kind, load_config
 from verl.models.shape import ModelShape
 from verl.models.sharding import trained_adapters
+from verl.models.shared_base import shares_base
 
 
 def check_run_memory(config: Config, sizes: tuple[int, int] | None) -> None:
@@ -33,6 +34,7 @@ def run_settings(config: Config) -> RunSettings:
         config.trainer.n_gpus_per_node,
         pairs=config.soda.enable,
         async_save=config.trainer.async_save,
+        share_base=config.use_critic and shares_base(config.actor_rollout_ref, config.critic),
     )
 
 

@@ -7,6 +7,7 @@ for bf16), S the tokens of the largest possible micro-batch.
 | set | bytes on each GPU | there while |
 |---|---|---|
 | weights, fp32 if trained | (4 T + b (N - T)) / ranks | at work; always, without param_offload |
+| those of a critic on the actor's base | 4 T / ranks, and the actor's | the same |
 | AdamW's two moments, fp32 | 8 T / ranks | updated; always, without optimizer_offload |
 | gradients, fp32 | 4 T / ranks; 4 T with sync_gradients_once and several micro-batches | updated |
 | gathered layers and their gradients | see `_gathered` | updated |
@@ -75,6 +76,8 @@ class RunSettings:
     pairs: bool = False
     # Whether checkpoints are copied to host memory, to be written in the background.
     async_save: bool = False
+    # Whether the critic computes with the actor's frozen weights, and has none of its own.
+    share_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ def estimate_memory(run: RunSettings, actor: ModelShape, critic: ModelShape | No
         "update_actor": {**resting, **_actor_update(run, actor), **beside, **always},
     }
     if critic is not None:
-        phases["update_critic"] = {**resting, **_critic_update(run, critic), **beside, **always}
+        base = {"actor's weights": _weights("actor", run, actor) / run.ranks} if run.share_base else {}
+        phases["update_critic"] = {**resting, **base, **_critic_update(run, critic), **beside, **always}
     return MemoryEstimate(phases, _host(run, actor, critic))
 
 
@@ -194,7 +198,7 @@ def _resting(run: RunSettings, actor: ModelShape, critic: ModelShape | None) -> 
     policy_settings, parts = run.actor_rollout_ref, {}
     for name, shape, fsdp in _trained(run, actor, critic):
         if not fsdp.param_offload:
-            parts[f"{name}'s weights"] = _weights(shape, fsdp) / run.ranks
+            parts[f"{name}'s weights"] = _weights(name, run, shape) / run.ranks
         if not fsdp.optimizer_offload:
             parts[f"{name}'s optimizer states"] = MOMENTS * shape.trained / run.ranks
     if run.use_reference and not actor.frozen and not policy_settings.ref.fsdp_config.param_offload:
@@ -211,8 +215,10 @@ def _trained(
     return trained
 
 
-def _weights(shape: ModelShape, fsdp: FSDPConfig) -> float:
-    return MASTER * shape.trained + _itemsize(fsdp.dtype) * shape.frozen
+def _weights(name: str, run: RunSettings, shape: ModelShape) -> float:
+    fsdp = run.actor_rollout_ref.actor.fsdp_config if name == "actor" else run.critic.model.fsdp_config
+    own = 0 if name == "critic" and run.share_base else shape.frozen
+    return MASTER * shape.trained + _itemsize(fsdp.dtype) * own
 
 
 def _reference(run: RunSettings, actor: ModelShape) -> float:
@@ -280,7 +286,7 @@ def _update(
 ) -> Sizes:
     """The memory that an update adds to what rests on the GPU, with weights and states that came from the host."""
     return {
-        f"{name}'s weights": _weights(shape, fsdp) / run.ranks,
+        f"{name}'s weights": _weights(name, run, shape) / run.ranks,
         f"{name}'s optimizer states": MOMENTS * shape.trained / run.ranks,
         # With several micro-batches every rank sums its own, whole, and shares them out layer by layer at the end.
         f"{name}'s gradients": GRADIENT * shape.trained / (1 if several and fsdp.sync_gradients_once else run.ranks),
@@ -314,7 +320,7 @@ def _host(run: RunSettings, actor: ModelShape, critic: ModelShape | None) -> Siz
     here, parts = run.ranks_per_machine / run.ranks, {}
     for name, shape, fsdp in _trained(run, actor, critic):
         if fsdp.param_offload:
-            parts[f"{name}'s weights"] = _weights(shape, fsdp) * here
+            parts[f"{name}'s weights"] = _weights(name, run, shape) * here
         if fsdp.optimizer_offload:
             parts[f"{name}'s optimizer states"] = MOMENTS * shape.trained * here
         if run.async_save:

@@ -108,16 +108,24 @@ class Offloader:
     Args:
         module: plain or sharded by `fully_shard`.
         optimizer: None for a frozen model.
+        base: that of the model whose frozen parameters this one computes with: it moves them, and has them on the
+            device whenever these parameters are.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer | None, params: bool, optimizer_states: bool
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        params: bool,
+        optimizer_states: bool,
+        base: Offloader | None = None,
     ):
         self._module = module
         self._optimizer = optimizer
+        self._base = base
         self._params = HostCopy(self._resting_parameters) if params else None
         self._states = HostCopy(self._optimizer_states) if optimizer_states and optimizer is not None else None
-        if self._params is not None:
+        if self._params is not None or base is not None:
             module.register_forward_pre_hook(self._refuse_if_out, prepend=True)
             for part in module.modules():
                 part.register_state_dict_pre_hook(self._refuse_if_out)
@@ -137,6 +145,8 @@ class Offloader:
         """
         parts = [self._params] + ([self._states] if optimizer else [])
         with ExitStack() as stack:
+            if self._base is not None:
+                stack.enter_context(self._base.on_device())
             for part in parts:
                 if part is not None:
                     stack.enter_context(part.on_device())
@@ -159,7 +169,8 @@ class Offloader:
                     f"{name} has a gradient, which would stay on the device while the parameters leave it: "
                     "call zero_grad() first, or put the whole update inside `with offloader.on_device(optimizer=True)`"
                 )
-            yield parameter.detach()
+            if parameter.requires_grad or self._base is None:
+                yield parameter.detach()
 
     def _optimizer_states(self) -> Iterator[torch.Tensor]:
         """State tensors on the parameters' device: a step count that is kept on the host stays as it is."""
@@ -168,8 +179,14 @@ class Offloader:
                 if isinstance(value, torch.Tensor) and value.device == parameter.device:
                     yield value
 
+    @property
+    def is_out(self) -> bool:
+        """Whether parameters that the module computes with are in host memory."""
+        own = self._params is not None and self._params.is_out
+        return own or (self._base is not None and self._base.is_out)
+
     def _refuse_if_out(self, *_: Any) -> None:
-        if self._params is not None and self._params.is_out:
+        if self.is_out:
             raise RuntimeError("the parameters are in host memory: use them inside `with offloader.on_device()`")
 
     def _refuse_if_anything_out(self, *_: Any) -> None:
@@ -181,15 +198,21 @@ class Offloader:
 
 
 def build_offloader(
-    module: nn.Module, optimizer: torch.optim.Optimizer | None, fsdp: FSDPConfig, device: str
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    fsdp: FSDPConfig,
+    device: str,
+    base: Offloader | None = None,
 ) -> Offloader:
-    """The offloader that `param_offload` and `optimizer_offload` ask for. On CPU it moves nothing."""
+    """The offloader that `param_offload` and `optimizer_offload` ask for. On CPU it moves nothing. `base`: see
+    `Offloader`."""
     on_host = device == "cpu"
     return Offloader(
         module,
         optimizer,
         params=fsdp.param_offload and not on_host,
         optimizer_states=fsdp.optimizer_offload and not on_host,
+        base=base,
     )
 
 

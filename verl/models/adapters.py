@@ -85,6 +85,11 @@ def adapters_of(model: ModelConfig, folder: AdapterFolder | None, key: str = "mo
                 f"({'; '.join(others)}): leave {key}.lora_rank out, and theirs count; or merge them first"
             )
         return config
+    return fresh_adapters(model)
+
+
+def fresh_adapters(model: ModelConfig) -> LoraConfig:
+    """The adapters that the settings describe, whose rank is above 0."""
     from peft import LoraConfig
 
     return LoraConfig(

@@ -25,6 +25,7 @@ from verl.models.answer_models import ANSWER_MODELS, AnswerModel
 from verl.models.layers import compile_layers, decoder_layers, recompute_layers
 from verl.models.loading import Kind, empty_model, find_model, load_config, load_model, persistent_buffers
 from verl.models.proof import prove
+from verl.models.shared_base import drop_base, put_on_base
 from verl.models.shm import model_folder
 from verl.utils.run_log import phase
 
@@ -37,7 +38,12 @@ NAMES: dict[Kind, str] = {"policy": "student", "score": "discriminator"}
 
 
 def build_sharded_model(
-    model: ModelConfig, kind: Kind, fsdp: FSDPConfig, device: str, frozen: bool = False
+    model: ModelConfig,
+    kind: Kind,
+    fsdp: FSDPConfig,
+    device: str,
+    frozen: bool = False,
+    base: AnswerModel | None = None,
 ) -> AnswerModel:
     """The model of `model.path`, sharded over all ranks; collective.
 
@@ -45,16 +51,22 @@ def build_sharded_model(
     make of fp32 weights before every use. Where adapters are trained (`trained_adapters`), everything else is frozen.
     Only rank 0 reads the weights; the others build the structure and receive their shards.
 
+    Args:
+        base: a model, on the device, whose frozen weights this one is to compute with (see `shared_base`).
+
     Raises:
         ValueError: the model's values are not those of its own plain forward (see `prove`).
     """
     compute, adapters = getattr(torch, fsdp.dtype), None if frozen else trained_adapters(model)
     what = f"the {'reference' if frozen else NAMES[kind]}"
-    with phase(f"loading {what} from {model.path}"):
+    with phase(f"loading {what} from {model.path}" + ("" if base is None else ", onto the student's base")):
         hf = _read(model, kind, compute if frozen else torch.float32)
         if adapters is not None:
             _adapt(hf, model, adapters, compute)
-        weights = hf.state_dict() if dist.get_rank() == 0 else {}
+        if base is not None:
+            drop_base(hf)
+        own = {name: tensor for name, tensor in hf.state_dict().items() if not tensor.is_meta}
+        weights = own if dist.get_rank() == 0 else {}
         if model.enable_gradient_checkpointing and not frozen:
             recompute_layers(hf, model.recompute_share)
         if fsdp.use_torch_compile:
@@ -63,7 +75,10 @@ def build_sharded_model(
         if adapters is None:
             wrapper.requires_grad_(not frozen)
         shard(wrapper, fsdp, device)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        if base is not None:
+            reshard(base)
+            put_on_base(hf, base.hf)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=base is None)
         set_model_state_dict(hf, weights, options=options)
     with phase(f"comparing {what} with its plain forward"):
         prove(wrapper.eval(), compute)

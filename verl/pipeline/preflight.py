@@ -36,6 +36,9 @@ from verl.utils.hub import parse_hub_name
 from verl.utils.refusals import sentences_of
 from verl.utils.tracking import check_loggers
 
+# What adapters are made of, by its names among a model's settings.
+ADAPTERS = ("lora_rank", "lora_alpha", "target_modules", "exclude_modules", "use_dora", "use_rslora")
+
 
 @dataclass
 class Look:
@@ -169,6 +172,8 @@ class Preflight:
         if not self.measure:
             # A dry run may be on another machine than the run.
             self._try(stage, lambda: check_device(config))
+        if look.models.pending:
+            self._try(stage, lambda: self._refuse_other_adapters(look))
         if stage == "gad" and not warmed:
             self._try(stage, lambda: _refuse_untaught(config))
         # Whether the discriminator has learned is asked above: one that is still to be made will have.
@@ -194,6 +199,24 @@ class Preflight:
             self._try(stage, lambda: self._refuse_another_run(look))
         if self.measure:
             self._try(stage, lambda: self._measure(look))
+
+    def _refuse_other_adapters(self, look: Look) -> None:
+        """ValueError if a stage asks for other adapters than one before it is to make, whose training goes on."""
+        parts = {"actor_rollout_ref": self.looks, "critic": self.looks[-1:] if self.looks[-1].stage == "warmup" else []}
+        for part, before in parts.items():
+            now = getattr(look.config, part).model
+            made = [(each.stage, getattr(each.config, part).model) for each in before if each.config is not None]
+            for stage, model in [(stage, model) for stage, model in made if model.lora_rank][-1:]:
+                other = [
+                    f"{name}={getattr(now, name)}, not {getattr(model, name)}"
+                    for name in ADAPTERS
+                    if getattr(now, name) != getattr(model, name)
+                ]
+                if now.lora_rank and other:
+                    raise ValueError(
+                        f"goes on with the adapters of {stage}, and {part}.model asks for others ({'; '.join(other)}): "
+                        f"give both stages the same, or leave {part}.model.lora_rank out of this one"
+                    )
 
     def _rows(
         self, look: Look, tokenizer: PreTrainedTokenizerBase, files: str | list[str], samples: int

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from verl.single_controller.base import ClassWithInitArgs, WorkerGroup
+from verl.single_controller.base.worker import colocate
 from verl.single_controller.local import LocalWorkerGroup
 from verl.trainer.config import Config
 from verl.trainer.main_ppo import TaskRunner
@@ -21,7 +22,9 @@ class InProcessTrainer(RayPPOTrainer):
     """The trainer with its workers beside it."""
 
     def spawn(self, roles: dict[str, ClassWithInitArgs]) -> dict[str, WorkerGroup]:
-        return {name: LocalWorkerGroup(role) for name, role in roles.items()}
+        groups = {name: LocalWorkerGroup(role) for name, role in roles.items()}
+        colocate({name: group.worker for name, group in groups.items()})
+        return groups
 
 
 class InProcessRunner(TaskRunner):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -41,6 +41,7 @@ from verl.models.loading import (
 )
 from verl.models.shape import LIMITS, ModelShape, training_flops
 from verl.models.sharding import build_sharded_model, full_parameters, reshard
+from verl.models.shared_base import shares_base
 from verl.protocol import DataProto
 from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
@@ -66,6 +67,7 @@ class FSDPWorker(Worker):
     """
 
     config: ActorRolloutRefConfig | CriticConfig
+    module: AnswerModel
     optimizer: torch.optim.Optimizer
     lr_scheduler: LRScheduler
     checkpoint: FSDPCheckpointManager
@@ -92,10 +94,19 @@ class FSDPWorker(Worker):
         torch.manual_seed(seed)
 
     def _build_trained(
-        self, model: ModelConfig, kind: Kind, fsdp: FSDPConfig, optim: OptimizerConfig, total_steps: int
+        self,
+        model: ModelConfig,
+        kind: Kind,
+        fsdp: FSDPConfig,
+        optim: OptimizerConfig,
+        total_steps: int,
+        base: FSDPWorker | None = None,
     ) -> AnswerModel:
-        """Build the module, which is returned, its optimizer and schedule, its checkpoints and its offloading."""
-        module = build_sharded_model(model, kind, fsdp, self.device)
+        """Build the module, which is returned, its optimizer and schedule, its checkpoints and its offloading. Its
+        frozen weights are those of `base`, if that is given."""
+        with nullcontext() if base is None else base.offloader.on_device():
+            module = build_sharded_model(model, kind, fsdp, self.device, base=None if base is None else base.module)
+        self.module = module
         self.optimizer, self.lr_scheduler = build_optimizer(module, optim, total_steps)
         self.shape = ModelShape.of(module.hf.config, kind, model.trust_remote_code, adapters_in(module.hf))
         self.tokenizer = load_tokenizer(model.tokenizer_path or model.path, model.trust_remote_code)
@@ -108,7 +119,8 @@ class FSDPWorker(Worker):
             base=hf_files(model.path, model.tokenizer_path, model.trust_remote_code),
             adapter_config=config_json(module.hf, base_of(model.path)),
         )
-        self.offloader = build_offloader(module, self.optimizer, fsdp, self.device)
+        base_offloader = None if base is None else base.offloader
+        self.offloader = build_offloader(module, self.optimizer, fsdp, self.device, base_offloader)
         self.offloader.rest()
         return module
 
@@ -393,15 +405,23 @@ class CriticWorker(FSDPWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        """Build the discriminator and its optimizer."""
+        """Build the discriminator and its optimizer; on the student's frozen base, where that is shared, which has
+        been built before."""
+        model, optim = self.config.model, self.config.optim
         with explain_out_of_memory("init", self.config):
-            module = self._build_trained(
-                self.config.model, "score", self.config.model.fsdp_config, self.config.optim, self.total_steps
-            )
+            base = self._student_with_base()
+            module = self._build_trained(model, "score", model.fsdp_config, optim, self.total_steps, base)
         eos_token_ids = self.eos_token_ids or (self.tokenizer.eos_token_id,)
         self.critic = DataParallelPPOCritic(self.config, module, self.optimizer, eos_token_ids)
         # Saved with the weights, so that whoever scores with them later pools as training did.
         module.hf.config.discriminator = self.critic.scoring()
+
+    def _student_with_base(self) -> ActorRolloutRefWorker | None:
+        """The student in this process whose frozen weights the discriminator shares; None where it has its own."""
+        for worker in self.colocated.values():
+            if isinstance(worker, ActorRolloutRefWorker) and shares_base(worker.config, self.config):
+                return worker
+        return None
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def compute_values(self, data: DataProto) -> DataProto:

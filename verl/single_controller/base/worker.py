@@ -1,6 +1,9 @@
 """What every worker process knows about itself: its rank, its node, where rank 0 listens, its data-parallel places."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Mapping
 
 # Names of verl's that nothing here needs
 from verl.compat.workers import WorkerMethods
@@ -17,7 +20,8 @@ def _from_environment(name: str) -> str:
 
 
 class Worker(WorkerMethods):
-    """Base class of all workers. One instance per role and rank; several roles may share a process.
+    """Base class of all workers. One instance per role and rank; several roles may share a process: `colocated` has
+    them all by role, once they are built.
 
     Raises RuntimeError when RANK, WORLD_SIZE or LOCAL_RANK is missing from the environment.
     """
@@ -27,6 +31,7 @@ class Worker(WorkerMethods):
         self._world_size = int(_from_environment("WORLD_SIZE"))
         self._local_rank = int(_from_environment("LOCAL_RANK"))
         self._places: dict[str, tuple[int, bool]] = {}
+        self.colocated: Mapping[str, Worker] = {}
 
     @property
     def rank(self) -> int:
@@ -51,3 +56,9 @@ class Worker(WorkerMethods):
         return _from_environment("MASTER_ADDR"), int(_from_environment("MASTER_PORT"))
 
     query_dispatch_info = register(dispatch_mode=Dispatch.ONE_TO_ALL)(WorkerMethods.query_dispatch_info)
+
+
+def colocate(workers: Mapping[str, Worker]) -> None:
+    """Let the workers of one process, by role, know each other."""
+    for worker in workers.values():
+        worker.colocated = workers

@@ -16,6 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.base import ClassWithInitArgs, ResourcePool, Worker, WorkerGroup
+from verl.single_controller.base.worker import colocate
 from verl.single_controller.ray.nodes import Node, all_nodes, choose_nodes
 from verl.single_controller.ray.output import log_in_rank
 from verl.single_controller.ray.processes import MARK, RankProcesses
@@ -164,6 +165,7 @@ class WorkerHost:
             for name in set(_NETWORK) - os.environ.keys():
                 os.environ[name] = interface_of(ray.util.get_node_ip_address())
         self._workers = {role: cls_with_args() for role, cls_with_args in self._roles.items()}
+        colocate(self._workers)
 
     def call(self, role: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._workers[role], method_name)(*args, **kwargs)

@@ -8,14 +8,15 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.config import ModelConfig
 from verl.config.run import Config, DataConfig
-from verl.models.adapters import adapters_of, add_adapters, load_adapters
+from verl.models.adapters import adapted_layers, adapters_of, add_adapters, fresh_adapters, load_adapters
 from verl.models.adapters_proof import check_merging
 from verl.models.answer_models import ANSWER_MODELS
 from verl.models.loading import (
@@ -37,12 +38,16 @@ from verl.models.loading import (
 )
 from verl.models.proof import check_class
 from verl.models.reward_models import POOLING, is_reward_model
+from verl.models.shared_base import shares_base, trains_adapters, why_not_shared
 from verl.trainer.ppo.discriminator_algos import get_discriminator_loss_fn
 from verl.trainer.ppo.own_tokens import is_other, own_limits
 from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.command_line import called_as
 from verl.utils.dataset.tokenizer_checks import check_ids, check_tokenizer
 from verl.utils.refusals import Findings
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 logger = logging.getLogger(__name__)
 
@@ -131,24 +136,58 @@ def _check_adapters(model: ModelConfig, kind: Kind, key: str, config: Pretrained
     adapters = adapters_of(model, folder, key)
     if adapters is None:
         return
-    with torch.device("meta"):
-        hf = empty_model(config, kind, model.trust_remote_code)
-        add_adapters(hf, adapters)
+
+    def adapted(wanted: LoraConfig) -> PreTrainedModel:
+        with torch.device("meta"):
+            hf = empty_model(config, kind, model.trust_remote_code)
+            add_adapters(hf, wanted)
+        return hf
+
+    hf = adapted(adapters)
     if folder is not None:
         load_adapters(hf, folder)
+        if model.lora_rank:
+            _refuse_other_layers(adapted_layers(hf), adapted_layers(adapted(fresh_adapters(model))), key)
         logger.info("%s goes on training the adapters in %s, of rank %d", key, model.path, adapters.r)
     check_merging(type(hf), config, adapters)
+
+
+def _refuse_other_layers(theirs: Iterable[str], wanted: Iterable[str], key: str) -> None:
+    """ValueError if the adapters of a folder are beside other layers than the settings name."""
+    theirs, wanted = set(theirs), set(wanted)
+    if theirs != wanted:
+        said = [
+            f"{name} has {'one' if name in theirs else 'none'}, and should have {'one' if name in wanted else 'none'}"
+            for name in sorted(theirs ^ wanted)[:2]
+        ]
+        raise ValueError(
+            f"its adapters are beside other layers than {key}.target_modules and exclude_modules say, "
+            f"{len(theirs ^ wanted)} of them ({'; '.join(said)}): leave {key}.lora_rank out, and those of the folder "
+            "count; or merge them first"
+        )
 
 
 def _check_reference(config: Config) -> None:
     """With adapters the reference is the actor itself."""
     group = config.actor_rollout_ref
-    if not config.use_reference or (group.model.lora_rank == 0 and find_model(group.model.path).adapter is None):
+    if not config.use_reference or not trains_adapters(group.model):
         return
     if group.ref.fsdp_config.dtype != group.actor.fsdp_config.dtype:
         raise ValueError(
             f"actor_rollout_ref.ref.fsdp_config.dtype={group.ref.fsdp_config.dtype}, and where adapters are trained "
             f"the reference is the actor without them, which computes in {group.actor.fsdp_config.dtype}: leave it out"
+        )
+
+
+def _check_shared_base(config: Config) -> None:
+    """Say whether student and discriminator, where both have adapters, share their base; ValueError if they are to and
+    cannot."""
+    policy, critic = config.actor_rollout_ref, config.critic
+    if shares_base(policy, critic):
+        logger.info("student and discriminator share the frozen weights of %s", base_of(policy.model.path))
+    elif critic.model.share_base is None and trains_adapters(policy.model) and trains_adapters(critic.model):
+        logger.info(
+            "student and discriminator each have frozen weights of their own: %s", why_not_shared(policy, critic)
         )
 
 
@@ -242,6 +281,7 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
     _check_reference(config)
     if config.use_critic:
         _check_discriminator(config, tokenizer, other)
+        _check_shared_base(config)
     return tokenizer
 
 
