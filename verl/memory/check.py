@@ -33,6 +33,7 @@ def run_settings(config: Config) -> RunSettings:
         config.trainer.n_gpus_per_node,
         pairs=config.soda.enable,
         async_save=config.trainer.async_save,
+        generates=config.generates,
     )
 
 

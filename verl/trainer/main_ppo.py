@@ -141,9 +141,9 @@ class TaskRunner:
             self.start(config)
         policy_settings = config.actor_rollout_ref
         logger.info(
-            "%s: training on %d x %s in %s, answers by %s",
+            "%s: training on %d x %s in %s, %s",
             config.stage, trainer.ranks, trainer.device, policy_settings.actor.fsdp_config.dtype,
-            policy_settings.rollout.name,
+            f"answers by {policy_settings.rollout.name}" if config.generates else "no answers are generated",
         )  # fmt: skip
         runner.init_workers()
         return runner, resumed

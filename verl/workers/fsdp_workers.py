@@ -193,7 +193,11 @@ class FSDPWorker(Worker):
 
 
 class ActorRolloutRefWorker(FSDPWorker):
-    """The policy, the engine that generates from it, and the frozen reference where a KL term needs one."""
+    """The policy, the engine that generates from it, and the frozen reference where a KL term needs one.
+
+    Args:
+        use_engine: whether there is an engine; without one nothing can be generated.
+    """
 
     # Bytes that PyTorch counts as allocated for an engine that sleeps through training.
     engine_bytes = 0
@@ -208,20 +212,23 @@ class ActorRolloutRefWorker(FSDPWorker):
         total_steps: int,
         use_reference: bool,
         collective_timeout: timedelta = COLLECTIVE_TIMEOUT,
+        use_engine: bool = True,
     ):
         super().__init__(device, seed, collective_timeout)
         self.config = config
         self.total_steps = total_steps
         self.use_reference = use_reference
+        self.use_engine = use_engine
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        """Build the policy, its reference and the engine, which sleeps and has no weights yet."""
+        """Build the policy, its reference and the engine, if there is to be one, which sleeps and has no weights yet."""
         with explain_out_of_memory("init", self.config):
             self._build_actor()
             if self.use_reference:
                 self._build_reference()
-            self._build_rollout()
+            if self.use_engine:
+                self._build_rollout()
 
     def _build_actor(self) -> None:
         config = self.config

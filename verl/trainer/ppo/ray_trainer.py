@@ -369,11 +369,9 @@ class RayPPOTrainer:
 
     def _measures_held_out(self) -> bool:
         """Whether the discriminator is measured on held-out pairs: for its head start, or when the run validates."""
-        trainer = self.config.trainer
         if not self.config.critic.held_out_prompts or self.val_dataset is None:
             return False
-        validates = trainer.val_only or trainer.val_before_train or trainer.test_freq > 0
-        return trainer.critic_warmup == "auto" or validates
+        return self.config.trainer.critic_warmup == "auto" or self.config.validates
 
     def _validation_is_due(self) -> bool:
         if self.val_dataset is None:
