@@ -24,7 +24,6 @@ from benchmarks.inputs import (
     write_critic,
     write_policy,
 )
-from benchmarks.profiling import busy_seconds, kind_of
 from benchmarks.shapes import (
     SHAPES,
     Shape,
@@ -39,6 +38,7 @@ from tests.tiny import answer_rows, causal_lm
 from verl.models.answer_models import PolicyModel
 from verl.models.loading import is_discriminator, load_model, load_tokenizer
 from verl.models.shape import Limits
+from verl.utils.profiling import busy_seconds, kind_of
 
 ROOT = Path(__file__).parents[2]
 # Two heads of 2, one of them for keys and values. A layer has (4 + 1) * (4 + 2 + 2) + 4 * 4 parameters in attention,

@@ -108,6 +108,7 @@ class TrainerConfig:
     save_freq: int
     save_on_signal: bool
     async_save: bool
+    profile_steps: list[Count] | None
     stall_warning: AtLeastMinusOne
     stall_timeout: AtLeastMinusOne
     max_actor_ckpt_to_keep: Positive | None

@@ -41,8 +41,10 @@ from verl.trainer.ppo.disk import check_disk
 from verl.trainer.ppo.ending import end_said, nothing_left, say_end
 from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.own_tokens import OwnTokens
+from verl.trainer.ppo.profiled_steps import check_profile_steps
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.roles import ResourcePoolManager, Role
+from verl.utils.checkpoint.checkpoint_manager import step_of
 from verl.utils.checkpoint.recovery import clear_up
 from verl.utils.console import print_exception
 from verl.utils.dataset.rl_dataset import collate_fn
@@ -136,6 +138,7 @@ class TaskRunner:
         if over is not None:
             say_end(config, over)
             return None
+        check_profile_steps(config, runner.total_steps, 0 if resumed is None else step_of(resumed))
         check_disk(config, runner.total_steps, resumed)
         with doing("starting Ray"):
             self.start(config)

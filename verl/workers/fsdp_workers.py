@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,7 @@ from verl.protocol import DataProto
 from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+from verl.utils.profiling import Trace
 from verl.utils.rendezvous import meeting_store
 from verl.utils.run_log import phase
 from verl.utils.units import GIB
@@ -70,6 +72,7 @@ class FSDPWorker(Worker):
     lr_scheduler: LRScheduler
     checkpoint: FSDPCheckpointManager
     offloader: Offloader
+    trace: Trace
     shape: ModelShape
     update_seconds: float
 
@@ -158,6 +161,18 @@ class FSDPWorker(Worker):
         return torch.cuda.get_device_properties(self.device).total_memory, host_memory()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def begin_trace(self) -> None:
+        """Begin to trace all that this rank's process does, for all of its roles."""
+        self.trace = Trace(self.device).__enter__()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def end_trace(self, folder: str) -> None:
+        """End that trace, and write it with its tables to `rank_N.json.gz` and `rank_N.txt` in the folder."""
+        self.trace.__exit__(None, None, None)
+        self.trace.write(Path(folder), f"rank_{self.rank}", f"rank {self.rank} of {self.world_size}")
+        del self.trace
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def checkpoint_bytes(self) -> int:
         """Bytes of this model's part of a checkpoint, written by all ranks."""
         return self.checkpoint.size()
@@ -222,7 +237,7 @@ class ActorRolloutRefWorker(FSDPWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        """Build the policy, its reference and the engine, if there is to be one, which sleeps and has no weights yet."""
+        """Build the policy, its reference and engine, as far as there are any; the engine sleeps, without weights."""
         with explain_out_of_memory("init", self.config):
             self._build_actor()
             if self.use_reference:

@@ -38,6 +38,7 @@ from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.metric_utils import compute_throughout_metrics, compute_timing_metrics
 from verl.trainer.ppo.origin import Origin
 from verl.trainer.ppo.own_tokens import OwnTokens
+from verl.trainer.ppo.profiled_steps import ProfiledSteps
 from verl.trainer.ppo.rejected import RejectedAnswers
 from verl.trainer.ppo.reward import (
     apply_kl_penalty,
@@ -51,6 +52,7 @@ from verl.trainer.ppo.student import Student
 from verl.trainer.ppo.validation import Validation
 from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
 from verl.utils.dataset.sampler import EpochBatches
+from verl.utils.profiling import marked
 from verl.utils.run_log import phase
 from verl.utils.signals import RunSignals
 from verl.utils.stalls import doing
@@ -76,9 +78,10 @@ REJECTED_SEED = 2_000_003
 
 @contextmanager
 def marked_timer(name: str, timing: dict[str, float]) -> Iterator[None]:
-    """Add the seconds spent inside to `timing[name]`."""
+    """Add the seconds spent inside to `timing[name]`; in a trace they have that name too."""
     start = time.perf_counter()
-    yield
+    with marked(name):
+        yield
     timing[name] = timing.get(name, 0.0) + time.perf_counter() - start
 
 
@@ -205,6 +208,7 @@ class RayPPOTrainer:
         size = sum(group.checkpoint_bytes()[0] for group in groups)
         self.checkpoints = Checkpoints(config.trainer, actor_rollout, critic, files, self.origin, size)
         self.checkpoints.reserve()
+        self.profiled = ProfiledSteps(config, actor_rollout)
         self.student.peak_memory()  # What building took is not the first step's.
 
     def spawn(self, roles: dict[str, RayClassWithInitArgs]) -> dict[str, WorkerGroup]:
@@ -266,7 +270,7 @@ class RayPPOTrainer:
                     self._log(tracking, metrics)
                     self._save_unless_saved()
                     return False
-            with timed("step"):
+            with self.profiled.at(self.global_step), timed("step"):
                 made = self._make_step(prompts, timed)
             done, written = self.global_step + 1, None
             if self._save_is_due(done) or self.signals.received is not None:
