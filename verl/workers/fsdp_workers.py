@@ -30,6 +30,7 @@ from verl.memory.knobs import Phase
 from verl.memory.offload import Offloader, build_offloader
 from verl.models.adapters import AsFound, adapters_in, config_json
 from verl.models.answer_models import AnswerModel
+from verl.models.layers import compile_seconds, compiler_as_before
 from verl.models.loading import (
     Kind,
     all_eos_token_ids,
@@ -45,10 +46,12 @@ from verl.models.sharding import build_sharded_model, full_parameters, reshard
 from verl.protocol import DataProto
 from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils import startup
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.profiling import Trace
 from verl.utils.rendezvous import meeting_store
 from verl.utils.run_log import phase
+from verl.utils.startup import noted
 from verl.utils.units import GIB
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.pairs import PairPolicy
@@ -75,6 +78,8 @@ class FSDPWorker(Worker):
     trace: Trace
     shape: ModelShape
     update_seconds: float
+    # Seconds in which this process had compiled when its models were built.
+    compiled_before: float
 
     def __init__(self, device: str, seed: int, collective_timeout: timedelta = COLLECTIVE_TIMEOUT):
         super().__init__()
@@ -161,6 +166,12 @@ class FSDPWorker(Worker):
         return torch.cuda.get_device_properties(self.device).total_memory, host_memory()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def start_phases(self) -> list[startup.Phase]:
+        """What this rank's process has done since its start, and the time in which it has compiled, the engine's own
+        compiling apart."""
+        return [*startup.phases(), startup.Phase("compiling layers", compile_seconds() - self.compiled_before, 0)]
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def begin_trace(self) -> None:
         """Begin to trace all that this rank's process does, for all of its roles."""
         self.trace = Trace(self.device).__enter__()
@@ -244,6 +255,7 @@ class ActorRolloutRefWorker(FSDPWorker):
                 self._build_reference()
             if self.use_engine:
                 self._build_rollout()
+        self.compiled_before = compile_seconds()
 
     def _build_actor(self) -> None:
         config = self.config
@@ -280,7 +292,7 @@ class ActorRolloutRefWorker(FSDPWorker):
         model, rollout = self.config.model, self.config.rollout
         model_config = load_config(model.path, "policy", model.override_config, model.trust_remote_code)
         before = torch.cuda.memory_allocated()
-        with phase(f"building the {rollout.name} engine"):
+        with phase(f"building the {rollout.name} engine"), compiler_as_before():
             self.rollout = get_rollout_class(rollout.name)(
                 model_config,
                 self.tokenizer,
@@ -328,7 +340,8 @@ class ActorRolloutRefWorker(FSDPWorker):
     def push_weights(self) -> None:
         """Give the engine the policy's present weights."""
         dtype = getattr(torch, self.config.rollout.dtype)
-        with self.on_device("push_weights"), self._engine_at_work("push_weights", "push_weights"):
+        at_work = self._engine_at_work("push_weights", "push_weights")
+        with noted("giving the engine its first weights"), self.on_device("push_weights"), at_work:
             self.rollout.wake()
             self.rollout.push_weights(full_parameters(self.actor.actor_module.hf, dtype))
 
@@ -420,6 +433,7 @@ class CriticWorker(FSDPWorker):
             module = self._build_trained(
                 self.config.model, "score", self.config.model.fsdp_config, self.config.optim, self.total_steps
             )
+        self.compiled_before = compile_seconds()
         eos_token_ids = self.eos_token_ids or (self.tokenizer.eos_token_id,)
         self.critic = DataParallelPPOCritic(self.config, module, self.optimizer, eos_token_ids)
         # Saved with the weights, so that whoever scores with them later pools as training did.

@@ -47,6 +47,7 @@ from verl.trainer.ppo.reward import (
 )
 from verl.trainer.ppo.roles import ResourcePoolManager, Role, worker_roles
 from verl.trainer.ppo.skipped import SkippedSteps
+from verl.trainer.ppo.start_seconds import tell_start
 from verl.trainer.ppo.steps import Metrics, Step, Steps, Timed
 from verl.trainer.ppo.student import Student
 from verl.trainer.ppo.validation import Validation
@@ -56,6 +57,7 @@ from verl.utils.profiling import marked
 from verl.utils.run_log import phase
 from verl.utils.signals import RunSignals
 from verl.utils.stalls import doing
+from verl.utils.startup import noted
 from verl.utils.tracking import Tracking
 from verl.utils.units import counted
 
@@ -204,8 +206,8 @@ class RayPPOTrainer:
             config, self.student, self.val_dataset, self.collate_fn, self.task_reward, self.discriminator,
             self.held_out, VALIDATION_SEED,
         )  # fmt: skip
-        groups = [group for group in (actor_rollout, critic) if group is not None]
-        size = sum(group.checkpoint_bytes()[0] for group in groups)
+        self.groups = [group for group in (actor_rollout, critic) if group is not None]
+        size = sum(group.checkpoint_bytes()[0] for group in self.groups)
         self.checkpoints = Checkpoints(config.trainer, actor_rollout, critic, files, self.origin, size)
         self.checkpoints.reserve()
         self.profiled = ProfiledSteps(config, actor_rollout)
@@ -270,7 +272,7 @@ class RayPPOTrainer:
                     self._log(tracking, metrics)
                     self._save_unless_saved()
                     return False
-            with self.profiled.at(self.global_step), timed("step"):
+            with self.profiled.at(self.global_step), timed("step"), noted("the first step"):
                 made = self._make_step(prompts, timed)
             done, written = self.global_step + 1, None
             if self._save_is_due(done) or self.signals.received is not None:
@@ -284,6 +286,7 @@ class RayPPOTrainer:
             metrics |= self._step_metrics(made, timing)
             # First, because a run that goes on from the checkpoint does not make this step again.
             self._log(tracking, metrics)
+            tell_start(self.config, self.groups)
             if written is not None:
                 self.checkpoints.publish(written)
             self.skipped.end_if_too_many(metrics, done == self.total_steps)
