@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-
 from verl.utils.tracking.base import Backend, Run, Sample
 
 
