@@ -41,6 +41,9 @@ def compile_layers(hf: PreTrainedModel) -> None:
     micro-batches of every length run on the same few graphs.
     """
     keep_what_is_compiled()
+    # The floats of a layer (scales, epsilons) never change. As symbols they have each graph traced up to its kernels,
+    # which need them as numbers, and then traced again; what the first time took could be found in no cache.
+    torch._dynamo.config.specialize_float = True
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for layer in decoder_layers(hf):
         layer.forward = torch.compile(layer.forward, dynamic=True)

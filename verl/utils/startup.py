@@ -59,8 +59,8 @@ def noted(what: str) -> Iterator[None]:
         yield
     finally:
         record.depth -= 1
-    # Before its own parts.
-    record.phases.insert(place, Phase(what, time.monotonic() - start, record.depth))
+        # Before its own parts.
+        record.phases.insert(place, Phase(what, time.monotonic() - start, record.depth))
 
 
 def phases() -> list[Phase]:
