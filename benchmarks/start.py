@@ -83,6 +83,8 @@ def overrides(args: argparse.Namespace, model: Path, folder: Path, run: str) -> 
         f"actor_rollout_ref.actor.ppo_mini_batch_size={args.prompts}",
         f"data.max_prompt_length={args.tokens[0]}",
         f"data.max_response_length={args.tokens[1]}",
+        # Letters are tokens of the shapes' tokenizer; of a real one they are others, with a longer template.
+        "data.truncation=left",
         f"actor_rollout_ref.model.path={model}",
         *critic,
         f"actor_rollout_ref.rollout.name={engine_name(args.device)}",
@@ -132,7 +134,7 @@ def measure(args: argparse.Namespace, model: Path, run: str, report: Report) -> 
         folder = Path(made)
         lengths = Lengths((args.tokens[0] // 2, args.tokens[0]), (args.tokens[1] // 2, args.tokens[1]))
         for name, rows in (("train", args.rows), ("val", args.prompts)):
-            write_jsonl(folder / f"{name}.jsonl", random_texts(rows, lengths, template_tokens=args.tokens[0] // 8))
+            write_jsonl(folder / f"{name}.jsonl", random_texts(rows, lengths))
         settings = overrides(args, model, folder, run)
         say(f"{run}: a cold start")
         cold = row_of(start(settings, folder, folder / "caches"))

@@ -51,11 +51,11 @@ def test_an_engine_changes_the_compiler_for_itself_alone(monkeypatch):
     assert not {"TORCHINDUCTOR_COMPILE_THREADS", KEPT_IN} & os.environ.keys()
 
 
-def test_a_layer_is_traced_once_and_found_again():
-    """All layers share a graph; after a restart, for which the compiler is made to forget, it comes from the cache."""
+def test_a_graph_is_traced_once_and_found_again():
+    """Layers share their graphs; after a restart, for which the compiler has to forget, these come from the cache."""
     ids = torch.arange(2, 9).unsqueeze(0)
     plain = causal_lm("llama")(ids).logits
-    for found in (0, 1):
+    for again in (False, True):
         torch._dynamo.reset()
         counters.clear()
         model, before = causal_lm("llama"), compile_seconds()
@@ -64,6 +64,8 @@ def test_a_layer_is_traced_once_and_found_again():
         logits.sum().backward()
         torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-4)
         assert compile_seconds() > before
-        assert counters["stats"]["unique_graphs"] == 1
-        assert counters["aot_autograd"]["autograd_cache_miss"] == 1 - found
-        assert counters["aot_autograd"]["autograd_cache_hit"] == found
+        graphs, made = counters["stats"]["unique_graphs"], counters["aot_autograd"]
+        assert graphs > 0
+        assert (made["total"], made["autograd_cache_miss"], made["autograd_cache_hit"]) == (
+            (graphs, 0, graphs) if again else (graphs, graphs, 0)
+        )
