@@ -39,14 +39,14 @@ def test_a_folder_that_cannot_be_made_is_left_to_torch(monkeypatch, tmp_path):
 
 def test_an_engine_changes_the_compiler_for_itself_alone(monkeypatch):
     """As vLLM does when it is imported and when it compiles its model."""
-    monkeypatch.setattr(inductor, "compile_threads", 7)
     monkeypatch.setenv("TRITON_CACHE_DIR", "/before")
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
-    with pytest.raises(RuntimeError), compiler_as_before():
-        inductor.compile_threads = 1
-        os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", KEPT_IN: "/engine", "TRITON_CACHE_DIR": "/engine"}
-        raise RuntimeError
-    assert inductor.compile_threads == 7
+    with inductor.patch(compile_threads=7):
+        with pytest.raises(RuntimeError), compiler_as_before():
+            inductor.compile_threads = 1
+            os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", KEPT_IN: "/engine", "TRITON_CACHE_DIR": "/engine"}
+            raise RuntimeError
+        assert inductor.compile_threads == 7
     assert os.environ["TRITON_CACHE_DIR"] == "/before"
     assert not {"TORCHINDUCTOR_COMPILE_THREADS", KEPT_IN} & os.environ.keys()
 
