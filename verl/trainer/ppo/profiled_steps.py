@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,14 +46,18 @@ class ProfiledSteps:
     """Traces the steps that the settings name, and leaves all others alone.
 
     Args:
-        workers: any group of the run's ranks: roles of a rank share its process.
+        groups: of the run's ranks, the first of which is asked: roles of a rank share its process.
     """
 
-    def __init__(self, config: Config, workers: WorkerGroup):
+    def __init__(self, config: Config, groups: Sequence[WorkerGroup]):
         self.steps = frozenset(config.trainer.profile_steps or ())
         self.folder = run_folder(config.trainer) / FOLDER
         self.device = config.trainer.device
-        self.workers = workers
+        self.groups = groups
+
+    @property
+    def workers(self) -> WorkerGroup:
+        return self.groups[0]
 
     @contextmanager
     def at(self, step: int) -> Iterator[None]:

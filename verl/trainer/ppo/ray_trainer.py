@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -123,6 +123,8 @@ class RayPPOTrainer:
     own_tokens: OwnTokens | None = None
     # Those that may end the run; these never arrive.
     signals: RunSignals = RunSignals()
+    # The ranks, as a group for each of their roles.
+    groups: Sequence[WorkerGroup] = ()
 
     def __init__(
         self,
@@ -210,7 +212,6 @@ class RayPPOTrainer:
         size = sum(group.checkpoint_bytes()[0] for group in self.groups)
         self.checkpoints = Checkpoints(config.trainer, actor_rollout, critic, files, self.origin, size)
         self.checkpoints.reserve()
-        self.profiled = ProfiledSteps(config, actor_rollout)
         self.student.peak_memory()  # What building took is not the first step's.
 
     def spawn(self, roles: dict[str, RayClassWithInitArgs]) -> dict[str, WorkerGroup]:
@@ -326,6 +327,11 @@ class RayPPOTrainer:
     def reached(self) -> dict[str, float]:
         """The last value of every metric."""
         return {}
+
+    @cached_property
+    def profiled(self) -> ProfiledSteps:
+        """The steps that are traced."""
+        return ProfiledSteps(self.config, self.groups)
 
     @cached_property
     def skipped(self) -> SkippedSteps:
