@@ -24,7 +24,6 @@ from benchmarks.inputs import (
     write_critic,
     write_policy,
 )
-from benchmarks.profiling import busy_seconds, kind_of
 from benchmarks.shapes import (
     SHAPES,
     Shape,
@@ -34,11 +33,13 @@ from benchmarks.shapes import (
     training_flops,
     training_flops_done,
 )
+from benchmarks.start import median_row, row_of
 from benchmarks.step import even_share, random_texts, summarize
 from tests.tiny import answer_rows, causal_lm
 from verl.models.answer_models import PolicyModel
 from verl.models.loading import is_discriminator, load_model, load_tokenizer
 from verl.models.shape import Limits
+from verl.utils.profiling import busy_seconds, kind_of
 
 ROOT = Path(__file__).parents[2]
 # Two heads of 2, one of them for keys and values. A layer has (4 + 1) * (4 + 2 + 2) + 4 * 4 parameters in attention,
@@ -316,3 +317,31 @@ def test_peers_says_what_is_missing():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "pip install trl" in done.stderr
+
+
+def test_a_starts_phases_become_columns_by_hand():
+    seconds = {
+        "total": 30.0,
+        "driver": {"loading libraries, reading settings": 9.0, "starting Ray": 2.0, "starting 2 ranks": 5.0,
+                   "building models: the student's": 6.0, "building models: the discriminator's": 4.0, "rest": 4.0},
+        "rank 0": {"comparing the student with its plain forward": 1.0, "building the hf engine": 0.5},
+    }  # fmt: skip
+    row = row_of(seconds)
+    assert {name: value for name, value in row.items() if value is not None} == {
+        "seconds": 30.0, "libraries": 9.0, "ray": 2.0, "ranks": 5.0, "models": 10.0, "engine": 0.5, "proof": 1.0,
+        "rest": 4.0,
+    }  # fmt: skip
+    assert median_row([{"seconds": s} for s in (5.0, 2.0, 4.0, 3.0)]) == {"seconds": 3.0}
+
+
+@pytest.mark.e2e
+@pytest.mark.distributed
+def test_start_runs(tmp_path):
+    sizes = ("--prompts", "4", "--n", "2", "--tokens", "16", "16", "--rows", "16")
+    cold, warm = run("start", tmp_path / "out.json", "--runs", "seqkd", "--warm", "1", *sizes)
+    assert (cold["run"], cold["caches"], warm["caches"]) == ("seqkd", "cold", "warm")
+    for row in (cold, warm):
+        assert row["engine"] is None and row["validation"] is None and row["first_step"] > 0
+        parts = ("libraries", "checks", "data", "ray", "ranks", "models", "first_step", "rest")
+        assert sum(row[name] for name in parts) == pytest.approx(row["seconds"], abs=0.01)
+    assert warm["of_cold"] == pytest.approx(warm["seconds"] / cold["seconds"])

@@ -110,6 +110,7 @@ class TrainerConfig:
     save_freq: int
     save_on_signal: bool
     async_save: bool
+    profile_steps: list[Count] | None
     stall_warning: AtLeastMinusOne
     stall_timeout: AtLeastMinusOne
     max_actor_ckpt_to_keep: Positive | None
@@ -202,6 +203,26 @@ class Config:
         if self.soda.enable:
             return self.soda.resample == "epoch"
         return not self.use_sft and (self.actor_rollout_ref.actor.use_kl_loss or self.algorithm.use_kl_in_reward)
+
+    @property
+    def sft_sample_freq(self) -> int:
+        """SeqKD: steps between those that sample answers to be looked at; 0 or less: none does."""
+        trainer = self.trainer
+        return trainer.test_freq if trainer.sft_monitor_freq is None else trainer.sft_monitor_freq
+
+    @property
+    def validates(self) -> bool:
+        """Whether answers to held-out prompts are looked at, at any time."""
+        trainer = self.trainer
+        due = trainer.val_only or trainer.val_before_train or trainer.test_freq > 0
+        return self.data.val_files is not None and due
+
+    @property
+    def generates(self) -> bool:
+        """Whether the student writes answers at any time: to be trained on, judged, validated or looked at. Only then
+        is there an engine."""
+        imitates_alone = self.use_sft and not self.use_critic and not self.soda.enable
+        return not imitates_alone or self.validates or self.sft_sample_freq > 0
 
     @property
     def needs_old_log_probs(self) -> bool:

@@ -35,6 +35,7 @@ def run_settings(config: Config) -> RunSettings:
         pairs=config.soda.enable,
         async_save=config.trainer.async_save,
         share_base=config.use_critic and shares_base(config.actor_rollout_ref, config.critic),
+        generates=config.generates,
     )
 
 

@@ -78,6 +78,8 @@ class RunSettings:
     async_save: bool = False
     # Whether the critic computes with the actor's frozen weights, and has none of its own.
     share_base: bool = False
+    # Whether there is an engine.
+    generates: bool = True
 
 
 @dataclass(frozen=True)
@@ -159,13 +161,11 @@ def estimate_memory(run: RunSettings, actor: ModelShape, critic: ModelShape | No
     """The parts of each phase. vLLM's share is a fraction of `gpu_bytes`."""
     policy_settings = run.actor_rollout_ref
     resting = _resting(run, actor, critic)
-    engine = _engine(run, actor, gpu_bytes)
+    engine = _engine(run, actor, gpu_bytes) if run.generates else {}
     always = {"CUDA and its libraries": float(OVERHEAD_BYTES)}
     beside = {} if policy_settings.rollout.name == "vllm" and policy_settings.rollout.free_cache_engine else engine
-    phases: dict[Phase, Sizes] = {
-        "generate": {**resting, **engine, **always},
-        "update_actor": {**resting, **_actor_update(run, actor), **beside, **always},
-    }
+    phases: dict[Phase, Sizes] = {"generate": {**resting, **engine, **always}} if run.generates else {}
+    phases["update_actor"] = {**resting, **_actor_update(run, actor), **beside, **always}
     if critic is not None:
         base = {"actor's weights": _weights("actor", run, actor) / run.ranks} if run.share_base else {}
         phases["update_critic"] = {**resting, **base, **_critic_update(run, critic), **beside, **always}

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import ceil
 
 import torch
 from torch import nn
+from torch._dynamo.utils import calculate_time_spent
 from transformers import PreTrainedModel
+
+from verl.utils.dataset.cache import cache_folder
 
 # Guards that differ between models and modes (a frozen or a trained model, with or without gradients, a policy or a
 # discriminator of another size) each take a graph of the same layer code, and so does a micro-batch in which no prompt
 # is shared, or a section of it (see `packing.Layout`) has a single token. Other lengths take none.
 RECOMPILE_LIMIT = 32
+# Where torch keeps what it has compiled, in the environment, and what vLLM sets beside it when it is loaded and built.
+KEPT_IN = "TORCHINDUCTOR_CACHE_DIR"
+SET_BY_ENGINES = (KEPT_IN, "TRITON_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
 def decoder_layers(hf: PreTrainedModel) -> list[nn.Module]:
@@ -31,9 +40,53 @@ def compile_layers(hf: PreTrainedModel) -> None:
     Only `forward` is compiled: FSDP's and checkpointing's hooks around it stay Python. Shapes are symbols, so that
     micro-batches of every length run on the same few graphs.
     """
+    keep_what_is_compiled()
+    # The floats of a layer (scales, epsilons) never change. As symbols they have each graph traced up to its kernels,
+    # which need them as numbers, and then traced again; what the first time took could be found in no cache.
+    torch._dynamo.config.specialize_float = True
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for layer in decoder_layers(hf):
         layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+def keep_what_is_compiled() -> None:
+    """Keep it in `compiled/` of this package's cache folder, for later runs, unless the environment names another
+    folder or that one cannot be written. By itself torch keeps it in the folder of temporary files."""
+    # Not above: whoever compiles nothing need not wait for it.
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = cache_folder() / "compiled"
+    # torch itself names its default there as soon as it has asked for it once.
+    if os.environ.get(KEPT_IN, default_cache_dir()) != default_cache_dir():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK | os.X_OK):
+        os.environ[KEPT_IN] = str(folder)
+
+
+@contextmanager
+def compiler_as_before() -> Iterator[None]:
+    """What the block, which loads and builds an engine, sets of torch's compiler for the process is as before
+    afterwards: vLLM has it compile in one thread and keep everything in a folder of that one engine."""
+    from torch._inductor import config as inductor
+
+    environment, threads = {name: os.environ.get(name) for name in SET_BY_ENGINES}, inductor.compile_threads
+    try:
+        yield
+    finally:
+        inductor.compile_threads = threads
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def compile_seconds() -> float:
+    """Seconds in which this process has compiled so far."""
+    return calculate_time_spent()["total_wall_time"]
 
 
 def recompute_layers(hf: PreTrainedModel, share: float) -> None:

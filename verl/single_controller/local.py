@@ -4,11 +4,14 @@ import os
 from typing import Any
 
 from verl.single_controller.base import ClassWithInitArgs, WorkerGroup
+from verl.utils.profiling import marked
 from verl.utils.stalls import waiting
 
 
 class LocalWorkerGroup(WorkerGroup):
     """One worker, called directly. Results are those of a group of one rank; errors arrive as they were raised."""
+
+    in_driver = True
 
     def __init__(self, worker: ClassWithInitArgs):
         super().__init__(world_size=1)
@@ -19,7 +22,8 @@ class LocalWorkerGroup(WorkerGroup):
 
     def submit(self, rank: int, method_name: str, args: tuple, kwargs: dict) -> Any:
         """Run the call; its result is the handle."""
-        with waiting(f"{type(self.worker).__name__} has not finished {method_name}"):
+        name = type(self.worker).__name__
+        with waiting(f"{name} has not finished {method_name}"), marked(f"{name}.{method_name}"):
             return getattr(self.worker, method_name)(*args, **kwargs)
 
     def wait(self, handles: list, method_name: str) -> list:

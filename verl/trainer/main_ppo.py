@@ -41,8 +41,11 @@ from verl.trainer.ppo.disk import check_disk
 from verl.trainer.ppo.ending import end_said, nothing_left, say_end
 from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.own_tokens import OwnTokens
+from verl.trainer.ppo.profiled_steps import check_profile_steps
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.roles import ResourcePoolManager, Role
+from verl.utils import startup
+from verl.utils.checkpoint.checkpoint_manager import step_of
 from verl.utils.checkpoint.recovery import clear_up
 from verl.utils.console import print_exception
 from verl.utils.dataset.rl_dataset import collate_fn
@@ -91,6 +94,7 @@ class TaskRunner:
             StallError: nothing came of something for `trainer.stall_timeout` seconds.
             StoppedByAlarm: an alarm ended it, saved, with `trainer.on_alarm=stop`.
         """
+        startup.begin()
         with ExitStack() as held:
             with before_the_start():
                 config = without_idle_critic(with_absolute_paths(config))
@@ -136,14 +140,15 @@ class TaskRunner:
         if over is not None:
             say_end(config, over)
             return None
+        check_profile_steps(config, runner.total_steps, 0 if resumed is None else step_of(resumed))
         check_disk(config, runner.total_steps, resumed)
         with doing("starting Ray"):
             self.start(config)
         policy_settings = config.actor_rollout_ref
         logger.info(
-            "%s: training on %d x %s in %s, answers by %s",
+            "%s: training on %d x %s in %s, %s",
             config.stage, trainer.ranks, trainer.device, policy_settings.actor.fsdp_config.dtype,
-            policy_settings.rollout.name,
+            f"answers by {policy_settings.rollout.name}" if config.generates else "no answers are generated",
         )  # fmt: skip
         runner.init_workers()
         return runner, resumed
@@ -184,7 +189,10 @@ def run_ppo(config: Config, task_runner_class: type[TaskRunner] | None = None) -
 @hydra.main(config_path="config", config_name="ppo_trainer", version_base="1.3")
 def _hydra_main(composed: DictConfig) -> None:
     log_to_terminal()
-    logger.info("libraries are loaded, after %s", duration(time.time() - psutil.Process().create_time()))
+    begun = psutil.Process().create_time()
+    startup.begin(begun)
+    startup.note("loading libraries, reading settings", time.time() - begun)
+    logger.info("libraries are loaded, after %s", duration(time.time() - begun))
     quiet_transformers()
     try:
         config = to_config(composed, HydraConfig.get().overrides.task)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from verl.utils.console import PrintableFormatter
 from verl.utils.signals import EndedBySignal
 from verl.utils.stalls import duration
+from verl.utils.startup import noted
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +116,12 @@ def log_to(run: Path) -> Iterator[None]:
 
 @contextmanager
 def phase(what: str) -> Iterator[None]:
-    """Say that something begins, and once it has ended how long it took, unless that was no time."""
+    """Say that something begins, and once it has ended how long it took, unless that was no time. Before the first step
+    it is a phase of the start too."""
     logger.info("%s ...", what)
     start = time.monotonic()
-    yield
+    with noted(what):
+        yield
     seconds = time.monotonic() - start
     if seconds >= SOON_S:
         logger.info("%s: done in %s", what, f"{seconds:.1f} s" if seconds < 10 else duration(seconds))

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from verl.memory.knobs import Phase
 from verl.memory.offload import Offloader, build_offloader
 from verl.models.adapters import AsFound, adapters_in, config_json
 from verl.models.answer_models import AnswerModel
+from verl.models.layers import compile_seconds, compiler_as_before
 from verl.models.loading import (
     Kind,
     all_eos_token_ids,
@@ -45,9 +47,12 @@ from verl.models.shared_base import shares_base
 from verl.protocol import DataProto
 from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils import startup
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+from verl.utils.profiling import Trace
 from verl.utils.rendezvous import meeting_store
 from verl.utils.run_log import phase
+from verl.utils.startup import noted
 from verl.utils.units import GIB
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.pairs import PairPolicy
@@ -72,8 +77,11 @@ class FSDPWorker(Worker):
     lr_scheduler: LRScheduler
     checkpoint: FSDPCheckpointManager
     offloader: Offloader
+    trace: Trace
     shape: ModelShape
     update_seconds: float
+    # Seconds in which this process had compiled when its models were built.
+    compiled_before: float
 
     def __init__(self, device: str, seed: int, collective_timeout: timedelta = COLLECTIVE_TIMEOUT):
         super().__init__()
@@ -170,6 +178,24 @@ class FSDPWorker(Worker):
         return torch.cuda.get_device_properties(self.device).total_memory, host_memory()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def start_phases(self) -> list[startup.Phase]:
+        """What this rank's process has done since its start, and the time in which it has compiled, the engine's own
+        compiling apart."""
+        return [*startup.phases(), startup.Phase("compiling layers", compile_seconds() - self.compiled_before, 0)]
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def begin_trace(self) -> None:
+        """Begin to trace all that this rank's process does, for all of its roles."""
+        self.trace = Trace(self.device).__enter__()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def end_trace(self, folder: str) -> None:
+        """End that trace, and write it with its tables to `rank_N.json.gz` and `rank_N.txt` in the folder."""
+        self.trace.__exit__(None, None, None)
+        self.trace.write(Path(folder), f"rank_{self.rank}", f"rank {self.rank} of {self.world_size}")
+        del self.trace
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def checkpoint_bytes(self) -> int:
         """Bytes of this model's part of a checkpoint, written by all ranks."""
         return self.checkpoint.size()
@@ -205,7 +231,11 @@ class FSDPWorker(Worker):
 
 
 class ActorRolloutRefWorker(FSDPWorker):
-    """The policy, the engine that generates from it, and the frozen reference where a KL term needs one."""
+    """The policy, the engine that generates from it, and the frozen reference where a KL term needs one.
+
+    Args:
+        use_engine: whether there is an engine; without one nothing can be generated.
+    """
 
     # Bytes that PyTorch counts as allocated for an engine that sleeps through training.
     engine_bytes = 0
@@ -220,20 +250,24 @@ class ActorRolloutRefWorker(FSDPWorker):
         total_steps: int,
         use_reference: bool,
         collective_timeout: timedelta = COLLECTIVE_TIMEOUT,
+        use_engine: bool = True,
     ):
         super().__init__(device, seed, collective_timeout)
         self.config = config
         self.total_steps = total_steps
         self.use_reference = use_reference
+        self.use_engine = use_engine
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        """Build the policy, its reference and the engine, which sleeps and has no weights yet."""
+        """Build the policy, its reference and engine, as far as there are any; the engine sleeps, without weights."""
         with explain_out_of_memory("init", self.config):
             self._build_actor()
             if self.use_reference:
                 self._build_reference()
-            self._build_rollout()
+            if self.use_engine:
+                self._build_rollout()
+        self.compiled_before = compile_seconds()
 
     def _build_actor(self) -> None:
         config = self.config
@@ -270,7 +304,7 @@ class ActorRolloutRefWorker(FSDPWorker):
         model, rollout = self.config.model, self.config.rollout
         model_config = load_config(model.path, "policy", model.override_config, model.trust_remote_code)
         before = torch.cuda.memory_allocated()
-        with phase(f"building the {rollout.name} engine"):
+        with phase(f"building the {rollout.name} engine"), compiler_as_before():
             self.rollout = get_rollout_class(rollout.name)(
                 model_config,
                 self.tokenizer,
@@ -318,7 +352,8 @@ class ActorRolloutRefWorker(FSDPWorker):
     def push_weights(self) -> None:
         """Give the engine the policy's present weights."""
         dtype = getattr(torch, self.config.rollout.dtype)
-        with self.on_device("push_weights"), self._engine_at_work("push_weights", "push_weights"):
+        at_work = self._engine_at_work("push_weights", "push_weights")
+        with noted("giving the engine its first weights"), self.on_device("push_weights"), at_work:
             self.rollout.wake()
             self.rollout.push_weights(full_parameters(self.actor.actor_module.hf, dtype))
 
@@ -411,6 +446,7 @@ class CriticWorker(FSDPWorker):
         with explain_out_of_memory("init", self.config):
             base = self._student_with_base()
             module = self._build_trained(model, "score", model.fsdp_config, optim, self.total_steps, base)
+        self.compiled_before = compile_seconds()
         eos_token_ids = self.eos_token_ids or (self.tokenizer.eos_token_id,)
         self.critic = DataParallelPPOCritic(self.config, module, self.optimizer, eos_token_ids)
         # Saved with the weights, so that whoever scores with them later pools as training did.

@@ -55,6 +55,9 @@ class WorkerGroup(WorkerGroupMethods):
     A subclass says how to start a call on one rank (`submit`) and how to wait for several (`wait`).
     """
 
+    # Whether the ranks are in the driver's own process.
+    in_driver = False
+
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
         self._places: dict[str, list[tuple[int, bool]]] = {}

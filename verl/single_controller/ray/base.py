@@ -21,6 +21,7 @@ from verl.single_controller.ray.nodes import Node, all_nodes, choose_nodes
 from verl.single_controller.ray.output import log_in_rank
 from verl.single_controller.ray.processes import MARK, RankProcesses
 from verl.single_controller.ray.resources import check_resources, describe
+from verl.utils.profiling import marked
 from verl.utils.rendezvous import interface_of, reserve_port
 from verl.utils.stacks import answer_when_asked
 from verl.utils.stalls import waiting
@@ -168,7 +169,8 @@ class WorkerHost:
         colocate(self._workers)
 
     def call(self, role: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._workers[role], method_name)(*args, **kwargs)
+        with marked(f"{role}.{method_name}"):
+            return getattr(self._workers[role], method_name)(*args, **kwargs)
 
     def __repr__(self) -> str:
         # Ray puts this before each line the process prints and into its tracebacks.

@@ -52,6 +52,7 @@ def find_conflicts(config: Config) -> list[str]:
         _task_reward,
         _run_names,
         _resume,
+        _profile,
         _stalls,
         _best,
         _monitor_rules,
@@ -362,6 +363,19 @@ def _resume(config: Config) -> Iterator[str]:
             f"trainer.resume_from_path is set but trainer.resume_mode={trainer.resume_mode} would not use it: "
             "set trainer.resume_mode=resume_path"
         )
+
+
+def _profile(config: Config) -> Iterator[str]:
+    trainer = config.trainer
+    steps = trainer.profile_steps or []
+    twice = sorted({step for step in steps if steps.count(step) > 1})
+    if twice:
+        yield (
+            f"trainer.profile_steps={steps} names {', '.join(map(str, twice))} several times: a step is traced once, "
+            "name it once"
+        )
+    if steps and trainer.val_only:
+        yield f"trainer.profile_steps={steps} traces steps of training, and trainer.val_only=True makes none"
 
 
 def _stalls(config: Config) -> Iterator[str]:

@@ -248,8 +248,8 @@ def check_device(config: Config) -> None:
 
 
 def check_engine(config: Config) -> None:
-    """ModuleNotFoundError if the generation engine is not installed."""
-    if config.actor_rollout_ref.rollout.name == "vllm" and find_spec("vllm") is None:
+    """ModuleNotFoundError if the generation engine is not installed and something is to be generated."""
+    if config.generates and config.actor_rollout_ref.rollout.name == "vllm" and find_spec("vllm") is None:
         raise ModuleNotFoundError(
             "actor_rollout_ref.rollout.name=vllm, the default on GPUs, needs vLLM, which is not installed: "
             "pip install -e '.[gpu]', or set actor_rollout_ref.rollout.name=hf, which is slow"

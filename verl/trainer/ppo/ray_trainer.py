@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.metric_utils import compute_throughout_metrics, compute_timing_metrics
 from verl.trainer.ppo.origin import Origin
 from verl.trainer.ppo.own_tokens import OwnTokens
+from verl.trainer.ppo.profiled_steps import ProfiledSteps
 from verl.trainer.ppo.rejected import RejectedAnswers
 from verl.trainer.ppo.reward import (
     apply_kl_penalty,
@@ -46,14 +47,17 @@ from verl.trainer.ppo.reward import (
 )
 from verl.trainer.ppo.roles import ResourcePoolManager, Role, worker_roles
 from verl.trainer.ppo.skipped import SkippedSteps
+from verl.trainer.ppo.start_seconds import tell_start
 from verl.trainer.ppo.steps import Metrics, Step, Steps, Timed
 from verl.trainer.ppo.student import Student
 from verl.trainer.ppo.validation import Validation
 from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
 from verl.utils.dataset.sampler import EpochBatches
+from verl.utils.profiling import marked
 from verl.utils.run_log import phase
 from verl.utils.signals import RunSignals
 from verl.utils.stalls import doing
+from verl.utils.startup import noted
 from verl.utils.tracking import Tracking
 from verl.utils.units import counted
 
@@ -76,9 +80,10 @@ REJECTED_SEED = 2_000_003
 
 @contextmanager
 def marked_timer(name: str, timing: dict[str, float]) -> Iterator[None]:
-    """Add the seconds spent inside to `timing[name]`."""
+    """Add the seconds spent inside to `timing[name]`; in a trace they have that name too."""
     start = time.perf_counter()
-    yield
+    with marked(name):
+        yield
     timing[name] = timing.get(name, 0.0) + time.perf_counter() - start
 
 
@@ -118,6 +123,8 @@ class RayPPOTrainer:
     own_tokens: OwnTokens | None = None
     # Those that may end the run; these never arrive.
     signals: RunSignals = RunSignals()
+    # The ranks, as a group for each of their roles.
+    groups: Sequence[WorkerGroup] = ()
 
     def __init__(
         self,
@@ -201,8 +208,8 @@ class RayPPOTrainer:
             config, self.student, self.val_dataset, self.collate_fn, self.task_reward, self.discriminator,
             self.held_out, VALIDATION_SEED,
         )  # fmt: skip
-        groups = [group for group in (actor_rollout, critic) if group is not None]
-        size = sum(group.checkpoint_bytes()[0] for group in groups)
+        self.groups = [group for group in (actor_rollout, critic) if group is not None]
+        size = sum(group.checkpoint_bytes()[0] for group in self.groups)
         self.checkpoints = Checkpoints(config.trainer, actor_rollout, critic, files, self.origin, size)
         self.checkpoints.reserve()
         self.student.peak_memory()  # What building took is not the first step's.
@@ -266,7 +273,7 @@ class RayPPOTrainer:
                     self._log(tracking, metrics)
                     self._save_unless_saved()
                     return False
-            with timed("step"):
+            with self.profiled.at(self.global_step), timed("step"), noted("the first step"):
                 made = self._make_step(prompts, timed)
             done, written = self.global_step + 1, None
             if self._save_is_due(done) or self.signals.received is not None:
@@ -280,6 +287,7 @@ class RayPPOTrainer:
             metrics |= self._step_metrics(made, timing)
             # First, because a run that goes on from the checkpoint does not make this step again.
             self._log(tracking, metrics)
+            tell_start(self.config, self.groups)
             if written is not None:
                 self.checkpoints.publish(written)
             self.skipped.end_if_too_many(metrics, done == self.total_steps)
@@ -319,6 +327,11 @@ class RayPPOTrainer:
     def reached(self) -> dict[str, float]:
         """The last value of every metric."""
         return {}
+
+    @cached_property
+    def profiled(self) -> ProfiledSteps:
+        """The steps that are traced."""
+        return ProfiledSteps(self.config, self.groups)
 
     @cached_property
     def skipped(self) -> SkippedSteps:
@@ -369,11 +382,9 @@ class RayPPOTrainer:
 
     def _measures_held_out(self) -> bool:
         """Whether the discriminator is measured on held-out pairs: for its head start, or when the run validates."""
-        trainer = self.config.trainer
         if not self.config.critic.held_out_prompts or self.val_dataset is None:
             return False
-        validates = trainer.val_only or trainer.val_before_train or trainer.test_freq > 0
-        return trainer.critic_warmup == "auto" or validates
+        return self.config.trainer.critic_warmup == "auto" or self.config.validates
 
     def _validation_is_due(self) -> bool:
         if self.val_dataset is None:

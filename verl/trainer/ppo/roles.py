@@ -61,6 +61,7 @@ def worker_roles(
             classes[Role.ActorRollout],
             config.actor_rollout_ref,
             use_reference=config.use_reference,
+            use_engine=config.generates,
             total_steps=max(1, total_steps - config.frozen_actor_steps),
             **common,
         )

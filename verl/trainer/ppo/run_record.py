@@ -36,17 +36,33 @@ def keep_record(config: Config, folder: Path, resumed: bool) -> None:
     """Add this start to the record of a run that has `resumed`, or begin one. A record that fails is said and ends
     nothing."""
     file = folder / RECORD_FILE
-    part = file.with_suffix(".part")
     try:
-        earlier = _earlier(file) if resumed else []
-        text = json.dumps({"starts": [*earlier, describe_start(config)]}, indent=1, ensure_ascii=False, default=str)
-        folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-        os.replace(part, file)
+        _write(file, [*(_earlier(file) if resumed else []), describe_start(config)])
     except Exception as error:
         logger.warning("%s is not kept (%s: %s)", RECORD_FILE, type(error).__name__, error)
+
+
+def keep_start_seconds(folder: Path, seconds: dict[str, Any]) -> None:
+    """Add to the last start of a record the seconds from its command to its first step. One that fails is said."""
+    file = folder / RECORD_FILE
+    try:
+        starts = _earlier(file)
+        if starts:
+            _write(file, [*starts[:-1], {**starts[-1], "seconds_to_first_step": seconds}])
+    except Exception as error:
+        logger.warning("%s does not get the start's seconds (%s: %s)", RECORD_FILE, type(error).__name__, error)
+
+
+def _write(file: Path, starts: list[Any]) -> None:
+    part = file.with_suffix(".part")
+    try:
+        text = json.dumps({"starts": starts}, indent=1, ensure_ascii=False, default=str)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        os.replace(part, file)
+    finally:
         with suppress(OSError):
-            part.unlink()
+            part.unlink(missing_ok=True)
 
 
 def describe_start(config: Config) -> dict[str, Any]:

@@ -87,8 +87,7 @@ class Steps:
         """SeqKD: one update on the teacher's answers. The student's are sampled for monitoring only."""
         student, answers = self.student, None
         metrics = student.shares.unbalance(table(prompts))
-        trainer = self.config.trainer
-        frequency = trainer.test_freq if trainer.sft_monitor_freq is None else trainer.sft_monitor_freq
+        frequency = self.config.sft_sample_freq
         if frequency > 0 and step % frequency == 0:
             with timed("gen"):
                 answers = student.answer(prompts, step)

@@ -41,15 +41,20 @@ def file_digest(path: Path, start: int = 0) -> str:
     return digest.hexdigest()
 
 
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """The folder, absolute; for None $VERL_CACHE_DIR, or ~/.cache/verl without it."""
+    return Path(folder or os.environ.get(FOLDER_VARIABLE) or "~/.cache/verl").expanduser().absolute()
+
+
 class Cache:
     """A folder of files by key.
 
     Args:
-        folder: is made when the first file is; None is $VERL_CACHE_DIR, or ~/.cache/verl without it.
+        folder: is made when the first file is; None: see `cache_folder`.
     """
 
     def __init__(self, folder: str | Path | None = None):
-        self.folder = Path(folder or os.environ.get(FOLDER_VARIABLE) or "~/.cache/verl").expanduser().absolute()
+        self.folder = cache_folder(folder)
 
     def file(self, key: str, write: Callable[[Path], None], what: str) -> Path | None:
         """The file of this key; its content begins at byte HEAD.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import pandas as pd
-
 from verl.utils.tracking.base import Backend, Run, Sample
 
 
@@ -37,6 +35,9 @@ class TrackioBackend(Backend):
         self.run.log(dict(data), step=step)
 
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
+        # Not above: whoever has no trackio need not wait for it.
+        import pandas as pd
+
         self.run.log({"val/generations": self.trackio.Table(dataframe=pd.DataFrame(samples))}, step=step)
 
     def alert(self, title: str, text: str, step: int) -> None:

@@ -1,0 +1,167 @@
+"""The time from the command to the end of the first step, and what it goes to, with cold and with warm caches.
+
+    python -m benchmarks.start --model /tmp/model --out results/start.json
+    python -m benchmarks.start --shape 1.5b --runs gad --out results/start_1.5b.json
+
+Every start is the command itself, in a process of its own: `python -m verl.trainer.main_ppo`, ended after its first
+step, whose seconds are those that it keeps in `run.json`. `seqkd` generates nothing and has no engine; `seqkd_val`
+validates before the first step; `gad` has everything on: discriminator, reference, engine, validation. A cold start
+finds empty folders for what torch, Triton and vLLM compile and for what is known of the rows; the warm ones after it
+find what it left there. Libraries and models stay in the system's memory, so that a first start on a machine takes
+longer than either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT, Report, parser, say
+from benchmarks.engines import engine_name
+from benchmarks.inputs import Lengths, model_folder
+from benchmarks.shapes import SHAPES
+from benchmarks.step import random_texts
+from verl.utils.dump import write_jsonl
+
+# What a start does, by column: the phases of `run.json` whose names begin so. Rank 0's are parts of the driver's.
+PHASES = {
+    "libraries": ("driver", "loading libraries"),
+    "checks": ("driver", "reading tokenizer"),
+    "data": ("driver", "reading data"),
+    "ray": ("driver", "starting Ray"),
+    "ranks": ("driver", "starting "),
+    "models": ("driver", "building models"),
+    "engine": ("rank 0", "building the "),
+    "proof": ("rank 0", "comparing "),
+    "validation": ("driver", "validating"),
+    "first_step": ("driver", "the first step"),
+    "compiling": ("rank 0", "compiling layers"),
+    "rest": ("driver", "rest"),
+}
+COLUMNS = ("run", "caches", "seconds", "of_cold", *PHASES)
+NO_VALIDATION = ("trainer.val_before_train=False", "trainer.test_freq=-1")
+RUNS = {
+    "seqkd": ("stage=seqkd", *NO_VALIDATION),
+    "seqkd_val": ("stage=seqkd",),
+    "gad": ("stage=warmup", "trainer.critic_warmup=0", "actor_rollout_ref.actor.use_kl_loss=True"),
+}
+# Where torch, Triton, vLLM and this package keep what they have made.
+CACHES = ("VERL_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT")
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    result = parser(__doc__)
+    result.add_argument("--model", type=Path, help="a language model's folder (default: a random one of the shape)")
+    result.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    result.add_argument("--warm", type=int, default=3, help="starts with warm caches after the cold one (default: 3)")
+    result.add_argument("--ranks", type=int, default=1)
+    result.add_argument("--prompts", type=int, default=64, help="of a batch (default: 64)")
+    result.add_argument("--n", type=int, default=8, help="answers to a prompt (default: 8)")
+    result.add_argument("--tokens", type=int, nargs=2, default=(256, 256), help="longest prompt and answer")
+    result.add_argument("--rows", type=int, default=2048, help="of the training data (default: 2048)")
+    result.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings for the trainer")
+    return result
+
+
+def overrides(args: argparse.Namespace, model: Path, folder: Path, run: str) -> list[str]:
+    """The settings of a start; the trainer's own defaults but for sizes and names."""
+    critic = [f"critic.model.path={model}"] if run == "gad" else []
+    return [
+        *RUNS[run],
+        f"data.train_files={folder}/train.jsonl",
+        f"data.val_files={folder}/val.jsonl",
+        f"data.train_batch_size={args.prompts}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={args.prompts}",
+        f"data.max_prompt_length={args.tokens[0]}",
+        f"data.max_response_length={args.tokens[1]}",
+        # Letters are tokens of the shapes' tokenizer; of a real one they are others, with a longer template.
+        "data.truncation=left",
+        f"actor_rollout_ref.model.path={model}",
+        *critic,
+        f"actor_rollout_ref.rollout.name={engine_name(args.device)}",
+        f"actor_rollout_ref.rollout.n={args.n}",
+        f"trainer.device={args.device}",
+        f"trainer.n_gpus_per_node={args.ranks}",
+        "trainer.total_training_steps=1",
+        "trainer.experiment_name=start",
+        f"trainer.default_local_dir={folder}/run",
+        "trainer.logger=[file]",
+        "trainer.resume_mode=disable",
+        *args.set,
+    ]
+
+
+def start(settings: list[str], folder: Path, caches: Path) -> dict[str, Any]:
+    """One start with these folders for caches; the seconds that it has kept."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    environment = os.environ | {name: str(caches / name.lower()) for name in CACHES}
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *settings]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-8000:]}")
+    return json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))["starts"][-1]["seconds_to_first_step"]
+
+
+def row_of(seconds: dict[str, Any]) -> dict[str, float | None]:
+    """The table's columns of a start's seconds; None for what it did not do. A phase counts in the first column that it
+    fits."""
+    row: dict[str, float | None] = {"seconds": seconds["total"]}
+    taken = set()
+    for column, (where, begins) in PHASES.items():
+        names = {name for name in seconds[where] if name.startswith(begins) and (where, name) not in taken}
+        taken |= {(where, name) for name in names}
+        row[column] = sum(seconds[where][name] for name in names) if names else None
+    return row
+
+
+def median_row(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """The start whose seconds are the median, the earlier of two."""
+    return next(row for row in rows if row["seconds"] == statistics.median_low(row["seconds"] for row in rows))
+
+
+def measure(args: argparse.Namespace, model: Path, run: str, report: Report) -> None:
+    """One cold start and `--warm` warm ones."""
+    with tempfile.TemporaryDirectory(prefix="start-") as made:
+        folder = Path(made)
+        lengths = Lengths((args.tokens[0] // 2, args.tokens[0]), (args.tokens[1] // 2, args.tokens[1]))
+        for name, rows in (("train", args.rows), ("val", args.prompts)):
+            write_jsonl(folder / f"{name}.jsonl", random_texts(rows, lengths))
+        settings = overrides(args, model, folder, run)
+        say(f"{run}: a cold start")
+        cold = row_of(start(settings, folder, folder / "caches"))
+        report.add(run=run, caches="cold", **cold)
+        warm = []
+        for number in range(args.warm):
+            say(f"{run}: warm start {number + 1} of {args.warm}")
+            warm.append(row_of(start(settings, folder, folder / "caches")))
+        if warm:
+            row = median_row(warm)
+            of_cold = row["seconds"] / cold["seconds"]
+            report.add(run=run, caches="warm", of_cold=of_cold, all_seconds=[one["seconds"] for one in warm], **row)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run, and print the table of what it took."""
+    args = arguments().parse_args(argv)
+    report = Report("start", args, COLUMNS)
+    if args.model is not None:
+        for run in args.runs:
+            measure(args, args.model, run, report)
+    else:
+        with model_folder(SHAPES[args.shape], args.device) as models:
+            for run in args.runs:
+                measure(args, models / "policy", run, report)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    main()

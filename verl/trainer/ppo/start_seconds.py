@@ -1,0 +1,52 @@
+"""The time from the command to the end of the first step, said once and kept in `run.json`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from verl.config.run import Config
+from verl.single_controller.base import WorkerGroup
+from verl.trainer.ppo.checkpointing import run_folder
+from verl.trainer.ppo.run_record import keep_start_seconds
+from verl.utils import startup
+from verl.utils.console import table
+from verl.utils.startup import Phase
+
+logger = logging.getLogger(__name__)
+
+# What took less is part of the rest.
+SHORTEST_S = 0.05
+
+
+def tell_start(config: Config, groups: Sequence[WorkerGroup]) -> None:
+    """Say what the time went to, in the driver and in rank 0; only the first call of a run does anything.
+
+    Args:
+        groups: one per role.
+    """
+    concluded = startup.conclude()
+    if concluded is None:
+        return
+    seconds, driver = concluded
+    known = {phase.what for phase in driver}
+    rank = dict.fromkeys(phase for group in groups for phase in group.start_phases()[0] if phase.what not in known)
+    rest = seconds - sum(phase.seconds for phase in driver if phase.depth == 0)
+    driver.append(Phase("rest", rest, 0))
+    keep_start_seconds(run_folder(config.trainer), _as_entry(seconds, driver, list(rank)))
+    rows = [*_rows("driver", driver), *_rows("rank 0", list(rank))]
+    logger.info(
+        "start: %.1f s from the command to the end of the first step\n%s",
+        seconds, table([["where", "what", "seconds"], *rows], left=2),
+    )  # fmt: skip
+
+
+def _as_entry(seconds: float, driver: list[Phase], rank: list[Phase]) -> dict[str, object]:
+    """The phases as run.json has them: seconds by name, parts of others included."""
+    named = {"driver": driver, "rank 0": rank}
+    made = {where: {one.what: round(one.seconds, 3) for one in phases} for where, phases in named.items()}
+    return {"total": round(seconds, 3), **made}
+
+
+def _rows(where: str, made: list[Phase]) -> list[list[str]]:
+    return [[where, "  " * one.depth + one.what, f"{one.seconds:.1f}"] for one in made if one.seconds >= SHORTEST_S]
