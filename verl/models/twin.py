@@ -86,6 +86,12 @@ def reach_entries(config: PretrainedConfig) -> dict[str, int]:
     return found
 
 
+def sliding_window(config: PretrainedConfig) -> int:
+    """Tokens that a token attends to in layers with a sliding window, itself among them; 0 without such layers."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return window if _size(window) else 0
+
+
 def positions_change_with_length(config: PretrainedConfig) -> bool:
     """Whether rotary positions follow the longest row of a batch."""
     kinds = [place[key] for place, key in _places(config.to_dict()) if key in ("rope_type", "type")]
