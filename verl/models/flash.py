@@ -47,15 +47,10 @@ def flash(
             query, key, value, sinks, layout.starts, layout.longest, layout.prompt_tokens, layout.prompt_starts,
             layout.longest_prompt, layout.answer_tokens, layout.answer_starts, layout.longest_answers, scaling,
         )  # fmt: skip
-    if not layout.answer_tokens:
-        return _FlashWindow.apply(
-            query, key, value, sinks, None, layout.starts, layout.longest, layout.starts, layout.longest, scaling,
-            window,
-        )  # fmt: skip
-    return _FlashWindow.apply(
-        query, key, value, sinks, layout.window_keys, layout.starts, layout.longest, layout.window_starts,
-        layout.longest_window, scaling, window,
-    )  # fmt: skip
+    # Without shared prompts the keys are the tokens.
+    keys = (layout.window_keys, layout.window_starts, layout.longest_window)
+    keys = keys if layout.answer_tokens else (None, None, layout.longest)
+    return _FlashWindow.apply(query, key, value, sinks, layout.starts, layout.longest, *keys, scaling, window)
 
 
 class _Flash(torch.autograd.Function):
@@ -105,35 +100,35 @@ class _Flash(torch.autograd.Function):
 
 
 class _FlashWindow(torch.autograd.Function):
-    """The same within a window. `index` (keys,) says which token each key of a segment is; None: they are the
-    tokens."""
+    """The same within a window. `index` (keys,) says which token each key of a segment is, and `key_starts` where each
+    segment's begin; None: the keys are the tokens."""
 
     @staticmethod
     def forward(
-        ctx, query, key, value, sinks, index, starts, longest, key_starts, longest_keys, scaling, window
+        ctx, query, key, value, sinks, starts, longest, index, key_starts, longest_keys, scaling, window
     ):  # fmt: skip
-        keys, values = (key, value) if index is None else (key.index_select(0, index), value.index_select(0, index))
-        output, log_sums = _flash(
-            query, keys, values, starts, key_starts, longest, longest_keys, True, scaling, window
-        )  # fmt: skip
+        segments = (starts, starts if index is None else key_starts, longest, longest_keys, True, scaling, window)
+        output, log_sums = _flash(query, _picked(key, index), _picked(value, index), *segments)
         output, log_sums = _with_sinks(output, log_sums, sinks)
-        ctx.save_for_backward(query, key, value, sinks, index, output, log_sums, starts, key_starts)
-        ctx.numbers = longest, longest_keys, scaling, window
+        ctx.save_for_backward(query, key, value, sinks, output, log_sums, starts, index, key_starts)
+        ctx.numbers = longest, longest_keys, True, scaling, window
         return output
 
     @staticmethod
     def backward(ctx, gradient):
-        query, key, value, sinks, index, output, log_sums, starts, key_starts = ctx.saved_tensors
-        longest, longest_keys, scaling, window = ctx.numbers
+        query, key, value, sinks, output, log_sums, starts, index, key_starts = ctx.saved_tensors
         gradient = gradient.contiguous()
-        keys, values = (key, value) if index is None else (key.index_select(0, index), value.index_select(0, index))
+        segments = (starts, starts if index is None else key_starts, *ctx.numbers)
         grad_query, *others = _flash_backward(
-            gradient, query, keys, values, output, log_sums, starts, key_starts, longest, longest_keys, True, scaling,
-            window,
-        )  # fmt: skip
+            gradient, query, _picked(key, index), _picked(value, index), output, log_sums, *segments
+        )
         if index is not None:
             others = [_summed(other, index, len(key)) for other in others]
         return grad_query, *others, _sinks_gradient(gradient, output, log_sums, sinks), *[None] * 7
+
+
+def _picked(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    return states if index is None else states.index_select(0, index)
 
 
 def _summed(copies: torch.Tensor, index: torch.Tensor, tokens: int) -> torch.Tensor:
