@@ -18,9 +18,12 @@ from verl.utils.checkpoint.sharded import read_full_tensors
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 
-SHORT = ("trainer.total_training_steps=2", "trainer.test_freq=-1", "trainer.val_before_train=False")
-# What fresh answers are scored with before the update is what the update's first forward gives: their ratio is 1.
-EXACT = ("actor_rollout_ref.rollout.n=2", "actor_rollout_ref.rollout.temperature=1")
+SHORT = (
+    "trainer.total_training_steps=2",
+    "trainer.test_freq=-1",
+    "trainer.val_before_train=False",
+    "actor_rollout_ref.rollout.n=2",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +41,7 @@ def test_three_stages(family, tmp_path, caplog):
     write_data(tmp_path / "val.jsonl", rows=2)
 
     def run(stage: str, *overrides: str):
-        return train(tmp_path, stage, f"stage={stage}", *SHORT, *EXACT, *overrides, run_with=run_in_process)
+        return train(tmp_path, stage, f"stage={stage}", *SHORT, *overrides, run_with=run_in_process)
 
     def last(folder, part):
         return folder / "global_step_2" / part
@@ -65,4 +68,7 @@ def test_three_stages(family, tmp_path, caplog):
         for step in read_metrics(folder).values():
             assert all(math.isfinite(value) for value in step.values())
     steps = read_metrics(gad).values()
+    # Transformers' own generation, from a cache: the log-probs that it sampled with are the packed forward's.
+    gaps = [step["training/rollout_probs_diff_max"] for step in steps if "training/rollout_probs_diff_max" in step]
+    assert gaps and max(gaps) < 1e-4
     assert any(step.get("prompt_length/mean", 0) + step.get("response_length/mean", 0) > 2 * WINDOW for step in steps)

@@ -109,7 +109,9 @@ def test_an_argument_that_changes_attention_is_refused():
         def add(module, inputs, keywords):
             return inputs, {**keywords, "position_bias": torch.zeros(1)}
 
-    with pytest.raises(ValueError, match="which leaves out position_bias=Tensor; use use_remove_padding=False, which was"):
+    with pytest.raises(
+        ValueError, match="which leaves out position_bias=Tensor; use use_remove_padding=False, which was"
+    ):
         check_class(PolicyModel, Biased, causal_lm().config, True)
 
 

@@ -54,7 +54,9 @@ def assert_equal_runs(ours, expected, names):
     for name, actual, gradient in zip(names, ours[1], expected[1], strict=True):
         if gradient is not None:
             scale = gradient.abs().max().item()
-            torch.testing.assert_close(actual, gradient, atol=1e-4 * scale + 1e-6, rtol=1e-3, msg=lambda m, n=name: n + m)
+            torch.testing.assert_close(
+                actual, gradient, atol=1e-4 * scale + 1e-6, rtol=1e-3, msg=lambda m, n=name: n + m
+            )
         else:
             assert actual is None or not actual.any(), name
 
@@ -97,9 +99,7 @@ def no_code(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
-@pytest.mark.parametrize(
-    ("family", "compiled"), [("gemma3", False), ("gpt_oss", False), ("gpt_oss", True)], ids=str
-)
+@pytest.mark.parametrize(("family", "compiled"), [("gemma3", False), ("gpt_oss", False), ("gpt_oss", True)], ids=str)
 @pytest.mark.usefixtures("no_code")
 def test_a_model_on_the_flash_path_is_that_on_the_grid(family, compiled, monkeypatch):
     """With kernels in plain PyTorch. Compiled, a layer with a window and one without have a graph each, and again for

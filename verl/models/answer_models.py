@@ -203,7 +203,9 @@ class PolicyModel(AnswerModel):
         head = self.hf.get_output_embeddings()
         if isinstance(temperature, torch.Tensor):
             temperature = temperature[grid_index // rows.responses.shape[1]]
-        log_probs, entropies = head_log_probs(hidden, head.weight, head.bias, answer_ids, temperature, entropy, self.form)
+        log_probs, entropies = head_log_probs(
+            hidden, head.weight, head.bias, answer_ids, temperature, entropy, self.form
+        )
         shape = rows.responses.shape
         log_probs = to_answer_grid(log_probs, grid_index, shape)
         return log_probs, None if entropies is None else to_answer_grid(entropies, grid_index, shape)

@@ -5,9 +5,9 @@ forward (`packing.Layout`).
 
 On a GPU, in bf16 or fp16, PyTorch's flash-attention kernels run over the packed tokens (`flash.py`), with windows and
 sinks. Everywhere else the tokens are spread over a right-padded grid of whole rows and SDPA runs causally on it: with
-the padding behind the tokens, a causal row never sees any. Capped scores, and sinks without the kernels, which SDPA does
-not know, are computed plainly on the same grid (`capped_attention.py`). Only attention is padded and repeats prompts;
-projections, MLPs and heads run on each token once.
+the padding behind the tokens, a causal row never sees any. Capped scores, and sinks without the kernels, which SDPA
+does not know, are computed plainly on the same grid (`capped_attention.py`). Only attention is padded and repeats
+prompts; projections, MLPs and heads run on each token once.
 """
 
 from __future__ import annotations

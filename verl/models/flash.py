@@ -208,8 +208,8 @@ def _kernel_forward(query, key, value, query_starts, key_starts, longest_query, 
 
 
 def _kernel_backward(
-    gradient, query, key, value, output, log_sums, query_starts, key_starts, longest_query, longest_key, causal, scaling,
-    window,
+    gradient, query, key, value, output, log_sums, query_starts, key_starts, longest_query, longest_key, causal,
+    scaling, window,
 ):  # fmt: skip
     # The random state is dropout's, and there is none.
     dropout = (torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device))

@@ -60,11 +60,7 @@ class _HeadLogProbs(torch.autograd.Function):
         statistics, kept = [], None
         for part in _chunks(hidden, weight, whole=keeps):
             logits = torch.nn.functional.linear(hidden[part], weight, bias)
-            statistics.append(
-                _on(logits, _statistics)(
-                    logits, targets[part], _part(scale, part), with_entropy, form
-                )
-            )
+            statistics.append(_on(logits, _statistics)(logits, targets[part], _part(scale, part), with_entropy, form))
             kept = logits if keeps else None
         log_probs, log_sums, entropies = (torch.cat(parts) for parts in zip(*statistics, strict=True))
         ctx.save_for_backward(hidden, weight, bias, targets, log_sums, entropies)

@@ -45,8 +45,8 @@ def costs_beside_packing(hf: PreTrainedModel) -> list[str]:
         )
     if getattr(hf.config.get_text_config(), "attn_logit_softcapping", None):
         costs.append(
-            "its attention scores are capped, for which there is no kernel: attention is computed plainly, in fp32, row "
-            "by row, and again in the backward pass; all else is packed"
+            "its attention scores are capped, for which there is no kernel: attention is computed plainly, in fp32, "
+            "row by row, and again in the backward pass; all else is packed"
         )
     return costs
 

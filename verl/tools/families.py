@@ -40,6 +40,13 @@ anything starts, and once more on its own weights.
 - **not tried**: the default config makes no model at all.
 - **no**: refused before anything starts, for the reason given.
 
+Windows, sinks, capped scores and scaled or capped logits are computed packed, and a prompt that answers share once. Two
+things cost more there, and the log says so at the start. Layers that carry a state along a row (linear attention,
+state-space layers, short convolutions) are padded to the longest row of a micro-batch, compute a shared prompt once for
+each answer and are not compiled; on GPUs transformers asks for `flash-linear-attention` and `causal-conv1d`, without
+which they are slow. Capped scores (Gemma 2) have no kernel: attention is then computed plainly in fp32, row by row, and
+again in the backward pass, in time and, for one row at a time, in memory that grow with the square of the length.
+
 Where transformers has no token-classification class for a family, the discriminator is the family's backbone and a
 linear `score` (`verl.models.score_classes.register_score_class`). Outside of this package such a critic opens once that
 function has been called with the class of its config.
