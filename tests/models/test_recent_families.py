@@ -32,8 +32,8 @@ def rows_beyond_the_window() -> AnswerRows:
 
 
 def row_by_row(model, rows, temperature=1.0):
-    """Each row alone through the class's own forward, with a gradient."""
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    """Each row alone through the class's own forward and attention, with a gradient."""
+    model.set_attn_implementation("eager")
     values = []
     for prompt, answer in rows.unpadded():
         logits = model(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1] / temperature

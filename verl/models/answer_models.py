@@ -145,8 +145,10 @@ class AnswerModel(nn.Module, ABC):
 
 
 def plain_attention(hf: PreTrainedModel) -> str:
-    """The attention implementation of transformers that the class would choose itself."""
-    return "sdpa" if hf._supports_sdpa else "eager"
+    """The attention implementation of transformers that the class would choose itself; where scores are capped, its own
+    code, since SDPA leaves caps out and some versions choose it all the same."""
+    capped = getattr(hf.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if hf._supports_sdpa and not capped else "eager"
 
 
 def score_head(hf: PreTrainedModel) -> nn.Linear:
