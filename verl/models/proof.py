@@ -25,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.models.packing import AnswerRows
 from verl.models.twin import (
+    own_config,
     positions_change_with_length,
     reach_entries,
     sliding_window,
@@ -133,9 +134,7 @@ def class_verdict(
         longest: of a run's rows, in tokens. Where it is given, packed rows of that length are compared too, so that
             attention which thins out with length shows whatever its config calls it.
     """
-    text = config.get_text_config()
-    if isinstance(text, model_class.config_class or ()) and not isinstance(config, model_class.config_class):
-        config = text
+    config = own_config(model_class, config)
     verdict = _verdict(head, model_class, _Config(config), remove_padding)
     if longest is None or not remove_padding or not verdict.compared or verdict.fault is not None:
         return verdict

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from verl.models.answer_models import ANSWER_MODELS
 from verl.models.loading import Kind, NoSuchClass, as_discriminator, find_class, quiet_transformers
 from verl.models.proof import Verdict, class_verdict
-from verl.models.twin import small_config
+from verl.models.twin import own_config, small_config
 from verl.utils.command_line import called_as
 
 UNKNOWN = Verdict(compared=False)
@@ -100,6 +100,7 @@ def look_at(model_type: str, kind: Kind) -> Family:
         if kind == "score":
             as_discriminator(config)
         model_class = find_class(small_config(config), kind)
+        config = own_config(model_class, config)
     except Exception as error:
         # Some default configs are not meant to be used, and fail in any way.
         lines = str(error).strip().splitlines()
