@@ -7,13 +7,15 @@ import torch
 
 from verl.models import head_log_probs as module
 from verl.models.head_log_probs import head_log_probs
+from verl.models.logits import PLAIN_LOGITS, LogitForm
 
 TOKENS, HIDDEN, VOCAB = 300, 64, 15_193
 
 
 @pytest.mark.parametrize("memory", ["kept", "chunked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_and_gradients_are_autograds(dtype, memory, cuda, monkeypatch):
+@pytest.mark.parametrize("form", [PLAIN_LOGITS, LogitForm(0.5, 3.0)], ids=str)
+def test_values_and_gradients_are_autograds(form, dtype, memory, cuda, monkeypatch):
     if memory == "chunked":
         monkeypatch.setattr(module, "_has_room", lambda *_: False)
         monkeypatch.setattr(module, "CHUNK_BYTES", 77 * VOCAB * 4)
@@ -23,10 +25,12 @@ def test_values_and_gradients_are_autograds(dtype, memory, cuda, monkeypatch):
     targets = torch.randint(VOCAB, (TOKENS,), generator=generator, device=cuda)
     weights = torch.linspace(-1, 2, TOKENS, device=cuda)
 
-    log_probs, entropies = head_log_probs(hidden, weight, None, targets, 0.7, "grad")
+    log_probs, entropies = head_log_probs(hidden, weight, None, targets, 0.7, "grad", form)
     (weights * log_probs + 0.1 * entropies).sum().backward()
     exact_hidden, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
-    log_p = torch.log_softmax(exact_hidden @ exact_weight.T / 0.7, -1)
+    logits = exact_hidden @ exact_weight.T * form.scale
+    logits = form.cap * torch.tanh(logits / form.cap) if form.cap else logits
+    log_p = torch.log_softmax(logits / 0.7, -1)
     exact_log_probs = log_p.gather(-1, targets[:, None])[:, 0]
     exact_entropies = -(log_p.exp() * log_p).sum(-1)
     (weights * exact_log_probs + 0.1 * exact_entropies).sum().backward()

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from verl.models import head_log_probs as module
 from verl.models.head_log_probs import head_log_probs
+from verl.models.logits import PLAIN_LOGITS, LogitForm, logit_form
 
 TOKENS, HIDDEN, VOCAB = 7, 5, 11
 
@@ -19,8 +30,10 @@ def inputs(dtype=torch.float64, bias=False):
     return [t if t is None else t.requires_grad_() for t in (hidden, weight, offsets)] + [targets]
 
 
-def by_autograd(hidden, weight, bias, targets, temperature):
-    log_p = torch.log_softmax(torch.nn.functional.linear(hidden, weight, bias) / temperature, -1)
+def by_autograd(hidden, weight, bias, targets, temperature, form=PLAIN_LOGITS):
+    logits = torch.nn.functional.linear(hidden, weight, bias) * form.scale
+    logits = form.cap * torch.tanh(logits / form.cap) if form.cap else logits
+    log_p = torch.log_softmax(logits / temperature, -1)
     return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
@@ -33,14 +46,15 @@ def memory(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.parametrize("form", [PLAIN_LOGITS, LogitForm(scale=0.3), LogitForm(cap=2.0), LogitForm(3.0, 1.5)], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("entropy", ["none", "value", "grad"])
-def test_values_and_gradients_are_autograds(memory, bias, entropy):
+def test_values_and_gradients_are_autograds(memory, bias, entropy, form):
     results = []
     for compute in (head_log_probs, by_autograd):
         arguments = inputs(bias=bias)
         extra = {"entropy": entropy} if compute is head_log_probs else {}
-        log_probs, entropies = compute(*arguments, 0.7, **extra)
+        log_probs, entropies = compute(*arguments, 0.7, form=form, **extra)
         # Weights of their own for every token, as a policy loss gives them.
         weights = torch.linspace(-1, 2, TOKENS, dtype=torch.float64)
         loss = (weights * log_probs).sum()
@@ -110,3 +124,23 @@ def test_kept_logits_serve_one_backward_pass():
     # Their place was taken by their gradient; a second pass makes them again.
     log_probs.sum().backward()
     torch.testing.assert_close(weight.grad, first)
+
+
+def test_a_class_says_how_it_makes_logits():
+    """Gemma 2 caps them, Granite divides and Cohere multiplies them; Qwen2 reads no such entry."""
+    forms = {
+        (Gemma2ForCausalLM, Gemma2Config): ({"final_logit_softcapping": 30.0}, LogitForm(cap=30.0)),
+        (GraniteForCausalLM, GraniteConfig): ({"logits_scaling": 4.0}, LogitForm(scale=0.25)),
+        (CohereForCausalLM, CohereConfig): ({"logit_scale": 0.5}, LogitForm(scale=0.5)),
+        (Qwen2ForCausalLM, Qwen2Config): ({"logit_scale": 0.5}, PLAIN_LOGITS),
+    }
+    for (model_class, config_class), (entries, form) in forms.items():
+        assert logit_form(model_class, config_class(**entries)) == form
+    assert logit_form(Gemma2ForCausalLM, Gemma2Config(final_logit_softcapping=None)) == PLAIN_LOGITS
+
+
+def test_a_cap_by_hand():
+    """Head outputs 0 and 4, halved and capped at 1: 0 and tanh(2) = 0.9640; the first has 1 / (1 + e^0.9640)."""
+    hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [4.0]])
+    log_probs, _ = head_log_probs(hidden, weight, None, torch.tensor([0]), form=LogitForm(0.5, 1.0))
+    assert log_probs.exp().item() == pytest.approx(0.2761, abs=1e-4)

@@ -15,6 +15,7 @@ from transformers import (
 from tests.tiny import SIZES, answer_rows, causal_lm, scorer
 from verl.models.answer_models import PolicyModel, ScoreModel
 from verl.models.layers import compile_layers, decoder_layers, recompute_layers
+from verl.models.logits import PLAIN_LOGITS
 from verl.models.packing import AnswerRows, pack
 
 ROWS = ([5, 1, 3, 7], [4, 6, 1, 2])
@@ -220,24 +221,48 @@ def test_a_window_that_no_row_can_reach_is_nothing():
     torch.testing.assert_close(PolicyModel(model)(rows)[0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_row_longer_than_a_window_is_refused():
+@pytest.mark.parametrize("remove_padding", [True, False])
+def test_a_row_longer_than_a_window_keeps_it(remove_padding):
     rows = answer_rows([5, 1, 3, 7], [4, 6, 1, 2])
-    with pytest.raises(ValueError, match=r"beyond 8 tokens \(sliding_window=8\)"):
-        PolicyModel(windowed(8))(rows)
-    expected = reference_log_probs(windowed(8), rows, 1.0)
-    padded = PolicyModel(windowed(8), remove_padding=False)(rows)[0]
-    torch.testing.assert_close(padded, expected, atol=1e-5, rtol=1e-5)
+    expected = reference_log_probs(windowed(4), rows, 1.0)
+    torch.testing.assert_close(PolicyModel(windowed(4), remove_padding)(rows)[0], expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected, reference_log_probs(windowed(9), rows, 1.0), atol=1e-2)
 
 
-def test_models_that_change_their_logits_are_refused():
+def test_pack_says_which_keys_an_answer_sees_within_a_window():
+    """The rows of the first of these tests of shared prompts, P P A | A A | P A, with a longer prompt: P0 P1 P2, A3,
+    A4 A5, and P6 A7. In a window of 3 an answer's first token sees the last two of its prompt."""
+    rows = AnswerRows(
+        prompts=torch.tensor([[10, 11, 12], [10, 11, 12], [0, 0, 21]]),
+        prompt_mask=torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 1]]),
+        responses=torch.tensor([[13, 0], [14, 15], [22, 0]]),
+        response_mask=torch.tensor([[1, 0], [1, 1], [1, 0]]),
+    )
+    layout = pack(rows, window=3).layout
+    assert layout.window == 3 and layout.starts.tolist() == [0, 3, 4, 6, 8]
+    assert layout.window_keys.tolist() == [0, 1, 2, 1, 2, 3, 1, 2, 4, 5, 6, 7]
+    assert layout.window_starts.tolist() == [0, 3, 6, 10, 12] and layout.longest_window == 4
+    # A window of 1 is the token itself; one of 5 is out of reach of the longest row's five tokens.
+    assert pack(rows, window=1).layout.window_keys.tolist() == [*range(8)]
+    beyond = pack(rows, window=5).layout
+    assert beyond.window == 0 and not len(beyond.window_keys) and beyond.window_starts.tolist() == [0]
+    apart = pack(rows.select([1, 2]), window=3).layout
+    assert apart.window == 3 and not len(apart.window_keys)
+
+
+def test_models_that_change_their_logits_are_right_or_refused():
     """Cohere multiplies them by a number of its config. An entry that a class does not read is nothing."""
-    model = CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.5, pad_token_id=0, eos_token_id=1))
-    with pytest.raises(ValueError, match="CohereForCausalLM cannot be used with packed rows: its values differ"):
-        PolicyModel(model)
-    PolicyModel(CohereForCausalLM(CohereConfig(**SIZES, logit_scale=1.0, pad_token_id=0, eos_token_id=1)))
+
+    def cohere():
+        torch.manual_seed(0)
+        return CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.5, pad_token_id=0, eos_token_id=1))
+
+    rows = answer_rows(*ROWS)
+    expected = reference_log_probs(cohere().eval(), rows, 0.7)
+    torch.testing.assert_close(PolicyModel(cohere())(rows, 0.7)[0], expected, atol=1e-5, rtol=1e-5)
     model = causal_lm()
     model.config.logit_scale = 0.5
-    PolicyModel(model)
+    assert PolicyModel(model).form == PLAIN_LOGITS
 
 
 @pytest.mark.parametrize(("share", "layers"), [(0.0, []), (0.34, [0, 2, 5]), (0.5, [0, 2, 4]), (1.0, [*range(6)])])

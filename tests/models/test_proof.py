@@ -28,8 +28,6 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
-    RecurrentGemmaConfig,
-    RecurrentGemmaForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
 )
@@ -88,17 +86,33 @@ def gpt_oss():
     return build(GptOssConfig, GptOssForCausalLM, head_dim=8, layer_types=FULL, num_local_experts=4)
 
 
-@pytest.mark.parametrize(("model", "left_out"), [(gemma2, "softcap=50.0"), (gpt_oss, "s_aux=Parameter")])
-def test_arguments_that_change_attention_are_refused(model, left_out):
-    with pytest.raises(ValueError, match=f"which leaves out {left_out}"):
-        PolicyModel(model())
-    with pytest.raises(ValueError, match=f"which leaves out {left_out}"):
-        PolicyModel(model(), proven=True)(answer_rows([5], [6]))
-    # Padded they are Hugging Face's own, which has no SDPA for them.
+@pytest.mark.parametrize("model", [gemma2, gpt_oss])
+def test_caps_and_sinks_are_right_packed_and_padded(model):
+    """Padded they are Hugging Face's own, which has no SDPA for them."""
     rows = answer_rows([5, 5, 7], [6, 4, 6])
-    padded = PolicyModel(model(), remove_padding=False)
+    expected = alone(model().eval(), rows)
+    packed, padded = PolicyModel(model()), PolicyModel(model(), remove_padding=False)
     assert padded.hf.config._attn_implementation == "eager"
-    torch.testing.assert_close(padded(rows)[0], alone(model().eval(), rows), atol=1e-5, rtol=1e-5)
+    for module in (packed, padded):
+        torch.testing.assert_close(module(rows)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_argument_that_changes_attention_is_refused():
+    class Biased(Qwen2ForCausalLM):
+        """A class whose attention gets something that packed rows have no use for."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.layers[0].self_attn.register_forward_pre_hook(self.add, with_kwargs=True)
+
+        @staticmethod
+        def add(module, inputs, keywords):
+            return inputs, {**keywords, "position_bias": torch.zeros(1)}
+
+    with pytest.raises(
+        ValueError, match="which leaves out position_bias=Tensor; use use_remove_padding=False, which was"
+    ):
+        check_class(PolicyModel, Biased, causal_lm().config, True)
 
 
 def test_layers_that_keep_the_layout_to_themselves_are_refused():
@@ -106,14 +120,11 @@ def test_layers_that_keep_the_layout_to_themselves_are_refused():
         PolicyModel(build(StableLmConfig, StableLmForCausalLM))
 
 
-def test_a_cap_on_the_logits_is_found_padded_too_and_padding_is_no_way_out():
-    sizes = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
-    config = RecurrentGemmaConfig(**sizes, **ENDS, num_attention_heads=4, lru_width=32)
-    model = RecurrentGemmaForCausalLM(config)
-    for remove_padding in (True, False):
-        with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM cannot be used") as caught:
-            PolicyModel(model, remove_padding)
-        assert "which was compared and is right" not in str(caught.value)
+@pytest.mark.parametrize("remove_padding", [True, False])
+def test_what_is_wrong_padded_too_is_refused_and_padding_is_no_way_out(remove_padding):
+    with pytest.raises(ValueError, match="Doubled cannot be used") as caught:
+        check_class(PolicyModel, Doubled, causal_lm().config, remove_padding)
+    assert "which was compared and is right" not in str(caught.value)
 
 
 def test_a_model_that_looks_ahead_is_refused():
@@ -165,14 +176,11 @@ def test_other_stretched_positions_have_no_such_limit(kind):
     torch.testing.assert_close(PolicyModel(model)(rows)[0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_window_is_compared_with_the_longest_row_before_anything_starts():
-    """Mistral's window of 4,096 is out of reach of 3,584 tokens, and within reach of 4,097."""
+def test_a_window_within_reach_is_right_before_anything_starts():
     window = {"use_sliding_window": True, "sliding_window": 4096, "layer_types": ["sliding_attention"] * 2}
     config = Qwen2Config(**{**SIZES, **ENDS, **window})
-    assert check_class(PolicyModel, Qwen2ForCausalLM, config, True, longest=4096).longest == 4096
-    with pytest.raises(ValueError, match=r"sliding_window=4096.*may have 4097.*use_remove_padding=False, which"):
-        check_class(PolicyModel, Qwen2ForCausalLM, config, True, longest=4097)
-    assert check_class(PolicyModel, Qwen2ForCausalLM, config, False, longest=4097).longest is None
+    for remove_padding in (True, False):
+        assert check_class(PolicyModel, Qwen2ForCausalLM, config, remove_padding, longest=4097).longest is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def test_checkpoint_folder_and_merged_folder_give_the_same(tmp_path, data):
     assert (tables[0]["student_score_tokens"] <= tables[0]["student_tokens"]).all()
 
 
-def test_a_critic_with_sliding_windows_runs_padded(critic, data, tmp_path):
+def test_a_critic_keeps_its_sliding_windows(critic, data, tmp_path):
     windows = {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2, "discriminator": TRAINED}
     whole = score(critic, data, tmp_path / "scores.jsonl")
     for window, same in ((128, True), (2, False)):

@@ -18,8 +18,11 @@ from transformers import PreTrainedModel
 from verl.models.attention import PACKED_ATTENTION, set_attention
 from verl.models.head_log_probs import Entropy, head_log_probs
 from verl.models.layers import decoder_layers, is_recomputed
+from verl.models.logits import logit_form
 from verl.models.packing import AnswerRows, pack
 from verl.models.proof import Verdict, check_class, too_long
+from verl.models.row_mixers import row_mixers, run_on_rows
+from verl.models.twin import sliding_window
 
 # The names that families give the head of a token-classification model.
 SCORE_HEADS = ("score", "classifier")
@@ -39,6 +42,9 @@ class AnswerModel(nn.Module, ABC):
         super().__init__()
         self.hf = hf
         self.remove_padding = remove_padding
+        self.window = sliding_window(hf.config)
+        for mixer in row_mixers(hf):
+            run_on_rows(mixer)
         self.verdict = Verdict() if proven else check_class(type(self), type(hf), hf.config, remove_padding)
         self._set_attention()
         self.train()
@@ -110,7 +116,7 @@ class AnswerModel(nn.Module, ABC):
     def answers(self, rows: AnswerRows, before: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states (K, D) at the answer tokens, or at the token before each, in the order of the mask; the answer
         tokens (K,), and their places in the flattened (R * T) answers, (K,)."""
-        packed = pack(rows)
+        packed = pack(rows, self.window)
         self._check_length(packed.layout.width)
         packed = packed.to(self.device)
         if not self.remove_padding:
@@ -139,8 +145,10 @@ class AnswerModel(nn.Module, ABC):
 
 
 def plain_attention(hf: PreTrainedModel) -> str:
-    """The attention implementation of transformers that the class would choose itself."""
-    return "sdpa" if hf._supports_sdpa else "eager"
+    """The attention implementation of transformers that the class would choose itself; where scores are capped, its own
+    code, since SDPA leaves caps out and some versions choose it all the same."""
+    capped = getattr(hf.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if hf._supports_sdpa and not capped else "eager"
 
 
 def score_head(hf: PreTrainedModel) -> nn.Linear:
@@ -170,7 +178,12 @@ def to_answer_grid(values: torch.Tensor, grid_index: torch.Tensor, shape: torch.
 
 
 class PolicyModel(AnswerModel):
-    """Log-probs of the answers under a causal language model whose logits are the LM head's output as it is."""
+    """Log-probs of the answers under a causal language model whose logits are the LM head's output, scaled or capped
+    as its config says (`logits.py`)."""
+
+    def __init__(self, hf: PreTrainedModel, remove_padding: bool = True, proven: bool = False):
+        super().__init__(hf, remove_padding, proven)
+        self.form = logit_form(type(hf), hf.config)
 
     def values(self, rows: AnswerRows) -> torch.Tensor:
         return self(rows)[0]
@@ -192,7 +205,9 @@ class PolicyModel(AnswerModel):
         head = self.hf.get_output_embeddings()
         if isinstance(temperature, torch.Tensor):
             temperature = temperature[grid_index // rows.responses.shape[1]]
-        log_probs, entropies = head_log_probs(hidden, head.weight, head.bias, answer_ids, temperature, entropy)
+        log_probs, entropies = head_log_probs(
+            hidden, head.weight, head.bias, answer_ids, temperature, entropy, self.form
+        )
         shape = rows.responses.shape
         log_probs = to_answer_grid(log_probs, grid_index, shape)
         return log_probs, None if entropies is None else to_answer_grid(entropies, grid_index, shape)

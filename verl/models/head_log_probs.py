@@ -3,7 +3,8 @@
 K tokens, D hidden size, V vocabulary. The logits of K tokens are the largest tensor of a training step. Here they exist
 once, in the model's type, while memory has room for them; the backward pass turns them into their own gradient in
 place. Where there is no room, and where no gradient is wanted, they are made chunk by chunk, and made again in the
-backward pass. Whatever the type of the logits, what is computed from them is computed in fp32.
+backward pass. Whatever the type of the logits, what is computed from them is computed in fp32, scales and caps of a
+family's own among it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from functools import cache
 from typing import Literal
 
 import torch
+
+from verl.models.logits import PLAIN_LOGITS, LogitForm
 
 Entropy = Literal["none", "value", "grad"]
 # Bytes of the logits of one chunk: far more than keeps a GPU busy, far less than it has.
@@ -22,7 +25,7 @@ KEPT_ON_CPU = 2**30
 
 def head_log_probs(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-    temperature: float | torch.Tensor = 1.0, entropy: Entropy = "none",
+    temperature: float | torch.Tensor = 1.0, entropy: Entropy = "none", form: LogitForm = PLAIN_LOGITS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """log softmax(logits / temperature)[target] and the entropy of that distribution, in nats.
 
@@ -32,6 +35,7 @@ def head_log_probs(
         targets: (K,), integers in [0, V).
         temperature: one for all tokens, or one each, (K,).
         entropy: not computed (None is returned), its value only, or differentiable.
+        form: how logits are made of the head's output.
 
     Returns:
         (K,) each, in fp32 (fp64 for fp64 inputs).
@@ -42,6 +46,7 @@ def head_log_probs(
         scale.unsqueeze(-1) if isinstance(scale, torch.Tensor) else scale,
         entropy != "none",
         trains and _has_room(hidden, weight),
+        form,
     )
     log_probs, entropies = _HeadLogProbs.apply(hidden, weight, bias, targets, *settings)
     if entropy == "none":
@@ -51,15 +56,15 @@ def head_log_probs(
 
 class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, with_entropy: bool, keeps: bool):
+    def forward(ctx, hidden, weight, bias, targets, scale, with_entropy: bool, keeps: bool, form: LogitForm):
         statistics, kept = [], None
         for part in _chunks(hidden, weight, whole=keeps):
             logits = torch.nn.functional.linear(hidden[part], weight, bias)
-            statistics.append(_on(logits, _statistics)(logits, targets[part], _part(scale, part), with_entropy))
+            statistics.append(_on(logits, _statistics)(logits, targets[part], _part(scale, part), with_entropy, form))
             kept = logits if keeps else None
         log_probs, log_sums, entropies = (torch.cat(parts) for parts in zip(*statistics, strict=True))
         ctx.save_for_backward(hidden, weight, bias, targets, log_sums, entropies)
-        ctx.logits, ctx.scale, ctx.with_entropy = kept, scale, with_entropy
+        ctx.logits, ctx.scale, ctx.with_entropy, ctx.form = kept, scale, with_entropy, form
         return log_probs, entropies
 
     @staticmethod
@@ -72,20 +77,20 @@ class _HeadLogProbs(torch.autograd.Function):
         for part in _chunks(hidden, weight, whole=kept is not None):
             logits = torch.nn.functional.linear(hidden[part], weight, bias) if kept is None else kept
             known = (targets[part], log_sums[part], entropies[part], grad_log_probs[part], grad_entropies[part])
-            logits = _on(logits, _gradient)(logits, *known, _part(ctx.scale, part), ctx.with_entropy)
+            logits = _on(logits, _gradient)(logits, *known, _part(ctx.scale, part), ctx.with_entropy, ctx.form)
             torch.mm(logits, weight, out=grad_hidden[part])
             if ctx.needs_input_grad[1]:
                 grad_weight = _sum_of_chunks(grad_weight, logits.T @ hidden[part], last=part.stop >= len(hidden))
             if ctx.needs_input_grad[2]:
                 grad_bias = _sum_of_chunks(grad_bias, logits.sum(0), last=part.stop >= len(hidden))
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, *[None] * 5
 
 
 def _statistics(
-    logits: torch.Tensor, targets: torch.Tensor, scale: float | torch.Tensor, with_entropy: bool
+    logits: torch.Tensor, targets: torch.Tensor, scale: float | torch.Tensor, with_entropy: bool, form: LogitForm
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probs of the targets, log of the sum of exponentials, and entropies (zeros if not wanted), (K,) each."""
-    scaled = _wide(logits) * scale
+    scaled = form.of(_wide(logits)) * scale
     top = scaled.amax(-1, keepdim=True)
     weights = (scaled - top).exp()
     total = weights.sum(-1)
@@ -100,17 +105,19 @@ def _statistics(
 def _gradient(
     logits: torch.Tensor, targets: torch.Tensor, log_sums: torch.Tensor, entropies: torch.Tensor,
     grad_log_probs: torch.Tensor, grad_entropies: torch.Tensor, scale: float | torch.Tensor, with_entropy: bool,
+    form: LogitForm,
 ) -> torch.Tensor:  # fmt: skip
-    """The logits' gradient, (K, V), over the logits.
+    """The gradient of the head's output, (K, V), over that output, which `logits` is.
 
     d log p_t / d z_j = [j = t] - p_j, and d H / d z_j = -p_j (log p_j + H), with z the scaled logits.
     """
-    log_p = _wide(logits) * scale - log_sums.unsqueeze(-1)
+    formed = form.of(_wide(logits))
+    log_p = formed * scale - log_sums.unsqueeze(-1)
     is_target = torch.arange(logits.shape[-1], device=logits.device) == targets.unsqueeze(-1)
     gradient = grad_log_probs.unsqueeze(-1) * (is_target.to(log_p.dtype) - log_p.exp())
     if with_entropy:
         gradient = gradient - grad_entropies.unsqueeze(-1) * log_p.exp() * (log_p + entropies.unsqueeze(-1))
-    return logits.copy_(gradient * scale)
+    return logits.copy_(gradient * scale * form.slope(formed))
 
 
 def _part(scale: float | torch.Tensor, part: slice) -> float | torch.Tensor:

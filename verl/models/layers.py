@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from verl.utils.dataset.cache import cache_folder
 
 # Guards that differ between models and modes (a frozen or a trained model, with or without gradients, a policy or a
-# discriminator of another size) each take a graph of the same layer code, and so does a micro-batch in which no prompt
-# is shared, or a section of it (see `packing.Layout`) has a single token. Other lengths take none.
-RECOMPILE_LIMIT = 32
+# discriminator of another size, a layer with a window or without) each take a graph of the same layer code, and so
+# does a micro-batch in which no prompt is shared, or no row exceeds the window, or a section of it (see
+# `packing.Layout`) has a single token. Other lengths take none.
+RECOMPILE_LIMIT = 64
 # Where torch keeps what it has compiled, in the environment, and what vLLM sets beside it when it is loaded and built.
 KEPT_IN = "TORCHINDUCTOR_CACHE_DIR"
 SET_BY_ENGINES = (KEPT_IN, "TRITON_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")

@@ -127,6 +127,13 @@ class Layout:
             its answers in the second, and the section's end.
         longest_prompt, longest_answers: tokens of the longest prompt, and of the largest family's answers together.
 
+    In layers in which a token attends to the last `window` tokens alone, itself among them, the keys of each segment:
+
+        window: tokens of the window that the rows were packed for; 0 where no row reaches it.
+        window_keys: (keys,) which token of S each is. Before an answer's own come the last of its prompt, as many as
+            its first token sees. Empty without a window, or where no prompt is shared: then the keys are the tokens.
+        window_starts: (segments + 1,) int32, where each segment's begin; longest_window: the most of one segment.
+
     As a grid, (rows * width), in which every row is causal in itself:
 
         source: (rows * width,) which token of S stands in a cell; 0 in the padding behind a row.
@@ -141,6 +148,10 @@ class Layout:
     answer_tokens: int
     answer_starts: torch.Tensor
     longest_answers: int
+    window: int
+    window_keys: torch.Tensor
+    window_starts: torch.Tensor
+    longest_window: int
     source: torch.Tensor
     place: torch.Tensor
     rows: int
@@ -156,8 +167,11 @@ def _copy_tensors(record, device: torch.device):
     return replace(record, **{k: copy_to(v, device) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
 
-def pack(rows: AnswerRows) -> PackedRows:
+def pack(rows: AnswerRows, window: int = 0) -> PackedRows:
     """Lay rows end to end.
+
+    Args:
+        window: tokens that a token attends to, itself among them, in layers with a sliding window; 0: there are none.
 
     Raises:
         ValueError: a row without a prompt token: its first answer token could not be predicted; or padding between
@@ -190,6 +204,9 @@ def pack(rows: AnswerRows) -> PackedRows:
     token = torch.zeros(mask.numel(), dtype=torch.long).index_copy(0, cell, torch.arange(len(cell))).view_as(mask)
     token[:, :width] = token[begins.nonzero().flatten()[family], :width]
     position = mask.cumsum(-1) - 1
+    counts = [section.sum(-1) for section in sections]
+    grid = _grid(mask, cell, token, position)
+    window = window if window < grid["width"] else 0
     return PackedRows(
         input_ids=torch.cat([rows.prompts, rows.responses], dim=-1).flatten()[cell].unsqueeze(0),
         position_ids=position.flatten()[cell].unsqueeze(0),
@@ -197,9 +214,7 @@ def pack(rows: AnswerRows) -> PackedRows:
         before_index=token[:, width - 1 : -1][answer_mask],
         answer_ids=rows.responses[answer_mask],
         grid_index=answer_mask.flatten().nonzero().flatten(),
-        layout=Layout(
-            **_segments(*(section.sum(-1) for section in sections), family), **_grid(mask, cell, token, position)
-        ),
+        layout=Layout(**_segments(*counts, family), **_windowed(*counts, family, window), **grid),
     )
 
 
@@ -220,6 +235,37 @@ def _segments(prompts: torch.Tensor, answers: torch.Tensor, others: torch.Tensor
         "answer_tokens": int(family_answers.sum()),
         "answer_starts": _starts(family_answers),
         "longest_answers": max(family_answers.tolist(), default=0),
+    }
+
+
+def _windowed(
+    prompts: torch.Tensor, answers: torch.Tensor, others: torch.Tensor, family: torch.Tensor, window: int
+) -> dict:
+    """The fields of a layout for layers with a window, from what `_segments` has; `window` is 0 where none is reached.
+
+    The prompt's tokens that an answer's first token sees are right before the answer's own, so that one causal call,
+    its last query at its last key, is attention as in a row of its own.
+    """
+    nothing = {"window_keys": torch.zeros(0, dtype=torch.long), "window_starts": _starts(answers[:0])}
+    if not window or not answers.any():
+        return {"window": window, **nothing, "longest_window": 0}
+    prompt_tokens = torch.zeros_like(prompts).index_add(0, family, prompts)
+    prompt_ends = prompt_tokens.cumsum(0)[family]
+    seen = prompt_tokens[family].clamp(max=window - 1)
+    lengths = torch.cat([prompts, answers, others])
+    real = lengths > 0
+    before = torch.cat([torch.zeros_like(prompts), seen, torch.zeros_like(others)])[real]
+    ends = prompt_ends.repeat(3)[real]
+    begins, keys = _starts(lengths[real])[:-1].long(), lengths[real] + before
+    starts = _starts(keys)
+    segment = torch.repeat_interleave(torch.arange(len(keys)), keys)
+    place = torch.arange(int(keys.sum())) - starts[:-1].long()[segment] - before[segment]
+    index = torch.where(place < 0, ends[segment] + place, begins[segment] + place)
+    return {
+        "window": window,
+        "window_keys": index,
+        "window_starts": starts,
+        "longest_window": int(keys.max()),
     }
 
 

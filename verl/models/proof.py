@@ -1,12 +1,13 @@
 """Proof that a model's values are Hugging Face's own, before it is trained.
 
 Three short rows, two of which share a prompt, go through the model together, each alone, and through the class's plain
-`forward().logits`. Whatever a class computes that packing or the head here leaves out shows as a difference: attention
-of its own, sinks, caps and scales of logits, recurrence. No list of families is kept.
+`forward().logits`. Whatever a class computes that packing or the head here leaves out or computes otherwise shows as a
+difference: attention of its own, windows, sinks, caps and scales of logits, recurrence. No list of families is kept.
 
 There are two proofs. That of a class (`class_verdict`) is made on a small twin (`twin.py`), in fp32 on CPU, from the
-config alone, before any process starts; it also finds how long rows may be where windows or rotary tables change with
-length. That of a model (`prove`) is made on its real weights, where and in the type in which it will train.
+config alone, before any process starts, also with windows that are shorter than the rows; it finds how long rows may be
+where something is right in short ones only. That of a model (`prove`) is made on its real weights, where and in the
+type in which it will train, beyond its window if that is short.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.models.packing import AnswerRows
-from verl.models.twin import positions_change_with_length, reach_entries, small_config, small_twin, special_tokens
+from verl.models.twin import (
+    own_config,
+    positions_change_with_length,
+    reach_entries,
+    sliding_window,
+    small_config,
+    small_twin,
+    special_tokens,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +41,8 @@ PROMPTS, ANSWERS = (5, 5, 2), (6, 4, 4)
 # A reach between the longest row and the shortest: some rows pass it and one does not.
 NARROW = 7
 WIDE = 64
+# Real weights are proved beyond a window of up to so many tokens; longer rows would take long to compare.
+SHORT_WINDOW = 1024
 # A twin's rows are not made longer than this: beyond 2,048 tokens, at which attention that thins out usually begins to.
 LONGEST_TWIN_ROW = 2304
 # Largest difference, in spreads of the values. A twin's rounding is near 1e-6; what is left out makes 1e-2 and more.
@@ -88,11 +99,11 @@ class NoVerdict(Exception):
         self.in_forward = in_forward
 
 
-def proof_rows(config: PretrainedConfig, longest: int | None = None) -> AnswerRows:
-    """The three rows, of ordinary tokens from all over the vocabulary. With `longest` the first has a prompt of its own
-    and so many tokens."""
+def proof_rows(config: PretrainedConfig, longest: int | None = None, shared: int = PROMPTS[0]) -> AnswerRows:
+    """The three rows, of ordinary tokens from all over the vocabulary. The prompt of two of them has `shared` tokens;
+    with `longest` the first row has a prompt of its own and so many tokens."""
     vocabulary, special = config.get_text_config().vocab_size, special_tokens(config)
-    lengths = (PROMPTS[0], PROMPTS[2], longest - ANSWERS[0] if longest else 0, *ANSWERS)
+    lengths = (shared, PROMPTS[2], longest - ANSWERS[0] if longest else 0, *ANSWERS)
     ordinary = [token for token in range(2, vocabulary, max(1, vocabulary // 100)) if token not in special]
     tokens = torch.tensor(ordinary)[7 * torch.arange(sum(lengths)) % len(ordinary)]
     first, third, long, *answers = tokens.split(lengths)
@@ -116,10 +127,14 @@ def class_verdict(
     A config that has no small twin, or whose twin's own forward fails, gets no fault: the proof on the real weights
     decides over it. Packed rows then keep within the smallest window that it names.
 
+    A folder's config may be that of a model of pictures and text, and the class that of its text alone; the class is
+    then compared by its own part of the config.
+
     Args:
         longest: of a run's rows, in tokens. Where it is given, packed rows of that length are compared too, so that
             attention which thins out with length shows whatever its config calls it.
     """
+    config = own_config(model_class, config)
     verdict = _verdict(head, model_class, _Config(config), remove_padding)
     if longest is None or not remove_padding or not verdict.compared or verdict.fault is not None:
         return verdict
@@ -151,7 +166,7 @@ class _Config:
 def _verdict(head, model_class, wrapped: _Config, remove_padding: bool) -> Verdict:
     config = wrapped.config
     reach = reach_entries(config)
-    # Windows are for packing to leave out; positions that follow the longest row are so for padded rows too.
+    # Packed rows might lose their window; positions that follow the longest row are so for padded rows too.
     relevant = {key for key in reach if WINDOW.search(key)} if remove_padding else set()
     if positions_change_with_length(config):
         relevant |= {key for key in reach if POSITIONS.search(key)}
@@ -267,7 +282,8 @@ def prove(model: Provable, dtype: torch.dtype) -> None:
     Raises:
         ValueError: they differ by more than rounding, or cannot be computed; names the class and the way out.
     """
-    rows = proof_rows(model.hf.config)
+    window = sliding_window(model.hf.config)
+    rows = proof_rows(model.hf.config, shared=max(PROMPTS[0], window if window <= SHORT_WINDOW else 0))
 
     def tolerance(plain: torch.Tensor) -> float:
         rounding = _error(model.plain(rows, torch.finfo(dtype).eps), plain, rows.response_mask, torch.median)

@@ -105,5 +105,5 @@ def _register(
             **{name: getattr(backbone, name) for name in SAID_OF_THE_CLASS if hasattr(backbone, name)},
         },
     )
-    # Without exist_ok nothing is registered for a config of transformers' own.
-    AutoModelForTokenClassification.register(config_class, score_class, exist_ok=True)
+    # `register` passes over configs of transformers' own, in some versions (5.17) whatever exist_ok says.
+    AutoModelForTokenClassification._model_mapping._extra_content[config_class] = score_class

@@ -76,6 +76,13 @@ def small_twin(
     return model.requires_grad_(False)
 
 
+def own_config(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a config that a class is built from: its text's where that is the class's, and the whole is not."""
+    text = config.get_text_config()
+    belongs = isinstance(text, model_class.config_class or ()) and not isinstance(config, model_class.config_class)
+    return text if belongs else config
+
+
 def reach_entries(config: PretrainedConfig) -> dict[str, int]:
     """The entries that rows may be too long for: windows, chunks, numbers of positions; of equal names the smallest."""
     found: dict[str, int] = {}
@@ -84,6 +91,12 @@ def reach_entries(config: PretrainedConfig) -> dict[str, int]:
         if REACH.search(key) and type(value) is int and value > 0:
             found[key] = min(value, found.get(key, value))
     return found
+
+
+def sliding_window(config: PretrainedConfig) -> int:
+    """Tokens that a token attends to in layers with a sliding window, itself among them; 0 without such layers."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return window if _size(window) else 0
 
 
 def positions_change_with_length(config: PretrainedConfig) -> bool:

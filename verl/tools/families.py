@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from verl.models.answer_models import ANSWER_MODELS
 from verl.models.loading import Kind, NoSuchClass, as_discriminator, find_class, quiet_transformers
 from verl.models.proof import Verdict, class_verdict
-from verl.models.twin import small_config
+from verl.models.twin import own_config, small_config
 from verl.utils.command_line import called_as
 
 UNKNOWN = Verdict(compared=False)
@@ -39,6 +39,13 @@ anything starts, and once more on its own weights.
   weights, when the worker has read them.
 - **not tried**: the default config makes no model at all.
 - **no**: refused before anything starts, for the reason given.
+
+Windows, sinks, capped scores and scaled or capped logits are computed packed, and a prompt that answers share once. Two
+things cost more there, and the log says so at the start. Layers that carry a state along a row (linear attention,
+state-space layers, short convolutions) are padded to the longest row of a micro-batch, compute a shared prompt once for
+each answer and are not compiled; on GPUs transformers asks for `flash-linear-attention` and `causal-conv1d`, without
+which they are slow. Capped scores (Gemma 2) have no kernel: attention is then computed plainly in fp32, row by row, and
+again in the backward pass, in time and, for one row at a time, in memory that grow with the square of the length.
 
 Where transformers has no token-classification class for a family, the discriminator is the family's backbone and a
 linear `score` (`verl.models.score_classes.register_score_class`). Outside of this package such a critic opens once that
@@ -93,6 +100,7 @@ def look_at(model_type: str, kind: Kind) -> Family:
         if kind == "score":
             as_discriminator(config)
         model_class = find_class(small_config(config), kind)
+        config = own_config(model_class, config)
     except Exception as error:
         # Some default configs are not meant to be used, and fail in any way.
         lines = str(error).strip().splitlines()

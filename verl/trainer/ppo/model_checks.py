@@ -38,6 +38,7 @@ from verl.models.loading import (
 )
 from verl.models.proof import check_class
 from verl.models.reward_models import POOLING, is_reward_model
+from verl.models.row_mixers import costs_beside_packing
 from verl.models.shared_base import shares_base, trains_adapters, why_not_shared
 from verl.trainer.ppo.discriminator_algos import get_discriminator_loss_fn
 from verl.trainer.ppo.own_tokens import is_other, own_limits
@@ -122,11 +123,20 @@ def _look_at(model: ModelConfig, kind: Kind, key: str, lengths: _Lengths, tokeni
         _check_vocabulary(config, tokenizer)
         model_class = find_class(config, kind, model.trust_remote_code)
         check_class(ANSWER_MODELS[kind], model_class, config, model.use_remove_padding, lengths.longest)
+        if model.use_remove_padding:
+            _say_costs(model, kind, key, config)
         if kind == "policy":
             check_head(model.path, config, model.trust_remote_code)
         _check_adapters(model, kind, key, config)
     except ValueError as error:
         raise ValueError(f"{key}.path={model.path}: {error}") from error
+
+
+def _say_costs(model: ModelConfig, kind: Kind, key: str, config: PretrainedConfig) -> None:
+    with torch.device("meta"):
+        hf = empty_model(config, kind, model.trust_remote_code)
+    for cost in costs_beside_packing(hf):
+        logger.info("%s.path=%s: %s", key, model.path, cost)
 
 
 def _check_adapters(model: ModelConfig, kind: Kind, key: str, config: PretrainedConfig) -> None:
