@@ -90,8 +90,8 @@ def test_fp32_agrees_with_the_cpu(family, cuda):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("family", DENSE)
 def test_bf16_is_off_by_its_rounding_alone(family, compiled, cuda):
-    """Against fp32 on the CPU: no further from it than bf16 on the CPU is, give or take a half: gradients of a few numbers
-    each, as of a state's decay, are off by a quarter more or less from one order of sums to another."""
+    """Against fp32 on the CPU: no further from it than bf16 on the CPU is, give or take a half. Gradients of a few
+    numbers each, as of a state's decay, are off by a quarter more or less from one order of sums to another."""
     exact = run(PolicyModel(recent(family)))
     on_cpu = run(PolicyModel(recent(family).bfloat16()))
     module = PolicyModel(recent(family).bfloat16()).to(cuda)
