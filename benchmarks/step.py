@@ -41,6 +41,7 @@ from verl.trainer.main_ppo import TaskRunner, run_ppo
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.roles import Role
 from verl.utils.dump import write_jsonl
+from verl.utils.startup import Phase
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
 WAYS = ("ours", "classic")
@@ -122,6 +123,11 @@ class RuleCritic(Worker):
     def checkpoint_bytes(self) -> int:
         """Nothing is saved."""
         return 0
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def start_phases(self) -> list[Phase]:
+        """What it does takes no time."""
+        return []
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def score_and_update_critic(self, data: DataProto) -> DataProto:

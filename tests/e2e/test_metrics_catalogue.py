@@ -31,7 +31,11 @@ RUNS = {
          "critic.replay.fraction=0.5", "critic.discriminator.loss=ranking",
          "critic.discriminator.adaptive_temperature.enable=True", *SCORED),
     ),
-    "hinge": ("gad", ("stage=gad", "trainer.critic_warmup=1", "critic.discriminator.loss=two_sided_hinge", *SCORED)),
+    "hinge": (
+        "gad",
+        ("stage=gad", "trainer.critic_warmup=1", "critic.discriminator.loss=two_sided_hinge",
+         "algorithm.rollout_is=token", *SCORED),
+    ),
     "own_tokens": ("warmup", ("stage=warmup", "trainer.critic_warmup=1", *SCORED)),
     "soda": ("soda", ("stage=soda", "soda.sft_coef=0.5", "actor_rollout_ref.rollout.n=1", *COMMON)),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_a_folder_that_cannot_be_made(terminal, tmp_path):
 
 def test_a_phase_is_said_when_it_begins_and_with_its_seconds_when_it_ends(terminal, monkeypatch):
     clock = iter([0.0, 0.2, 0.0, 3.21, 0.0, 600.0])
-    monkeypatch.setattr(run_log.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     for what in ("short", "longer", "long"):
         with phase(what):
             assert terminal().endswith(f" {what} ...\n")

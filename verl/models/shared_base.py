@@ -18,9 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from verl.config import ActorRolloutRefConfig, CriticConfig, ModelConfig
+from verl.models.adapter_folders import find_adapter
 from verl.models.adapters import adapters_of
 from verl.models.answer_models import score_head_name
-from verl.models.loading import Kind, base_of, empty_model, find_model, load_config
+from verl.models.loading import Kind, base_of, empty_model, load_config
+from verl.utils.checkpoint.best_link import behind_best
 
 KEY = "critic.model.share_base"
 # PEFT's name of the layer that an adapter is beside.
@@ -70,8 +72,9 @@ def why_not_shared(policy: ActorRolloutRefConfig, critic: CriticConfig) -> str |
 
 
 def trains_adapters(model: ModelConfig) -> bool:
-    """Whether adapters are trained in place of the model's weights."""
-    return adapters_of(model, find_model(model.path).adapter) is not None
+    """Whether adapters are trained in place of the model's weights. The folder need not be there: that of a model whose
+    memory is estimated is not."""
+    return adapters_of(model, find_adapter(behind_best(Path(model.path).expanduser()))) is not None
 
 
 def _other_backbone(student: ModelConfig, critic: ModelConfig) -> str | None:
