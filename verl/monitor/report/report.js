@@ -314,7 +314,7 @@
   }
 
   function answer(kind, title, text, facts) {
-    return make("div", `answer ${kind}`, make("h3", null, title), make("div", "soft", facts.filter(Boolean).join(", ")),
+    return make("div", `answer ${kind}`, make("h3", null, title), make("div", "soft", facts.filter(Boolean).join(say("between_facts"))),
       make("div", "text", text || say("empty")));
   }
 
