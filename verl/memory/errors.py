@@ -78,6 +78,7 @@ def _allocated() -> str:
     free, total = torch.cuda.mem_get_info()
     return (
         f"Of {total / GIB:.1f} GiB PyTorch has reserved {torch.cuda.memory_reserved() / GIB:.1f} and uses "
-        f"{torch.cuda.memory_allocated() / GIB:.1f} (at most {torch.cuda.max_memory_allocated() / GIB:.1f} so far), "
-        f"{free / GIB:.1f} are free; the rest is CUDA's, NCCL's, vLLM's and other processes'. "
+        f"{torch.cuda.memory_allocated() / GIB:.1f} (at most {torch.cuda.max_memory_allocated() / GIB:.1f} so far; "
+        f"what an engine gave up in its sleep counts), {free / GIB:.1f} are free; "
+        "the rest is CUDA's, NCCL's, vLLM's and other processes'. "
     )
