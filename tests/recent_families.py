@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from tests.tiny import SIZES
+from verl.models.loading import as_discriminator, find_class
 
 WINDOW = 8
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
@@ -61,6 +62,14 @@ def recent(family: str, seed: int = 0, **changes) -> PreTrainedModel:
             if parameter.dim() < 2:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     return model.eval()
+
+
+def recent_scorer(family: str, seed: int = 3) -> PreTrainedModel:
+    """A random discriminator of the family, in fp32."""
+    config = recent(family).config
+    as_discriminator(config)
+    torch.manual_seed(seed)
+    return find_class(config, "score")(config).eval()
 
 
 def builder(family: str) -> Callable[[], PreTrainedModel]:

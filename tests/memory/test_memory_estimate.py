@@ -7,7 +7,15 @@ import psutil
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import GPT2Config, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tests.tiny import FAMILIES, SIZES, answer_rows, causal_lm, scorer
 from verl.memory.estimate import GIB, RunSettings, check_memory, estimate_memory, host_memory, layer_bytes_per_token
@@ -221,6 +229,18 @@ def test_a_single_micro_batch_shares_its_gradients_out_at_once(actor):
     assert parts["activations of 4096 tokens"] == 4096 * 28 * 73_264
     assert parts["logits"] == 2048 * 151936 * 2
     assert not [name for name in parts if "critic" in name or "reference" in name]
+
+
+def test_capped_scores_are_those_of_one_row_three_times():
+    """Gemma 2 2B: 8 heads, and rows of 512 + 512 tokens; three times 8 x 1024 x 1024 numbers of four bytes are 96 MiB.
+    Without its cap, and padded, where they are Hugging Face's own, there is no such part."""
+    gemma = {"num_attention_heads": 8, "num_hidden_layers": 2}
+    capped, plain = (ModelShape.of(Gemma2Config(**gemma, attn_logit_softcapping=cap), "policy") for cap in (50.0, None))
+    packed, padded = run_of("stage=seqkd"), run_of("stage=seqkd", "actor_rollout_ref.model.use_remove_padding=False")
+    name = "capped scores of one row"
+    assert estimate_memory(packed, capped, None, 80 * GIB).phases["update_actor"][name] == 96 * 2**20
+    assert name not in estimate_memory(packed, plain, None, 80 * GIB).phases["update_actor"]
+    assert name not in estimate_memory(padded, capped, None, 80 * GIB).phases["update_actor"]
 
 
 def test_micro_batches_by_rows_and_whole_groups(actor, critic):

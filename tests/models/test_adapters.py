@@ -10,10 +10,18 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2ForCausalLM,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+)
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from tests.adapters import KINDS, adapted, adapter_config, train_a_little, with_peft, write_peft_folder
+from tests.recent_families import recent
 from tests.tiny import FAMILIES, VOCAB, answer_rows, causal_lm, scorer, write_model
 from verl.config import ModelConfig
 from verl.models.adapter_folders import find_adapter, name_in_file, name_in_model
@@ -227,6 +235,20 @@ def test_a_class_that_would_leave_adapters_out_is_refused():
     with pytest.raises(ValueError, match="does not compute with the adapters of down_proj what it computes"):
         check_merging(SelfServing, config, adapter_config())
     check_merging(SelfServing, config, adapter_config(exclude_modules=["down_proj"]))
+
+
+class SelfServingText(Qwen3_5ForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = SelfServingMLP(config)
+
+
+def test_the_text_model_of_a_config_of_pictures_and_text_is_compared_with_its_merged_self():
+    """As Qwen3.5 is published."""
+    config = Qwen3_5Config(text_config=recent("qwen3_5").config.to_dict())
+    with pytest.raises(ValueError, match="SelfServingText does not compute with the adapters of down_proj"):
+        check_merging(SelfServingText, config, adapter_config())
 
 
 # ---- folders

@@ -14,10 +14,13 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from verl.models import head_log_probs as module
+from verl.models.answer_models import PolicyModel
 from verl.models.head_log_probs import head_log_probs
 from verl.models.logits import PLAIN_LOGITS, LogitForm, logit_form
+from verl.models.proof import class_verdict
 
 TOKENS, HIDDEN, VOCAB = 7, 5, 11
 
@@ -126,17 +129,31 @@ def test_kept_logits_serve_one_backward_pass():
     torch.testing.assert_close(weight.grad, first)
 
 
+class Multiplied(GraniteForCausalLM):
+    """Multiplies by the entry by which Granite divides, as HyperCLOVA X does."""
+
+    def forward(self, input_ids, **arguments):
+        hidden = self.model(input_ids, **arguments).last_hidden_state
+        return CausalLMOutput(logits=self.lm_head(hidden) * self.config.logits_scaling)
+
+
 def test_a_class_says_how_it_makes_logits():
     """Gemma 2 caps them, Granite divides and Cohere multiplies them; Qwen2 reads no such entry."""
     forms = {
         (Gemma2ForCausalLM, Gemma2Config): ({"final_logit_softcapping": 30.0}, LogitForm(cap=30.0)),
         (GraniteForCausalLM, GraniteConfig): ({"logits_scaling": 4.0}, LogitForm(scale=0.25)),
+        (Multiplied, GraniteConfig): ({"logits_scaling": 4.0}, LogitForm(scale=4.0)),
         (CohereForCausalLM, CohereConfig): ({"logit_scale": 0.5}, LogitForm(scale=0.5)),
         (Qwen2ForCausalLM, Qwen2Config): ({"logit_scale": 0.5}, PLAIN_LOGITS),
     }
     for (model_class, config_class), (entries, form) in forms.items():
         assert logit_form(model_class, config_class(**entries)) == form
     assert logit_form(Gemma2ForCausalLM, Gemma2Config(final_logit_softcapping=None)) == PLAIN_LOGITS
+
+
+@pytest.mark.parametrize("model_class", [GraniteForCausalLM, Multiplied])
+def test_scales_that_divide_and_multiply_are_hugging_faces(model_class):
+    assert class_verdict(PolicyModel, model_class, GraniteConfig(logits_scaling=4.0), True).fault is None
 
 
 def test_a_cap_by_hand():

@@ -10,13 +10,13 @@ from torch._dynamo.utils import counters
 from transformers import Qwen3_5Config, Qwen3_5ForCausalLM
 
 from tests.models.test_shared_prompts import plain_backward, plain_forward
-from tests.recent_families import FAMILIES, WINDOW, recent
+from tests.recent_families import FAMILIES, WINDOW, recent, recent_scorer
 from tests.tiny import answer_rows
 from verl.models import attention, flash
 from verl.models.answer_models import PolicyModel, ScoreModel
 from verl.models.capped_attention import capped_attention
 from verl.models.layers import compile_layers, recompute_layers
-from verl.models.loading import as_discriminator, find_class
+from verl.models.loading import find_class
 from verl.models.packing import AnswerRows
 from verl.models.proof import check_class, class_verdict, proof_rows, prove
 from verl.models.row_mixers import costs_beside_packing
@@ -74,10 +74,7 @@ def test_values_and_gradients_are_hugging_faces_row_by_row(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_together_are_rows_alone_and_recomputed_ones_the_same(family):
     """Of a discriminator: values and gradients do not depend on neighbours, shared prompts or recomputed layers."""
-    config = recent(family).config
-    as_discriminator(config)
-    torch.manual_seed(3)
-    model = find_class(config, "score")(config).eval()
+    model = recent_scorer(family)
     module, rows = ScoreModel(model), rows_beyond_the_window()
     names, parameters = zip(*module.named_parameters(), strict=True)
     alone = run(lambda: torch.cat([module(rows.select([row])) for row in range(len(rows))]), parameters)

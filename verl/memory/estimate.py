@@ -12,6 +12,7 @@ for bf16), S the tokens of the largest possible micro-batch.
 | gradients, fp32 | 4 T / ranks; 4 T with sync_gradients_once and several micro-batches | updated |
 | gathered layers and their gradients | see `_gathered` | updated |
 | activations | S times `layer_bytes_per_token` of each layer | updated |
+| capped scores of one row, fp32 | COPIES x 4 heads x (longest row)^2 | updated |
 | logits | a chunk, at most CHUNK_BYTES | the actor is updated |
 | reference (none with adapters) | b N / ranks | reference log-probs are computed; always, without param_offload |
 | vLLM's weights and KV cache | gpu_memory_utilization of the card | generating; always, without free_cache_engine |
@@ -44,6 +45,7 @@ from verl.config import (
     RolloutConfig,
 )
 from verl.memory.knobs import Knob, Phase, knobs
+from verl.models.capped_attention import COPIES
 from verl.models.head_log_probs import CHUNK_BYTES
 from verl.models.shape import ModelShape
 from verl.utils.units import GIB
@@ -285,7 +287,7 @@ def _update(
     name: str, run: RunSettings, shape: ModelShape, fsdp: FSDPConfig, model: ModelConfig, tokens: int, several: bool
 ) -> Sizes:
     """The memory that an update adds to what rests on the GPU, with weights and states that came from the host."""
-    return {
+    parts = {
         f"{name}'s weights": _weights(name, run, shape) / run.ranks,
         f"{name}'s optimizer states": MOMENTS * shape.trained / run.ranks,
         # With several micro-batches every rank sums its own, whole, and shares them out layer by layer at the end.
@@ -293,6 +295,11 @@ def _update(
         "gathered layers": _gathered(shape, fsdp),
         f"activations of {tokens} tokens": tokens * _activations(shape, fsdp, model),
     }
+    if shape.capped_scores and model.use_remove_padding:
+        rollout = run.actor_rollout_ref.rollout
+        longest = rollout.prompt_length + rollout.response_length
+        parts["capped scores of one row"] = float(COPIES * 4 * shape.heads * longest**2)
+    return parts
 
 
 def _gathered(shape: ModelShape, fsdp: FSDPConfig) -> float:

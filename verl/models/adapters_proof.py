@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.models.adapters import adapted_layers, add_adapters, merge_adapters
 from verl.models.proof import proof_rows
-from verl.models.twin import small_twin
+from verl.models.twin import own_config, small_twin
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -29,13 +29,14 @@ TOLERANCE = 1e-4
 
 def check_merging(model_class: type[PreTrainedModel], config: PretrainedConfig, adapters: LoraConfig) -> None:
     """Compare a twin of the class with its merged self. A config without a small twin that works gets no verdict: the
-    gap between trainer and engine, which every step measures, decides over it.
+    gap between trainer and engine, which every step measures, decides over it. Of a model of pictures and text whose
+    class is that of its text alone, its own part of the config counts.
 
     Raises:
         ValueError: they differ; names the layers.
     """
     try:
-        twin = small_twin(model_class, config)
+        twin = small_twin(model_class, own_config(model_class, config))
         gap = _gap(twin, adapters)
     except Exception as error:
         # Sizes that do not fit together fail in any way, and so do adapters of layers that the twin has not.

@@ -1,7 +1,7 @@
 """Causal attention with capped scores and sinks, computed plainly: for what neither SDPA nor the flash kernels know.
 
 R rows, H query heads, J key heads, W tokens of a row, E head size. In fp32, one row at a time and again in the backward
-pass, so that the scores of one row, (H, W, W), are what is in memory, and not those of a micro-batch.
+pass, so that the scores of one row, (H, W, W), are in memory, up to `COPIES` of them, and not those of a micro-batch.
 
 With raw scores s and cap c the scores are z = c tanh(s / c), and dz/ds = 1 - (z / c)^2. A sink is one more key with a
 score of its own and the value zero.
@@ -10,6 +10,10 @@ score of its own and the value zero.
 from __future__ import annotations
 
 import torch
+
+# Tensors as large as a row's scores that are in memory at once: in the backward pass scores, probabilities and what
+# their gradient is made of.
+COPIES = 3
 
 
 def band(width: int, window: int, device: torch.device) -> torch.Tensor:
@@ -90,9 +94,10 @@ def _backward(
         weights = (scores - log_sums[row].unflatten(0, groups).unsqueeze(-1)).exp_().masked_fill_(~seen, 0)
         above = _wide(gradient[row]).unflatten(0, groups)
         grad_value[row] = (weights.mT @ above).sum(1)
-        weights *= above @ _wide(value[row]).unsqueeze(1).mT - inner[row].unflatten(0, groups).unsqueeze(-1)
+        weights *= (above @ _wide(value[row]).unsqueeze(1).mT).sub_(inner[row].unflatten(0, groups).unsqueeze(-1))
         if softcap:
-            weights *= 1 - (scores / softcap).square_()
+            # What the scores are no longer needed for, in their place.
+            weights *= scores.div_(softcap).square_().neg_().add_(1)
         weights *= scaling
         grad_query[row] = (weights @ _wide(key[row]).unsqueeze(1)).flatten(0, 1)
         grad_key[row] = (weights.mT @ _wide(query[row]).unflatten(0, groups)).sum(1)

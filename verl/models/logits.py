@@ -7,13 +7,14 @@ that nothing reads; that the result is right is proved with all else (`proof.py`
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-# Entries of configs, and the power to which the head's output is multiplied by them.
-SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}
+# Entries of configs. The head's output is multiplied by a scale or divided by it: one name is either, by the family.
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
@@ -47,6 +48,7 @@ def logit_form(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
     source = inspect.getsource(model_class.forward)
     read = {name: float(value) for name, value in numbers.items() if name in source}
     scale = 1.0
-    for name, power in SCALES.items():
-        scale *= read.get(name, 1.0) ** power
+    for name in read.keys() & set(SCALES):
+        divides = re.search(rf"/=?\s*[\w.]*\b{name}\b", source)
+        scale *= 1 / read[name] if divides else read[name]
     return LogitForm(scale, next((read[name] for name in CAPS if name in read), 0.0))

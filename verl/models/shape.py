@@ -43,6 +43,7 @@ class ModelShape:
     head_dim: int
     vocabulary: int
     normed_heads: bool  # queries and keys are normalised once more
+    capped_scores: bool = False  # those of attention (see `capped_attention`)
     frozen: int = 0  # of the parameters, beside adapters, which are among them
 
     @property
@@ -74,6 +75,7 @@ class ModelShape:
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             vocabulary=text.vocab_size,
             normed_heads=any("q_norm" in name for name, _ in hf.named_parameters()),
+            capped_scores=bool(getattr(text, "attn_logit_softcapping", None)),
             frozen=0 if adapters is None else sum(p.numel() for p in hf.parameters() if not p.requires_grad),
         )
 
