@@ -109,10 +109,8 @@ def test_what_is_allocated_is_said(monkeypatch):
     for name, value in numbers.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value * 2**30)
     message = str(explained("generate", config_of().actor_rollout_ref, torch.OutOfMemoryError(ORIGINAL)))
-    assert (
-        "Of 80.0 GiB PyTorch has reserved 61.0 and uses 50.0 (at most 60.0 so far; what an engine gave up in its sleep counts), 3.0 are free"
-        in message
-    )
+    held = "Of 80.0 GiB PyTorch has reserved 61.0 and uses 50.0 (at most 60.0 so far; "
+    assert f"{held}what an engine gave up in its sleep counts), 3.0 are free" in message
 
 
 def test_the_error_survives_the_way_to_the_driver():
