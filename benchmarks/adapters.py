@@ -29,8 +29,8 @@ from benchmarks.inputs import model_folder
 from benchmarks.shapes import SHAPES
 from verl.models.loading import load_config
 from verl.models.shape import count_parameters
-from verl.models.shared_base import shares_base
 from verl.models.sharding import trained_adapters
+from verl.models.shared_base import shares_base
 from verl.trainer.config import Config
 from verl.utils.units import GIB
 

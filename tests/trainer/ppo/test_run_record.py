@@ -95,7 +95,8 @@ def test_seconds_are_the_last_starts_and_never_another_ones(tmp_path, monkeypatc
     config = compose_config(["stage=gad", *NEEDED])
 
     def seconds():
-        return [start.get("seconds_to_first_step") for start in json.loads((tmp_path / "run.json").read_text())["starts"]]
+        starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+        return [start.get("seconds_to_first_step") for start in starts]
 
     for resumed, total in ((False, 5), (True, 7)):
         keep_record(config, tmp_path, resumed)
