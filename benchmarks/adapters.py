@@ -27,10 +27,10 @@ from benchmarks import step
 from benchmarks.common import Report, free_memory, in_processes, parser, say
 from benchmarks.inputs import model_folder
 from benchmarks.shapes import SHAPES
-from verl.memory.check import run_settings
 from verl.models.loading import load_config
 from verl.models.shape import count_parameters
 from verl.models.sharding import trained_adapters
+from verl.models.shared_base import shares_base
 from verl.trainer.config import Config
 from verl.utils.units import GIB
 
@@ -83,7 +83,7 @@ def time_step(args: argparse.Namespace, way: str, report: Report) -> None:
         say(f"{way}: wrote random models of shape {args.shape}")
         folder = Path(name)
         config = settings(args, way, models, folder)
-        trained, shared = trained_parameters(config), run_settings(config).share_base
+        trained, shared = trained_parameters(config), shares_base(config.actor_rollout_ref, config.critic)
         step.train(config, "gad", "ours")
         lines = [json.loads(line)["data"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     share = config.actor_rollout_ref.rollout.gpu_memory_utilization

@@ -7,6 +7,7 @@ import torch
 
 from tests.e2e.running import read_metrics
 from verl.trainer.config import Config
+from verl.trainer.ppo import steps
 from verl.utils.checkpoint.sharded import read_full_tensors
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 
@@ -65,6 +66,25 @@ def test_weights_against_an_engine_that_computes_the_same(run, level):
             assert weighted[step][f"rollout_corr/rollout_is_{name}"] == pytest.approx(1, abs=1e-3), name
         for name in ("actor/grad_norm", "actor/kl_loss", "actor/pg_loss", "response_length/mean"):
             assert weighted[step][name] == pytest.approx(plain[step][name], rel=1e-3, abs=1e-6), (step, name)
+
+
+def test_weights_multiply_the_policy_loss_and_the_engine_reports_all_answers_only_then(run, calls, monkeypatch):
+    """Twice the weights are twice the loss; frozen, the actor needs no more log-probs than the sync check."""
+    others = "actor_rollout_ref.actor.use_kl_loss=False", "actor_rollout_ref.actor.sft_anchor_coef=0"
+    asked = "algorithm.rollout_is=token", *others
+    once = read_metrics(run("weights of 1", *asked, steps=2))
+    assert calls == [("policy", 2), ("policy", 4)]
+    original = steps.truncated_importance_weights
+
+    def doubled(*args):
+        weights, metrics = original(*args)
+        return 2 * weights, metrics
+
+    monkeypatch.setattr(steps, "truncated_importance_weights", doubled)
+    twice = read_metrics(run("weights of 2", *asked, steps=2))
+    assert once[1]["actor/pg_loss"] != 0
+    for name in ("actor/pg_loss", "actor/grad_norm"):
+        assert twice[1][name] == pytest.approx(2 * once[1][name], rel=1e-4), name
 
 
 def test_two_mini_batches_need_the_old_log_probs(run, calls):

@@ -78,6 +78,14 @@ def test_in_process_steps_that_are_not_named_make_no_profiler(run, made):
     assert_same_learning(profiled, plain)
 
 
+def test_a_trace_that_cannot_be_written_ends_nothing(run, folder, made, caplog):
+    (folder / "runs" / "full").mkdir(parents=True)
+    (folder / "runs" / "full" / "profiles").write_text("")
+    steps = read_metrics(run("full", "trainer.profile_steps=[1]"))
+    assert sorted(steps) == [0, 1, 2] and len(made) == 1
+    assert "the trace of rank 0 of 1, with the driver is not kept in" in caplog.text
+
+
 def test_a_resumed_run_traces_what_is_left(run, made, caplog):
     run("resumed", steps=2)
     resumed = run("resumed", "trainer.profile_steps=[1,3]", steps=4)

@@ -517,6 +517,14 @@ def test_type_errors(override, parts):
 
 # Each conflict: what to override, and one problem that must hold all the parts.
 CONFLICTS: dict[str, tuple[list[str], list[str]]] = {
+    "weights that scale down what agrees": (
+        ["algorithm.rollout_is=token", "algorithm.rollout_is_threshold=0.5"],
+        ["algorithm.rollout_is_threshold=0.5", "use 1 or more"],
+    ),
+    "weights of a policy loss that SFT has not": (
+        ["stage=seqkd", "algorithm.rollout_is=sequence"],
+        ["algorithm.rollout_is=sequence has no effect", "use_sft_mode=True"],
+    ),
     "batch over ranks": (
         ["data.train_batch_size=10", "trainer.nnodes=2", "trainer.n_gpus_per_node=2"],
         ["data.train_batch_size=10", "4 ranks"],
@@ -737,6 +745,7 @@ def test_conflicts_are_listed_together():
         ["trainer.val_only=True", "data.val_files=v.parquet"],
         ["trainer.logger=[console,file,jsonl,tensorboard,wandb,mlflow,swanlab,trackio]"],
         ["trainer.resume_mode=disable"],
+        ["algorithm.rollout_is=token", "algorithm.rollout_is_threshold=1.5"],
         ["trainer.best_metric=val/x", "data.val_files=v.parquet", "trainer.test_freq=-1"],
         ["trainer.best_metric=val/sft_loss", "trainer.best_mode=min", "data.val_files=v.parquet"],
     ],

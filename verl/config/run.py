@@ -64,7 +64,7 @@ class AlgorithmConfig:
     min_group_std: NonNegative
     length_correction: bool
     rollout_is: Literal["token", "sequence"] | None
-    rollout_is_threshold: Positive
+    rollout_is_threshold: PositiveFloat
 
 
 @settings

@@ -19,13 +19,18 @@ def check_run_memory(config: Config, sizes: tuple[int, int] | None) -> None:
     """
     if sizes is None:
         return
-    run = run_settings(config)
+    run = run_settings(config, config.use_critic and shares_base(config.actor_rollout_ref, config.critic))
     critic_shape = None if run.critic is None else _shape(run.critic.model, "score")
     check_memory(run, _shape(config.actor_rollout_ref.model, "policy"), critic_shape, *sizes)
 
 
-def run_settings(config: Config) -> RunSettings:
-    """The settings of a run that determine its memory use."""
+def run_settings(config: Config, share_base: bool = False) -> RunSettings:
+    """The settings of a run that determine its memory use.
+
+    Args:
+        share_base: whether the discriminator has the student's frozen weights (`shares_base`), which only the models'
+            folders tell.
+    """
     return RunSettings(
         config.actor_rollout_ref,
         config.critic if config.use_critic else None,
@@ -34,7 +39,7 @@ def run_settings(config: Config) -> RunSettings:
         config.trainer.n_gpus_per_node,
         pairs=config.soda.enable,
         async_save=config.trainer.async_save,
-        share_base=config.use_critic and shares_base(config.actor_rollout_ref, config.critic),
+        share_base=share_base,
         generates=config.generates,
     )
 

@@ -96,6 +96,8 @@ class TaskRunner:
         """
         startup.begin()
         with ExitStack() as held:
+            # A run that ends before its first step leaves no start to go on with, to a later run of this process.
+            held.callback(startup.conclude)
             with before_the_start():
                 config = without_idle_critic(with_absolute_paths(config))
                 folder, signals, findings = run_folder(config.trainer), RunSignals(), Findings()

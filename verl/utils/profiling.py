@@ -4,6 +4,7 @@ ran. Used by `trainer.profile_steps` and by the benchmarks."""
 from __future__ import annotations
 
 import gzip
+import logging
 import os
 import re
 import time
@@ -21,6 +22,8 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from verl.utils.console import shorten, table
+
+logger = logging.getLogger(__name__)
 
 # The first pattern that a kernel's name matches decides. Inductor names its kernels after all that it fused.
 KINDS = (
@@ -165,6 +168,13 @@ class Trace:
             kinds[operation.kind] += operation.seconds
         kinds["idle"] = self._seconds - busy_seconds(intervals)
         return Breakdown(self._seconds, dict(kinds), _longest_first(operations))
+
+    def keep(self, folder: Path, file: str, process: str) -> None:
+        """`write`, or say what kept it from that, such as a full disk: the work that was traced is not to be lost."""
+        try:
+            self.write(folder, file, process)
+        except OSError as error:
+            logger.warning("the trace of %s is not kept in %s (%s)", process, folder, error)
 
     def write(self, folder: Path, file: str, process: str) -> None:
         """Write `{file}.json.gz`, the trace, and `{file}.txt`, the tables of all operations.

@@ -192,7 +192,7 @@ class FSDPWorker(Worker):
     def end_trace(self, folder: str) -> None:
         """End that trace, and write it with its tables to `rank_N.json.gz` and `rank_N.txt` in the folder."""
         self.trace.__exit__(None, None, None)
-        self.trace.write(Path(folder), f"rank_{self.rank}", f"rank {self.rank} of {self.world_size}")
+        self.trace.keep(Path(folder), f"rank_{self.rank}", f"rank {self.rank} of {self.world_size}")
         del self.trace
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

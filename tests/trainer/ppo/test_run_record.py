@@ -15,7 +15,7 @@ from verl.monitor.report.provenance import read_record
 from verl.trainer.config.loading import compose_config, composed_preset
 from verl.trainer.config.overrides import CONFIG_DIR
 from verl.trainer.ppo import run_record
-from verl.trainer.ppo.run_record import describe_start, keep_record
+from verl.trainer.ppo.run_record import describe_start, keep_record, keep_start_seconds
 
 NEEDED = [
     "data.train_files=train.parquet", "actor_rollout_ref.model.path=student", "critic.model.path=critic",
@@ -89,6 +89,23 @@ def test_a_record_that_fails_ends_nothing(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(run_record, "describe_start", lambda config: 1 / 0)
     keep_record(config, tmp_path, resumed=False)
     assert caplog.text.count("run.json is not kept") == 2
+
+
+def test_seconds_are_the_last_starts_and_never_another_ones(tmp_path, monkeypatch):
+    config = compose_config(["stage=gad", *NEEDED])
+
+    def seconds():
+        starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+        return [start.get("seconds_to_first_step") for start in starts]
+
+    for resumed, total in ((False, 5), (True, 7)):
+        keep_record(config, tmp_path, resumed)
+        keep_start_seconds(tmp_path, {"total": total})
+    assert seconds() == [{"total": 5}, {"total": 7}]
+    monkeypatch.setattr(run_record, "describe_start", lambda config: 1 / 0)
+    keep_record(config, tmp_path, resumed=True)
+    keep_start_seconds(tmp_path, {"total": 9})
+    assert seconds() == [{"total": 5}, {"total": 7}]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"starts": []}', '{"starts": [7]}', "\ud800"])

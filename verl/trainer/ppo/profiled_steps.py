@@ -69,13 +69,13 @@ class ProfiledSteps:
         if self.workers.in_driver:
             with Trace(self.device) as trace:
                 yield
-            trace.write(folder, "rank_0", "rank 0 of 1, with the driver")
+            trace.keep(folder, "rank_0", "rank 0 of 1, with the driver")
         else:
             self.workers.begin_trace()
             with Trace("cpu") as trace:
                 yield
             self.workers.end_trace(str(folder))
-            trace.write(folder, "driver", "driver")
+            trace.keep(folder, "driver", "driver")
         self._say(step, folder)
 
     def _say(self, step: int, folder: Path) -> None:

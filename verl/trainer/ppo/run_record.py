@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "ray", "vllm")
 STAGES = ("seqkd", "warmup", "gad", "gad_short", "soda")
 TIMEOUT_S = 10
+# Of a start's entry: what the time to its first step went to.
+SECONDS = "seconds_to_first_step"
 
 
 def keep_record(config: Config, folder: Path, resumed: bool) -> None:
@@ -43,12 +45,13 @@ def keep_record(config: Config, folder: Path, resumed: bool) -> None:
 
 
 def keep_start_seconds(folder: Path, seconds: dict[str, Any]) -> None:
-    """Add to the last start of a record the seconds from its command to its first step. One that fails is said."""
+    """Add to the last start of a record the seconds from its command to its first step, unless it has some: this start
+    was not kept then. One that fails is said."""
     file = folder / RECORD_FILE
     try:
         starts = _earlier(file)
-        if starts:
-            _write(file, [*starts[:-1], {**starts[-1], "seconds_to_first_step": seconds}])
+        if starts and SECONDS not in starts[-1]:
+            _write(file, [*starts[:-1], {**starts[-1], SECONDS: seconds}])
     except Exception as error:
         logger.warning("%s does not get the start's seconds (%s: %s)", RECORD_FILE, type(error).__name__, error)
 

@@ -101,8 +101,10 @@ class Steps:
             metrics = self.head_start.check(step)
         with timed("push_weights"):
             student.push_weights()
+        # While the actor is frozen nothing is weighted by them.
+        weighs = self.config.algorithm.rollout_is is not None and self.head_start.actor_trains(step)
         with timed("gen"):
-            answers = student.answer(prompts, step)
+            answers = student.answer(prompts, step, report_all=weighs)
         metrics |= student.shares.unbalance(table(prompts, answers))
         scores, judged = self.discriminator.score_and_learn(prompts, answers, step, timed)
         if self.config.use_sft:

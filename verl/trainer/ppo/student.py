@@ -62,7 +62,6 @@ class Student:
         self.shares = Shares(
             config.trainer.ranks, config.trainer.balance_batch, config.actor_rollout_ref.actor.ppo_mini_batch_size
         )
-        self._corrects = config.algorithm.rollout_is is not None
         self._engine_is_current = False
 
     # ------------------------------------------------------------ the engine
@@ -77,10 +76,11 @@ class Student:
         """Note that the engine does not have the policy's weights any more."""
         self._engine_is_current = False
 
-    def answer(self, prompts: Prompts, step: int) -> Answers:
-        """Answers to train on, drawn from the present weights; the step is part of the draw's seed."""
+    def answer(self, prompts: Prompts, step: int, report_all: bool = False) -> Answers:
+        """Answers to train on, drawn from the present weights; the step is part of the draw's seed. The engine reports
+        its log-probs of some, or of all."""
         rollout = self.config.rollout
-        reported = len(prompts) if self._corrects else rollout.sync_check_prompts
+        reported = len(prompts) if report_all else rollout.sync_check_prompts
         return self.sample(table(prompts), rollout.sampling, rollout.seed + step, reported)
 
     def sample(self, prompts: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int = 0) -> Answers:
