@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 import verl.trainer.config as config_package
 from verl.monitor.rules import OWN
 from verl.trainer.config import Config, ConfigError, compose_config, normalize_overrides
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG_DIR = Path(config_package.__file__).parent
@@ -752,6 +753,15 @@ def test_conflicts_are_listed_together():
 )
 def test_no_conflict(overrides):
     assert isinstance(with_required(*overrides), Config)
+
+
+def test_a_policy_loss_that_cannot_take_weights(monkeypatch):
+    """It is taken without them: they are passed where there are any."""
+    monkeypatch.setitem(POLICY_LOSS_REGISTRY, "own", lambda old, new, advantages, mask, mode, config, **totals: None)
+    own = f"{ACTOR}.policy_loss.loss_mode=own"
+    assert isinstance(with_required(own), Config)
+    with pytest.raises(ConfigError, match="the policy loss own has no parameter rollout_is_weights"):
+        with_required(own, "algorithm.rollout_is=token")
 
 
 # ---- installed

@@ -210,6 +210,13 @@ def _actor(config: Config) -> Iterator[str]:
             f"algorithm.rollout_is_threshold={config.algorithm.rollout_is_threshold} would scale down answers that "
             "engine and trainer agree on, whose weight is 1: use 1 or more"
         )
+    mode = actor.policy_loss.loss_mode
+    loss = POLICY_LOSS_REGISTRY.get(mode)
+    if config.algorithm.rollout_is and loss and "rollout_is_weights" not in signature(loss).parameters:
+        yield (
+            f"algorithm.rollout_is={config.algorithm.rollout_is}: the policy loss {mode} has no parameter "
+            "rollout_is_weights, which its token losses are to be multiplied by; add it, or leave rollout_is out"
+        )
     if not config.use_sft and actor.policy_loss.loss_mode == "vanilla" and actor.clip_ratio_c <= 1:
         yield f"actor_rollout_ref.actor.clip_ratio_c={actor.clip_ratio_c} must be above 1, the cap of dual clip"
 

@@ -211,10 +211,10 @@ class DataParallelPPOActor:
         computes_old = "old_log_probs" not in policy_inputs
         old_log_prob = log_prob.detach() if computes_old else policy_inputs["old_log_probs"]
         policy_loss = get_policy_loss_fn(config.policy_loss.loss_mode)
+        weights = {name: policy_inputs[name] for name in ("rollout_is_weights",) if name in policy_inputs}
         loss, means = policy_loss(
-            old_log_prob, log_prob, policy_inputs["advantages"], mask, config.loss_agg_mode, config,
-            rollout_is_weights=policy_inputs.get("rollout_is_weights"), **totals,
-        )  # fmt: skip
+            old_log_prob, log_prob, policy_inputs["advantages"], mask, config.loss_agg_mode, config, **weights, **totals
+        )
         if computes_old:
             means = {**means, "actor/entropy": masked_mean(entropy.detach(), mask)}
         shares = {"actor/pg_loss": loss.detach()}
