@@ -15,8 +15,8 @@ from verl.protocol import DataProto
 from verl.single_controller.base import ClassWithInitArgs
 from verl.single_controller.local import LocalWorkerGroup
 from verl.trainer.config import Config
-from verl.workers.fsdp_workers import FSDPWorker
 from verl.workers.rollout import BaseRollout, get_rollout_class
+from verl.workers.worker_base import FSDPWorker
 
 
 def engine_name(device: str) -> str:

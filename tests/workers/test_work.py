@@ -11,8 +11,8 @@ from verl.models.answer_models import PolicyModel, ScoreModel
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.pairs import PairPolicy
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
-from verl.workers.fsdp_workers import FSDPWorker
 from verl.workers.updates import Work, build_optimizer
+from verl.workers.worker_base import FSDPWorker
 
 # Prompts of 5, 1, 9 and 3 tokens, three answers to each, and the teacher's of 3, 8, 2 and 6 tokens.
 STUDENTS = [13, 6, 8, 3, 8, 5, 14, 14, 10, 9, 5, 11]

@@ -15,8 +15,9 @@ import torch
 from verl.batch import Answers, EngineCorrection, LogProbs, Prompts, Rewards, Scores, table
 from verl.config.run import Config
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import AdaptiveKLController, FixedKLController, truncated_importance_weights
+from verl.trainer.ppo.core_algos import AdaptiveKLController, FixedKLController
 from verl.trainer.ppo.discriminator import Discriminator
+from verl.trainer.ppo.engine_correction import truncated_importance_weights
 from verl.trainer.ppo.head_start import HeadStart
 from verl.trainer.ppo.metric_utils import compute_data_metrics, compute_discriminator_metrics
 from verl.trainer.ppo.rejected import RejectedAnswers
