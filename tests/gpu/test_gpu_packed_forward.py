@@ -9,6 +9,7 @@ from tests.gpu.shapes import language_model, mixed_rows
 from verl.models import attention
 from verl.models.answer_models import PolicyModel
 from verl.models.layers import compile_layers, recompute_layers
+from verl.models.packing import AnswerRows
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 
@@ -96,13 +97,15 @@ def test_recomputing_changes_no_gradient_and_saves_memory(share, cuda):
     assert peaks[1] < peaks[0]
 
 
-def test_the_log_prob_pass_waits_for_nothing(cuda):
-    """From rows in host memory to log-probs on the device without one synchronisation."""
-    module = PolicyModel(language_model("qwen2", torch.bfloat16)).to(cuda)
-    rows = mixed_rows()
+def waits_for_nothing(module: PolicyModel, rows: AnswerRows) -> None:
+    """From rows in host memory to gradients on the device, a second time, without one synchronisation."""
     module(rows)[0].sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
         module(rows, entropy="value")[0].sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_log_prob_pass_waits_for_nothing(cuda):
+    waits_for_nothing(PolicyModel(language_model("qwen2", torch.bfloat16)).to(cuda), mixed_rows())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.gpu.test_gpu_packed_forward import waits_for_nothing
 from tests.gpu.test_gpu_shared_prompts import FEW_TOKENS, MIXED, distance, rows_of
 from tests.recent_families import FAMILIES, recent
 from tests.tiny import answer_rows
@@ -108,12 +109,4 @@ def test_bf16_is_off_by_its_rounding_alone(family, compiled, cuda):
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_the_log_prob_pass_waits_for_nothing(family, cuda):
-    """From rows in host memory to gradients on the device without one synchronisation."""
-    module = PolicyModel(recent(family).bfloat16()).to(cuda)
-    rows = mixed_rows()
-    module(rows)[0].sum().backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        module(rows, entropy="value")[0].sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    waits_for_nothing(PolicyModel(recent(family).bfloat16()).to(cuda), mixed_rows())
