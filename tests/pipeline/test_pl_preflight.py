@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -134,4 +135,14 @@ def test_what_a_discriminator_of_another_family_cannot_read(start, tmp_path, cap
     assert start("--stages", "seqkd,warmup", "--reward_model", f"{tmp_path}/strict") == 2
     said = capsys.readouterr().err
     assert "warmup: 8 of 8 rows cannot be read by the discriminator" in said and "no such turn" in said
+    assert not (tmp_path / "it" / "seqkd").exists()
+
+
+def test_a_judge_that_could_not_start_is_known_before_anything_is_trained(start, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tenacity", None)  # Importing it raises ModuleNotFoundError then.
+    for name in [name for name in sys.modules if name.startswith(("verl.tools.judge", "verl.tools.chat_client"))]:
+        monkeypatch.delitem(sys.modules, name)
+    assert start("--stages", "seqkd") == 2
+    said = capsys.readouterr().err
+    assert "judge: it does not start here" in said and "tenacity" in said and "--no_judge" in said
     assert not (tmp_path / "it" / "seqkd").exists()

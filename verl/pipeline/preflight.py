@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,10 @@ class Preflight:
             # Of the command line itself.
             self._problems = files | {sentence: ["settings"] for sentence in error.problems}
             return
-        if not self.options.no_judge and not self._unread and any(look.config for look in self.looks):
-            self._try("judge", self._look_at_prompts)
+        if not self.options.no_judge:
+            self._try("judge", _load_judge)
+            if not self._unread and any(look.config for look in self.looks):
+                self._try("judge", self._look_at_prompts)
         self._kept.clear()
 
     def look_at(self, number: int) -> Look:
@@ -299,6 +302,16 @@ class Preflight:
         look.merged = merged_parameters(config)
         if config.trainer.device == "cuda" and torch.cuda.is_available():
             check_run_memory(config, (torch.cuda.get_device_properties(0).total_memory, host_memory()))
+
+
+def _load_judge() -> None:
+    """ImportError if the judge, which begins when everything is trained, lacks a package."""
+    try:
+        import_module("verl.tools.judge.run")
+    except ImportError as error:
+        raise ImportError(
+            f"it does not start here: {error}. Install what requirements.txt names, or do without it: --no_judge"
+        ) from error
 
 
 def _plain_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:

@@ -85,9 +85,11 @@ class FSDPCheckpointManager:
         self._writing: Background | None = None
 
     def size(self) -> int:
-        """Bytes that `save_checkpoint` writes, small files left out."""
+        """Bytes that `save_checkpoint` writes, small files left out. Asks for no state dict: what it counts may be in
+        host memory."""
+        trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
         states = (value for state in self.optimizer.state.values() for value in state.values())
-        tensors = [*self._weights().values(), *(value for value in states if isinstance(value, torch.Tensor))]
+        tensors = [*trained, *(value for value in states if isinstance(value, torch.Tensor))]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def save_checkpoint(self, folder: str | Path) -> None:
