@@ -9,6 +9,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from docs_site import metrics as catalogue
 from tests.e2e.running import assert_equal_tensors, read_metrics, train
 from verl.batch import Prompts, table
 from verl.models.loading import all_eos_token_ids, load_config
@@ -84,6 +85,8 @@ def test_answers_are_those_of_the_weights_of_one_update_before(run, folder):
     trained = run("moving", *saves, *AHEAD, configs=configs)
     metrics = read_metrics(trained)
     # The actor is frozen in step 0.
+    assert sorted({name for logged in metrics.values() for name in logged} - catalogue.names("warmup")) == []
+    assert all("timing_s/gen_wait" in metrics[step] and "timing_s/gen" not in metrics[step] for step in range(STEPS))
     assert [metrics[step]["training/rollout_staleness"] for step in range(STEPS)] == [0, 0, 1, 1]
     for step in range(STEPS - 1):
         assert metrics[step]["training/rollout_probs_diff_mean"] < 1e-4, "the engine has the weights of now"
