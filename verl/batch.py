@@ -95,6 +95,11 @@ class Prompts(Record):
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def first(self, count: int) -> Prompts:
+        """The first so many of them."""
+        values = {name: getattr(self, name) for name in self.names()}
+        return Prompts(**{name: None if value is None else value[:count] for name, value in values.items()})
+
 
 @dataclass(frozen=True)
 class Answers(Record):

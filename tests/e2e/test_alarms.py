@@ -41,6 +41,8 @@ def test_an_alarm_stops_a_run_and_the_same_command_goes_on(run, folder, caplog):
     assert "Turn actor_rollout_ref.rollout.temperature (now 0.0001)" in str(end.value)
     said = [line for line in warnings(caplog) if "ALARM answers_alike" in line]
     assert len(said) == 1 and said[0].startswith(f"step {FIRES}: ALARM answers_alike:")
+    state = json.loads((folder / "runs/stopped/global_step_12/trainer_state.json").read_text())
+    assert (state["global_step"], state["samples_seen"]) == (12, 12 * 4), "no row is taken twice when it goes on"
 
     caplog.clear()
     path = run("stopped", *settings, steps=15)

@@ -42,6 +42,8 @@ RUNS = {
 # Where there is a GPU, or where an update is not finite.
 ELSEWHERE = {"perf/mfu/actor", "perf/mfu/critic", "perf/max_memory_allocated_gb", "perf/max_memory_reserved_gb"}
 ELSEWHERE |= {"actor/skipped_steps", "critic/skipped_steps"}
+# Where answers are written a step ahead, by processes of their own (test_rollout_ahead.py).
+ELSEWHERE |= {"training/rollout_staleness", "timing_s/gen_wait"}
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,9 @@ CRITIC = (
     "critic.optim.lr=1e-3", "critic.optim.lr_scheduler_type=cosine", "critic.optim.lr_warmup_steps=2",
     "critic.replay.capacity=24", "critic.held_out_prompts=5", "critic.balance.enable=True",
 )  # fmt: skip
+# Two ranks train and a third writes.
+AHEAD = ("trainer.rollout_ahead=1", "actor_rollout_ref.rollout.n_gpus_per_node=1", "ray_kwargs.ray_init.num_cpus=3",
+         "algorithm.rollout_is=token")  # fmt: skip
 # By stage: its settings, the step after whose save the run is killed, and whether that is written in the background.
 STAGES = {
     "seqkd": (("stage=seqkd", "trainer.sft_monitor_freq=2"), 4, True),
@@ -47,6 +50,7 @@ STAGES = {
         4,
         True,
     ),
+    "ahead": (("stage=warmup", "trainer.critic_warmup=1", *AHEAD, *CRITIC), 4, True),
     "soda": (("stage=soda", "actor_rollout_ref.rollout.n=1", "soda.resample=epoch"), 4, False),
 }  # fmt: skip
 

@@ -398,3 +398,74 @@ class TestFailures:
         assert "Asked for: CPU 3, GPU 3 (per node: CPU [3], GPU [3])" in text
         assert "CPU 2 (" in text and "GPU 0 (0 free)" in text
         assert "Lower trainer.n_gpus_per_node or trainer.nnodes" in text
+
+
+# ---- parts of a pool
+
+
+@pytest.fixture
+def parts(make_pool):
+    return make_pool([2]).split([1])
+
+
+def test_parts_of_a_pool_are_groups_of_their_own_on_its_nodes(parts):
+    groups = [RayWorkerGroup(part, RayClassWithInitArgs(Calculator)) for part in parts]
+    (first,), (second,) = (group.environment() for group in groups)
+    assert [one["RANK"] + one["WORLD_SIZE"] for one in (first, second)] == ["01", "01"]
+    assert first["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "1"), "both share the node's two CPUs"
+    [[_, one]], [[_, other]] = (group.get_offset_and_pid() for group in groups)
+    assert one != other
+
+
+def test_a_part_without_processes_on_a_node(make_pool):
+    with pytest.raises(ValueError, match="expected one or more processes on each node"):
+        make_pool([2]).split([2])
+
+
+class Slow(Worker):
+    """Calls of its that go on while others are waited for."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def begin(self, seconds: float, ends: str = "well"):
+        time.sleep(seconds)
+        if ends == "dead":
+            os._exit(3)
+        if ends == "broken":
+            raise KeyError("no weights")
+        return "written"
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def work(self, seconds: float):
+        time.sleep(seconds)
+        return "trained"
+
+
+@pytest.mark.parametrize(
+    ("ends", "error", "says"),
+    [("broken", KeyError, "no weights"), ("dead", RayActorError, "Slow rank 0 of 1 died in begin")],
+)
+def test_what_goes_on_fails_while_another_group_is_waited_for(parts, ends, error, says):
+    trained, writing = (RayWorkerGroup(part, RayClassWithInitArgs(Slow)) for part in parts)
+    begun = time.monotonic()
+    writing.begin(0.5, ends)
+    with pytest.raises(error, match=says):
+        trained.work(60)
+    assert time.monotonic() - begun < 30
+
+
+def test_what_goes_on_and_ends_well_disturbs_nobody(parts):
+    trained, writing = (RayWorkerGroup(part, RayClassWithInitArgs(Slow)) for part in parts)
+    pending = writing.begin(0.1)
+    assert trained.work(1.0) == ["trained"]
+    assert pending.get() == ["written"]
+    again = writing.begin(0.1)
+    assert again.get() == ["written"] and trained.work(0.1) == ["trained"]
+
+
+def test_what_is_waited_for_names_the_calls_that_go_on(parts):
+    trained, writing = (RayWorkerGroup(part, RayClassWithInitArgs(Slow)) for part in parts)
+    pending = writing.begin(1.0)
+    said = trained._all_unanswered([0], "work")
+    assert said == "Slow rank 0 of 1 has not answered work; Slow rank 0 of 1 has not answered begin"
+    pending.get()
+    assert trained._all_unanswered([0], "work") == "Slow rank 0 of 1 has not answered work"

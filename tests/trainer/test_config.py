@@ -522,6 +522,36 @@ CONFLICTS: dict[str, tuple[list[str], list[str]]] = {
         ["algorithm.rollout_is=token", "algorithm.rollout_is_threshold=0.5"],
         ["algorithm.rollout_is_threshold=0.5", "use 1 or more"],
     ),
+    "ahead without devices for it": (
+        ["trainer.rollout_ahead=1"],
+        ["trainer.rollout_ahead=1 needs devices", "actor_rollout_ref.rollout.n_gpus_per_node=0"],
+    ),
+    "devices for nobody": (
+        ["actor_rollout_ref.rollout.n_gpus_per_node=1"],
+        ["actor_rollout_ref.rollout.n_gpus_per_node=1", "would be idle", "trainer.rollout_ahead=1"],
+    ),
+    "ahead of SeqKD": (
+        ["stage=seqkd", "trainer.rollout_ahead=1", "actor_rollout_ref.rollout.n_gpus_per_node=1"],
+        ["trainer.rollout_ahead=1", "SeqKD trains on none that are written on the way"],
+    ),
+    "ahead of SODA": (
+        ["stage=soda", "trainer.rollout_ahead=1", "actor_rollout_ref.rollout.n_gpus_per_node=1"],
+        ["trainer.rollout_ahead=1", "SODA trains on none that are written on the way"],
+    ),
+    "an engine over more devices than it has": (
+        [
+            "actor_rollout_ref.rollout.name=vllm",
+            "actor_rollout_ref.rollout.tensor_model_parallel_size=2",
+            "trainer.n_gpus_per_node=2",
+            "trainer.rollout_ahead=1",
+            "actor_rollout_ref.rollout.n_gpus_per_node=3",
+        ],
+        ["tensor_model_parallel_size=2 does not divide actor_rollout_ref.rollout.n_gpus_per_node=3"],
+    ),
+    "verl's split layout in turn": (
+        ["actor_rollout_ref.hybrid_engine=False"],
+        ["actor_rollout_ref.hybrid_engine=False is not supported", "without trainer.rollout_ahead=1"],
+    ),
     "weights of a policy loss that SFT has not": (
         ["stage=seqkd", "algorithm.rollout_is=sequence"],
         ["algorithm.rollout_is=sequence has no effect", "use_sft_mode=True"],

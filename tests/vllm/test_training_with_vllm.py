@@ -57,6 +57,16 @@ def test_the_engine_runs_on_the_trainers_weights_at_every_step(folder):
     assert max(data[GAP] for data in metrics.values()) < 1e-4
 
 
+def test_engines_of_their_own_write_a_step_ahead(folder):
+    """Right after each push they have the weights that are trained next; what they have written is one update older."""
+    own = ("trainer.n_gpus_per_node=1", "trainer.rollout_ahead=1", f"{ROLLOUT}.n_gpus_per_node=1")
+    metrics = gad(folder, "ahead", 3, *own, "algorithm.rollout_is=token")
+    assert [metrics[step]["training/rollout_staleness"] for step in range(3)] == [0, 1, 1]
+    assert max(metrics[step][GAP] for step in range(2)) < 1e-4
+    first, last = (metrics[step]["rollout_corr/rollout_is_std"] for step in (0, 2))
+    assert first < 1e-2 < last, "weights move far in every update"
+
+
 def test_a_push_that_is_left_out_raises_the_alarm(folder, caplog):
     """The engine keeps its memory, so that it can answer from old weights at all."""
     caplog.set_level(logging.WARNING)

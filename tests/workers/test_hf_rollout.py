@@ -101,6 +101,17 @@ def test_reported_log_probs_are_the_policys_at_the_sampling_temperature():
     assert reported[8:].eq(0).all()
 
 
+def test_answers_may_be_cut_before_their_time():
+    """Greedy, the beginning of what is written otherwise; no limit lets them grow longer than all may be."""
+    data = prompts()
+    whole = engine().generate(data, GREEDY, seed=0).batch["responses"]
+    cut = engine().generate(data, GREEDY, seed=0, report_log_probs=3, longest=2).batch
+    assert torch.equal(cut["responses"][..., :2], whole[..., :2])
+    assert cut["response_mask"].tolist() == [[[1, 1] + [0] * (LIMIT - 2)]] * 3
+    assert cut["rollout_log_probs"][..., :2].lt(0).all() and cut["rollout_log_probs"][..., 2:].eq(0).all()
+    assert torch.equal(engine().generate(data, GREEDY, seed=0, longest=LIMIT + 5).batch["responses"], whole)
+
+
 def test_answers_to_one_prompt_stay_together_and_batches_do_not_matter_to_greedy():
     data = prompts()
     whole = engine(max_num_seqs=64).generate(data, GREEDY, seed=0)

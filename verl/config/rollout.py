@@ -37,6 +37,7 @@ class RolloutConfig:
     log_prob_max_token_len_per_gpu: Positive
     log_prob_micro_batch_size_per_gpu: Positive | None
     val_kwargs: SamplingConfig
+    n_gpus_per_node: Count
     tensor_model_parallel_size: Positive
     gpu_memory_utilization: Fraction
     max_num_batched_tokens: Positive

@@ -88,6 +88,7 @@ class TrainerConfig:
     sft_monitor_freq: AtLeastMinusOne | None
     nnodes: Positive
     n_gpus_per_node: Positive
+    rollout_ahead: Literal[0, 1]
     device: Literal["cpu", "cuda"]
     balance_batch: bool
     logger: str | list[str]
@@ -120,7 +121,7 @@ class TrainerConfig:
 
     @property
     def ranks(self) -> int:
-        """Processes of the run."""
+        """Processes that train."""
         return self.nnodes * self.n_gpus_per_node
 
     @property
@@ -187,6 +188,21 @@ class Config:
         if not self.use_critic:
             return "SeqKD"
         return "warmup" if self.use_sft or self.frozen_actor_steps > 0 else "GAD"
+
+    @property
+    def rollout_ranks(self) -> int:
+        """Processes of engines on devices of their own; 0: engines share the processes that train."""
+        return self.trainer.nnodes * self.actor_rollout_ref.rollout.n_gpus_per_node
+
+    @property
+    def processes_per_node(self) -> int:
+        """Those that train and those of engines of their own; on GPU nodes each has a GPU."""
+        return self.trainer.n_gpus_per_node + self.actor_rollout_ref.rollout.n_gpus_per_node
+
+    @property
+    def processes(self) -> int:
+        """Of the run, on all nodes."""
+        return self.trainer.nnodes * self.processes_per_node
 
     @property
     def frozen_actor_steps(self) -> int:

@@ -40,7 +40,7 @@ def run_settings(config: Config, share_base: bool = False) -> RunSettings:
         pairs=config.soda.enable,
         async_save=config.trainer.async_save,
         share_base=share_base,
-        generates=config.generates,
+        generates=config.generates and not config.rollout_ranks,
     )
 
 

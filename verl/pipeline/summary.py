@@ -78,7 +78,7 @@ def _stage(options: Namespace, number: int, look: Look) -> list[str]:
         lines.append(f"      discriminator: {f'what {before} hands on' if taught else look.models.critic}")
     lines.append(f"      settings: {settings}")
     if look.config is not None:
-        where = f"{look.config.trainer.ranks} x {look.config.trainer.device}"
+        where = f"{look.config.processes} x {look.config.trainer.device}"
         lines.append(f"      on {where}{_memory(look)}; {_disk(look)}; {_time(look, run_folder(options, look.stage))}")
     return lines
 

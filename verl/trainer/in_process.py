@@ -44,4 +44,9 @@ def run_in_process(config: Config) -> None:
     """
     if config.trainer.ranks != 1:
         raise ValueError(f"one process is one rank, got trainer.nnodes x n_gpus_per_node = {config.trainer.ranks}")
+    if config.rollout_ranks:
+        raise ValueError(
+            "one process has no other that writes answers ahead: set trainer.rollout_ahead=0 and "
+            "actor_rollout_ref.rollout.n_gpus_per_node=0, or run with Ray"
+        )
     InProcessRunner().run(config)

@@ -56,6 +56,7 @@ from verl.utils.signals import EndedBySignal, RunSignals, out_of_reach
 from verl.utils.stalls import StallWatch, doing, duration
 from verl.utils.tracking import ending_in_time
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
+from verl.workers.rollout_worker import RolloutWorker
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,11 @@ def check_resume(config: Config, rows: int, resumed: Path | None) -> Origin:
 class TaskRunner:
     """Everything that a run needs, built and run; a subclass may swap parts, for instance the worker classes."""
 
-    worker_classes: ClassVar[dict[Role, type]] = {Role.ActorRollout: ActorRolloutRefWorker, Role.Critic: CriticWorker}
+    worker_classes: ClassVar[dict[Role, type]] = {
+        Role.ActorRollout: ActorRolloutRefWorker,
+        Role.Critic: CriticWorker,
+        Role.Rollout: RolloutWorker,
+    }
     trainer_class: ClassVar[type[RayPPOTrainer]] = RayPPOTrainer
 
     def run(self, config: Config) -> None:
@@ -128,7 +133,7 @@ class TaskRunner:
                 train, val = (None if rows is None else own_tokens.with_prompts(rows) for rows in (train, val))
         roles = [Role.ActorRollout] + ([Role.Critic] if config.use_critic else [])
         pools = ResourcePoolManager(
-            {"global_pool": [trainer.n_gpus_per_node] * trainer.nnodes},
+            {"global_pool": [config.processes_per_node] * trainer.nnodes},
             dict.fromkeys(roles, "global_pool"),
             use_gpu=trainer.device != "cpu",
         )
@@ -147,11 +152,18 @@ class TaskRunner:
         with doing("starting Ray"):
             self.start(config)
         policy_settings = config.actor_rollout_ref
+        answers = f"answers by {policy_settings.rollout.name}" if config.generates else "no answers are generated"
+        if config.rollout_ranks:
+            answers += f" on {config.rollout_ranks} x {trainer.device} of its own, a step ahead"
         logger.info(
             "%s: training on %d x %s in %s, %s",
-            config.stage, trainer.ranks, trainer.device, policy_settings.actor.fsdp_config.dtype,
-            f"answers by {policy_settings.rollout.name}" if config.generates else "no answers are generated",
+            config.stage, trainer.ranks, trainer.device, policy_settings.actor.fsdp_config.dtype, answers,
         )  # fmt: skip
+        if config.rollout_ranks and config.algorithm.rollout_is is None and not config.use_sft:
+            logger.warning(
+                "trainer.rollout_ahead=1 with algorithm.rollout_is=null: answers of the policy of one update before "
+                "are taken for the present one's, which biases its gradient; algorithm.rollout_is=token corrects for it"
+            )
         runner.init_workers()
         return runner, resumed
 

@@ -64,11 +64,11 @@ def check_nodes(config: Config) -> None:
     """
     trainer = config.trainer
     bundle = {"CPU": 1} | ({"GPU": 1} if trainer.device != "cpu" else {})
-    nodes = choose_nodes([trainer.n_gpus_per_node] * trainer.nnodes, bundle)
+    nodes = choose_nodes([config.processes_per_node] * trainer.nnodes, bundle)
     problems = []
     if nodes is None:
         nodes = [node for node in all_nodes() if node.alive]
-        problems = list(_too_few(nodes, trainer.nnodes, trainer.n_gpus_per_node, bundle))
+        problems = list(_too_few(nodes, trainer.nnodes, config.processes_per_node, bundle))
     problems += _look(nodes, Needs.of(config))
     if problems:
         raise Refused(problems)

@@ -51,13 +51,17 @@ def meeting_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """
     if world_size == 1:
         return dist.HashStore()
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if rank != 0:
-        return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+    return store_at(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank == 0, world_size, timeout)
+
+
+def store_at(host: str, port: int, serves: bool, size: int, timeout: timedelta) -> dist.Store:
+    """The store of so many processes at an address, which one of them `serves`, at that address and no other."""
+    if not serves:
+        return dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
     listening = _reserved.pop((host, port), None) or _bound(host, port, shared=True)
-    listening.listen(max(128, world_size))
+    listening.listen(max(128, size))
     # The store closes the socket it is given.
-    return dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listening.detach())
+    return dist.TCPStore(host, port, size, is_master=True, timeout=timeout, master_listen_fd=listening.detach())
 
 
 def _bound(host: str, port: int, shared: bool) -> socket.socket:

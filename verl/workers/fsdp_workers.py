@@ -5,6 +5,7 @@ Both live in one process and share its process group. What they have in common i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +23,7 @@ from verl.models.sharding import build_sharded_model, full_parameters, reshard
 from verl.models.shared_base import shares_base
 from verl.protocol import DataProto
 from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils.rendezvous import reserve_port
 from verl.utils.run_log import phase
 from verl.utils.startup import noted
 from verl.utils.units import GIB
@@ -29,6 +31,7 @@ from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.pairs import PairPolicy
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.rollout import get_rollout_class
+from verl.workers.rollout.weight_line import SENDER, WeightLine
 from verl.workers.worker_base import COLLECTIVE_TIMEOUT, FSDPWorker
 
 
@@ -43,6 +46,8 @@ class ActorRolloutRefWorker(FSDPWorker):
     engine_bytes = 0
     # Where adapters are trained: the reference is the trained model itself, as it was found.
     as_found: AsFound | None = None
+    # Of rank 0, where engines of other processes get the policy's weights.
+    line: WeightLine | None = None
 
     def __init__(
         self,
@@ -56,6 +61,7 @@ class ActorRolloutRefWorker(FSDPWorker):
     ):
         super().__init__(device, seed, collective_timeout)
         self.config = config
+        self.collective_timeout = collective_timeout
         self.total_steps = total_steps
         self.use_reference = use_reference
         self.use_engine = use_engine
@@ -159,15 +165,40 @@ class ActorRolloutRefWorker(FSDPWorker):
             self.rollout.wake()
             self.rollout.push_weights(full_parameters(self.actor.actor_module.hf, dtype))
 
+    @register(dispatch_mode=Dispatch.RANK_ZERO)
+    def offer_weights(self) -> tuple[str, int]:
+        """An address and a port of this process, at which engines of other processes may ask for weights."""
+        address = os.environ["MASTER_ADDR"]
+        return address, reserve_port(address)
+
+    @register(dispatch_mode=Dispatch.RANK_ZERO)
+    def open_line(self, address: str, port: int, engine_ranks: int) -> None:
+        """Wait there for the engines, so many ranks of them."""
+        self.line = WeightLine(address, port, SENDER, 1 + engine_ranks, self.device, self.collective_timeout)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def send_weights(self) -> None:
+        """Give those engines the policy's present weights; they have to receive them at the same time."""
+        dtype = getattr(torch, self.config.rollout.dtype)
+        with noted("giving the engine its first weights"), self.on_device("push_weights"):
+            weights = full_parameters(self.actor.actor_module.hf, dtype)
+            if self.line is not None:
+                self.line.send(weights)
+            # Gathering is collective, and what is gathered here is sent by rank 0.
+            for _ in weights:
+                pass
+
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def generate_sequences(self, prompts: DataProto) -> DataProto:
-        """Answer this rank's prompts; `meta_info` has `sampling` (SamplingConfig), `seed` and `report_log_probs`."""
+        """Answer this rank's prompts; `meta_info` has `sampling` (SamplingConfig), `seed`, `report_log_probs` and, if
+        answers are to be cut before their time, `longest`."""
         sampling: SamplingConfig = prompts.meta_info["sampling"]
         # Engines hold different prompts; a seed each keeps equal prompts from getting equal answers.
         engine = self.rank // self.config.rollout.tensor_model_parallel_size
         seed = prompts.meta_info["seed"] * self.world_size + engine
         with self._engine_at_work("generate", "generate_sequences"):
-            answers = self.rollout.generate(prompts, sampling, seed, prompts.meta_info["report_log_probs"])
+            asked = {key: prompts.meta_info[key] for key in ("report_log_probs", "longest") if key in prompts.meta_info}
+            answers = self.rollout.generate(prompts, sampling, seed, **asked)
             self.rollout.sleep()
         return answers
 

@@ -207,6 +207,7 @@ class Trainer(RayPPOTrainer):
         self.checkpoints = Checkpoints(self.config.trainer, self.weights, None, {})
         self.student = SimpleNamespace(weights_changed=lambda: None)
         self.validation = SimpleNamespace(run=self._look_up)
+        self.generation = SimpleNamespace(through=lambda batches, step: batches)
         self.kl_ctrl = type("Fixed", (), {"value": 0.0})
         self.head_start = HeadStart(self.config, None, len(values) - 1)
         self.discriminator = self.held_out = self.rejected = None
@@ -218,7 +219,6 @@ class Trainer(RayPPOTrainer):
     def _batches(self):
         while self.global_step < self.total_steps:
             yield None
-            self.samples_seen += 4
 
     def _make_step(self, prompts, timed):
         if self.global_step == self.crash:

@@ -74,6 +74,9 @@ class WorkerGroup(WorkerGroupMethods):
         """Returns the results of one call, given its handles from rank 0 on; raises as soon as one of them fails."""
         raise NotImplementedError
 
+    def goes_on(self, handles: list, method_name: str) -> None:
+        """Told of a call that the driver does not wait for now; its errors come with `wait`, or before."""
+
     def _bind_worker_methods(self, worker_cls: type) -> None:
         """Gives this group a method for each registered method of the worker class."""
         for name in dir(worker_cls):
@@ -90,7 +93,10 @@ class WorkerGroup(WorkerGroupMethods):
         def call(*args: Any, **kwargs: Any) -> Any:
             handles, finish = self._start(name, registration, args, kwargs)
             pending = PendingResult(lambda: finish(self.wait(handles, name)))
-            return pending.get() if registration.blocking else pending
+            if registration.blocking:
+                return pending.get()
+            self.goes_on(handles, name)
+            return pending
 
         call.__name__ = name
         return call

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 import time
 import uuid
 from collections import Counter
@@ -70,6 +71,10 @@ class RayResourcePool(ResourcePool):
         # The actors of each group that uses the pool; a group that is shut down leaves an empty list.
         self.tenants: list[list] = []
         self._placement_groups: list[PlacementGroup] | None = None
+        # Calls on the groups of this pool that nobody has waited for yet, by their handles; parts of a pool share them.
+        self.under_way: dict[ray.ObjectRef, _Call] = {}
+        # Of the bundles of each placement group those from here on; a part of a pool has some of the whole's.
+        self._first = [0] * len(process_on_nodes)
 
     def get_placement_groups(self) -> list[PlacementGroup]:
         """Reserves the processes at the first call; returns one placement group per node.
@@ -106,6 +111,29 @@ class RayResourcePool(ResourcePool):
         return [
             {"bundle_label_selector": [{NODE_ID: node.id}] * count} for node, count in zip(nodes, counts, strict=True)
         ]
+
+    def bundles(self) -> list[tuple[PlacementGroup, int]]:
+        """The pool's bundles, each by its placement group and its index there, in rank order."""
+        places = zip(self.get_placement_groups(), self._first, self.process_on_nodes, strict=True)
+        return [(group, first + index) for group, first, count in places for index in range(count)]
+
+    def split(self, process_on_nodes: list[int]) -> tuple["RayResourcePool", "RayResourcePool"]:
+        """Two pools on the same nodes: of the bundles of each node the first so many, and the rest.
+
+        Raises:
+            ValueError: a part would have no process on some node.
+        """
+        counts = list(zip(self._first, self.process_on_nodes, process_on_nodes, strict=True))
+        return (
+            self._part([first for first, _, _ in counts], process_on_nodes),
+            self._part([first + own for first, _, own in counts], [all_ - own for _, all_, own in counts]),
+        )
+
+    def _part(self, first: list[int], process_on_nodes: list[int]) -> "RayResourcePool":
+        """On each node so many bundles from that one on."""
+        part = RayResourcePool(process_on_nodes, self.use_gpu, self.name_prefix, self.max_colocate_count)
+        part._placement_groups, part._first, part.under_way = self.get_placement_groups(), first, self.under_way
+        return part
 
     def release(self) -> None:
         """Gives the processes back to the cluster; actors that still run in them die."""
@@ -177,6 +205,16 @@ class WorkerHost:
         return f"{'+'.join(self._roles)}[rank {os.environ['RANK']}]"
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call on one group that goes on while the thread that began it does other things."""
+
+    group: "RayWorkerGroup"
+    method_name: str
+    handles: list[ray.ObjectRef]
+    thread: int
+
+
 class RayWorkerGroup(WorkerGroup):
     """Starts one process per bundle of a pool and calls their workers.
 
@@ -203,6 +241,7 @@ class RayWorkerGroup(WorkerGroup):
             self._role = ray_cls_with_init.cls.__name__
             self._roles = {self._role: ray_cls_with_init}
             self._bind_worker_methods(ray_cls_with_init.cls)
+        self._under_way = resource_pool.under_way
         self._actors, self._processes = _start_actors(resource_pool, self._roles)
         try:
             [place] = self.wait([self._actors[0].meeting_place.remote()], "__init__")
@@ -227,6 +266,7 @@ class RayWorkerGroup(WorkerGroup):
         view = object.__new__(type(self))
         WorkerGroup.__init__(view, self.world_size)
         view._role, view._roles, view._actors, view._processes = role, self._roles, self._actors, self._processes
+        view._under_way = self._under_way
         view._bind_worker_methods(self._roles[role].cls)
         return view
 
@@ -239,19 +279,42 @@ class RayWorkerGroup(WorkerGroup):
             )
         return self._actors[rank].call.remote(self._role, method_name, *args, **kwargs)
 
+    def goes_on(self, handles: list[ray.ObjectRef], method_name: str) -> None:
+        """Whatever this thread waits for of the pool from here on, it also sees whether this call has failed."""
+        call = _Call(self, method_name, handles, threading.get_ident())
+        self._under_way.update(dict.fromkeys(handles, call))
+
+    def _see_others(self, done: ray.ObjectRef) -> None:
+        """Raise what a call that goes on has failed of, one of whose ranks has answered."""
+        call = self._under_way.pop(done)
+        ranks = {handle: rank for rank, handle in enumerate(call.handles)}
+        try:
+            ray.get(done)
+        except Exception as error:
+            pending = {rank: handle for handle, rank in ranks.items() if handle in self._under_way}
+            raise call.group._cause(ranks[done], error, pending, call.method_name) from None
+
     def wait(self, handles: list[ray.ObjectRef], method_name: str) -> list:
         """Returns the results of one call, given its handles from rank 0 on.
 
         Raises:
-            Exception: what the first failing rank raised, with its traceback, though others may still be at work.
+            Exception: what the first failing rank raised, with its traceback, though others may still be at work; of
+                this call, or of another that goes on.
             RayActorError: a process died; the message says which.
         """
         ranks = {handle: rank for rank, handle in enumerate(handles)}
         results: dict[int, Any] = {}
-        with waiting(lambda: self._unanswered(sorted(set(ranks.values()) - results.keys()), method_name)):
+        for handle in handles:
+            self._under_way.pop(handle, None)
+        with waiting(lambda: self._all_unanswered(sorted(set(ranks.values()) - results.keys()), method_name)):
             pending = handles
             while pending:
-                (ready,), pending = ray.wait(pending, num_returns=1)
+                others = [handle for handle, call in self._under_way.items() if call.thread == threading.get_ident()]
+                (ready,), _ = ray.wait([*pending, *others], num_returns=1)
+                if ready not in ranks:
+                    self._see_others(ready)
+                    continue
+                pending = [handle for handle in pending if handle != ready]
                 try:
                     results[ranks[ready]] = ray.get(ready)
                 except Exception as error:
@@ -277,6 +340,16 @@ class RayWorkerGroup(WorkerGroup):
                 return node
             time.sleep(0.5)
         return None
+
+    def _all_unanswered(self, ranks: list[int], method_name: str) -> str:
+        """`_unanswered`, and the calls that go on beside it, which it may wait for."""
+        # A copy: another thread, the watch's, asks.
+        calls = {id(call): call for call in list(self._under_way.values())}
+        texts = [self._unanswered(ranks, method_name)]
+        for call in calls.values():
+            there = [rank for rank, handle in enumerate(call.handles) if handle in self._under_way]
+            texts.append(call.group._unanswered(there, call.method_name))
+        return "; ".join(texts)
 
     def _unanswered(self, ranks: list[int], method_name: str) -> str:
         """That these ranks have not answered; first those whose processes stand still, as others may wait for them."""
@@ -342,7 +415,7 @@ def _errors_soon(pending: dict[int, ray.ObjectRef], grace: float) -> dict[int, E
 
 def _start_actors(pool: RayResourcePool, roles: dict[str, RayClassWithInitArgs]) -> tuple[list, RankProcesses]:
     """Starts one WorkerHost per bundle, in rank order."""
-    bundles = [(group, index) for group in pool.get_placement_groups() for index in range(group.bundle_count)]
+    bundles = pool.bundles()
     in_use = sum(bool(actors) for actors in pool.tenants)
     if in_use == pool.max_colocate_count:
         raise ValueError(
@@ -351,13 +424,16 @@ def _start_actors(pool: RayResourcePool, roles: dict[str, RayClassWithInitArgs])
         )
     gpus = 1 / pool.max_colocate_count if pool.use_gpu else 0
     host = ray.remote(num_cpus=1, num_gpus=gpus)(WorkerHost)
-    nodes = [placement_group_table(group)["bundles_to_node_id"][index] for group, index in bundles]
+    tables = {group.id: placement_group_table(group)["bundles_to_node_id"] for group in pool.get_placement_groups()}
+    nodes = [tables[group.id][index] for group, index in bundles]
+    # Those of all parts of a pool, where this is one.
+    per_node = Counter(node for table in tables.values() for node in table.values())
     mark = uuid.uuid4().hex
     actors = [
         host.options(scheduling_strategy=_place(*bundle), runtime_env={"env_vars": env | {MARK: mark}}).remote(
             roles, len(set(nodes)) == 1
         )
-        for bundle, env in zip(bundles, _environments(nodes, pool.use_gpu), strict=True)
+        for bundle, env in zip(bundles, _environments(nodes, per_node, pool.use_gpu), strict=True)
     ]
     pool.tenants.append(actors)
     return actors, RankProcesses(mark, nodes)
@@ -367,12 +443,11 @@ def _place(group: PlacementGroup, index: int) -> PlacementGroupSchedulingStrateg
     return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
 
 
-def _environments(nodes: list[str], use_gpu: bool) -> list[dict[str, str]]:
-    """The environment variables of each rank, given its node."""
-    per_node = Counter(nodes)
+def _environments(nodes: list[str], per_node: dict[str, int], use_gpu: bool) -> list[dict[str, str]]:
+    """The environment variables of each rank, given its node, and the processes that share each node."""
     cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 1)) for node in ray.nodes()}
     shared = {"WORLD_SIZE": str(len(nodes)), "TOKENIZERS_PARALLELISM": "false"}
-    if len(per_node) == 1 and sys.platform == "linux":
+    if len(set(nodes)) == 1 and sys.platform == "linux":
         # By default gloo listens where the host's name points to, which may be a public address or nowhere, and NCCL on
         # any interface but the loopback.
         shared |= {name: os.environ.get(name, "lo") for name in _NETWORK}
@@ -409,4 +484,5 @@ def merge_resource_pool(first: RayResourcePool, second: RayResourcePool) -> RayR
         max_colocate_count=first.max_colocate_count,
     )
     merged._placement_groups = first.get_placement_groups() + second.get_placement_groups()
+    merged._first = first._first + second._first
     return merged

@@ -57,6 +57,7 @@ def find_conflicts(config: Config) -> list[str]:
         _best,
         _monitor_rules,
         _engine,
+        _ahead,
         _left_out,
         nothing_conflicts,
     )
@@ -435,11 +436,34 @@ def _monitor_rules(config: Config) -> Iterator[str]:
 
 def _engine(config: Config) -> Iterator[str]:
     name, size = config.actor_rollout_ref.rollout.name, config.actor_rollout_ref.rollout.tensor_model_parallel_size
-    key, per_node = f"actor_rollout_ref.rollout.tensor_model_parallel_size={size}", config.trainer.n_gpus_per_node
+    key = f"actor_rollout_ref.rollout.tensor_model_parallel_size={size}"
+    own = config.actor_rollout_ref.rollout.n_gpus_per_node
+    per_node = own or config.trainer.n_gpus_per_node
     if size > 1 and name != "vllm":
         yield f"{key} is not supported with rollout.name={name}, which runs one engine per rank; use 1"
     elif per_node % size:
-        yield f"{key} does not divide trainer.n_gpus_per_node={per_node}: an engine's ranks share a node; use a divisor"
+        where = "actor_rollout_ref.rollout" if own else "trainer"
+        yield f"{key} does not divide {where}.n_gpus_per_node={per_node}: an engine's ranks share a node; use a divisor"
+
+
+def _ahead(config: Config) -> Iterator[str]:
+    ahead, own = config.trainer.rollout_ahead, config.actor_rollout_ref.rollout.n_gpus_per_node
+    key = f"actor_rollout_ref.rollout.n_gpus_per_node={own}"
+    if ahead and not config.use_critic:
+        yield (
+            f"trainer.rollout_ahead=1 writes a step's answers while the one before trains, and {config.stage} trains "
+            "on none that are written on the way: leave it at 0; it is for stage=warmup and stage=gad"
+        )
+    elif ahead and not own:
+        yield (
+            f"trainer.rollout_ahead=1 needs devices for engines beside those that train, and there are none ({key}): "
+            "set it to devices per node, and trainer.n_gpus_per_node to the others, or leave trainer.rollout_ahead at 0"
+        )
+    elif own and not ahead:
+        yield (
+            f"{key} gives engines devices of their own, which would be idle while the others train, and those while "
+            "engines write: set trainer.rollout_ahead=1, or leave it at 0"
+        )
 
 
 def _left_out(config: Config) -> Iterator[str]:
@@ -450,7 +474,10 @@ def _left_out(config: Config) -> Iterator[str]:
         ("algorithm.gamma", algorithm.gamma, 1.0, "outcome rewards are not discounted"),
         ("algorithm.lam", algorithm.lam, 1.0, "it belongs to GAE, which needs a value function"),
         ("reward_model.enable", config.reward_model.enable, False, "the discriminator is the reward"),
-        ("actor_rollout_ref.hybrid_engine", config.actor_rollout_ref.hybrid_engine, True, "the only layout"),
+        (
+            "actor_rollout_ref.hybrid_engine", config.actor_rollout_ref.hybrid_engine or trainer.rollout_ahead == 1,
+            True, "the only layout without trainer.rollout_ahead=1",
+        ),
     ]  # fmt: skip
     neutral += _sharding("actor_rollout_ref.actor", config.actor_rollout_ref.actor.fsdp_config)
     neutral += _sharding("actor_rollout_ref.ref", config.actor_rollout_ref.ref.fsdp_config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -33,9 +33,12 @@ from verl.trainer.ppo.checkpointing import Checkpoints, RunState, run_folder
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator import Discriminator
 from verl.trainer.ppo.display import dump_answers, open_monitor, open_tracking, progress_bar, show_step
+from verl.trainer.ppo.engine import OwnEngine
+from verl.trainer.ppo.generation import Metrics, OnPolicy, Timed
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.metric_utils import compute_throughout_metrics, compute_timing_metrics
+from verl.trainer.ppo.one_step_off import OneStepOff
 from verl.trainer.ppo.origin import Origin
 from verl.trainer.ppo.own_tokens import OwnTokens
 from verl.trainer.ppo.profiled_steps import ProfiledSteps
@@ -48,10 +51,10 @@ from verl.trainer.ppo.reward import (
 from verl.trainer.ppo.roles import ResourcePoolManager, Role, worker_roles
 from verl.trainer.ppo.skipped import SkippedSteps
 from verl.trainer.ppo.start_seconds import tell_start
-from verl.trainer.ppo.steps import Metrics, Step, Steps, Timed
+from verl.trainer.ppo.steps import Step, Steps
 from verl.trainer.ppo.student import Student
 from verl.trainer.ppo.validation import Validation
-from verl.utils.checkpoint.checkpoint_manager import HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
+from verl.utils.checkpoint.checkpoint_manager import AHEAD_FILE, HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
 from verl.utils.dataset.sampler import EpochBatches
 from verl.utils.profiling import marked
 from verl.utils.run_log import phase
@@ -169,15 +172,17 @@ class RayPPOTrainer:
     def init_workers(self) -> None:
         """Start one process per rank with every role in it, build the models there, and wrap them in handles."""
         config, eos_token_ids = self.config, all_eos_token_ids(self.tokenizer, self.config.actor_rollout_ref.model.path)
-        ranks = "1 rank" if config.trainer.ranks == 1 else f"{config.trainer.ranks} ranks"
-        with phase(f"starting {ranks}"):
+        with phase(f"starting {counted(config.processes, 'rank')}"):
             ends = eos_token_ids if self.own_tokens is None else (self.own_tokens.eos_token_id,)
             groups = self.spawn(worker_roles(config, self.role_worker_mapping, self.total_steps, ends))
         actor_rollout, critic = groups[str(Role.ActorRollout)], groups.get(str(Role.Critic))
         check_run_memory(config, actor_rollout.memory_sizes()[0])
+        engines = groups.get(str(Role.Rollout))
+        engine = None if engines is None else OwnEngine(actor_rollout, engines)
+        building = None if engines is None else engines.init_model()
         with phase("building models: the student's"):
             actor_rollout.init_model()
-        self.student = Student(config, actor_rollout, self.tokenizer, eos_token_ids)
+        self.student = Student(config, actor_rollout, self.tokenizer, eos_token_ids, engine)
         self.discriminator = self.held_out = self.rejected = None
         files = {}
         if critic is not None:
@@ -194,6 +199,14 @@ class RayPPOTrainer:
             self.rejected = files[REJECTED_FILE] = RejectedAnswers(
                 config, self.student, self.train_dataset, self.collate_fn, REJECTED_SEED
             )
+        weighs = config.algorithm.rollout_is is not None
+        self.generation = OnPolicy(self.student, self.head_start, weighs)
+        if engine is not None:
+            with phase("building the engines, on devices of their own"):
+                building.get()
+                engine.connect()
+            rollout = config.actor_rollout_ref.rollout
+            self.generation = files[AHEAD_FILE] = OneStepOff(self.student, engine, rollout, weighs)
         self.steps = Steps(
             config,
             self.student,
@@ -203,6 +216,7 @@ class RayPPOTrainer:
             self.task_reward,
             self.kl_ctrl,
             self.total_steps,
+            self.generation,
         )
         self.validation = Validation(
             config, self.student, self.val_dataset, self.collate_fn, self.task_reward, self.discriminator,
@@ -215,10 +229,16 @@ class RayPPOTrainer:
         self.student.peak_memory()  # What building took is not the first step's.
 
     def spawn(self, roles: dict[str, RayClassWithInitArgs]) -> dict[str, WorkerGroup]:
-        """One worker group per role, the roles of a rank in one process."""
+        """One worker group per role, the roles of a rank in one process; engines of their own in processes beside."""
         pools = self.resource_pool_manager.create_resource_pool()
         pool = pools[self.resource_pool_manager.mapping[Role.ActorRollout]]
-        return RayWorkerGroup(pool, create_colocated_worker_cls(roles)).spawn(roles)
+        trained = {name: role for name, role in roles.items() if name != str(Role.Rollout)}
+        groups = {}
+        if trained != roles:
+            trainer, alone = self.config.trainer, {str(Role.Rollout): roles[str(Role.Rollout)]}
+            pool, engines = pool.split([trainer.n_gpus_per_node] * trainer.nnodes)
+            groups = RayWorkerGroup(engines, create_colocated_worker_cls(alone)).spawn(alone)
+        return groups | RayWorkerGroup(pool, create_colocated_worker_cls(trained)).spawn(trained)
 
     # ------------------------------------------------------------ the loop
 
@@ -244,8 +264,9 @@ class RayPPOTrainer:
                     metrics = self.validation.run(self.global_step, tracking)
                 return tracking.log(metrics, self.global_step)
             self.monitor = open_monitor(self.config, tracking, self.global_step)
-            with self.signals.at_step_ends(config.save_on_signal):
-                complete = self._make_steps(tracking, bar)
+            answered = closing(self.generation.through(self._batches(), self.global_step))
+            with self.signals.at_step_ends(config.save_on_signal), answered as batches:
+                complete = self._make_steps(batches, tracking, bar)
                 # Here, because a signal that comes during the validation ends it at once.
                 self.checkpoints.wait()
             complete = complete and self.signals.received is None
@@ -256,14 +277,14 @@ class RayPPOTrainer:
             held_out = None if self.held_out is None else self.held_out.present_accuracy
             self.head_start.conclude(held_out, self.discriminator.balance.accuracy)
 
-    def _make_steps(self, tracking: Tracking, bar: tqdm) -> bool:
+    def _make_steps(self, batches: Iterator[Prompts], tracking: Tracking, bar: tqdm) -> bool:
         """Make the steps that are left, validating and saving on the way; whether all of them were made. A signal or an
         early stop ends them before, with a checkpoint.
 
         Raises:
             StoppedByAlarm: an alarm is to end the run; it is saved.
         """
-        for prompts in self._batches():
+        for prompts in batches:
             self.checkpoints.settle()
             metrics, timing = {}, {}
             timed = partial(marked_timer, timing=timing)
@@ -293,6 +314,7 @@ class RayPPOTrainer:
             self.skipped.end_if_too_many(metrics, done == self.total_steps)
             show_step(bar, metrics, in_lines="console" in self.config.trainer.logger)
             self.global_step = done
+            self.samples_seen += self.config.data.train_batch_size
             if self.signals.received is not None:
                 self._save_unless_saved()
                 return False
@@ -362,7 +384,6 @@ class RayPPOTrainer:
             if rows is None:
                 return
             yield Prompts.of(DataProto.from_single_dict(rows))
-            self.samples_seen += data.train_batch_size
 
     # ------------------------------------------------------------ around the loop
 
@@ -467,7 +488,7 @@ class RayPPOTrainer:
         return {
             **step.metrics,
             **compute_timing_metrics(made, timing),
-            **compute_throughout_metrics(made, timing, self.config.trainer.ranks),
+            **compute_throughout_metrics(made, timing, self.config.processes),
             **self.student.peak_memory(),
             "perf/cpu_memory_used_gb": psutil.virtual_memory().used / 2**30,
             "training/global_step": self.global_step,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from verl.config.run import Config
@@ -11,10 +11,12 @@ from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool
 
 
 class Role(Enum):
-    """What a group of workers does; the policy's processes also generate and hold the frozen reference."""
+    """What a group of workers does; the policy's processes hold the frozen reference and generate, unless engines have
+    processes of their own."""
 
     ActorRollout = "actor_rollout"
     Critic = "critic"
+    Rollout = "rollout"
 
     def __str__(self) -> str:
         return self.value
@@ -61,7 +63,7 @@ def worker_roles(
             classes[Role.ActorRollout],
             config.actor_rollout_ref,
             use_reference=config.use_reference,
-            use_engine=config.generates,
+            use_engine=config.generates and not config.rollout_ranks,
             total_steps=max(1, total_steps - config.frozen_actor_steps),
             **common,
         )
@@ -69,5 +71,11 @@ def worker_roles(
     if config.use_critic:
         roles[str(Role.Critic)] = RayClassWithInitArgs(
             classes[Role.Critic], config.critic, total_steps=total_steps, eos_token_ids=critic_eos_token_ids, **common
+        )
+    if config.rollout_ranks:
+        # Nobody else wants its memory.
+        rollout = replace(config.actor_rollout_ref.rollout, free_cache_engine=False)
+        roles[str(Role.Rollout)] = RayClassWithInitArgs(
+            classes[Role.Rollout], replace(config.actor_rollout_ref, rollout=rollout), **common
         )
     return roles

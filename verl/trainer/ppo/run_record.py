@@ -79,7 +79,7 @@ def describe_start(config: Config) -> dict[str, Any]:
         "stage": config.stage,
         "preset": preset,
         "changed": changed_settings(config),
-        "device": f"{config.trainer.ranks} x {config.trainer.device} ({_device(config.trainer.device)})",
+        "device": f"{config.processes} x {config.trainer.device} ({_device(config.trainer.device)})",
         "git": revision,
         "dirty": dirty,
         **({"hub": hub} if hub else {}),

@@ -6,8 +6,6 @@ Each line computes one record (`verl/batch.py`) from others. `student.py` and `d
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,16 +16,13 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import AdaptiveKLController, FixedKLController
 from verl.trainer.ppo.discriminator import Discriminator
 from verl.trainer.ppo.engine_correction import truncated_importance_weights
+from verl.trainer.ppo.generation import Generation, Metrics, Timed
 from verl.trainer.ppo.head_start import HeadStart
 from verl.trainer.ppo.metric_utils import compute_data_metrics, compute_discriminator_metrics
 from verl.trainer.ppo.rejected import RejectedAnswers
 from verl.trainer.ppo.reward import TaskReward, reward_answers, score_task
 from verl.trainer.ppo.student import Student
 from verl.utils.rouge import mean_rouge_l
-
-Metrics = dict[str, float]
-# `timed(name)` times the block inside.
-Timed = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +51,7 @@ class Steps:
         task_reward: the user's own, if there is one.
         kl_ctrl: the coefficient of the KL penalty in the reward.
         total_steps: of the run.
+        generation: where the answers of warmup and GAD come from.
     """
 
     config: Config
@@ -66,6 +62,7 @@ class Steps:
     task_reward: TaskReward | None
     kl_ctrl: FixedKLController | AdaptiveKLController
     total_steps: int
+    generation: Generation
 
     def make(self, prompts: Prompts, step: int, samples_seen: int, timed: Timed) -> Step:
         """The stage's own step.
@@ -100,12 +97,8 @@ class Steps:
         student = self.student
         with timed("testing"):
             metrics = self.head_start.check(step)
-        with timed("push_weights"):
-            student.push_weights()
-        # While the actor is frozen nothing is weighted by them.
-        weighs = self.config.algorithm.rollout_is is not None and self.head_start.actor_trains(step)
-        with timed("gen"):
-            answers = student.answer(prompts, step, report_all=weighs)
+        answers, generated = self.generation.answers(prompts, step, timed)
+        metrics |= generated
         metrics |= student.shares.unbalance(table(prompts, answers))
         scores, judged = self.discriminator.score_and_learn(prompts, answers, step, timed)
         if self.config.use_sft:
@@ -120,7 +113,7 @@ class Steps:
         metrics = {}
         if answers is not None:
             with timed("old_log_prob"):
-                metrics = self.student.check_sync(prompts, answers, None, step)
+                metrics = self.generation.check_sync(prompts, answers, None, step)
         with timed("update_actor"):
             return metrics | self.student.imitate(prompts)
 
@@ -135,7 +128,7 @@ class Steps:
         with timed("old_log_prob"):
             if in_reward or (trains and config.needs_old_log_probs):
                 old = student.log_probs(prompts, answers)
-            metrics = student.check_sync(prompts, answers, old, step)
+            metrics = self.generation.check_sync(prompts, answers, old, step)
         if in_reward or (trains and config.use_reference):
             with timed("ref"):
                 reference = student.reference_log_probs(prompts, answers)

@@ -31,6 +31,7 @@ from verl.config.run import Config
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.trainer.ppo.core_algos import closing_eos
+from verl.trainer.ppo.engine import Engine, SharedEngine
 from verl.trainer.ppo.metric_utils import compute_sync_metrics
 from verl.trainer.ppo.shares import Shares
 from verl.utils.torch_functional import masked_mean
@@ -46,6 +47,7 @@ class Student:
         workers: a group of `ActorRolloutRefWorker`.
         tokenizer: the student's.
         eos_token_ids: what may end an answer.
+        engine: writes the answers; None: the workers' own does.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Student:
         workers: WorkerGroup,
         tokenizer: PreTrainedTokenizerBase,
         eos_token_ids: tuple[int, ...],
+        engine: Engine | None = None,
     ):
         self.config = config.actor_rollout_ref
         self.workers = workers
@@ -62,6 +65,9 @@ class Student:
         self.shares = Shares(
             config.trainer.ranks, config.trainer.balance_batch, config.actor_rollout_ref.actor.ppo_mini_batch_size
         )
+        self.engine = engine or SharedEngine(workers, self.config.rollout.drops_weights)
+        # How often the weights have changed.
+        self.changes = 0
         self._engine_is_current = False
 
     # ------------------------------------------------------------ the engine
@@ -69,11 +75,12 @@ class Student:
     def push_weights(self) -> None:
         """Bring the engine to the policy's present weights, unless it has them."""
         if not self._engine_is_current:
-            self.workers.push_weights()
+            self.engine.push()
             self._engine_is_current = True
 
     def weights_changed(self) -> None:
         """Note that the engine does not have the policy's weights any more."""
+        self.changes += 1
         self._engine_is_current = False
 
     def answer(self, prompts: Prompts, step: int, report_all: bool = False) -> Answers:
@@ -87,10 +94,8 @@ class Student:
         """Answers to a table's prompts from the present weights, with the engine's log-probs of those to the first
         `report_log_probs` prompts."""
         self.push_weights()
-        rows = columns(prompts, PROMPT_KEYS)
-        rows.meta_info = {"sampling": sampling, "seed": seed, "report_log_probs": report_log_probs}
-        answers = Answers.of(self.workers.generate_sequences(rows))
-        self._engine_is_current = not self.config.rollout.drops_weights
+        answers = Answers.of(self.engine.generate(to_answer(prompts, sampling, seed, report_log_probs)))
+        self._engine_is_current = not self.engine.drops_weights
         return answers
 
     def texts(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
@@ -127,13 +132,13 @@ class Student:
             the gap, and the entropy of the same answers, or of all, if all have log-probs already; an update that sees
             them all for the first time knows better.
         """
-        metrics = {} if log_probs is None else _entropy(table(answers, log_probs))
+        metrics = {} if log_probs is None else mean_entropy(table(answers, log_probs))
         reported = table(prompts, answers, log_probs).select_idxs(answers.rollout_log_probs_mask.bool())
         if len(reported) == 0:
             return metrics
         if log_probs is None:
             reported.union(self.workers.compute_log_prob(columns(reported, PROMPT_KEYS + STUDENT_KEYS)))
-            metrics = _entropy(reported)
+            metrics = mean_entropy(reported)
         gap = compute_sync_metrics(reported)
         tolerance = self.config.rollout.sync_check_tolerance
         if gap["training/rollout_probs_diff_mean"] > tolerance:
@@ -186,6 +191,14 @@ class Student:
         return {name: max(report[name] for report in reports) for name in reports[0]}
 
 
-def _entropy(answered: DataProto) -> dict[str, float]:
+def to_answer(prompts: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int, **more: int) -> DataProto:
+    """What an engine's ranks are sent of a table's prompts; `more` are further arguments of `BaseRollout.generate`."""
+    rows = columns(prompts, PROMPT_KEYS)
+    rows.meta_info = {"sampling": sampling, "seed": seed, "report_log_probs": report_log_probs, **more}
+    return rows
+
+
+def mean_entropy(answered: DataProto) -> dict[str, float]:
+    """`actor/entropy`, over all tokens of answers that have `entropys`."""
     mean = masked_mean(answered.batch["entropys"], answered.batch["response_mask"])
     return {"actor/entropy": mean.item()}

@@ -35,10 +35,12 @@ ORIGIN_FILE = "origin.json"
 REPLAY_FILE, HELD_OUT_FILE = "replay.safetensors", "held_out.safetensors"
 # What SODA keeps beside the actor.
 REJECTED_FILE = "rejected.safetensors"
+# The answers to the next batch, where they are written a step ahead.
+AHEAD_FILE = "ahead.safetensors"
 # The suffix of what is being removed.
 PRUNED = ".pruned"
 # The parts that can be pruned, each with the files that go with it.
-PARTS = {"actor": (REJECTED_FILE,), "critic": (REPLAY_FILE, HELD_OUT_FILE)}
+PARTS = {"actor": (REJECTED_FILE, AHEAD_FILE), "critic": (REPLAY_FILE, HELD_OUT_FILE)}
 
 
 def get_checkpoint_tracker_filename(root_path: str | Path) -> str:

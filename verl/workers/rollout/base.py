@@ -50,7 +50,14 @@ class BaseRollout(ABC):
         """Build the engine, with arbitrary weights."""
 
     @abstractmethod
-    def generate(self, prompts: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int = 0) -> DataProto:
+    def generate(
+        self,
+        prompts: DataProto,
+        sampling: SamplingConfig,
+        seed: int,
+        report_log_probs: int = 0,
+        longest: int | None = None,
+    ) -> DataProto:
         """Answer prompts.
 
         Args:
@@ -58,6 +65,7 @@ class BaseRollout(ABC):
             sampling: how answers are drawn; `sampling.n` answers per prompt.
             seed: the draw is a function of it, the weights and the prompts.
             report_log_probs: for the first so many prompts, the engine's own log-probs at the sampling temperature.
+            longest: tokens of an answer at most, where these are fewer than `response_length`, which T stays.
 
         Returns:
             B rows: `responses` and `response_mask` (B, N, T), the mask 1 up to and including the first EOS of any

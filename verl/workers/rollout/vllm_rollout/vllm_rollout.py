@@ -130,7 +130,14 @@ class VLLMRollout(BaseRollout):
 
     # ------------------------------------------------------------ answers
 
-    def generate(self, prompts: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int = 0) -> DataProto:
+    def generate(
+        self,
+        prompts: DataProto,
+        sampling: SamplingConfig,
+        seed: int,
+        report_log_probs: int = 0,
+        longest: int | None = None,
+    ) -> DataProto:
         """As `BaseRollout.generate`. RuntimeError before the first push, and after `sleep` until the next."""
         if not self._has_weights:
             raise RuntimeError(
@@ -148,7 +155,8 @@ class VLLMRollout(BaseRollout):
         for one in ranks_prompts:
             requests += [{"prompt_token_ids": ids} for ids in one.prompts]
             params += [
-                self._params(sampling, len(ids), report=row < one.reported) for row, ids in enumerate(one.prompts)
+                self._params(sampling, len(ids), longest, report=row < one.reported)
+                for row, ids in enumerate(one.prompts)
             ]
         with self._generators(ranks_prompts[0].seed):
             outputs = self.llm.generate(requests, params, use_tqdm=False)
@@ -163,7 +171,9 @@ class VLLMRollout(BaseRollout):
         dist.all_gather_object(ranks_prompts, own, group=self.process_group)
         return ranks_prompts
 
-    def _params(self, sampling: SamplingConfig, prompt_length: int, report: bool) -> SamplingParams:
+    def _params(
+        self, sampling: SamplingConfig, prompt_length: int, longest: int | None, report: bool
+    ) -> SamplingParams:
         # No seed per request: a sampler that knows one draws row by row. `ignore_eos` is about the EOS that vLLM takes
         # from the folder it was given, which has no generation config; answers end at `eos_token_ids`.
         return SamplingParams(
@@ -171,7 +181,11 @@ class VLLMRollout(BaseRollout):
             temperature=sampling.temperature if sampling.do_sample else 0.0,
             top_p=sampling.top_p if sampling.do_sample else 1.0,
             top_k=sampling.top_k if sampling.do_sample else -1,
-            max_tokens=min(self.config.response_length, self.max_model_len - prompt_length),
+            max_tokens=min(
+                longest or self.config.response_length,
+                self.config.response_length,
+                self.max_model_len - prompt_length,
+            ),
             ignore_eos=True,
             stop_token_ids=self.eos_token_ids,
             logprobs=0 if report else None,
