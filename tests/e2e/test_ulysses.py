@@ -1,4 +1,4 @@
-"""A warmup on real Ray whose ranks share the tokens of their rows: the numbers of one whose ranks do not."""
+"""GAD on real Ray whose ranks share the tokens of their rows: the numbers of a run whose ranks do not."""
 
 import shutil
 
@@ -15,11 +15,11 @@ OTHER = ("timing", "perf/", "global_seqlen/")
 
 @pytest.fixture(scope="module")
 def stage(folder):
-    def run(name, *overrides, steps=2):
+    def run(name, critic, warmup, steps, *overrides):
         return train(
-            folder, name, "stage=warmup", "trainer.critic_warmup=0", "trainer.n_gpus_per_node=2",
-            f"critic.model.path={folder}/base", "critic.optim.lr=1e-3", "trainer.test_freq=-1",
-            "trainer.val_before_train=False", "trainer.save_freq=1", f"trainer.total_training_steps={steps}",
+            folder, name, "stage=warmup", f"trainer.critic_warmup={warmup}", f"critic.model.path={critic}",
+            "trainer.n_gpus_per_node=2", "trainer.save_freq=1", f"trainer.total_training_steps={steps}",
+            "critic.optim.lr=1e-3", "trainer.test_freq=-1", "trainer.val_before_train=False",
             "algorithm.use_kl_in_reward=True", "actor_rollout_ref.rollout.sync_check_prompts=4", *overrides,
         )  # fmt: skip
 
@@ -27,24 +27,26 @@ def stage(folder):
 
 
 def test_a_run_and_one_that_goes_on_with_other_groups(folder, stage):
-    """Every rank writes answers of its own prompts, whoever computes them afterwards."""
-    alone = read_metrics(stage("alone"))
-    together = read_metrics(stage("together", f"{ACTOR}=2", f"{CRITIC}=2"))
-    assert sorted(together) == sorted(alone) == [0, 1]
-    for step, metrics in alone.items():
-        assert together[step].keys() == metrics.keys()
-        for name in (name for name in metrics if not name.startswith(OTHER)):
-            assert together[step][name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-5), (step, name)
+    """Every rank writes answers to its own prompts, whoever computes with them afterwards. A step is compared with one
+    from the same weights: AdamW's first steps make as much of a gradient's rounding as of a gradient."""
+    critic = stage("warmup", f"{folder}/base", 1, 1) / "global_step_1/critic"
+    alone = read_metrics(stage("alone", critic, 0, 2))
+    together = read_metrics(stage("together", critic, 0, 1, f"{ACTOR}=2", f"{CRITIC}=2"))
+    same(together[0], alone[0])
 
-    shutil.copytree(folder / "runs/alone/global_step_1", folder / "runs/goes_on/global_step_1")
-    resumed = read_metrics(
-        stage(
-            "goes_on",
-            f"{ACTOR}=2",
-            "trainer.resume_mode=resume_path",
-            f"trainer.resume_from_path={folder}/runs/goes_on/global_step_1",
-        )  # fmt: skip
-    )
+    begun = folder / "runs/goes_on/global_step_1"
+    shutil.copytree(folder / "runs/alone/global_step_1", begun)
+    resume = ("trainer.resume_mode=resume_path", f"trainer.resume_from_path={begun}")
+    resumed = read_metrics(stage("goes_on", critic, 0, 2, f"{ACTOR}=2", *resume))
     assert sorted(resumed) == [1]
-    for name in (name for name in alone[1] if not name.startswith(OTHER)):
-        assert resumed[1][name] == pytest.approx(alone[1][name], rel=1e-3, abs=1e-5), name
+    same(resumed[1], alone[1])
+
+
+def same(metrics, expected):
+    assert metrics.keys() == expected.keys()
+    assert (
+        "actor/kl_loss" in expected and "critic/d_loss" in expected and "training/rollout_probs_diff_mean" in expected
+    )
+    for name, value in expected.items():
+        if not name.startswith(OTHER):
+            assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name

@@ -90,6 +90,14 @@ def _trained(config: Config) -> list[tuple[str, ActorConfig | CriticConfig]]:
 
 def _sequence_parallel(config: Config) -> Iterator[str]:
     """Ranks that share the tokens of their rows."""
+    actors, references = (
+        part.ulysses_sequence_parallel_size for part in (config.actor_rollout_ref.actor, config.actor_rollout_ref.ref)
+    )
+    if references != actors:
+        yield (
+            f"actor_rollout_ref.ref.ulysses_sequence_parallel_size={references} differs from the actor's, {actors}, "
+            "whose rows the reference is given: leave it out"
+        )
     for (name, part), model in zip(_trained(config), ("actor_rollout_ref.model", "critic.model"), strict=False):
         size, ranks = part.ulysses_sequence_parallel_size, config.trainer.ranks
         key = f"{name}.ulysses_sequence_parallel_size={size}"
