@@ -13,6 +13,7 @@ from tests.ranks import leave
 from tests.tiny import causal_lm, scorer
 from tests.workers.updates_setup import EOS, PROMPTS, batch, settings, update
 from verl.models.answer_models import PolicyModel, ScoreModel
+from verl.models.layers import compile_layers
 from verl.models.sequence_parallel import own_shard
 from verl.models.sharding import shard
 from verl.trainer.ppo.core_algos import register_policy_loss
@@ -33,7 +34,7 @@ def counted(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, co
 
 def run(
     rank: int, world_size: int, size: int, runs: list[tuple[str, str]], folder: Path, device: str = "cpu",
-    dtype: str = "float32",
+    dtype: str = "float32", compiled: bool = False,
 ) -> None:  # fmt: skip
     """One rank of those that share their tokens with `size` - 1 others: each of `runs`, a loss and how it is cut, once;
     rank 0 writes gradients and metrics to `folder`, and log-probs and scores of its rows."""
@@ -49,7 +50,7 @@ def run(
     )  # fmt: skip
     share = PROMPTS // (world_size // size)
     mine = slice(rank // size * share, (rank // size + 1) * share)
-    wrap = partial(shared, size=size, device=device, dtype=dtype)
+    wrap = partial(shared, size=size, device=device, dtype=dtype, compiled=compiled)
     for loss, split in runs:
         module, metrics = update(loss, settings(loss, split, [f"{FSDP}.dtype={dtype}"]), batch()[mine], wrap)
         gradients = {name: parameter.grad.full_tensor().cpu() for name, parameter in module.named_parameters()}
@@ -63,8 +64,10 @@ def run(
     leave()
 
 
-def shared(module, size: int, device: str, dtype: str):
+def shared(module, size: int, device: str, dtype: str, compiled: bool):
     module.shard = own_shard(size)
+    if compiled:
+        compile_layers(module.hf)
     shard(module, settings("sft", "whole", [f"{FSDP}.dtype={dtype}"]).actor_rollout_ref.actor.fsdp_config, device)
     return module
 
