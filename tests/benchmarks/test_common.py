@@ -24,6 +24,7 @@ from benchmarks.inputs import (
     write_critic,
     write_policy,
 )
+from benchmarks.long import compared
 from benchmarks.shapes import (
     SHAPES,
     Shape,
@@ -247,6 +248,23 @@ def test_update_runs(tmp_path):
     ]
     assert all(row["tokens_per_s"] > 0 and row["mfu"] is None for row in rows)
     assert all(row["times_classic"] > 0 for row in rows if row["way"] == "ours")
+
+
+def test_long_rows_are_compared_with_the_first_size_and_the_first_length():
+    rows = [
+        {"sp": sp, "length": length, "us_per_token": cost, "peak_gib": peak}
+        for sp, length, cost, peak in ((1, 2, 4.0, 10.0), (1, 8, 6.0, 40.0), (2, 2, 5.0, 8.0), (2, 8, 6.6, 22.0))
+    ]
+    assert compared(rows[3], rows) == pytest.approx({"of_alone": 1.1, "of_shortest": 1.32, "peak_of_alone": 0.55})
+    assert compared(rows[0], rows[:1]) == {"of_alone": 1, "of_shortest": 1, "peak_of_alone": 1}
+
+
+@pytest.mark.e2e
+def test_long_runs(tmp_path):
+    options = ["--lengths", "32", "65", "--step-tokens", "256", "--tokens", "128", "--warmup", "1", "--steps", "1"]
+    rows = run("long", tmp_path / "out.json", *options)
+    assert [(row["sp"], row["length"], row["rows"]) for row in rows] == [(1, 32, 8), (1, 65, 2), (2, 32, 8), (2, 65, 2)]
+    assert all(row["us_per_token"] > 0 and row["of_alone"] > 0 and row["peak_gib"] is None for row in rows)
 
 
 @pytest.mark.e2e

@@ -263,6 +263,37 @@ def test_micro_batches_by_rows_and_whole_groups(actor, critic):
     assert "activations of 5120 tokens" in budget.phases["update_critic"]
 
 
+def test_ranks_that_share_a_row_hold_a_part_of_it_each(actor, critic):
+    """Rows of 32,768 tokens, which a budget of 16,384 on each of two ranks holds; one on each rank takes them whole."""
+    rows = [
+        "stage=seqkd",
+        "data.max_prompt_length=16384",
+        "data.max_response_length=16384",
+        "trainer.n_gpus_per_node=2",
+    ]
+    alone = estimate_memory(
+        run_of(*rows, f"{ACTOR}.ppo_max_token_len_per_gpu=32768", "data.train_batch_size=4"), actor, None, 0
+    )
+    shared = estimate_memory(
+        run_of(*rows, f"{ACTOR}.ulysses_sequence_parallel_size=2", "data.train_batch_size=4"), actor, None, 0
+    )
+    whole, half = alone.phases["update_actor"], shared.phases["update_actor"]
+    assert half["activations of 16384 tokens"] * 2 == whole["activations of 32768 tokens"]
+    assert half["actor's weights"] == whole["actor's weights"]
+    # With few prompts a group's micro-batch is all of its rows, half of what its ranks would have alone: of 4 prompts
+    # two each, of 1,024 tokens, and all four together.
+    few = [f"{ACTOR}.ulysses_sequence_parallel_size=2", "critic.ulysses_sequence_parallel_size=2"]
+    small = estimate_memory(
+        run_of("stage=gad", *few, "trainer.n_gpus_per_node=2", f"{ROLLOUT}.n=2", "data.train_batch_size=4"),
+        actor,
+        critic,
+        0,
+    )
+    # Four prompts with two answers each, and with a teacher's.
+    assert "activations of 3072 tokens" in small.phases["update_actor"]
+    assert "activations of 4096 tokens" in small.phases["update_critic"]
+
+
 def test_pairs_of_answers_are_whole_and_keep_a_reference_for_new_ones_only(actor):
     rows = ["stage=soda", f"{ACTOR}.use_dynamic_bsz=False", f"{ACTOR}.ppo_micro_batch_size_per_gpu=4"]
     parts = estimate_memory(run_of(*rows), actor, None, 80 * GIB).phases["update_actor"]

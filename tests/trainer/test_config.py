@@ -194,12 +194,21 @@ def test_every_script_key_has_its_effect(prefix):
     assert wrong == {}
 
 
+def test_ranks_that_share_sequences_are_grouped_for_actor_and_critic_apart():
+    config = compose_config(
+        [*REQUIRED, "trainer.n_gpus_per_node=8", f"{ACTOR}.ulysses_sequence_parallel_size=2",
+         "critic.ulysses_sequence_parallel_size=4", "data.train_batch_size=4"]
+    )  # fmt: skip
+    assert (config.actor_shares, config.critic_shares) == (4, 2)
+    assert config.actor_rollout_ref.ref.ulysses_sequence_parallel_size == 2
+
+
 def test_script_keys_differ_from_the_defaults():
     # Otherwise the test above could pass without the override doing anything. These have one supported value.
     config = defaults()
     same = {key for key, _, expected in SCRIPT_KEYS if value_at(config, key) == expected}
     assert same == {
-        f"{ACTOR}.ulysses_sequence_parallel_size",
+        f"{ACTOR}.ulysses_sequence_parallel_size",  # above 1 contradicts use_remove_padding=False
         f"{ACTOR}.use_sft_mode",  # seqkd sets it, see the stages
         f"{ACTOR}.fsdp_config.strategy",  # differs from the actor.strategy it would follow
         f"{ROLLOUT}.name",
@@ -726,8 +735,43 @@ CONFLICTS: dict[str, tuple[list[str], list[str]]] = {
         ["actor_rollout_ref.ref.fsdp_config.fsdp_size=2", "-1"],
     ),
     "critic mesh": (["critic.model.fsdp_config.fsdp_size=2"], ["critic.model.fsdp_config.fsdp_size=2", "-1"]),
-    "actor Ulysses": ([f"{ACTOR}.ulysses_sequence_parallel_size=2"], [f"{ACTOR}.ulysses_sequence_parallel_size=2"]),
-    "critic Ulysses": (["critic.ulysses_sequence_parallel_size=2"], ["critic.ulysses_sequence_parallel_size=2"]),
+    "actor Ulysses": (
+        [f"{ACTOR}.ulysses_sequence_parallel_size=2", "trainer.n_gpus_per_node=3"],
+        [f"{ACTOR}.ulysses_sequence_parallel_size=2", "3 ranks", "use a divisor"],
+    ),
+    "critic Ulysses": (
+        ["critic.ulysses_sequence_parallel_size=4", "trainer.n_gpus_per_node=2"],
+        ["critic.ulysses_sequence_parallel_size=4", "2 ranks", "use a divisor"],
+    ),
+    "Ulysses of the reference": (
+        ["actor_rollout_ref.ref.ulysses_sequence_parallel_size=2", "trainer.n_gpus_per_node=2"],
+        ["actor_rollout_ref.ref.ulysses_sequence_parallel_size=2", "the actor's, 1"],
+    ),
+    "Ulysses of padded rows": (
+        [f"{ACTOR}.ulysses_sequence_parallel_size=2", f"{MODEL}.use_remove_padding=False", "trainer.n_gpus_per_node=2"],
+        [f"{ACTOR}.ulysses_sequence_parallel_size=2", f"{MODEL}.use_remove_padding=False"],
+    ),
+    "mini-batch over groups": (
+        [
+            "critic.ulysses_sequence_parallel_size=2",
+            "trainer.n_gpus_per_node=6",
+            "data.train_batch_size=12",
+            f"{ACTOR}.ppo_mini_batch_size=12",
+            "critic.ppo_mini_batch_size=4",
+        ],
+        ["critic.ppo_mini_batch_size=4", "3 groups of 2 ranks"],
+    ),
+    "budget of a group": (
+        [
+            f"{ACTOR}.ulysses_sequence_parallel_size=2",
+            "trainer.n_gpus_per_node=2",
+            "data.max_prompt_length=1000",
+            "data.max_response_length=1001",
+            f"{ACTOR}.ppo_max_token_len_per_gpu=1000",
+            f"{ROLLOUT}.log_prob_max_token_len_per_gpu=1001",
+        ],
+        [f"{ACTOR}.ppo_max_token_len_per_gpu=1000", "over 2 ranks", "2001", "at least 1001"],
+    ),
     # The vanilla loss raises on this value at its first update; it has to be found before anything starts.
     "dual clip": (
         [f"{ACTOR}.policy_loss.loss_mode=vanilla", f"{ACTOR}.clip_ratio_c=0.5"],

@@ -84,7 +84,7 @@ MET = [
     (f"{ACTOR}.checkpoint.save_contents", ["model", "hf_model"], None),
     (f"{ACTOR}.data_loader_seed", 42, None),
     (f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size", 1, None),
-    (f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size", 2, "not there: sequences are not split"),
+    (f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size", 2, "named actor_rollout_ref.actor.ulysses_"),
     (f"{ACTOR}.fsdp_config.offload_policy", False, None),
     (f"{ACTOR}.fsdp_config.offload_policy", True, "not there: see fsdp_config.param_offload"),
     (f"{ACTOR}.fsdp_config.model_dtype", "fp32", None),

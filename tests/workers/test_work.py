@@ -56,9 +56,10 @@ def test_a_group_has_its_prompt_once(update):
     assert critic.work == Work(STUDENTS + TEACHERS, [5, 5, 5, 1, 1, 1, 9, 9, 9, 3, 3, 3])
 
 
-def worker_on(device: str) -> FSDPWorker:
+def worker_on(device: str, sequence_parallel_size: int = 1) -> FSDPWorker:
     worker = FSDPWorker.__new__(FSDPWorker)
     worker.device, worker.update_seconds = device, 2.0
+    worker.module = SimpleNamespace(sequence_parallel_size=sequence_parallel_size)
     worker.shape = SimpleNamespace(parameters=10, layers=2, heads=2, head_dim=3, frozen=0)
     return worker
 
@@ -68,6 +69,8 @@ def test_mfu_is_the_share_of_the_peak(monkeypatch):
     # 6 x 10 parameters x 5 tokens, and three times the attention of (2 x 16 + 2 x 9 - 2 x 4) x width 6 x 2 layers.
     share = (300 + 3 * 504) / (2.0 * 989e12)
     assert worker_on("cuda:0").mfu("actor", Work([4, 3], [2])) == {"perf/mfu/actor": pytest.approx(share)}
+    # Of two ranks that share the tokens each has done half of the work.
+    assert worker_on("cuda:0", 2).mfu("actor", Work([4, 3], [2])) == {"perf/mfu/actor": pytest.approx(share / 2)}
 
 
 def test_no_mfu_where_no_peak_is_known(monkeypatch):

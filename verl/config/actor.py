@@ -47,6 +47,7 @@ class ActorConfig:
 class RefConfig:
     """The frozen reference model, a copy of the actor's initial weights."""
 
+    ulysses_sequence_parallel_size: Positive
     fsdp_config: FSDPConfig
 
 

@@ -181,6 +181,17 @@ class Config:
         return self.trainer.critic_warmup == "auto" or self.trainer.critic_warmup >= 0
 
     @property
+    def actor_shares(self) -> int:
+        """The shares of a batch that the policy computes: one for each rank, or for each group of ranks that share the
+        tokens of their rows (`ulysses_sequence_parallel_size`)."""
+        return self.trainer.ranks // self.actor_rollout_ref.actor.ulysses_sequence_parallel_size
+
+    @property
+    def critic_shares(self) -> int:
+        """The same of the discriminator."""
+        return self.trainer.ranks // self.critic.ulysses_sequence_parallel_size
+
+    @property
     def stage(self) -> str:
         """The stage's name, for people."""
         if self.soda.enable:

@@ -2,7 +2,8 @@
 
 The estimate covers the tensors that are large and whose size is known in advance. N is a model's number of parameters,
 T of trained ones (N, or with adapters these and a score head), b the bytes of a number in the type it computes in (2
-for bf16), S the tokens of the largest possible micro-batch.
+for bf16), S the tokens of the largest possible micro-batch, or of the part of it that a rank computes where several
+share its tokens (`ulysses_sequence_parallel_size`).
 
 | set | bytes on each GPU | there while |
 |---|---|---|
@@ -12,7 +13,7 @@ for bf16), S the tokens of the largest possible micro-batch.
 | gradients, fp32 | 4 T / ranks; 4 T with sync_gradients_once and several micro-batches | updated |
 | gathered layers and their gradients | see `_gathered` | updated |
 | activations | S times `layer_bytes_per_token` of each layer | updated |
-| capped scores of one row, fp32 | COPIES x 4 heads x (longest row)^2 | updated |
+| capped scores of one row, fp32 | COPIES x 4 heads (of the rank) x (longest row)^2 | updated |
 | logits | a chunk, at most CHUNK_BYTES | the actor is updated |
 | reference (none with adapters) | b N / ranks | reference log-probs are computed; always, without param_offload |
 | vLLM's weights and KV cache | gpu_memory_utilization of the card | generating; always, without free_cache_engine |
@@ -240,25 +241,27 @@ def _engine(run: RunSettings, actor: ModelShape, gpu_bytes: float) -> Sizes:
 def _actor_update(run: RunSettings, shape: ModelShape) -> Sizes:
     policy_settings = run.actor_rollout_ref
     actor, rollout = policy_settings.actor, policy_settings.rollout
-    prompts = max(1, actor.ppo_mini_batch_size // run.ranks)
+    shards = actor.ulysses_sequence_parallel_size
+    prompts = max(1, actor.ppo_mini_batch_size * shards // run.ranks)
     answers = 2 if run.pairs else 1 if actor.use_sft_mode else rollout.n
     sharing = answers if policy_settings.model.use_remove_padding else 1
     together = answers if run.pairs else 1
     tokens, several = _largest_micro_batch(actor, rollout, prompts * answers, sharing, together)
-    parts = _update("actor", run, shape, actor.fsdp_config, policy_settings.model, tokens, several)
+    parts = _update("actor", run, shape, actor.fsdp_config, policy_settings.model, tokens, several, shards)
     # Only answers have logits. What is kept of them beyond a chunk is kept where there is room.
-    answered = tokens * sharing * rollout.response_length / _tokens(rollout, sharing, sharing)
+    answered = tokens / shards * sharing * rollout.response_length / _tokens(rollout, sharing, sharing)
     parts["logits"] = min(CHUNK_BYTES, answered * shape.vocabulary * _itemsize(actor.fsdp_config.dtype))
     return parts
 
 
 def _critic_update(run: RunSettings, shape: ModelShape) -> Sizes:
     critic, rollout = run.critic, run.actor_rollout_ref.rollout
-    prompts = max(1, critic.ppo_mini_batch_size // run.ranks)
+    shards = critic.ulysses_sequence_parallel_size
+    prompts = max(1, critic.ppo_mini_batch_size * shards // run.ranks)
     members = rollout.n + 1
     sharing = members if critic.model.use_remove_padding else 1
     tokens, several = _largest_micro_batch(critic, rollout, prompts * members, sharing, together=members)
-    return _update("critic", run, shape, critic.model.fsdp_config, critic.model, tokens, several)
+    return _update("critic", run, shape, critic.model.fsdp_config, critic.model, tokens, several, shards)
 
 
 def _largest_micro_batch(
@@ -271,7 +274,7 @@ def _largest_micro_batch(
     everything = _tokens(rollout, rows, sharing)
     smallest = _tokens(rollout, together, sharing)
     if part.use_dynamic_bsz:
-        limit = max(part.ppo_max_token_len_per_gpu, smallest)
+        limit = max(part.ppo_max_token_len_per_gpu * part.ulysses_sequence_parallel_size, smallest)
     else:
         limit = max(_tokens(rollout, part.ppo_micro_batch_size_per_gpu, sharing), smallest)
     return min(everything, limit), everything > limit
@@ -284,21 +287,24 @@ def _tokens(rollout: RolloutConfig, rows: int, sharing: int) -> int:
 
 
 def _update(
-    name: str, run: RunSettings, shape: ModelShape, fsdp: FSDPConfig, model: ModelConfig, tokens: int, several: bool
-) -> Sizes:
-    """The memory that an update adds to what rests on the GPU, with weights and states that came from the host."""
+    name: str, run: RunSettings, shape: ModelShape, fsdp: FSDPConfig, model: ModelConfig, tokens: int, several: bool,
+    shards: int,
+) -> Sizes:  # fmt: skip
+    """The memory that an update adds to what rests on the GPU, with weights and states that came from the host; the
+    largest micro-batch's `tokens` are shared by so many ranks."""
+    own = ceil(tokens / shards)
     parts = {
         f"{name}'s weights": _weights(name, run, shape) / run.ranks,
         f"{name}'s optimizer states": MOMENTS * shape.trained / run.ranks,
         # With several micro-batches every rank sums its own, whole, and shares them out layer by layer at the end.
         f"{name}'s gradients": GRADIENT * shape.trained / (1 if several and fsdp.sync_gradients_once else run.ranks),
         "gathered layers": _gathered(shape, fsdp),
-        f"activations of {tokens} tokens": tokens * _activations(shape, fsdp, model),
+        f"activations of {own} tokens": own * _activations(shape, fsdp, model),
     }
     if shape.capped_scores and model.use_remove_padding:
         rollout = run.actor_rollout_ref.rollout
         longest = rollout.prompt_length + rollout.response_length
-        parts["capped scores of one row"] = float(COPIES * 4 * shape.heads * longest**2)
+        parts["capped scores of one row"] = float(COPIES * 4 * (shape.heads // shards) * longest**2)
     return parts
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, Literal
 
 from verl.config import ActorConfig, ActorRolloutRefConfig, CriticConfig, FSDPConfig, ModelConfig
@@ -70,7 +71,8 @@ def _resting_flags(phase: Phase, at_work: dict[str, tuple[str, ...]]) -> tuple[s
 def _own_of_policy(phase: Phase, policy_settings: ActorRolloutRefConfig) -> Iterator[Knob]:
     actor, rollout = policy_settings.actor, policy_settings.rollout
     if phase == "update_actor":
-        yield from _micro_batch(f"{POLICY}.actor", actor, rollout.prompt_length + rollout.response_length)
+        longest = rollout.prompt_length + rollout.response_length
+        yield from _micro_batch(f"{POLICY}.actor", actor, ceil(longest / actor.ulysses_sequence_parallel_size))
         yield from _recomputation(f"{POLICY}.model", policy_settings.model)
         yield from _gradients(ACTOR_FSDP, actor.fsdp_config)
         yield from _resharding(ACTOR_FSDP, actor.fsdp_config)
@@ -122,7 +124,8 @@ def _log_prob_micro_batch(policy_settings: ActorRolloutRefConfig) -> Iterator[Kn
     rollout, key = policy_settings.rollout, f"{POLICY}.rollout.log_prob"
     if rollout.log_prob_use_dynamic_bsz:
         now = rollout.log_prob_max_token_len_per_gpu
-        lower = max(rollout.prompt_length + rollout.response_length, now // 2)
+        longest = rollout.prompt_length + rollout.response_length
+        lower = max(ceil(longest / policy_settings.actor.ulysses_sequence_parallel_size), now // 2)
         if lower < now:
             yield Knob(f"{key}_max_token_len_per_gpu", now, lower)
     elif rollout.log_prob_micro_batch_size_per_gpu > 1:

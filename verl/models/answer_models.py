@@ -22,6 +22,7 @@ from verl.models.logits import logit_form
 from verl.models.packing import AnswerRows, pack
 from verl.models.proof import Verdict, check_class, too_long
 from verl.models.row_mixers import row_mixers, run_on_rows
+from verl.models.sequence_parallel import Shard
 from verl.models.twin import sliding_window
 
 # The names that families give the head of a token-classification model.
@@ -33,6 +34,9 @@ class AnswerModel(nn.Module, ABC):
 
     Nothing in it is left to chance: the backbone is always in eval mode, see `train`.
 
+    Where several ranks share their tokens (`shard`, which its builder sets) they are given the same rows, and have the
+    same results.
+
     Raises:
         ValueError: the class's values are not those of its own plain forward (`proof.check_class`). With `proven` the
             caller compares them.
@@ -42,6 +46,7 @@ class AnswerModel(nn.Module, ABC):
         super().__init__()
         self.hf = hf
         self.remove_padding = remove_padding
+        self.shard: Shard | None = None
         self.window = sliding_window(hf.config)
         for mixer in row_mixers(hf):
             run_on_rows(mixer)
@@ -75,6 +80,11 @@ class AnswerModel(nn.Module, ABC):
         for layer in decoder_layers(self.hf):
             layer.training = mode and is_recomputed(layer)
         return self
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """The ranks that share the tokens of their rows."""
+        return 1 if self.shard is None else self.shard.size
 
     @property
     def device(self) -> torch.device:
@@ -115,17 +125,24 @@ class AnswerModel(nn.Module, ABC):
 
     def answers(self, rows: AnswerRows, before: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states (K, D) at the answer tokens, or at the token before each, in the order of the mask; the answer
-        tokens (K,), and their places in the flattened (R * T) answers, (K,)."""
+        tokens (K,), and their places in the flattened (R * T) answers, (K,). Where ranks share the tokens, K are this
+        rank's."""
         packed = pack(rows, self.window)
         self._check_length(packed.layout.width)
-        packed = packed.to(self.device)
         if not self.remove_padding:
+            packed = packed.to(self.device)
             return self._padded_hidden(rows, before), packed.answer_ids, packed.grid_index
+        packed = (packed if self.shard is None else packed.of(self.shard, before)).to(self.device)
         hidden = self.hf.base_model(
             input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **packed.layout.arguments()
         ).last_hidden_state
         index = packed.before_index if before else packed.answer_index
         return hidden[0].index_select(0, index), packed.answer_ids, packed.grid_index
+
+    def answer_grid(self, values: torch.Tensor, grid_index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """`to_answer_grid`, with the values of all ranks that share the tokens."""
+        grid = to_answer_grid(values, grid_index, shape)
+        return grid if self.shard is None or not self.remove_padding else self.shard.sum(grid)
 
     def _check_length(self, tokens: int) -> None:
         if self.verdict.longest is not None and tokens > self.verdict.longest:
@@ -209,8 +226,8 @@ class PolicyModel(AnswerModel):
             hidden, head.weight, head.bias, answer_ids, temperature, entropy, self.form
         )
         shape = rows.responses.shape
-        log_probs = to_answer_grid(log_probs, grid_index, shape)
-        return log_probs, None if entropies is None else to_answer_grid(entropies, grid_index, shape)
+        log_probs = self.answer_grid(log_probs, grid_index, shape)
+        return log_probs, None if entropies is None else self.answer_grid(entropies, grid_index, shape)
 
 
 class ScoreModel(AnswerModel):
@@ -237,7 +254,7 @@ class ScoreModel(AnswerModel):
         head = self.head
         bias = None if head.bias is None else head.bias.float()
         values = nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
-        return to_answer_grid(values, grid_index, rows.responses.shape)
+        return self.answer_grid(values, grid_index, rows.responses.shape)
 
 
 ANSWER_MODELS: dict[str, type[AnswerModel]] = {"policy": PolicyModel, "score": ScoreModel}

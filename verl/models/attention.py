@@ -45,7 +45,8 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each row: query (1, H, S, E), key and value (1, J, S, E) with H a multiple of J.
+    """Causal attention inside each row: query (1, H, S, E), key and value (1, J, S, E) with H a multiple of J. Of a
+    shard of the tokens, in place of S, the same (`sequence_parallel.py`).
 
     Args:
         sliding_window: the last tokens that each attends to, itself among them.
@@ -58,21 +59,24 @@ def packed_attention(
 
     Raises:
         ValueError: the model asks for attention of another kind: a mask, or anything unknown, or a window that rows
-            were not packed for. Or it does not pass on the layout.
+            were not packed for. Or it does not pass on the layout, or the heads cannot be shared by a shard's ranks.
     """
     if any(name not in arguments for name in LAYOUT):
         raise ValueError("its layers do not pass on to attention where rows begin and end")
     layout = Layout(**{name: arguments.pop(name) for name in LAYOUT})
     _refuse({"attention_mask": attention_mask, **arguments})
     window = _reached(sliding_window, layout)
-    states = [packed[0].transpose(0, 1) for packed in (query, key, value)]
-    if softcap is None and has_kernel(query, value):
+    states, shard = [packed[0].transpose(0, 1) for packed in (query, key, value)], layout.shard
+    if shard is not None:
+        states = shard.tokens_to_heads(*states, layout.tokens)
+        s_aux = None if s_aux is None else shard.heads(s_aux)
+    if softcap is None and has_kernel(states[0], states[2]):
         output = flash(*states, layout, scaling, window, s_aux)
     else:
         output = _on_grid(
             *states, layout.source, layout.place, layout.rows, layout.width, scaling, window, softcap, s_aux
         )
-    return output.unsqueeze(0), None
+    return (output if shard is None else shard.heads_to_tokens(output)).unsqueeze(0), None
 
 
 def _refuse(arguments: dict[str, object]) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from verl.models.sequence_parallel import Shard
+
 
 def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on `device`; the host does not wait for a copy to a GPU."""
@@ -113,6 +115,23 @@ class PackedRows:
         """The same rows on another device."""
         return _copy_tensors(replace(self, layout=_copy_tensors(self.layout, device)), device)
 
+    def of(self, shard: Shard, before: bool) -> PackedRows:
+        """The tokens of one rank's shard, and the answer tokens that are computed there: those that sit in it or, with
+        `before`, whose token before sits in it. Indices are places in the shard; the other index is empty. The layout
+        is that of all tokens."""
+        index = self.before_index if before else self.answer_index
+        held = shard.holds(index)
+        own, none = shard.place(index[held]), index[:0]
+        return PackedRows(
+            input_ids=shard.of(self.input_ids[0]).unsqueeze(0),
+            position_ids=shard.of(self.position_ids[0]).unsqueeze(0),
+            answer_index=none if before else own,
+            before_index=own if before else none,
+            answer_ids=self.answer_ids[held],
+            grid_index=self.grid_index[held],
+            layout=replace(self.layout, shard=shard),
+        )
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -138,6 +157,8 @@ class Layout:
 
         source: (rows * width,) which token of S stands in a cell; 0 in the padding behind a row.
         place: (S,) the cell in which a token's result stands.
+
+    shard: of the S tokens, those that the model's forward is of; None: all of them.
     """
 
     starts: torch.Tensor
@@ -156,8 +177,14 @@ class Layout:
     place: torch.Tensor
     rows: int
     width: int
+    shard: Shard | None = None
 
-    def arguments(self) -> dict[str, torch.Tensor | int]:
+    @property
+    def tokens(self) -> int:
+        """S."""
+        return len(self.place)
+
+    def arguments(self) -> dict[str, torch.Tensor | int | Shard | None]:
         """Its fields, as they travel through a model's forward to `packed_attention`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 

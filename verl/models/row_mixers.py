@@ -2,7 +2,8 @@
 
 Such a layer reads its input in order, from the left, and would go on from one packed row into the next. So it alone is
 run on rows spread over a right-padded grid (`packing.Layout`): the padding is behind the tokens, where nothing looks
-back at it. There a shared prompt is computed once for each answer; all else in the model stays packed.
+back at it. There a shared prompt is computed once for each answer; all else in the model stays packed. Where ranks
+share the tokens (`sequence_parallel.py`), each of them runs the layer on all rows, and goes on with its own.
 
 Such modules are told by a convolution of their own over the tokens, which nearly all of them have; one without is found
 by the proof, since its rows change each other.
@@ -40,8 +41,8 @@ def costs_beside_packing(hf: PreTrainedModel) -> list[str]:
     if mixers:
         costs.append(
             f"{len(mixers)} of {len(layers)} layers carry a state along a row (linear attention, convolutions): they "
-            "compute each micro-batch padded to its longest row, a shared prompt once for each answer, uncompiled; all "
-            "else is packed"
+            "compute each micro-batch padded to its longest row, a shared prompt once for each answer, uncompiled, on "
+            "every rank that shares its tokens (ulysses_sequence_parallel_size); all else is packed"
         )
     if getattr(hf.config.get_text_config(), "attn_logit_softcapping", None):
         costs.append(
@@ -56,10 +57,13 @@ def _forward(self: nn.Module, *inputs: torch.Tensor, **arguments: Any) -> Any:
         return type(self).forward(self, *inputs, **arguments)
     layout = Layout(**{name: arguments.pop(name) for name in LAYOUT})
     packed = inputs[0] if inputs else arguments.pop("hidden_states")
-    grid = on_grid(packed[0], layout.source, layout.rows, layout.width)
+    shard = layout.shard
+    tokens = packed[0] if shard is None else shard.whole(packed[0], layout.tokens)
+    grid = on_grid(tokens, layout.source, layout.rows, layout.width)
     output = _run(self, grid, *inputs[1:], **arguments)
     mixed, *others = output if isinstance(output, tuple) else (output,)
-    mixed = mixed.flatten(0, 1).index_select(0, layout.place).unsqueeze(0)
+    mixed = mixed.flatten(0, 1).index_select(0, layout.place)
+    mixed = (mixed if shard is None else shard.of(mixed)).unsqueeze(0)
     return (mixed, *others) if isinstance(output, tuple) else mixed
 
 

@@ -25,6 +25,7 @@ from verl.models.answer_models import ANSWER_MODELS, AnswerModel
 from verl.models.layers import compile_layers, decoder_layers, recompute_layers
 from verl.models.loading import Kind, empty_model, find_model, load_config, load_model, persistent_buffers
 from verl.models.proof import prove
+from verl.models.sequence_parallel import own_shard
 from verl.models.shared_base import drop_base, put_on_base
 from verl.models.shm import model_folder
 from verl.utils.run_log import phase
@@ -44,6 +45,7 @@ def build_sharded_model(
     device: str,
     frozen: bool = False,
     base: AnswerModel | None = None,
+    sequence_parallel_size: int = 1,
 ) -> AnswerModel:
     """The model of `model.path`, sharded over all ranks; collective.
 
@@ -53,6 +55,7 @@ def build_sharded_model(
 
     Args:
         base: a model, on the device, whose frozen weights this one is to compute with (see `shared_base`).
+        sequence_parallel_size: successive ranks that share the tokens of their rows (see `sequence_parallel`).
 
     Raises:
         ValueError: the model's values are not those of its own plain forward (see `prove`).
@@ -72,6 +75,7 @@ def build_sharded_model(
         if fsdp.use_torch_compile:
             compile_layers(hf)
         wrapper = ANSWER_MODELS[kind](hf, model.use_remove_padding)
+        wrapper.shard = own_shard(sequence_parallel_size)
         if adapters is None:
             wrapper.requires_grad_(not frozen)
         shard(wrapper, fsdp, device)

@@ -32,7 +32,7 @@ FREE = re.compile(
     r"|data\.(train_files|val_\w+|cache_dir|dataloader_num_workers|filter_overlong_prompts_workers|return_raw_chat)"
     r"|(actor_rollout_ref|critic)\.model\.(path|tokenizer_path|use_shm)"
     r"|.*\.(fsdp_config\..*|\w*micro_batch_size\w*|\w*max_token_len\w*|\w*dynamic_bsz"
-    r"|enable_gradient_checkpointing|recompute_share)"
+    r"|enable_gradient_checkpointing|recompute_share|ulysses_sequence_parallel_size)"
     r"|actor_rollout_ref\.rollout\.(name|gpu_memory_utilization|max_num_seqs|max_model_len|free_cache_engine"
     r"|enforce_eager|tensor_model_parallel_size|max_num_batched_tokens)"
 )

@@ -22,7 +22,12 @@ from verl.models.loading import all_eos_token_ids, find_model, load_config
 from verl.models.sharding import build_sharded_model, full_parameters, reshard
 from verl.models.shared_base import shares_base
 from verl.protocol import DataProto
-from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.base.decorator import (
+    Dispatch,
+    make_nd_compute_dataproto_dispatch_fn,
+    metrics_of_groups,
+    register,
+)
 from verl.utils.rendezvous import reserve_port
 from verl.utils.run_log import phase
 from verl.utils.startup import noted
@@ -33,6 +38,9 @@ from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.rollout import get_rollout_class
 from verl.workers.rollout.weight_line import SENDER, WeightLine
 from verl.workers.worker_base import COLLECTIVE_TIMEOUT, FSDPWorker
+
+# The meshes in which rows are shared out, by whose computations they are for.
+ACTOR, CRITIC = "actor", "critic"
 
 
 class ActorRolloutRefWorker(FSDPWorker):
@@ -59,7 +67,7 @@ class ActorRolloutRefWorker(FSDPWorker):
         collective_timeout: timedelta = COLLECTIVE_TIMEOUT,
         use_engine: bool = True,
     ):
-        super().__init__(device, seed, collective_timeout)
+        super().__init__(device, seed, ACTOR, config.actor.ulysses_sequence_parallel_size, collective_timeout)
         self.config = config
         self.collective_timeout = collective_timeout
         self.total_steps = total_steps
@@ -80,7 +88,8 @@ class ActorRolloutRefWorker(FSDPWorker):
     def _build_actor(self) -> None:
         config = self.config
         fsdp, optim = config.actor.fsdp_config, config.actor.optim
-        module = self._build_trained(config.model, "policy", fsdp, optim, self.total_steps)
+        shards = config.actor.ulysses_sequence_parallel_size
+        module = self._build_trained(config.model, "policy", fsdp, optim, self.total_steps, shards)
         self.actor = DataParallelPPOActor(config.actor, config.rollout, module, self.optimizer)
 
     def _build_reference(self) -> None:
@@ -92,7 +101,10 @@ class ActorRolloutRefWorker(FSDPWorker):
             self.reference = DataParallelPPOActor(config.actor, config.rollout, module)
             self.reference_offloader = self.offloader
             return
-        module = build_sharded_model(config.model, "policy", fsdp, self.device, frozen=True)
+        shards = config.actor.ulysses_sequence_parallel_size
+        module = build_sharded_model(
+            config.model, "policy", fsdp, self.device, frozen=True, sequence_parallel_size=shards
+        )
         self.reference = DataParallelPPOActor(config.actor, config.rollout, module)
         self.reference_offloader = build_offloader(module, None, fsdp, self.device)
         self.reference_offloader.rest()
@@ -202,34 +214,34 @@ class ActorRolloutRefWorker(FSDPWorker):
             self.rollout.sleep()
         return answers
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(ACTOR))
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """`old_log_probs` and `entropys` (B, N, T) of the answers under the present policy."""
         with self.on_device("compute_log_prob"):
             log_probs, entropies = self.actor.compute_log_prob(data)
         return DataProto.from_dict({"old_log_probs": log_probs, "entropys": entropies})
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(ACTOR))
     def compute_teacher_log_prob(self, data: DataProto) -> DataProto:
         """`teacher_log_probs` (B, T) of the teacher's answers under the present policy, at temperature 1."""
         with self.on_device("compute_log_prob"):
             return DataProto.from_dict({"teacher_log_probs": self.actor.compute_teacher_log_prob(data)})
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(ACTOR))
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` (B, N, T) of the answers under the frozen reference."""
         with self._reference_at_work():
             log_probs, _ = self.reference.compute_log_prob(data, entropy=False)
         return DataProto.from_dict({"ref_log_prob": log_probs})
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
+    @register(dispatch_mode=metrics_of_groups(ACTOR))
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """Train the policy on the batch; the same metrics from every rank."""
         with self.update_on_device("update_actor"):
             metrics = self.actor.update_policy(data)
         return {**metrics, "actor/lr": self.finish_update(), **self.mfu("actor", self.actor.work)}
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(ACTOR))
     def compute_pair_ref_log_prob(self, data: DataProto) -> DataProto:
         """`chosen_ref_log_prob` and `rejected_ref_log_prob` (B,) under the frozen reference. Without one they are the
         policy's, which is the reference as long as it has its first weights."""
@@ -239,7 +251,7 @@ class ActorRolloutRefWorker(FSDPWorker):
         with self.on_device("compute_log_prob"):
             return DataProto.from_dict(PairPolicy(self.actor).compute_log_prob(data))
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
+    @register(dispatch_mode=metrics_of_groups(ACTOR))
     def update_actor_on_pairs(self, data: DataProto) -> dict[str, float]:
         """Train the policy on preference pairs as `meta_info["soda"]` (SodaConfig) says; the same metrics from every
         rank."""
@@ -266,7 +278,7 @@ class CriticWorker(FSDPWorker):
         eos_token_ids: tuple[int, ...] | None = None,
         collective_timeout: timedelta = COLLECTIVE_TIMEOUT,
     ):
-        super().__init__(device, seed, collective_timeout)
+        super().__init__(device, seed, CRITIC, config.ulysses_sequence_parallel_size, collective_timeout)
         self.config = config
         self.total_steps = total_steps
         self.eos_token_ids = eos_token_ids
@@ -278,7 +290,8 @@ class CriticWorker(FSDPWorker):
         model, optim = self.config.model, self.config.optim
         with explain_out_of_memory("init", self.config):
             base = self._student_with_base()
-            module = self._build_trained(model, "score", model.fsdp_config, optim, self.total_steps, base)
+            shards = self.config.ulysses_sequence_parallel_size
+            module = self._build_trained(model, "score", model.fsdp_config, optim, self.total_steps, shards, base)
         self.compiled_before = compile_seconds()
         eos_token_ids = self.eos_token_ids or (self.tokenizer.eos_token_id,)
         self.critic = DataParallelPPOCritic(self.config, module, self.optimizer, eos_token_ids)
@@ -292,27 +305,27 @@ class CriticWorker(FSDPWorker):
                 return worker
         return None
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(CRITIC))
     def compute_values(self, data: DataProto) -> DataProto:
         """Values per token: `values` (B, N, T), or `teacher_values` (B, T) with `meta_info["compute_teacher"]`."""
         name = "teacher_values" if data.meta_info.get("compute_teacher", False) else "values"
         with self.on_device("compute_scores"):
             return DataProto.from_dict({name: self.critic.compute_values(data)})
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(CRITIC))
     def compute_scores(self, data: DataProto) -> DataProto:
         """Pooled scores of students and teachers under the present discriminator."""
         with self.on_device("compute_scores"):
             return DataProto.from_dict(self.critic.compute_scores(data))
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
+    @register(dispatch_mode=metrics_of_groups(CRITIC))
     def update_critic(self, data: DataProto) -> dict[str, float]:
         """Train the discriminator on the batch; the same metrics from every rank."""
         with self.update_on_device("update_critic"):
             metrics = self.critic.update_critic(data)
         return {**metrics, "critic/lr": self.finish_update(), **self.mfu("critic", self.critic.work)}
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(CRITIC))
     def score_and_update_critic(self, data: DataProto) -> DataProto:
         """`compute_scores` and one update on the whole batch in one forward; `meta_info["metrics"]` as from
         `update_critic`."""
@@ -321,7 +334,7 @@ class CriticWorker(FSDPWorker):
         metrics |= {"critic/lr": self.finish_update(), **self.mfu("critic", self.critic.work)}
         return DataProto.from_dict(scores, meta_info={"metrics": metrics})
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(CRITIC))
     def score_and_evaluate_critic(self, data: DataProto) -> DataProto:
         """`score_and_update_critic` in a step without an update; the schedule advances all the same."""
         with self.on_device("compute_scores"):

@@ -93,7 +93,7 @@ def optimizer_step(
     losses, broken = sum_over_ranks([float(loss), not (math.isfinite(value) and math.isfinite(loss))])
     if broken:
         raise FloatingPointError(
-            f"the loss is {losses / data_parallel_size():.6g} and the gradient norm {value:.6g}, so the update was not "
+            f"the loss is {losses / world_size():.6g} and the gradient norm {value:.6g}, so the update was not "
             f"applied; {_what_is_not_finite(module)}"
         )
     nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
@@ -155,8 +155,10 @@ def split_micro_batches(
 def split_rows(
     rows: AnswerRows, module: AnswerModel, use_dynamic_bsz: bool, max_tokens: int, micro_batch_size: int | None
 ) -> list[list[int]]:
-    """`split_micro_batches` of rows; a prompt that the module computes once for several answers counts once."""
+    """`split_micro_batches` of rows; a prompt that the module computes once for several answers counts once, and
+    `max_tokens` are those of each rank that shares a sequence."""
     shared = rows.shared_prompts() if module.remove_padding else None
+    max_tokens *= module.sequence_parallel_size
     return split_micro_batches(rows.lengths(), use_dynamic_bsz, max_tokens, micro_batch_size, shared)
 
 
@@ -177,9 +179,14 @@ class Work:
         self.repeated += rows.shared_prompts()
 
 
-def data_parallel_size() -> int:
-    """The number of ranks that share a batch."""
+def world_size() -> int:
+    """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def data_parallel_size(module: AnswerModel) -> int:
+    """The number of shares of a batch: ranks, or groups of ranks that have the same rows and share their tokens."""
+    return world_size() // module.sequence_parallel_size
 
 
 def sum_over_ranks(values: Iterable[float]) -> list[float]:
@@ -188,6 +195,11 @@ def sum_over_ranks(values: Iterable[float]) -> list[float]:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def sum_over_shares(values: Iterable[float], module: AnswerModel) -> list[float]:
+    """Sum each value over the shares of a batch (`data_parallel_size`), whose ranks have one and the same."""
+    return [total / module.sequence_parallel_size for total in sum_over_ranks(values)]
 
 
 def _names_on_any_rank(own: Iterable[str]) -> list[str]:

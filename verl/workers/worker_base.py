@@ -42,7 +42,7 @@ from verl.utils import startup
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.profiling import Trace
 from verl.utils.rendezvous import meeting_store
-from verl.workers.updates import Work, build_optimizer, data_parallel_size, sum_over_ranks
+from verl.workers.updates import Work, build_optimizer, sum_over_ranks, world_size
 
 # Where no run says otherwise.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -52,6 +52,8 @@ class FSDPWorker(Worker):
     """The part that the actor's and the critic's worker share.
 
     Args:
+        mesh_name: of the groups of `sequence_parallel_size` successive ranks, which get the same rows and share their
+            tokens.
         collective_timeout: how long ranks wait for each other. The first worker of a process decides.
     """
 
@@ -67,8 +69,17 @@ class FSDPWorker(Worker):
     # Seconds in which this process had compiled when its models were built.
     compiled_before: float
 
-    def __init__(self, device: str, seed: int, collective_timeout: timedelta = COLLECTIVE_TIMEOUT):
+    def __init__(
+        self,
+        device: str,
+        seed: int,
+        mesh_name: str,
+        sequence_parallel_size: int,
+        collective_timeout: timedelta = COLLECTIVE_TIMEOUT,
+    ):
         super().__init__()
+        share, place = divmod(self.rank, sequence_parallel_size)
+        self.register_dispatch_collect_info(mesh_name, share, is_collect=place == 0)
         self.device = device
         backend = "gloo"
         if device == "cuda":
@@ -92,12 +103,16 @@ class FSDPWorker(Worker):
         fsdp: FSDPConfig,
         optim: OptimizerConfig,
         total_steps: int,
+        sequence_parallel_size: int,
         base: FSDPWorker | None = None,
     ) -> AnswerModel:
         """Build the module, which is returned, its optimizer and schedule, its checkpoints and its offloading. Its
         frozen weights are those of `base`, if that is given."""
         with nullcontext() if base is None else base.offloader.on_device():
-            module = build_sharded_model(model, kind, fsdp, self.device, base=None if base is None else base.module)
+            module = build_sharded_model(
+                model, kind, fsdp, self.device, base=None if base is None else base.module,
+                sequence_parallel_size=sequence_parallel_size,
+            )  # fmt: skip
         self.module = module
         self.optimizer, self.lr_scheduler = build_optimizer(module, optim, total_steps)
         self.shape = ModelShape.of(module.hf.config, kind, model.trust_remote_code, adapters_in(module.hf))
@@ -151,8 +166,8 @@ class FSDPWorker(Worker):
             return {}
         width = shape.heads * shape.head_dim
         flops = training_flops(shape.parameters, shape.layers, width, work.lengths, work.repeated, shape.frozen)
-        share = flops / (self.update_seconds * limits.flops)
-        return {f"perf/mfu/{name}": sum_over_ranks([share])[0] / data_parallel_size()}
+        share = flops / self.module.sequence_parallel_size / (self.update_seconds * limits.flops)
+        return {f"perf/mfu/{name}": sum_over_ranks([share])[0] / world_size()}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def memory_sizes(self) -> tuple[int, int] | None:

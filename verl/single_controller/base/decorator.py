@@ -14,13 +14,14 @@ from verl.single_controller.base.dispatch import (
     collect_proto,
     dispatch_dp_proto,
     dispatch_one_to_all,
+    make_nd_compute_dataproto_dispatch_fn,
+    metrics_of_groups,
 )
 
 # Names of verl's that nothing here needs
 from verl.single_controller.base.verl_modes import (
     dispatch_all_to_all,
     dispatch_dp_proto_with_func,
-    make_nd_compute_dataproto_dispatch_fn,
 )
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Execute",
     "get_predefined_dispatch_fn",
     "make_nd_compute_dataproto_dispatch_fn",
+    "metrics_of_groups",
     "register",
     "register_dispatch_mode",
     "update_dispatch_mode",

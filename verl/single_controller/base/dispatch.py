@@ -11,6 +11,7 @@ it beforehand and takes the padding off the result, so the pair never sees an un
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypedDict
 
 from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
@@ -91,6 +92,55 @@ def collect_proto(group: Ranks, outputs: list) -> DataProto:
 def chunk_per_rank(group: Ranks) -> int:
     """As many chunks as ranks."""
     return group.world_size
+
+
+# ---- ranks that form groups ----
+
+
+def make_nd_compute_dataproto_dispatch_fn(mesh_name: str) -> DispatchFns:
+    """Returns the functions of DP_COMPUTE_PROTO for ranks that form data-parallel groups of more than one rank.
+
+    All ranks of a group get the same chunk and one of them answers; each rank says where it stands through
+    `Worker.register_dispatch_collect_info(mesh_name, dp_rank, is_collect)`.
+    """
+
+    def collect(group: Ranks, outputs: list) -> DataProto:
+        return concat(_answers_of_groups(mesh_name, group, outputs))
+
+    return {
+        "dispatch_fn": partial(_dispatch_to_groups, mesh_name),
+        "collect_fn": collect,
+        "chunk_count": partial(_group_count, mesh_name),
+    }
+
+
+def metrics_of_groups(mesh_name: str) -> DispatchFns:
+    """Returns the functions of DP_COMPUTE_METRIC for such ranks: the result is the list of one answer of each group."""
+    return {
+        "dispatch_fn": partial(_dispatch_to_groups, mesh_name),
+        "collect_fn": partial(_answers_of_groups, mesh_name),
+    }
+
+
+def _group_count(mesh_name: str, group: Ranks) -> int:
+    return max(dp_rank for dp_rank, _ in group.mesh_places(mesh_name)) + 1
+
+
+def _dispatch_to_groups(mesh_name: str, group: Ranks, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+    """Every rank gets its group's chunk of each DataProto and all of anything else."""
+    chunks = _group_count(mesh_name, group)
+
+    def share(value: Any) -> list:
+        parts = chunk(value, chunks)
+        return [parts[dp_rank] for dp_rank, _ in group.mesh_places(mesh_name)]
+
+    return map_values(share, args, kwargs)
+
+
+def _answers_of_groups(mesh_name: str, group: Ranks, outputs: list) -> list:
+    places = zip(group.mesh_places(mesh_name), outputs, strict=True)
+    by_dp_rank = {dp_rank: output for (dp_rank, is_collect), output in places if is_collect}
+    return [by_dp_rank[dp_rank] for dp_rank in sorted(by_dp_rank)]
 
 
 # ---- padding ----

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-# Names of verl's that nothing here needs
-from verl.compat.workers import WorkerMethods
 from verl.single_controller.base.decorator import Dispatch, register
 
 
@@ -19,7 +17,7 @@ def _from_environment(name: str) -> str:
     return os.environ[name]
 
 
-class Worker(WorkerMethods):
+class Worker:
     """Base class of all workers. One instance per role and rank; several roles may share a process: `colocated` has
     them all by role, once they are built.
 
@@ -49,13 +47,36 @@ class Worker(WorkerMethods):
         """
         return self._local_rank
 
+    def register_dispatch_collect_info(self, mesh_name: str, dp_rank: int, is_collect: bool) -> None:
+        """Says which chunk of a batch this rank works on, and whether the driver takes the answer from here.
+
+        Args:
+            mesh_name: the name given to `make_nd_compute_dataproto_dispatch_fn`.
+            dp_rank: this rank's data-parallel group; all ranks of one group get the same chunk.
+            is_collect: true on exactly one rank of each group.
+
+        Raises:
+            ValueError: the mesh was registered before.
+        """
+        if mesh_name in self._places:
+            raise ValueError(f"mesh {mesh_name!r} is registered already on rank {self.rank}: register each mesh once.")
+        self._places[mesh_name] = (dp_rank, is_collect)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def query_dispatch_info(self, mesh_name: str) -> tuple[int, bool]:
+        """Returns this rank's (dp_rank, is_collect) in the mesh. Raises ValueError for an unknown mesh."""
+        if mesh_name not in self._places:
+            raise ValueError(
+                f"{type(self).__name__} has no mesh {mesh_name!r}; known: {sorted(self._places)}. "
+                "Call register_dispatch_collect_info in its __init__ or in init_model."
+            )
+        return self._places[mesh_name]
+
     # ---- names of verl's that nothing here calls ----
 
     def get_master_addr_port(self) -> tuple[str, int]:
         """Where rank 0 of this group listens for torch.distributed."""
         return _from_environment("MASTER_ADDR"), int(_from_environment("MASTER_PORT"))
-
-    query_dispatch_info = register(dispatch_mode=Dispatch.ONE_TO_ALL)(WorkerMethods.query_dispatch_info)
 
 
 def colocate(workers: Mapping[str, Worker]) -> None:

@@ -66,6 +66,23 @@ class WorkerGroup(WorkerGroupMethods):
     def world_size(self) -> int:
         return self._world_size
 
+    def mesh_places(self, mesh_name: str) -> list[tuple[int, bool]]:
+        """Returns (dp_rank, is_collect) of each rank, asked of the workers once.
+
+        Raises:
+            ValueError: the data-parallel ranks are not 0, 1, 2, ... with exactly one collecting rank each.
+        """
+        if mesh_name not in self._places:
+            places = self.query_dispatch_info(mesh_name)
+            collecting = sorted(dp_rank for dp_rank, is_collect in places if is_collect)
+            if collecting != list(range(len({dp_rank for dp_rank, _ in places}))):
+                raise ValueError(
+                    f"mesh {mesh_name!r}: expected data-parallel ranks 0, 1, 2, ... with one collecting rank each, got "
+                    f"(dp_rank, is_collect) by rank: {places}. Correct the register_dispatch_collect_info calls."
+                )
+            self._places[mesh_name] = places
+        return self._places[mesh_name]
+
     def submit(self, rank: int, method_name: str, args: tuple, kwargs: dict) -> Any:
         """Starts a call on one rank and returns a handle for it."""
         raise NotImplementedError

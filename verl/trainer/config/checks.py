@@ -38,6 +38,7 @@ def find_conflicts(config: Config) -> list[str]:
     checks = (
         number_conflicts,
         _batches,
+        _sequence_parallel,
         _token_budgets,
         _names,
         _critic_warmup,
@@ -66,19 +67,46 @@ def find_conflicts(config: Config) -> list[str]:
 
 def _batches(config: Config) -> Iterator[str]:
     batch, ranks = config.data.train_batch_size, config.trainer.ranks
-    if batch % ranks:
+    if any(ranks % part.ulysses_sequence_parallel_size for _, part in _trained(config)):
+        return  # `_sequence_parallel` says so.
+    if batch % max(config.actor_shares, config.critic_shares if config.use_critic else 1):
         yield f"data.train_batch_size={batch} does not divide over {ranks} ranks (nnodes x n_gpus_per_node)"
-    parts = [("actor_rollout_ref.actor", config.actor_rollout_ref.actor.ppo_mini_batch_size)]
-    if config.use_critic:
-        parts.append(("critic", config.critic.ppo_mini_batch_size))
-    for name, mini in parts:
+    for name, part in _trained(config):
+        mini, shards = part.ppo_mini_batch_size, part.ulysses_sequence_parallel_size
+        over = f"{ranks} ranks" if shards == 1 else f"{ranks // shards} groups of {shards} ranks"
         if batch % mini:
             yield (
                 f"{name}.ppo_mini_batch_size={mini} does not divide data.train_batch_size={batch} "
                 f"(both count prompts); use {batch} or a divisor of it"
             )
-        if mini % ranks:
-            yield f"{name}.ppo_mini_batch_size={mini} does not divide over {ranks} ranks"
+        if mini % (ranks // shards):
+            yield f"{name}.ppo_mini_batch_size={mini} does not divide over {over}"
+
+
+def _trained(config: Config) -> list[tuple[str, ActorConfig | CriticConfig]]:
+    """The settings of what is trained, by their group."""
+    actor = ("actor_rollout_ref.actor", config.actor_rollout_ref.actor)
+    return [actor, ("critic", config.critic)] if config.use_critic else [actor]
+
+
+def _sequence_parallel(config: Config) -> Iterator[str]:
+    """Ranks that share the tokens of their rows."""
+    actors, references = (
+        part.ulysses_sequence_parallel_size for part in (config.actor_rollout_ref.actor, config.actor_rollout_ref.ref)
+    )
+    if references != actors:
+        yield (
+            f"actor_rollout_ref.ref.ulysses_sequence_parallel_size={references} differs from the actor's, {actors}, "
+            "whose rows the reference is given: leave it out"
+        )
+    for (name, part), model in zip(_trained(config), ("actor_rollout_ref.model", "critic.model"), strict=False):
+        size, ranks = part.ulysses_sequence_parallel_size, config.trainer.ranks
+        key = f"{name}.ulysses_sequence_parallel_size={size}"
+        if ranks % size:
+            yield f"{key} does not divide trainer.nnodes x trainer.n_gpus_per_node = {ranks} ranks; use a divisor"
+        padded = not (config.critic.model if name == "critic" else config.actor_rollout_ref.model).use_remove_padding
+        if size > 1 and padded:
+            yield f"{key} splits packed rows, and {model}.use_remove_padding=False pads them: set it to True, or use 1"
 
 
 def _token_budgets(config: Config) -> Iterator[str]:
@@ -93,13 +121,14 @@ def _token_budgets(config: Config) -> Iterator[str]:
         critic = config.critic
         budgets.append(("critic.ppo_max_token_len_per_gpu", critic.use_dynamic_bsz, critic.ppo_max_token_len_per_gpu))
     for name, used, budget in budgets:
-        if used and budget < longest:
+        shards = (config.critic if name.startswith("critic") else actor).ulysses_sequence_parallel_size
+        if used and budget * shards < longest:
+            over = "" if shards == 1 else f" over {shards} ranks"
             yield (
-                f"{name}={budget} is below one whole sequence, max_prompt_length + max_response_length = {longest}; "
-                f"raise it to at least {longest}"
+                f"{name}={budget} is below one whole sequence{over}, max_prompt_length + max_response_length = "
+                f"{longest}; raise it to at least {-(-longest // shards)}"
             )
-    sized = [("actor_rollout_ref.actor", actor)] + ([("critic", config.critic)] if config.use_critic else [])
-    for name, part in sized:
+    for name, part in _trained(config):
         if not part.use_dynamic_bsz and part.ppo_micro_batch_size_per_gpu is None:
             yield f"{name}.use_dynamic_bsz=False needs {name}.ppo_micro_batch_size_per_gpu"
     if not rollout.log_prob_use_dynamic_bsz and rollout.log_prob_micro_batch_size_per_gpu is None:
@@ -303,11 +332,13 @@ def _replay(config: Config) -> Iterator[str]:
     critic, n = config.critic, config.actor_rollout_ref.rollout.n
     if not config.use_critic or critic.replay.capacity == 0:
         return
-    past = past_groups(critic.ppo_mini_batch_size, critic.replay.fraction, config.trainer.ranks)
+    if config.trainer.ranks % critic.ulysses_sequence_parallel_size:
+        return  # `_sequence_parallel` says so.
+    past = past_groups(critic.ppo_mini_batch_size, critic.replay.fraction, config.critic_shares)
     if past == 0:
         yield (
             f"critic.replay.fraction={critic.replay.fraction} of mini-batches of {critic.ppo_mini_batch_size} prompts "
-            f"is no whole group on each of {config.trainer.ranks} ranks: raise it, or set critic.replay.capacity=0"
+            f"is no whole group on each of {config.critic_shares} ranks: raise it, or set critic.replay.capacity=0"
         )
     needed = past * (config.data.train_batch_size // critic.ppo_mini_batch_size) * n
     if critic.replay.capacity < needed:
@@ -482,8 +513,6 @@ def _left_out(config: Config) -> Iterator[str]:
     neutral += _sharding("actor_rollout_ref.actor", config.actor_rollout_ref.actor.fsdp_config)
     neutral += _sharding("actor_rollout_ref.ref", config.actor_rollout_ref.ref.fsdp_config)
     neutral += _sharding("critic.model", config.critic.model.fsdp_config)
-    neutral += _sequence_parallel("actor_rollout_ref.actor", config.actor_rollout_ref.actor)
-    neutral += _sequence_parallel("critic", config.critic)
     for key, value, only, why in neutral:
         if value != only:
             yield f"{key}={value} is not supported ({why}); use {only if only is not None else 'null'}"
@@ -491,8 +520,3 @@ def _left_out(config: Config) -> Iterator[str]:
 
 def _sharding(name: str, fsdp: FSDPConfig) -> list[tuple]:
     return [(f"{name}.fsdp_config.fsdp_size", fsdp.fsdp_size, -1, "weights are sharded over all ranks")]
-
-
-def _sequence_parallel(name: str, part: ActorConfig | CriticConfig) -> list[tuple]:
-    key = f"{name}.ulysses_sequence_parallel_size"
-    return [(key, part.ulysses_sequence_parallel_size, 1, "sequences are not split over ranks")]

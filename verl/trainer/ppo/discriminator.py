@@ -35,10 +35,10 @@ class Discriminator:
         self.own_tokens = own_tokens
         self.scores_from_update = config.critic.ppo_mini_batch_size == config.data.train_batch_size
         self.balance = DiscriminatorBalance(config.critic.balance, config.critic.ppo_epochs)
-        self.shares = Shares(config.trainer.ranks, config.trainer.balance_batch, config.critic.ppo_mini_batch_size)
+        self.shares = Shares(config.critic_shares, config.trainer.balance_batch, config.critic.ppo_mini_batch_size)
         self.replay = ReplayBuffer(config.critic.replay.capacity, config.data.seed)
         self.past_per_mini_batch = past_groups(
-            config.critic.ppo_mini_batch_size, config.critic.replay.fraction, config.trainer.ranks
+            config.critic.ppo_mini_batch_size, config.critic.replay.fraction, config.critic_shares
         )
 
     def scores(self, answered: DataProto) -> DataProto:

@@ -39,6 +39,7 @@ from verl.models.loading import (
 from verl.models.proof import check_class
 from verl.models.reward_models import POOLING, is_reward_model
 from verl.models.row_mixers import costs_beside_packing
+from verl.models.sequence_parallel import check_shared_heads
 from verl.models.shared_base import shares_base, trains_adapters, why_not_shared
 from verl.trainer.ppo.discriminator_algos import get_discriminator_loss_fn
 from verl.trainer.ppo.own_tokens import is_other, own_limits
@@ -108,8 +109,16 @@ def _tokenizer_of(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _look_at(model: ModelConfig, kind: Kind, key: str, lengths: _Lengths, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check all that a model's folder tells about its use for rows of these lengths in its tokenizer's tokens."""
+def _look_at(
+    model: ModelConfig,
+    kind: Kind,
+    key: str,
+    lengths: _Lengths,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_parallel_size: int,
+) -> None:
+    """Check all that a model's folder tells about its use for rows of these lengths in its tokenizer's tokens, which so
+    many ranks share."""
     # The rank that reads the weights compares the contents of a copy in memory itself.
     check_files(model.path, contents=not model.use_shm)
     if kind == "policy":
@@ -120,6 +129,7 @@ def _look_at(model: ModelConfig, kind: Kind, key: str, lengths: _Lengths, tokeni
     config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
     try:
         _check_context(config, lengths)
+        check_shared_heads(config, sequence_parallel_size)
         _check_vocabulary(config, tokenizer)
         model_class = find_class(config, kind, model.trust_remote_code)
         check_class(ANSWER_MODELS[kind], model_class, config, model.use_remove_padding, lengths.longest)
@@ -272,7 +282,8 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
     Raises:
         FileNotFoundError: a folder holds no model.
         ValueError: a folder is not whole, or the student's holds a discriminator; a model's values would be wrong (see
-            `check_class`), its context is shorter than a row, or it has no embedding for a token; a tokenizer makes
+            `check_class`), its context is shorter than a row, its heads cannot be shared by as many ranks as share a
+            sequence, or it has no embedding for a token; a tokenizer makes
             other ids than its tokenizer.json, or the discriminator's is none that it can read text with; or GAD starts
             without a warmed-up discriminator.
     """
@@ -280,11 +291,13 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
     with findings.gathered():
         model = config.actor_rollout_ref.model
         tokenizer = _tokenizer_of(model)
-        _look_at(model, "policy", "actor_rollout_ref.model", _lengths(config.data, model.path), tokenizer)
+        shards = config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
+        _look_at(model, "policy", "actor_rollout_ref.model", _lengths(config.data, model.path), tokenizer, shards)
     with findings.gathered():
         if config.use_critic:
             model, other = config.critic.model, _tokenizer_of(config.critic.model)
-            _look_at(model, "score", "critic.model", _critics_lengths(config, tokenizer, other), other)
+            lengths, shards = _critics_lengths(config, tokenizer, other), config.critic.ulysses_sequence_parallel_size
+            _look_at(model, "score", "critic.model", lengths, other, shards)
     if config.use_critic and config.critic.model.path == config.actor_rollout_ref.model.path:
         _tell_once(findings)
     findings.tell()

@@ -18,7 +18,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Shares:
-    """Equal work for every rank, and the same mini-batches for any number of them.
+    """Equal work for every rank, and the same mini-batches for any number of them. Ranks that share the tokens of their
+    rows are as one here.
 
     A mini-batch is `mini_batch_size` consecutive rows of the data's order. Each rank's share of it has as many rows as
     the others' and about as many tokens; without `by_tokens` the shares are consecutive rows.

@@ -63,7 +63,7 @@ class Student:
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.shares = Shares(
-            config.trainer.ranks, config.trainer.balance_batch, config.actor_rollout_ref.actor.ppo_mini_batch_size
+            config.actor_shares, config.trainer.balance_batch, config.actor_rollout_ref.actor.ppo_mini_batch_size
         )
         self.engine = engine or SharedEngine(workers, self.config.rollout.drops_weights)
         # How often the weights have changed.

@@ -21,7 +21,7 @@ from verl.workers.updates import (
     data_parallel_size,
     split_rows,
     step_or_skip,
-    sum_over_ranks,
+    sum_over_shares,
 )
 
 
@@ -101,7 +101,7 @@ class DataParallelPPOActor:
             metrics over all mini-batches and ranks.
         """
         metrics, self.work = MetricSums(), Work()
-        prompts_per_rank = self.config.ppo_mini_batch_size // data_parallel_size()
+        prompts_per_rank = self.config.ppo_mini_batch_size // data_parallel_size(self.actor_module)
         for _ in range(self.config.ppo_epochs):
             for mini_batch in data.split(prompts_per_rank):
                 loss = self._accumulate_gradients(mini_batch, metrics)
@@ -157,8 +157,8 @@ class DataParallelPPOActor:
         counts = []
         for side in (students, ~students):
             counts += [float(update.rows.response_mask[side].sum()), float(side.sum())]
-        tokens, sequences, teacher_tokens, teacher_sequences = sum_over_ranks(counts)
-        size = data_parallel_size()
+        tokens, sequences, teacher_tokens, teacher_sequences = sum_over_shares(counts, self.actor_module)
+        size = data_parallel_size(self.actor_module)
         return {
             "student": {"dp_size": size, "batch_num_tokens": tokens, "global_batch_size": sequences},
             "teacher": {"dp_size": size, "batch_num_tokens": teacher_tokens, "global_batch_size": teacher_sequences},

@@ -21,7 +21,7 @@ from verl.workers.updates import (
     data_parallel_size,
     split_micro_batches,
     step_or_skip,
-    sum_over_ranks,
+    sum_over_shares,
 )
 
 
@@ -64,7 +64,7 @@ class PairPolicy:
         """
         config, metrics, self.work = self.actor.config, MetricSums(), Work()
         for _ in range(config.ppo_epochs):
-            for mini_batch in data.split(config.ppo_mini_batch_size // data_parallel_size()):
+            for mini_batch in data.split(config.ppo_mini_batch_size // data_parallel_size(self.module)):
                 loss = self._accumulate_gradients(mini_batch, soda, metrics)
                 step_or_skip("actor", self.module, self.actor.actor_optimizer, config.grad_clip, loss, metrics)
         return metrics.means()
@@ -74,7 +74,7 @@ class PairPolicy:
         rows, config, device = pair_rows(mini_batch), self.actor.config, self.module.device
         self.work.add(rows)
         references = torch.stack([mini_batch.batch[key] for key in PAIR_REFERENCE_KEYS], dim=-1)
-        (all_pairs,) = sum_over_ranks([float(len(mini_batch))])
+        (all_pairs,) = sum_over_shares([float(len(mini_batch))], self.module)
         micro_batches = self._split(
             rows, config.use_dynamic_bsz, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu
         )
@@ -84,7 +84,7 @@ class PairPolicy:
             micro = select_pairs(rows, index)
             loss, means = self._loss(micro, copy_to(references[index], device), soda)
             # The loss is a mean over this part's pairs.
-            share = loss * (len(index) / all_pairs * data_parallel_size())
+            share = loss * (len(index) / all_pairs * data_parallel_size(self.module))
             share.backward()
             total += share.detach()
             metrics.add(means, float(len(index)))
@@ -116,6 +116,7 @@ class PairPolicy:
         tokens = torch.tensor(rows.lengths()).view(-1, 2).sum(-1)
         if self.module.remove_padding:
             tokens -= rows.prompt_mask.sum(-1)[::2]
+        max_tokens *= self.module.sequence_parallel_size
         return split_micro_batches(tokens.tolist(), dynamic, max_tokens, None if size is None else max(1, size // 2))
 
 

@@ -31,7 +31,7 @@ from verl.workers.updates import (
     split_micro_batches,
     split_rows,
     step_or_skip,
-    sum_over_ranks,
+    sum_over_shares,
 )
 
 
@@ -135,14 +135,14 @@ class DataParallelPPOCritic:
 
     def _step(self, mini_batch: DataProto, metrics: MetricSums, table: ScoreTable | None = None) -> None:
         self._count(mini_batch)
-        (all_groups,) = sum_over_ranks([float(len(mini_batch))])
+        (all_groups,) = sum_over_shares([float(len(mini_batch))], self.critic_module)
         constants = self._constants(mini_batch, metrics)
         self.critic_optimizer.zero_grad()
         total = torch.zeros((), device=self.critic_module.device)
         for index, scores, tokens in self._score_groups(mini_batch):
             loss, parts = self.loss(scores, **constants)
             # The loss is a mean over this part's pairs; every group has as many.
-            share = loss * (len(index) / all_groups * data_parallel_size())
+            share = loss * (len(index) / all_groups * data_parallel_size(self.critic_module))
             share.backward()
             total += share.detach()
             means = {"critic/d_loss": loss, **parts}
@@ -167,7 +167,7 @@ class DataParallelPPOCritic:
             with torch.no_grad():
                 parts = [scores.difference for _, scores, _ in self._score_groups(mini_batch)]
             difference = torch.cat(parts)
-            total, pairs = sum_over_ranks([difference.sum().item(), float(difference.numel())])
+            total, pairs = sum_over_shares([difference.sum().item(), float(difference.numel())], self.critic_module)
             constants["temperature"] = adapted_temperature(
                 total / pairs, adaptive.offset, adaptive.slope, adaptive.lowest, adaptive.highest
             )
@@ -184,7 +184,7 @@ class DataParallelPPOCritic:
         micro_batches = split_micro_batches(
             groups.lengths(share_prompts=self.critic_module.remove_padding),
             self.config.use_dynamic_bsz,
-            self.config.ppo_max_token_len_per_gpu,
+            self.config.ppo_max_token_len_per_gpu * self.critic_module.sequence_parallel_size,
             None if size is None else max(1, size // groups.members.shape[1]),
         )
         once = self.config.model.fsdp_config.sync_gradients_once
