@@ -85,7 +85,8 @@ def test_answers_are_those_of_the_weights_of_one_update_before(run, folder):
     trained = run("moving", *saves, *AHEAD, configs=configs)
     metrics = read_metrics(trained)
     # The actor is frozen in step 0.
-    assert sorted({name for logged in metrics.values() for name in logged} - catalogue.names("warmup")) == []
+    known = catalogue.names("warmup") | catalogue.names("gad")
+    assert sorted({name for logged in metrics.values() for name in logged} - known) == []
     assert all("timing_s/gen_wait" in metrics[step] and "timing_s/gen" not in metrics[step] for step in range(STEPS))
     assert [metrics[step]["training/rollout_staleness"] for step in range(STEPS)] == [0, 0, 1, 1]
     for step in range(STEPS - 1):
