@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 from verl.config.run import Config
@@ -27,9 +27,24 @@ class ResourcePoolManager:
     resource_pool_spec: dict[str, list[int]]
     mapping: dict[Role, str]
     use_gpu: bool = False
+    begun: dict[str, RayResourcePool] = field(default_factory=dict, repr=False)
+
+    def begin(self, prepare: Callable[[], None]) -> None:
+        """Start the processes, which prepare themselves until a worker group takes them; ValueError as below."""
+        self.begun.update(self.create_resource_pool())
+        for name, pool in self.begun.items():
+            pool.begin([str(role) for role, its in self.mapping.items() if its == name], prepare)
+
+    def release(self) -> None:
+        """Give back what `begin` has started."""
+        for pool in self.begun.values():
+            pool.release()
+        self.begun.clear()
 
     def create_resource_pool(self) -> dict[str, RayResourcePool]:
-        """The pools by name; ValueError at once if the cluster cannot hold them."""
+        """The pools by name, those that have begun if any; ValueError at once if the cluster cannot hold them."""
+        if self.begun:
+            return dict(self.begun)
         pools = {
             name: RayResourcePool(processes, use_gpu=self.use_gpu, name_prefix=name)
             for name, processes in self.resource_pool_spec.items()
