@@ -157,14 +157,18 @@ class TaskRunner:
         )
         ranks = RanksAhead(lambda: self.begin(config, pools))
         try:
-            return self._checked(config, signals, pools, ranks)
+            checked = self._checked(config, signals, pools, ranks)
         except BaseException:
             pools.release()
             raise
+        if checked is not None:
+            checked[0].init_workers()
+        return checked
 
     def _checked(
         self, config: Config, signals: RunSignals, pools: ResourcePoolManager, ranks: RanksAhead
     ) -> tuple[RayPPOTrainer, Path | None] | None:
+        """`_prepared`, its workers apart."""
         trainer = config.trainer
         tokenizer, train, val = look_at(config, None if may_resume(trainer) else ranks.begin)
         own_tokens = OwnTokens.of(config, tokenizer)
@@ -191,14 +195,13 @@ class TaskRunner:
             config.stage, trainer.ranks, trainer.device, policy_settings.actor.fsdp_config.dtype,
             f"answers by {policy_settings.rollout.name}" if config.generates else "no answers are generated",
         )  # fmt: skip
-        runner.init_workers()
         return runner, resumed
 
     def begin(self, config: Config, pools: ResourcePoolManager) -> None:
         """Start what the workers run on, and their processes, without waiting for these."""
         with doing("starting Ray"):
             self.start(config)
-        pools.begin(preparing(config, [self.worker_classes[role] for role in pools.mapping]))
+            pools.begin(preparing(config, [self.worker_classes[role] for role in pools.mapping]))
 
     def start(self, config: Config) -> None:
         """Start what the workers run on."""
