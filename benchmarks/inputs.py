@@ -75,10 +75,12 @@ def write_policy(shape: Shape, folder: Path, device: str, seed: int = 0) -> None
 def write_critic(policy: Path, folder: Path) -> None:
     """A discriminator that shares the policy's weight file and gets a fresh score head when it is loaded."""
     folder.mkdir()
-    for source in policy.iterdir():
+    for source in policy.resolve().iterdir():
         (folder / source.name).symlink_to(source)
     config = json.loads((policy / "config.json").read_text())
-    config |= {"architectures": ["Qwen2ForTokenClassification"], "num_labels": 1}
+    (language_model,) = config["architectures"]
+    classes = [language_model.replace("ForCausalLM", "ForTokenClassification")]
+    config |= {"architectures": classes, "num_labels": 1}
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
 

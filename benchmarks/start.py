@@ -2,13 +2,15 @@
 
     python -m benchmarks.start --model /tmp/model --out results/start.json
     python -m benchmarks.start --shape 1.5b --runs gad --out results/start_1.5b.json
+    python -m benchmarks.start --runs seqkd --against ../before
 
 Every start is the command itself, in a process of its own: `python -m verl.trainer.main_ppo`, ended after its first
 step, whose seconds are those that it keeps in `run.json`. `seqkd` generates nothing and has no engine; `seqkd_val`
 validates before the first step; `gad` has everything on: discriminator, reference, engine, validation. A cold start
 finds empty folders for what torch, Triton and vLLM compile and for what is known of the rows; the warm ones after it
 find what it left there. Libraries and models stay in the system's memory, so that a first start on a machine takes
-longer than either.
+longer than either. With `--against` the package of another working tree starts in turn with this one's, each with
+folders of its own, and `of_other` is this one's median over the other's.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, Report, parser, say
 from benchmarks.engines import engine_name
-from benchmarks.inputs import Lengths, model_folder
+from benchmarks.inputs import Lengths, model_folder, write_critic
 from benchmarks.shapes import SHAPES
 from benchmarks.step import random_texts
 from verl.utils.dump import write_jsonl
@@ -44,9 +46,11 @@ PHASES = {
     "validation": ("driver", "validating"),
     "first_step": ("driver", "the first step"),
     "compiling": ("rank 0", "compiling layers"),
+    "rank_libraries": ("rank 0", "loading libraries"),
     "rest": ("driver", "rest"),
 }
-COLUMNS = ("run", "caches", "seconds", "of_cold", *PHASES)
+COLUMNS = ("run", "tree", "caches", "seconds", "of_cold", "of_other", *PHASES)
+THIS, OTHER = "this", "other"
 NO_VALIDATION = ("trainer.val_before_train=False", "trainer.test_freq=-1")
 RUNS = {
     "seqkd": ("stage=seqkd", *NO_VALIDATION),
@@ -68,13 +72,14 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--n", type=int, default=8, help="answers to a prompt (default: 8)")
     result.add_argument("--tokens", type=int, nargs=2, default=(256, 256), help="longest prompt and answer")
     result.add_argument("--rows", type=int, default=2048, help="of the training data (default: 2048)")
+    result.add_argument("--against", type=Path, metavar="TREE", help="another working tree, to compare with")
     result.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings for the trainer")
     return result
 
 
 def overrides(args: argparse.Namespace, model: Path, folder: Path, run: str) -> list[str]:
     """The settings of a start; the trainer's own defaults but for sizes and names."""
-    critic = [f"critic.model.path={model}"] if run == "gad" else []
+    critic = [f"critic.model.path={folder}/critic"] if run == "gad" else []
     return [
         *RUNS[run],
         f"data.train_files={folder}/train.jsonl",
@@ -100,12 +105,14 @@ def overrides(args: argparse.Namespace, model: Path, folder: Path, run: str) -> 
     ]
 
 
-def start(settings: list[str], folder: Path, caches: Path) -> dict[str, Any]:
-    """One start with these folders for caches; the seconds that it has kept."""
+def start(settings: list[str], folder: Path, caches: Path, tree: Path) -> dict[str, Any]:
+    """One start of a tree's package with these folders for caches; the seconds that it has kept."""
     shutil.rmtree(folder / "run", ignore_errors=True)
+    paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {name: str(caches / name.lower()) for name in CACHES}
+    environment |= {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *settings]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-8000:]}")
     return json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))["starts"][-1]["seconds_to_first_step"]
@@ -129,24 +136,30 @@ def median_row(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
 
 
 def measure(args: argparse.Namespace, model: Path, run: str, report: Report) -> None:
-    """One cold start and `--warm` warm ones."""
+    """One cold start and `--warm` warm ones, of each tree in turn."""
+    trees = {THIS: ROOT} | ({} if args.against is None else {OTHER: args.against.resolve()})
     with tempfile.TemporaryDirectory(prefix="start-") as made:
         folder = Path(made)
         lengths = Lengths((args.tokens[0] // 2, args.tokens[0]), (args.tokens[1] // 2, args.tokens[1]))
         for name, rows in (("train", args.rows), ("val", args.prompts)):
             write_jsonl(folder / f"{name}.jsonl", random_texts(rows, lengths))
+        write_critic(model, folder / "critic")
         settings = overrides(args, model, folder, run)
-        say(f"{run}: a cold start")
-        cold = row_of(start(settings, folder, folder / "caches"))
-        report.add(run=run, caches="cold", **cold)
-        warm = []
-        for number in range(args.warm):
-            say(f"{run}: warm start {number + 1} of {args.warm}")
-            warm.append(row_of(start(settings, folder, folder / "caches")))
-        if warm:
-            row = median_row(warm)
-            of_cold = row["seconds"] / cold["seconds"]
-            report.add(run=run, caches="warm", of_cold=of_cold, all_seconds=[one["seconds"] for one in warm], **row)
+        rows: dict[str, list[dict[str, float | None]]] = {name: [] for name in trees}
+        for number in range(1 + args.warm):
+            for name, tree in trees.items():
+                say(f"{run}, {name}: {f'warm start {number} of {args.warm}' if number else 'a cold start'}")
+                rows[name].append(row_of(start(settings, folder, folder / f"caches-{name}", tree)))
+    for caches, chosen in (("cold", slice(0, 1)), ("warm", slice(1, None))):
+        medians = {name: median_row(some) for name, all_of in rows.items() if (some := all_of[chosen])}
+        for name, row in medians.items():
+            compared = {}
+            if caches == "warm":
+                compared["of_cold"] = row["seconds"] / rows[name][0]["seconds"]
+                compared["all_seconds"] = [one["seconds"] for one in rows[name][chosen]]
+            if name == THIS and OTHER in medians:
+                compared["of_other"] = row["seconds"] / medians[OTHER]["seconds"]
+            report.add(run=run, tree=name, caches=caches, **compared, **row)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

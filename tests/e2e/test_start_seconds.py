@@ -6,7 +6,9 @@ import json
 import logging
 
 import pytest
+import ray
 
+from tests.e2e.running import train
 from verl.utils import startup
 
 pytestmark = pytest.mark.e2e
@@ -37,3 +39,35 @@ def test_a_run_that_ends_before_its_first_step_leaves_nothing_to_the_next(run):
     assert startup.conclude() is None
     driver = seconds_of(run("next", steps=1))["driver"]
     assert "building models: the student's" in driver and not any(name.startswith("validating") for name in driver)
+
+
+@pytest.mark.distributed
+def test_what_ranks_do_while_the_driver_looks_at_data_is_theirs(folder):
+    """On Ray: the rank has loaded libraries and read files by itself, and the driver's parts add up without that."""
+    overrides = "stage=seqkd", "trainer.total_training_steps=1", "trainer.val_before_train=False"
+    seconds = seconds_of(train(folder, "ray", *overrides))
+    driver, rank = seconds["driver"], seconds["rank 0"]
+    assert (
+        list(driver).index("starting Ray") < list(driver).index("reading data") < list(driver).index("starting 1 rank")
+    )
+    assert rank["loading libraries"] > 0 and rank["reading the models' files"] > 0
+    assert "loading libraries" not in driver
+    top = [name for name in driver if not name.startswith(("loading the", "comparing the"))]
+    assert sum(driver[name] for name in top) == pytest.approx(seconds["total"], abs=0.05)
+
+
+@pytest.mark.distributed
+def test_bad_rows_end_a_run_whose_ranks_have_begun(folder):
+    """Nobody's Ray is left, and in a caller's own the places are free again."""
+    (folder / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    overrides = "stage=seqkd", "trainer.total_training_steps=1", f"data.train_files={folder}/bad.jsonl"
+    with pytest.raises(ValueError, match="there is no column 'content'"):
+        train(folder, "bad", *overrides)
+    assert not ray.is_initialized()
+    ray.init(num_cpus=1, num_gpus=0, include_dashboard=False, address="local", log_to_driver=False)
+    try:
+        with pytest.raises(ValueError, match="there is no column 'content'"):
+            train(folder, "bad", *overrides)
+        train(folder, "good", "stage=seqkd", "trainer.total_training_steps=1", "trainer.val_before_train=False")
+    finally:
+        ray.shutdown()

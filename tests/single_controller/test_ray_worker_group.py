@@ -338,6 +338,40 @@ def test_colocated_roles_share_processes_but_not_state(pool):
         RayWorkerGroup(pool, classes["actor"])
 
 
+def leave_a_mark():
+    os.environ["MARK_OF_THE_TESTS"] = f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+
+
+def fail():
+    raise ValueError("a library is broken")
+
+
+class Marked(Worker):
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def mark(self):
+        return os.environ.get("MARK_OF_THE_TESTS")
+
+
+def test_processes_begun_before_their_workers_are_known(pool):
+    pool.begin(["Marked"], leave_a_mark)
+    group = RayWorkerGroup(pool, RayClassWithInitArgs(Marked))
+    assert group.mark() == ["0 of 2", "1 of 2"]
+    group.shutdown()
+    # They are taken once: the next group's are fresh.
+    assert RayWorkerGroup(pool, RayClassWithInitArgs(Marked)).mark() == [None, None]
+
+
+def test_what_goes_wrong_before_they_are_known_is_the_groups_error(make_pool):
+    pool = make_pool([2])
+    pool.begin(["Marked"], fail)
+    with pytest.raises(ValueError, match="a library is broken"):
+        RayWorkerGroup(pool, RayClassWithInitArgs(Marked))
+    pool.release()
+    pool.begin(["Marked"], leave_a_mark)
+    pool.release()
+    assert RayWorkerGroup(pool, RayClassWithInitArgs(Marked)).mark() == [None, None]
+
+
 def test_groups_in_turn_and_merged_pools(make_pool):
     first, second = make_pool([1]), make_pool([1])
     merged = merge_resource_pool(first, second)

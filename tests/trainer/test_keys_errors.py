@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = "actor_rollout_ref.model.path"
 
 
-class Started(BaseException):
+class Started(Exception):
     """Everything was found right."""
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from verl.utils import startup
 from verl.utils.run_log import phase
-from verl.utils.startup import Phase, _Record, begin, conclude, note, noted
+from verl.utils.startup import Phase, _Record, begin, conclude, note, noted, noted_beside
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +79,24 @@ def test_what_the_log_calls_a_phase_is_one_even_if_it_fails(clock):
     with phase("starting Ray"):
         clock(2)
     assert conclude() == (5, [Phase("reading data", 3.0, 0), Phase("starting Ray", 2.0, 0)])
+
+
+def test_what_goes_on_beside_the_phases_is_no_part_of_their_sum_or_order(clock):
+    begin()
+    with noted("building"):
+        clock(1)
+        with noted_beside("reading"):
+            clock(2)
+        with noted("proving"):
+            clock(4)
+    assert conclude() == (
+        7, [Phase("building", 7.0, 0), Phase("proving", 4.0, 1), Phase("reading", 2.0, 0, beside=True)]
+    )  # fmt: skip
+
+
+def test_what_ends_after_the_start_is_not_kept(clock):
+    begin()
+    with noted_beside("reading"):
+        clock(1)
+        conclude()
+    assert startup.phases() == []

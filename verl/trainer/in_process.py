@@ -16,6 +16,7 @@ from verl.single_controller.local import LocalWorkerGroup
 from verl.trainer.config import Config
 from verl.trainer.main_ppo import TaskRunner
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.roles import ResourcePoolManager
 
 
 class InProcessTrainer(RayPPOTrainer):
@@ -32,8 +33,12 @@ class InProcessRunner(TaskRunner):
 
     trainer_class: ClassVar[type[RayPPOTrainer]] = InProcessTrainer
 
+    def begin(self, config: Config, pools: ResourcePoolManager) -> None:
+        """There is nothing to start but what a subclass has."""
+        self.start(config)
+
     def start(self, config: Config) -> None:
-        """There is nothing to start."""
+        """Nothing."""
 
 
 def run_in_process(config: Config) -> None:

@@ -5,6 +5,7 @@ wrong, each is told, together.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -91,9 +92,16 @@ def missing_paths(config: Config) -> list[str]:
     return [sentence for error in findings.errors for sentence in sentences_of(error)]
 
 
-def look_over(config: Config, findings: Findings) -> PreTrainedTokenizerBase | None:
+def look_over(
+    config: Config, findings: Findings, begin: Callable[[], None] | None = None
+) -> PreTrainedTokenizerBase | None:
     """Look at everything but the rows of the data, which take longest; returns the student's tokenizer, if that can be
-    had."""
+    had.
+
+    Args:
+        begin: called before models' files are looked into, where nothing has been found that keeps the run from
+            starting.
+    """
     tokenizer = None
     with findings.gathered():
         check_loggers(config.trainer.logger)
@@ -105,6 +113,8 @@ def look_over(config: Config, findings: Findings) -> PreTrainedTokenizerBase | N
         check_engine(config)
     with findings.gathered():
         check_data_files(config.data)
+    if begin is not None and not findings and not missing_paths(config):
+        begin()
     with findings.gathered(), phase("reading tokenizer and model files"):
         tokenizer = check_models(config)
     return tokenizer
@@ -140,10 +150,13 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[RLHFD
     return train, val
 
 
-def look_at(config: Config) -> tuple[PreTrainedTokenizerBase, RLHFDataset, RLHFDataset | None]:
-    """The student's tokenizer, training and validation data; of everything that is wrong, each is told."""
+def look_at(
+    config: Config, begin: Callable[[], None] | None = None
+) -> tuple[PreTrainedTokenizerBase, RLHFDataset, RLHFDataset | None]:
+    """The student's tokenizer, training and validation data; of everything that is wrong, each is told. `begin`: as of
+    `look_over`."""
     findings = Findings()
-    tokenizer = look_over(config, findings)
+    tokenizer = look_over(config, findings, begin)
     findings.tell()
     for doubt in doubts(config):
         logger.warning("%s", doubt)

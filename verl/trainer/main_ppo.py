@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -36,14 +37,14 @@ from verl.trainer.looking_over import create_rl_dataset as create_rl_dataset
 from verl.trainer.looking_over import look_at, look_over, missing_paths, without_idle_critic
 from verl.trainer.node_checks import check_nodes
 from verl.trainer.options import asked_for_help
-from verl.trainer.ppo.checkpointing import find_checkpoint, run_folder
+from verl.trainer.ppo.checkpointing import find_checkpoint, may_resume, run_folder
 from verl.trainer.ppo.disk import check_disk
 from verl.trainer.ppo.ending import end_said, nothing_left, say_end
 from verl.trainer.ppo.origin import Origin, check_same_run
 from verl.trainer.ppo.own_tokens import OwnTokens
 from verl.trainer.ppo.profiled_steps import check_profile_steps
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.trainer.ppo.roles import ResourcePoolManager, Role
+from verl.trainer.ppo.roles import ResourcePoolManager, Role, resource_pools
 from verl.utils import startup
 from verl.utils.checkpoint.checkpoint_manager import step_of
 from verl.utils.checkpoint.recovery import clear_up
@@ -55,6 +56,7 @@ from verl.utils.run_log import FOLDER, RANKS, log_to, log_to_terminal, phase
 from verl.utils.signals import EndedBySignal, RunSignals, out_of_reach
 from verl.utils.stalls import StallWatch, doing, duration
 from verl.utils.tracking import ending_in_time
+from verl.workers.beforehand import preparing
 from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 from verl.workers.rollout_worker import RolloutWorker
 
@@ -81,6 +83,29 @@ def check_resume(config: Config, rows: int, resumed: Path | None) -> Origin:
     return now
 
 
+class RanksAhead:
+    """The ranks' processes, begun once, before it is known whether the run will start. What keeps them from it is told
+    when it is asked for: what is wrong with the run's own input comes first."""
+
+    def __init__(self, begin: Callable[[], None]):
+        self._begin, self._begun, self._error = begin, False, None
+
+    def begin(self) -> None:
+        """Begin, unless it has been done."""
+        if self._begun:
+            return
+        self._begun = True
+        try:
+            self._begin()
+        except Exception as error:
+            self._error = error
+
+    def tell(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+
 class TaskRunner:
     """Everything that a run needs, built and run; a subclass may swap parts, for instance the worker classes."""
 
@@ -92,7 +117,7 @@ class TaskRunner:
     trainer_class: ClassVar[type[RayPPOTrainer]] = RayPPOTrainer
 
     def run(self, config: Config) -> None:
-        """Train. Data, configs and the tokenizers of all models are checked before Ray starts.
+        """Train. Settings, folders and files are checked before Ray starts, what is in them before any model is built.
 
         Raises:
             EndedBySignal: the run was told to end before its last step; between steps it has saved a checkpoint.
@@ -124,19 +149,32 @@ class TaskRunner:
 
     def _prepared(self, config: Config, signals: RunSignals) -> tuple[RayPPOTrainer, Path | None] | None:
         """The trainer with its workers, all checked, and the checkpoint that it goes on from; None, which is said, if
-        nothing is left to train."""
+        nothing is left to train.
+
+        The ranks' processes load what they need while models' files and data are looked at. A run that may go on from a
+        checkpoint waits for the data, which tell whether anything is left to train.
+        """
+        pools = resource_pools(config)
+        ranks = RanksAhead(lambda: self.begin(config, pools))
+        try:
+            checked = self._checked(config, signals, pools, ranks)
+        except BaseException:
+            pools.release()
+            raise
+        if checked is not None:
+            checked[0].init_workers()
+        return checked
+
+    def _checked(
+        self, config: Config, signals: RunSignals, pools: ResourcePoolManager, ranks: RanksAhead
+    ) -> tuple[RayPPOTrainer, Path | None] | None:
+        """`_prepared`, its workers apart."""
         trainer = config.trainer
-        tokenizer, train, val = look_at(config)
+        tokenizer, train, val = look_at(config, None if may_resume(trainer) else ranks.begin)
         own_tokens = OwnTokens.of(config, tokenizer)
         if own_tokens is not None:
             with phase("looking at the data as the discriminator reads it"):
                 train, val = (None if rows is None else own_tokens.with_prompts(rows) for rows in (train, val))
-        roles = [Role.ActorRollout] + ([Role.Critic] if config.use_critic else [])
-        pools = ResourcePoolManager(
-            {"global_pool": [config.processes_per_node] * trainer.nnodes},
-            dict.fromkeys(roles, "global_pool"),
-            use_gpu=trainer.device != "cpu",
-        )
         # Half of a row's bytes are columns that users of verl's names know and nothing here reads.
         collate = partial(collate_fn, columns=Prompts.names())
         runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate)
@@ -149,8 +187,8 @@ class TaskRunner:
             return None
         check_profile_steps(config, runner.total_steps, 0 if resumed is None else step_of(resumed))
         check_disk(config, runner.total_steps, resumed)
-        with doing("starting Ray"):
-            self.start(config)
+        ranks.begin()
+        ranks.tell()
         policy_settings = config.actor_rollout_ref
         answers = f"answers by {policy_settings.rollout.name}" if config.generates else "no answers are generated"
         if config.rollout_ranks:
@@ -164,8 +202,18 @@ class TaskRunner:
                 "trainer.rollout_ahead=1 with algorithm.rollout_is=null: answers of the policy of one update before "
                 "are taken for the present one's, which biases its gradient; algorithm.rollout_is=token corrects for it"
             )
-        runner.init_workers()
         return runner, resumed
+
+    def begin(self, config: Config, pools: ResourcePoolManager) -> None:
+        """Start what the workers run on, and their processes, without waiting for these."""
+        with doing("starting Ray"):
+            self.start(config)
+            pools.begin(partial(self._preparing, config))
+
+    def _preparing(self, config: Config, roles: Sequence[Role]) -> Callable[[], None]:
+        """What a process that will have these roles does before it has them."""
+        engine = config.generates and (Role.Rollout if config.rollout_ranks else Role.ActorRollout) in roles
+        return preparing(config, [self.worker_classes[role] for role in roles], engine)
 
     def start(self, config: Config) -> None:
         """Start what the workers run on."""

@@ -12,11 +12,16 @@ from typing import NamedTuple
 
 
 class Phase(NamedTuple):
-    """A stretch of time. `depth`: of how many others it is a part."""
+    """A stretch of time.
+
+    depth: of how many others it is a part.
+    beside: it went on beside the others, in a thread of its own, so that its seconds are not part of their sum.
+    """
 
     what: str
     seconds: float
     depth: int
+    beside: bool = False
 
 
 class _Record:
@@ -24,6 +29,7 @@ class _Record:
 
     def __init__(self) -> None:
         self.phases: list[Phase] = []
+        self.beside: list[Phase] = []
         self.began: float | None = None
         self.over = False
         self.depth = 0
@@ -63,9 +69,20 @@ def noted(what: str) -> Iterator[None]:
         record.phases.insert(place, Phase(what, time.monotonic() - start, record.depth))
 
 
+@contextmanager
+def noted_beside(what: str) -> Iterator[None]:
+    """Keep the block, in a thread of its own, as a phase beside those of the others."""
+    record, start = _record, time.monotonic()
+    try:
+        yield
+    finally:
+        if not record.over:
+            record.beside.append(Phase(what, time.monotonic() - start, 0, beside=True))
+
+
 def phases() -> list[Phase]:
-    """Those kept so far, in their order."""
-    return list(_record.phases)
+    """Those kept so far, in their order, and then those beside them."""
+    return [*_record.phases, *_record.beside]
 
 
 def conclude() -> tuple[float, list[Phase]] | None:

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.base import ClassWithInitArgs, ResourcePool, Worker, WorkerGroup
-from verl.single_controller.base.worker import colocate
+from verl.single_controller.ray.host import NETWORK, WorkerHost
 from verl.single_controller.ray.nodes import Node, all_nodes, choose_nodes
-from verl.single_controller.ray.output import log_in_rank
 from verl.single_controller.ray.processes import MARK, RankProcesses
 from verl.single_controller.ray.resources import check_resources, describe
-from verl.utils.profiling import marked
-from verl.utils.rendezvous import interface_of, reserve_port
-from verl.utils.stacks import answer_when_asked
 from verl.utils.stalls import waiting
 
 logger = logging.getLogger(__name__)
@@ -37,7 +33,6 @@ _CAUSE_GRACE_S = 2.0
 _NODE_GRACE_S = 30.0
 # Ray's own label of a node.
 NODE_ID = "ray.io/node-id"
-_NETWORK = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 # What ends a process from outside. The second one is Ray's own, before the kernel does it.
 _DEATHS = (RayActorError, OutOfMemoryError)
 _OUT_OF_MEMORY_ADVICE = (
@@ -75,6 +70,22 @@ class RayResourcePool(ResourcePool):
         self.under_way: dict[ray.ObjectRef, _Call] = {}
         # Of the bundles of each placement group those from here on; a part of a pool has some of the whole's.
         self._first = [0] * len(process_on_nodes)
+        self._begun: _Begun | None = None
+
+    def begin(self, roles: Iterable[str], prepare: Callable[[], None]) -> None:
+        """Start the processes of the worker group to come, which will have these roles, and let them prepare meanwhile.
+        Nothing is waited for: what goes wrong there is raised to that group.
+
+        Raises:
+            ValueError: as `get_placement_groups`.
+        """
+        actors, processes = _start_actors(self, roles)
+        self._begun = _Begun(actors, processes, [actor.prepare.remote(prepare) for actor in actors])
+
+    def processes_for(self, roles: Iterable[str]) -> "_Begun":
+        """Those that `begin` has started, once; otherwise new ones, which have nothing to prepare."""
+        begun, self._begun = self._begun, None
+        return begun or _Begun(*_start_actors(self, roles), [])
 
     def get_placement_groups(self) -> list[PlacementGroup]:
         """Reserves the processes at the first call; returns one placement group per node.
@@ -139,8 +150,17 @@ class RayResourcePool(ResourcePool):
         """Gives the processes back to the cluster; actors that still run in them die."""
         for group in self._placement_groups or []:
             remove_placement_group(group)
-        self._placement_groups = None
+        self._placement_groups = self._begun = None
         self.tenants.clear()
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Processes that have been started, in rank order, and what they prepare before they are given workers."""
+
+    actors: list
+    processes: RankProcesses
+    preparing: list[ray.ObjectRef]
 
 
 class RayClassWithInitArgs(ClassWithInitArgs):
@@ -170,39 +190,6 @@ def create_colocated_worker_cls(class_dict: dict[str, RayClassWithInitArgs]) -> 
         if not issubclass(cls_with_args.cls, Worker):
             raise TypeError(f"role {role!r}: expected a subclass of Worker, got {cls_with_args.cls.__name__}.")
     return ColocatedClasses(dict(class_dict))
-
-
-class WorkerHost:
-    """The Ray actor: one process, holding one worker object per role."""
-
-    def __init__(self, roles: dict[str, RayClassWithInitArgs], one_node: bool) -> None:
-        answer_when_asked()
-        log_in_rank()
-        self._roles, self._one_node = roles, one_node
-
-    def meeting_place(self) -> tuple[str, int]:
-        """An address and a port of this process, rank 0's."""
-        # One node needs no other address than the loopback's.
-        address = "127.0.0.1" if self._one_node else ray.util.get_node_ip_address()
-        return address, reserve_port(address)
-
-    def build(self, address: str, port: int) -> None:
-        """Construct the workers, whose ranks meet there."""
-        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-        if not self._one_node:
-            # By default gloo listens where the host's name points to, which on many machines is the loopback.
-            for name in set(_NETWORK) - os.environ.keys():
-                os.environ[name] = interface_of(ray.util.get_node_ip_address())
-        self._workers = {role: cls_with_args() for role, cls_with_args in self._roles.items()}
-        colocate(self._workers)
-
-    def call(self, role: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
-        with marked(f"{role}.{method_name}"):
-            return getattr(self._workers[role], method_name)(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        # Ray puts this before each line the process prints and into its tracebacks.
-        return f"{'+'.join(self._roles)}[rank {os.environ['RANK']}]"
 
 
 @dataclass(frozen=True)
@@ -242,10 +229,12 @@ class RayWorkerGroup(WorkerGroup):
             self._roles = {self._role: ray_cls_with_init}
             self._bind_worker_methods(ray_cls_with_init.cls)
         self._under_way = resource_pool.under_way
-        self._actors, self._processes = _start_actors(resource_pool, self._roles)
+        begun = resource_pool.processes_for(self._roles)
+        self._actors, self._processes = begun.actors, begun.processes
         try:
+            self.wait(begun.preparing, "__init__")
             [place] = self.wait([self._actors[0].meeting_place.remote()], "__init__")
-            self.wait([actor.build.remote(*place) for actor in self._actors], "__init__")
+            self.wait([actor.build.remote(self._roles, *place) for actor in self._actors], "__init__")
         except BaseException:
             self.shutdown()
             raise
@@ -413,7 +402,7 @@ def _errors_soon(pending: dict[int, ray.ObjectRef], grace: float) -> dict[int, E
     return errors
 
 
-def _start_actors(pool: RayResourcePool, roles: dict[str, RayClassWithInitArgs]) -> tuple[list, RankProcesses]:
+def _start_actors(pool: RayResourcePool, roles: Iterable[str]) -> tuple[list, RankProcesses]:
     """Starts one WorkerHost per bundle, in rank order."""
     bundles = pool.bundles()
     in_use = sum(bool(actors) for actors in pool.tenants)
@@ -431,7 +420,7 @@ def _start_actors(pool: RayResourcePool, roles: dict[str, RayClassWithInitArgs])
     mark = uuid.uuid4().hex
     actors = [
         host.options(scheduling_strategy=_place(*bundle), runtime_env={"env_vars": env | {MARK: mark}}).remote(
-            roles, len(set(nodes)) == 1
+            list(roles), len(set(nodes)) == 1
         )
         for bundle, env in zip(bundles, _environments(nodes, per_node, pool.use_gpu), strict=True)
     ]
@@ -450,9 +439,9 @@ def _environments(nodes: list[str], per_node: dict[str, int], use_gpu: bool) -> 
     if len(set(nodes)) == 1 and sys.platform == "linux":
         # By default gloo listens where the host's name points to, which may be a public address or nowhere, and NCCL on
         # any interface but the loopback.
-        shared |= {name: os.environ.get(name, "lo") for name in _NETWORK}
+        shared |= {name: os.environ.get(name, "lo") for name in NETWORK}
     else:
-        shared |= {name: os.environ[name] for name in _NETWORK if name in os.environ}
+        shared |= {name: os.environ[name] for name in NETWORK if name in os.environ}
     environments = []
     for rank, node in enumerate(nodes):
         # Ray shows a GPU process only its own GPU, as device 0, and torch and vLLM take LOCAL_RANK for the device.

@@ -367,6 +367,13 @@ def find_checkpoint(config: TrainerConfig, parts: Collection[str] = ("actor",)) 
     return folder
 
 
+def may_resume(config: TrainerConfig) -> bool:
+    """Whether there are checkpoints that training may go on from; nothing is read of them."""
+    return config.resume_mode == "resume_path" or (
+        config.resume_mode == "auto" and bool(checkpoints_in(run_folder(config)))
+    )
+
+
 def may_resume_critic(config: TrainerConfig) -> bool:
     """Whether a checkpoint that training may go on from has a discriminator; nothing is read of them."""
     if config.resume_mode == "disable":

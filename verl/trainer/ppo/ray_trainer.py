@@ -230,15 +230,11 @@ class RayPPOTrainer:
 
     def spawn(self, roles: dict[str, RayClassWithInitArgs]) -> dict[str, WorkerGroup]:
         """One worker group per role, the roles of a rank in one process; engines of their own in processes beside."""
-        pools = self.resource_pool_manager.create_resource_pool()
-        pool = pools[self.resource_pool_manager.mapping[Role.ActorRollout]]
-        trained = {name: role for name, role in roles.items() if name != str(Role.Rollout)}
-        groups = {}
-        if trained != roles:
-            trainer, alone = self.config.trainer, {str(Role.Rollout): roles[str(Role.Rollout)]}
-            pool, engines = pool.split([trainer.n_gpus_per_node] * trainer.nnodes)
-            groups = RayWorkerGroup(engines, create_colocated_worker_cls(alone)).spawn(alone)
-        return groups | RayWorkerGroup(pool, create_colocated_worker_cls(trained)).spawn(trained)
+        manager, groups = self.resource_pool_manager, {}
+        for name, pool in manager.create_resource_pool().items():
+            its = {str(role): roles[str(role)] for role in manager.roles_in(name)}
+            groups |= RayWorkerGroup(pool, create_colocated_worker_cls(its)).spawn(its)
+        return groups
 
     # ------------------------------------------------------------ the loop
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from verl.config.run import Config
@@ -24,27 +24,62 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class ResourcePoolManager:
-    """Which processes there are (`resource_pool_spec`: pool name -> processes per node) and which role gets which."""
+    """Which processes there are (`resource_pool_spec`: pool name -> processes per node) and which role gets which.
+
+    Pools are reserved as one and stand beside each other on the same nodes.
+    """
 
     resource_pool_spec: dict[str, list[int]]
     mapping: dict[Role, str]
     use_gpu: bool = False
+    begun: dict[str, RayResourcePool] = field(default_factory=dict, repr=False)
+
+    def begin(self, prepare: Callable[[Sequence[Role]], Callable[[], None]]) -> None:
+        """Start the processes, which do what `prepare` says for their roles until a worker group takes them; ValueError
+        as below."""
+        self.begun.update(self.create_resource_pool())
+        for name, pool in self.begun.items():
+            roles = self.roles_in(name)
+            pool.begin([str(role) for role in roles], prepare(roles))
+
+    def release(self) -> None:
+        """Give back what `begin` has started."""
+        for pool in self.begun.values():
+            pool.release()
+        self.begun.clear()
+
+    def roles_in(self, pool: str) -> list[Role]:
+        """The roles whose processes are those of the pool."""
+        return [role for role, name in self.mapping.items() if name == pool]
 
     def create_resource_pool(self) -> dict[str, RayResourcePool]:
-        """The pools by name; ValueError at once if the cluster cannot hold them."""
-        pools = {
-            name: RayResourcePool(processes, use_gpu=self.use_gpu, name_prefix=name)
-            for name, processes in self.resource_pool_spec.items()
-        }
-        for pool in pools.values():
-            pool.get_placement_groups()
-        return pools
+        """The pools by name, those that have begun if any; ValueError at once if the cluster cannot hold them."""
+        if self.begun:
+            return dict(self.begun)
+        *first, last = self.resource_pool_spec
+        on_nodes = [sum(counts) for counts in zip(*self.resource_pool_spec.values(), strict=True)]
+        rest, pools = RayResourcePool(on_nodes, use_gpu=self.use_gpu, name_prefix=last), {}
+        rest.get_placement_groups()
+        for name in first:
+            pools[name], rest = rest.split(self.resource_pool_spec[name])
+        return pools | {last: rest}
 
     # ---- names of verl's that nothing here calls ----
 
     def get_n_gpus(self) -> int:
         """Processes of all pools; on GPU nodes each has a GPU."""
         return sum(sum(processes) for processes in self.resource_pool_spec.values())
+
+
+def resource_pools(config: Config) -> ResourcePoolManager:
+    """The processes that train and, where engines have devices of their own, theirs."""
+    trainer = config.trainer
+    processes = {"global_pool": [trainer.n_gpus_per_node] * trainer.nnodes}
+    roles = dict.fromkeys([Role.ActorRollout] + ([Role.Critic] if config.use_critic else []), "global_pool")
+    if config.rollout_ranks:
+        processes["rollout_pool"] = [config.actor_rollout_ref.rollout.n_gpus_per_node] * trainer.nnodes
+        roles[Role.Rollout] = "rollout_pool"
+    return ResourcePoolManager(processes, roles, use_gpu=trainer.device != "cpu")
 
 
 def worker_roles(

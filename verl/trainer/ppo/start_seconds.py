@@ -1,4 +1,8 @@
-"""The time from the command to the end of the first step, said once and kept in `run.json`."""
+"""The time from the command to the end of the first step, said once and kept in `run.json`.
+
+The driver's phases follow each other and add up to it. Rank 0's are what that process did meanwhile: libraries that it
+loads while the driver reads data cost the start only what the driver then still waits for them ("starting 1 rank").
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ def tell_start(config: Config, groups: Sequence[WorkerGroup]) -> None:
     seconds, driver = concluded
     known = {phase.what for phase in driver}
     rank = dict.fromkeys(phase for group in groups for phase in group.start_phases()[0] if phase.what not in known)
-    rest = seconds - sum(phase.seconds for phase in driver if phase.depth == 0)
+    rest = seconds - sum(phase.seconds for phase in driver if phase.depth == 0 and not phase.beside)
     driver.append(Phase("rest", rest, 0))
     keep_start_seconds(run_folder(config.trainer), _as_entry(seconds, driver, list(rank)))
     rows = [*_rows("driver", driver), *_rows("rank 0", list(rank))]
@@ -49,4 +53,8 @@ def _as_entry(seconds: float, driver: list[Phase], rank: list[Phase]) -> dict[st
 
 
 def _rows(where: str, made: list[Phase]) -> list[list[str]]:
-    return [[where, "  " * one.depth + one.what, f"{one.seconds:.1f}"] for one in made if one.seconds >= SHORTEST_S]
+    return [[where, _label(one), f"{one.seconds:.1f}"] for one in made if one.seconds >= SHORTEST_S]
+
+
+def _label(phase: Phase) -> str:
+    return f"meanwhile: {phase.what}" if phase.beside else "  " * phase.depth + phase.what
