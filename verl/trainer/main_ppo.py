@@ -189,19 +189,7 @@ class TaskRunner:
         check_disk(config, runner.total_steps, resumed)
         ranks.begin()
         ranks.tell()
-        policy_settings = config.actor_rollout_ref
-        answers = f"answers by {policy_settings.rollout.name}" if config.generates else "no answers are generated"
-        if config.rollout_ranks:
-            answers += f" on {config.rollout_ranks} x {trainer.device} of its own, a step ahead"
-        logger.info(
-            "%s: training on %d x %s in %s, %s",
-            config.stage, trainer.ranks, trainer.device, policy_settings.actor.fsdp_config.dtype, answers,
-        )  # fmt: skip
-        if config.rollout_ranks and config.algorithm.rollout_is is None and not config.use_sft:
-            logger.warning(
-                "trainer.rollout_ahead=1 with algorithm.rollout_is=null: answers of the policy of one update before "
-                "are taken for the present one's, which biases its gradient; algorithm.rollout_is=token corrects for it"
-            )
+        _say_what_trains(config)
         return runner, resumed
 
     def begin(self, config: Config, pools: ResourcePoolManager) -> None:
@@ -218,6 +206,22 @@ class TaskRunner:
     def start(self, config: Config) -> None:
         """Start what the workers run on."""
         start_ray(config)
+
+
+def _say_what_trains(config: Config) -> None:
+    trainer, policy = config.trainer, config.actor_rollout_ref
+    answers = f"answers by {policy.rollout.name}" if config.generates else "no answers are generated"
+    if config.rollout_ranks:
+        answers += f" on {config.rollout_ranks} x {trainer.device} of its own, a step ahead"
+    logger.info(
+        "%s: training on %d x %s in %s, %s",
+        config.stage, trainer.ranks, trainer.device, policy.actor.fsdp_config.dtype, answers,
+    )  # fmt: skip
+    if config.rollout_ranks and config.algorithm.rollout_is is None and not config.use_sft:
+        logger.warning(
+            "trainer.rollout_ahead=1 with algorithm.rollout_is=null: answers of the policy of one update before "
+            "are taken for the present one's, which biases its gradient; algorithm.rollout_is=token corrects for it"
+        )
 
 
 def start_ray(config: Config) -> None:
