@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -496,10 +497,18 @@ def test_what_goes_on_and_ends_well_disturbs_nobody(parts):
     assert again.get() == ["written"] and trained.work(0.1) == ["trained"]
 
 
-def test_what_is_waited_for_names_the_calls_that_go_on(parts):
-    trained, writing = (RayWorkerGroup(part, RayClassWithInitArgs(Slow)) for part in parts)
-    pending = writing.begin(1.0)
-    said = trained._all_unanswered([0], "work")
-    assert said == "Slow rank 0 of 1 has not answered work; Slow rank 0 of 1 has not answered begin"
-    pending.get()
-    assert trained._all_unanswered([0], "work") == "Slow rank 0 of 1 has not answered work"
+def test_what_is_waited_for_names_the_calls_that_go_on():
+    """Played: the groups' processes stand still nowhere."""
+    under_way, groups = {}, []
+    for role in ("actor_rollout", "rollout"):
+        group = object.__new__(RayWorkerGroup)
+        group._world_size, group._role, group._roles, group._under_way = 1, role, {role: None}, under_way
+        group._processes = SimpleNamespace(stuck=lambda ranks: {})
+        groups.append(group)
+    trained, writing = groups
+    writing.goes_on(["handle"], "generate_sequences")
+    said = "actor_rollout rank 0 of 1 has not answered update_actor"
+    also = "rollout rank 0 of 1 has not answered generate_sequences"
+    assert trained._all_unanswered([0], "update_actor") == f"{said}; {also}"
+    under_way.clear()
+    assert trained._all_unanswered([0], "update_actor") == said
