@@ -1,10 +1,9 @@
 from verl.single_controller.ray.base import (
     RayClassWithInitArgs,
-    RayResourcePool,
     RayWorkerGroup,
     create_colocated_worker_cls,
-    merge_resource_pool,
 )
+from verl.single_controller.ray.pools import RayResourcePool, merge_resource_pool
 
 __all__ = [
     "RayClassWithInitArgs",
