@@ -52,9 +52,9 @@ def calls(monkeypatch):
     seen = []
     generate, log_prob = HFRollout.generate, PairPolicy.compute_log_prob
 
-    def counted_generate(self, prompts, *args):
+    def counted_generate(self, prompts, *args, **more):
         seen.append(("answers", len(prompts)))
-        return generate(self, prompts, *args)
+        return generate(self, prompts, *args, **more)
 
     def counted_log_prob(self, data):
         seen.append(("reference" if self.actor.actor_optimizer is None else "policy", len(data)))

@@ -7,6 +7,8 @@ import pickle
 import pytest
 
 from verl.trainer.config import compose_config
+from verl.trainer.main_ppo import TaskRunner
+from verl.trainer.ppo.roles import Role
 from verl.utils import startup
 from verl.workers import beforehand
 
@@ -14,12 +16,9 @@ NEEDED = (
     "trainer.experiment_name=x", "data.train_files=/d", "actor_rollout_ref.model.path=/student", "trainer.device=cpu",
 )  # fmt: skip
 GAD = ("stage=gad", "critic.model.path=/critic")
+AHEAD = ("trainer.rollout_ahead=1", "actor_rollout_ref.rollout.n_gpus_per_node=1")
 # Generates nothing.
 SEQKD = ("stage=seqkd", "trainer.val_before_train=False", "trainer.test_freq=-1")
-
-
-class OfAWorker:
-    """Its module is loaded where the function arrives."""
 
 
 @pytest.fixture
@@ -28,12 +27,12 @@ def prepare(monkeypatch):
     monkeypatch.setattr(startup, "_record", startup._Record())
     monkeypatch.setattr(beforehand, "host_memory", lambda: 1000)
 
-    def run(rank, *settings):
+    def run(rank, *settings, roles=(Role.ActorRollout, Role.Critic)):
         read, engines = [], []
         monkeypatch.setattr(beforehand, "read_ahead", lambda paths, most: read.append((paths, most)))
         monkeypatch.setattr(beforehand, "get_rollout_class", engines.append)
         monkeypatch.setenv("RANK", str(rank))
-        pickle.loads(pickle.dumps(beforehand.preparing(compose_config([*NEEDED, *settings]), [OfAWorker])))()
+        pickle.loads(pickle.dumps(TaskRunner()._preparing(compose_config([*NEEDED, *settings]), roles)))()
         return (read or None), engines, [phase.what for phase in startup.phases()]
 
     return run
@@ -54,3 +53,8 @@ def test_what_a_run_does_without_is_not_read_or_loaded(prepare):
     assert prepare(0, *SEQKD)[:2] == ([(["/student"], 500)], [])
     shared = ("actor_rollout_ref.model.use_shm=True", "critic.model.use_shm=True")
     assert prepare(0, *GAD, *shared)[:2] == ([([], 500)], ["hf"])
+
+
+def test_engines_on_devices_of_their_own_are_loaded_there_alone(prepare):
+    assert prepare(1, *GAD, *AHEAD)[1] == []
+    assert prepare(1, *GAD, *AHEAD, roles=(Role.Rollout,))[1] == ["hf"]

@@ -272,6 +272,7 @@ def _rollout_config(drawing: Drawing, longest_prompt: int) -> RolloutConfig:
         log_prob_max_token_len_per_gpu=8192,
         log_prob_micro_batch_size_per_gpu=None,
         val_kwargs=sampling,
+        n_gpus_per_node=0,
         tensor_model_parallel_size=1,
         gpu_memory_utilization=drawing.memory,
         max_num_batched_tokens=8192,
