@@ -46,7 +46,7 @@ def engine_settings(
 def start_engine(config: Config) -> BaseRollout:
     """The trainer's engine with the weights of the model folder in it."""
     # Joins a process group of one, as every worker does.
-    worker = LocalWorkerGroup(ClassWithInitArgs(FSDPWorker, config.trainer.device, seed=1)).worker
+    worker = LocalWorkerGroup(ClassWithInitArgs(FSDPWorker, config.trainer.device, 1, "engine", 1)).worker
     path = Path(config.actor_rollout_ref.model.path)
     rollout = get_rollout_class(config.actor_rollout_ref.rollout.name)(
         load_config(path, "policy"), load_tokenizer(path), config.actor_rollout_ref.rollout, worker.device
