@@ -155,8 +155,7 @@ class VLLMRollout(BaseRollout):
         for one in ranks_prompts:
             requests += [{"prompt_token_ids": ids} for ids in one.prompts]
             params += [
-                self._params(sampling, len(ids), longest, report=row < one.reported)
-                for row, ids in enumerate(one.prompts)
+                self._params(sampling, len(ids), row < one.reported, longest) for row, ids in enumerate(one.prompts)
             ]
         with self._generators(ranks_prompts[0].seed):
             outputs = self.llm.generate(requests, params, use_tqdm=False)
@@ -172,7 +171,7 @@ class VLLMRollout(BaseRollout):
         return ranks_prompts
 
     def _params(
-        self, sampling: SamplingConfig, prompt_length: int, longest: int | None, report: bool
+        self, sampling: SamplingConfig, prompt_length: int, report: bool, longest: int | None = None
     ) -> SamplingParams:
         # No seed per request: a sampler that knows one draws row by row. `ignore_eos` is about the EOS that vLLM takes
         # from the folder it was given, which has no generation config; answers end at `eos_token_ids`.
