@@ -26,10 +26,10 @@ def test_a_start_is_short_and_files_hold_no_control_characters(tmp_path):
     assert first.returncode in (0, 1), said.decode()
     assert not set(said + first.stdout + first.stderr) & (set(range(32)) - {ord("\n"), ord("\t")})
     start, *stages = re.split(r"(?m)^\[\d/4\] (?:SeqKD|warmup|GAD): ", said.decode())
-    assert start.count("\n") < 42 and len(stages) == 3
+    assert start.count("\n") < 40 and len(stages) == 3
     for text in stages:
         before = text[: text.index("step 1/3 |")]
-        assert before.count("\n") < 42, before
+        assert before.count("\n") < 40, before
         assert "is not kept" not in before and "Traceback" not in text
     # The grades, and what the report of such a run shows.
     folder = out / "seed_0"
