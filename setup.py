@@ -12,6 +12,7 @@ trackers = ["mlflow", "swanlab", "trackio", "wandb"]
 # The site and its search, whose Chinese words jieba finds.
 docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "jieba>=0.42"]
 lora = ["peft>=0.21,<1", "accelerate>=1"]
+qlora = [*lora, "bitsandbytes>=0.50,<1"]
 test = [
     "pytest",
     "pytest-timeout",
@@ -31,7 +32,7 @@ test = [
     "scikit-learn",
     "markdown-it-py>=3",
     *docs,
-    *lora,
+    *qlora,
 ]
 extras = {
     "test": test,
@@ -41,6 +42,7 @@ extras = {
     "examples": ["matplotlib"],
     "gpu": ["vllm>=0.26,<0.33"],
     "lora": lora,
+    "qlora": qlora,
     "trackers": trackers,
     **{name: [name] for name in trackers},
 }

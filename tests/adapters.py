@@ -18,11 +18,15 @@ KINDS = {
     "dora": {"use_dora": True},
     "some": {"target_modules": ["q_proj", "down_proj"]},
 }
+# What PEFT is told of adapters beside weights in 4 bits.
+BESIDE_4BIT = {"4bit": {}}
 
 
 def adapter_config(kind: str = "lora", rank: int = 4, **entries) -> LoraConfig:
     """A config of PEFT's; rank 4 and alpha 12, so that the scale of LoRA is 3 and that of rsLoRA 6."""
-    return LoraConfig(**{"r": rank, "lora_alpha": 12, "target_modules": "all-linear", **KINDS[kind], **entries})
+    return LoraConfig(
+        **{"r": rank, "lora_alpha": 12, "target_modules": "all-linear", **(KINDS | BESIDE_4BIT)[kind], **entries}
+    )
 
 
 def train_a_little(module: nn.Module) -> None:

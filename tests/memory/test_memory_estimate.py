@@ -509,9 +509,9 @@ def test_a_token_budget_is_not_lowered_below_a_sequence():
 # --- adapters ---
 
 
-def adapted(kind: str, rank: int = 8) -> ModelShape:
+def adapted(kind: str, rank: int = 8, in_4bit: bool = False) -> ModelShape:
     config = qwen(num_labels=1) if kind == "score" else qwen()
-    return ModelShape.of(config, kind, adapters=LoraConfig(r=rank, target_modules="all-linear"))
+    return ModelShape.of(config, kind, adapters=LoraConfig(r=rank, target_modules="all-linear"), in_4bit=in_4bit)
 
 
 # Rank 8 times the inputs and outputs of q, k, v, o, gate, up and down, in 28 layers.
@@ -541,6 +541,24 @@ def test_memory_of_adapters_is_as_worked_out_by_hand():
     # Two gathered layers with what is around them, in bf16, and the gradients of one layer's adapters, in both types.
     layer = LAYER + ADAPTERS // 28
     assert update["gathered layers"] == 2 * (2 * layer + PARAMETERS - 28 * LAYER) + 6 * ADAPTERS / 28
+
+
+def test_memory_of_weights_in_4_bits_is_as_worked_out_by_hand():
+    """4 bits a number and an fp32 number for each 64, of the seven matrices of each layer; biases, norms, head and
+    embedding stay in bf16. Of one layer as it computes everything is there in bf16."""
+    matrices = 2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960
+    policy = adapted("policy", in_4bit=True)
+    assert policy.packed == 28 * matrices == 1_310_195_712
+    assert (policy.trained, policy.frozen) == (ADAPTERS, PARAMETERS)
+    run = run_of("stage=gad")
+    update = estimate_memory(run, policy, adapted("score", in_4bit=True), 80 * GIB).phases["update_actor"]
+    weights = 2 * (PARAMETERS - policy.packed) + policy.packed / 2 + 4 * policy.packed / 64
+    assert update["actor's weights"] == weights + 4 * ADAPTERS
+    assert update["critic's weights"] == weights + 4 * (ADAPTERS + 1537)
+    layer = 2 * (LAYER + ADAPTERS // 28)
+    packed = layer - (2 - 0.5 - 4 / 64) * matrices
+    around = 2 * (PARAMETERS - 28 * LAYER)
+    assert update["gathered layers"] == around + 2 * packed + layer + 6 * ADAPTERS / 28
 
 
 def test_memory_of_a_shared_base_is_as_worked_out_by_hand():

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from tests.ranks import leave
 from tests.workers.adapters_setup import adapted_update
 from tests.workers.updates_setup import PROMPTS, batch, settings
+from verl.models.four_bit import round_to_4bit
 from verl.models.loading import load_model
 from verl.models.sharding import build_sharded_model, full_parameters, shard
 
-LOSSES = ("sft", "gspo", "bradley_terry")
+LOSSES, KINDS = ("sft", "gspo", "bradley_terry"), ("lora", "dora", "4bit")
 
 
 def run(rank: int, world_size: int, folder: Path) -> None:
@@ -29,12 +30,13 @@ def run(rank: int, world_size: int, folder: Path) -> None:
     share = PROMPTS // world_size
     mine = slice(share * rank, share * (rank + 1))
     for loss in LOSSES:
-        for kind in ("lora", "dora"):
+        for kind in KINDS:
             config = settings(loss, "tokens")
             result = adapted_update(loss, config, batch()[mine], kind, lambda m, c=config: _sharded(m, c))
             if rank == 0:
                 torch.save(result, folder / f"{loss}-{kind}.pt")
     _check_what_is_built(folder)
+    _check_what_is_built_in_4bit(folder)
     leave()
 
 
@@ -68,3 +70,23 @@ def _check_what_is_built(folder: Path) -> None:
     module = build_sharded_model(critic, "score", critic.fsdp_config, "cpu")
     own = {key for key, parameter in module.hf.named_parameters() if parameter.requires_grad and ".lora_" not in key}
     assert own == {"score.weight", "score.bias"}
+
+
+def _check_what_is_built_in_4bit(folder: Path) -> None:
+    """Every linear layer is in 4 bits, with an adapter or without; an engine gets the rounded weights of the base, and
+    DoRA's lengths are theirs."""
+    group = settings("gspo").actor_rollout_ref
+    adapters = {"path": str(folder / "base"), "lora_rank": 3, "load_in_4bit": True, "target_modules": ["q_proj"]}
+    for dtype in (torch.float32, torch.bfloat16):
+        fsdp = replace(group.actor.fsdp_config, dtype=str(dtype).removeprefix("torch."))
+        model = replace(group.model, **adapters, use_dora=dtype == torch.float32)
+        module = build_sharded_model(model, "policy", fsdp, "cpu")
+        packed = {name: parameter for name, parameter in module.hf.named_parameters() if "weight_4bit" in name}
+        assert len(packed) == 2 * 7 and all(parameter.dtype == dtype for parameter in packed.values())
+        rounded = load_model(folder / "base", "policy")
+        round_to_4bit(rounded, dtype)
+        expected = dict(rounded.to(dtype).named_parameters())
+        pushed = dict(full_parameters(module.hf, dtype))
+        assert pushed.keys() == expected.keys()
+        for key, tensor in pushed.items():
+            torch.testing.assert_close(tensor, expected[key], atol=1e-6, rtol=1e-6, msg=lambda m, k=key: f"{k}: {m}")

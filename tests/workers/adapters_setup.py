@@ -8,12 +8,15 @@ from tests.adapters import adapter_config, train_a_little
 from tests.workers.updates_setup import update
 from verl.models.adapters import add_adapters
 from verl.models.answer_models import AnswerModel
+from verl.models.four_bit import put_in_4bit
 from verl.protocol import DataProto
 from verl.trainer.config import Config
 
 
 def adapt(module: AnswerModel, kind: str = "lora") -> AnswerModel:
-    """Put adapters, as after training, into a wrapped model."""
+    """Put adapters, as after training, into a wrapped model; `4bit`: into one whose weights are in 4 bits."""
+    if kind == "4bit":
+        put_in_4bit(module.hf, torch.float32)
     add_adapters(module.hf, adapter_config(kind))
     train_a_little(module)
     return module

@@ -13,6 +13,7 @@ from tests.workers.updates_setup import LOSSES, batch, settings
 from verl.batch import teacher_rows
 from verl.models.adapters import add_adapters
 from verl.models.answer_models import PolicyModel
+from verl.models.four_bit import round_to_4bit
 from verl.workers.updates import build_optimizer, optimizer_step
 
 
@@ -22,15 +23,19 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "some"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "some", "4bit"])
 @pytest.mark.parametrize("split", ["whole", "tokens", "rows", "padded"])
 def test_gradients_are_those_of_peft_and_hugging_face(kind, split):
-    """Hugging Face's cross-entropy of the teacher's tokens through PEFT's own model, one padded batch."""
+    """Hugging Face's cross-entropy of the teacher's tokens through PEFT's own model, one padded batch; beside weights
+    in 4 bits, through a plain model that has the values that they stand for."""
     rows = teacher_rows(batch())
     ids = torch.cat([rows.prompts, rows.responses], -1)
     mask = torch.cat([rows.prompt_mask, rows.response_mask], -1)
     answer = torch.cat([torch.zeros_like(rows.prompt_mask), rows.response_mask], -1).bool()
-    model = with_peft(causal_lm(), kind)
+    plain = causal_lm()
+    if kind == "4bit":
+        round_to_4bit(plain, torch.float32)
+    model = with_peft(plain, kind)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions, labels=ids.masked_fill(~answer, -100))
     output.loss.backward()
@@ -61,7 +66,7 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
     write_peft_folder(tmp_path / "adapter", tmp_path / "base", causal_lm(), "dora")
     torch.multiprocessing.spawn(adapters_on_two_ranks.run, args=(2, tmp_path), nprocs=2)
     for loss in adapters_on_two_ranks.LOSSES:
-        for kind in ("lora", "dora"):
+        for kind in adapters_on_two_ranks.KINDS:
             whole, expected = adapted_update(loss, settings(loss), batch(), kind)
             gradients, metrics = torch.load(tmp_path / f"{loss}-{kind}.pt", weights_only=True)
             assert_same(gradients, whole)

@@ -18,7 +18,13 @@ from verl.trainer.config import compose_config
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "cases"), [(2, ("float32", "bfloat16", "float32-dora")), (3, ("bfloat16",))])
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        (2, ("float32", "bfloat16", "float32-dora", "float32-4bit")),
+        (3, ("bfloat16", "bfloat16-4bit")),
+    ],
+)
 def test_nothing_but_memory_differs_from_two_bases(tmp_path, ranks, cases):
     """Gradients after an update of each, values and merged weights, to the bit, offloaded or not; the child looks at
     the memory. On three ranks the last one's shards are shorter, 86 of 260 rows of the embedding and 10 of 32 of
@@ -67,6 +73,7 @@ def settings_of(folder: Path, *overrides: str) -> tuple[ActorRolloutRefConfig, C
         # What the layers compute differs; what they compute it with does not.
         ["+critic.model.override_config.rms_norm_eps=1e-5"],
         ["critic.model.target_modules=[q_proj]", "critic.model.use_dora=True"],
+        ["actor_rollout_ref.model.load_in_4bit=True", "critic.model.load_in_4bit=True"],
     ],
 )
 def test_a_base_is_shared_wherever_it_can_be(folder, overrides):
@@ -81,6 +88,7 @@ def test_a_base_is_shared_wherever_it_can_be(folder, overrides):
         (["critic.model.lora_rank=0"], r"all weights of critic\.model\.path=.*/base are trained: set critic"),
         (["actor_rollout_ref.model.lora_rank=0"], r"all weights of actor_rollout_ref\.model\.path=.* are trained"),
         (["critic.model.path={}/other"], r"the student's is .*/base, the discriminator's .*/other: give critic\.model"),
+        (["critic.model.load_in_4bit=True"], r"the discriminator's are in 4 bits, the student's not: set load_in_4bit"),
         (["critic.model.fsdp_config.dtype=bfloat16"], r"expected weights of one type, got .*=float32 and critic\..*16"),
         (
             ["+actor_rollout_ref.model.override_config.num_hidden_layers=1"],

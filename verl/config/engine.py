@@ -24,6 +24,7 @@ class ModelConfig:
     exclude_modules: str | list[str] | None
     use_dora: bool
     use_rslora: bool
+    load_in_4bit: bool
 
 
 @settings

@@ -5,7 +5,8 @@ from __future__ import annotations
 from verl.config import ModelConfig
 from verl.config.run import Config
 from verl.memory.estimate import RunSettings, check_memory
-from verl.models.loading import Kind, load_config
+from verl.models.adapters import base_in_4bit
+from verl.models.loading import Kind, find_model, load_config
 from verl.models.shape import ModelShape
 from verl.models.sharding import trained_adapters
 from verl.models.shared_base import shares_base
@@ -46,4 +47,5 @@ def run_settings(config: Config, share_base: bool = False) -> RunSettings:
 
 def _shape(model: ModelConfig, kind: Kind) -> ModelShape:
     config = load_config(model.path, kind, model.override_config, model.trust_remote_code)
-    return ModelShape.of(config, kind, model.trust_remote_code, trained_adapters(model))
+    in_4bit = base_in_4bit(model, find_model(model.path).adapter)
+    return ModelShape.of(config, kind, model.trust_remote_code, trained_adapters(model), in_4bit)

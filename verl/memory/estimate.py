@@ -2,8 +2,8 @@
 
 The estimate covers the tensors that are large and whose size is known in advance. N is a model's number of parameters,
 T of trained ones (N, or with adapters these and a score head), b the bytes of a number in the type it computes in (2
-for bf16), S the tokens of the largest possible micro-batch, or of the part of it that a rank computes where several
-share its tokens (`ulysses_sequence_parallel_size`).
+for bf16; of a frozen weight in 4 bits 4.5 / 8), S the tokens of the largest possible micro-batch, or of the part of it
+that a rank computes where several share its tokens (`ulysses_sequence_parallel_size`).
 
 | set | bytes on each GPU | there while |
 |---|---|---|
@@ -47,6 +47,7 @@ from verl.config import (
 )
 from verl.memory.knobs import Knob, Phase, knobs
 from verl.models.capped_attention import COPIES
+from verl.models.four_bit import BITS_PER_WEIGHT
 from verl.models.head_log_probs import CHUNK_BYTES
 from verl.models.shape import ModelShape
 from verl.utils.units import GIB
@@ -220,8 +221,8 @@ def _trained(
 
 def _weights(name: str, run: RunSettings, shape: ModelShape) -> float:
     fsdp = run.actor_rollout_ref.actor.fsdp_config if name == "actor" else run.critic.model.fsdp_config
-    own = 0 if name == "critic" and run.share_base else shape.frozen
-    return MASTER * shape.trained + _itemsize(fsdp.dtype) * own
+    own = 0 if name == "critic" and run.share_base else shape.frozen_bytes(_itemsize(fsdp.dtype))
+    return MASTER * shape.trained + own
 
 
 def _reference(run: RunSettings, actor: ModelShape) -> float:
@@ -311,13 +312,18 @@ def _update(
 def _gathered(shape: ModelShape, fsdp: FSDPConfig) -> float:
     """Gathered weights in compute type: two layers (one at work, one on its way) and what is outside the layers, or
     everything without reshard_after_forward. Their gradients: of what is outside the layers and of one layer, the
-    latter once more in fp32; with adapters, of one layer's alone."""
-    b = _itemsize(fsdp.dtype)
-    outside = shape.parameters - shape.layers * shape.layer_parameters
-    weights = 2 * shape.layer_parameters + outside if fsdp.reshard_after_forward else shape.parameters
+    latter once more in fp32; with adapters, of one layer's alone. Of weights in 4 bits, one layer's at most as they are
+    computed with."""
+    b, layers = _itemsize(fsdp.dtype), shape.layers
+    whole = b * shape.layer_parameters
+    spared = (b - BITS_PER_WEIGHT / 8) * shape.packed / max(1, layers)
+    outside = b * (shape.parameters - layers * shape.layer_parameters)
+    weights = outside + (2 if fsdp.reshard_after_forward else layers) * (whole - spared)
+    if shape.packed:
+        weights += whole
     if shape.frozen:
-        return b * weights + (b + GRADIENT) * shape.trained / max(1, shape.layers)
-    return b * (weights + outside) + (b + GRADIENT) * shape.layer_parameters
+        return weights + (b + GRADIENT) * shape.trained / max(1, layers)
+    return weights + outside + whole + GRADIENT * shape.layer_parameters
 
 
 def _activations(shape: ModelShape, fsdp: FSDPConfig, model: ModelConfig) -> float:

@@ -18,7 +18,7 @@ from verl.models.loading import (
     load_tokenizer,
 )
 from verl.utils.checkpoint.hf_files import write_hf_files
-from verl.utils.checkpoint.whole import ADAPTER_CONFIG, WEIGHTS
+from verl.utils.checkpoint.whole import ADAPTER_CONFIG, BASE_QUANTIZATION, WEIGHTS
 from verl.utils.hub import hub_origin
 
 
@@ -49,8 +49,12 @@ def write_adapters(
     mode = file.stat().st_mode
     save_file(tensors, file, {"format": "pt"})
     file.chmod(mode)
-    text = (adapter.folder / ADAPTER_CONFIG).read_text(encoding="utf-8")
-    (target_dir / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+    for name in (ADAPTER_CONFIG, BASE_QUANTIZATION):
+        source, target = adapter.folder / name, target_dir / name
+        # What an earlier merge left there would be believed.
+        target.unlink(missing_ok=True)
+        if source.is_file():
+            target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     write_hf_files(target_dir, model, tokenizer, dtype, hf_files(local_dir, trust_remote_code=trust_remote_code))
     return Weights(sum(tensor.numel() for tensor in tensors.values()), dtype, 1, file.stat().st_size)
 

@@ -2,6 +2,8 @@
 
 PEFT's          adapter_config.json, adapter_model.safetensors; config and tokenizer beside them, or the base's
 a checkpoint's  adapter_config.json, model/*.safetensors in shards, huggingface/ with config and tokenizer
+
+Where the base was in 4 bits while they were trained, base_quantization.json says so.
 """
 
 from __future__ import annotations
@@ -18,13 +20,27 @@ from safetensors.torch import load_file
 
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
-from verl.utils.checkpoint.whole import ADAPTER_CONFIG, HUGGINGFACE, WEIGHTS, check_part, refuse_pointer
+from verl.utils.checkpoint.whole import (
+    ADAPTER_CONFIG,
+    BASE_QUANTIZATION,
+    HUGGINGFACE,
+    WEIGHTS,
+    check_part,
+    refuse_pointer,
+)
 from verl.utils.hub import model_folder, parse_hub_name
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # PEFT's name of the only adapter, which stands in a model's names and not in files; and what files have before names.
 ADAPTER, PREFIX = "default", "base_model.model."
 SCORE_TASK, POLICY_TASK, REWARD_TASK = "TOKEN_CLS", "CAUSAL_LM", "SEQ_CLS"
+# Of a base in 4 bits, by transformers' names (`BitsAndBytesConfig`).
+FOUR_BITS = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": False,
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,37 @@ class AdapterFolder:
     def rewards(self) -> bool:
         """Whether they are a reward model's, whose head may have another name and no bias."""
         return self.entries.get("task_type") == REWARD_TASK
+
+    @property
+    def base_dtype(self) -> str | None:
+        """The type that the base's weights, in 4 bits, were made into while the adapters were trained; None if the base
+        was not in 4 bits.
+
+        Raises:
+            ValueError: the file that says so is damaged, or says something else than 4 bits as they are made here.
+        """
+        file = self.folder / BASE_QUANTIZATION
+        if not file.is_file():
+            return None
+        refuse_pointer(file)
+        try:
+            entries = json.loads(file.read_text(encoding="utf-8"))
+            dtype = entries.pop("bnb_4bit_compute_dtype")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file} is damaged: expected bnb_4bit_compute_dtype in an object, got {error!r}"
+            ) from error
+        if entries != FOUR_BITS or dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"{file}: expected {FOUR_BITS} and float32 or bfloat16 as bnb_4bit_compute_dtype, got {entries} and "
+                f"{dtype!r}: merge the adapters where they were made"
+            )
+        return dtype
+
+    @property
+    def base_in_4bit(self) -> bool:
+        """Whether the base's weights were in 4 bits while the adapters were trained (see `base_dtype`)."""
+        return self.base_dtype is not None
 
     @property
     def huggingface(self) -> Path | None:

@@ -26,8 +26,10 @@ from transformers import PreTrainedModel
 from verl.config import ModelConfig
 from verl.models.adapter_folders import ADAPTER, POLICY_TASK, SCORE_TASK, AdapterFolder
 from verl.models.answer_models import SCORE_HEADS, score_head, score_head_name
+from verl.models.four_bit import is_in_4bit, quantization_json, require_bitsandbytes, whole_weight
 from verl.models.layers import decoder_layers
 from verl.models.reward_models import HEADS
+from verl.utils.checkpoint.whole import ADAPTER_CONFIG, BASE_QUANTIZATION
 from verl.utils.hub import hub_origin
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ def adapters_of(model: ModelConfig, folder: AdapterFolder | None, key: str = "mo
         own = {"lora_rank": config.r} | {
             name: getattr(config, name) for name in ("lora_alpha", "use_dora", "use_rslora")
         }
+        own["load_in_4bit"] = folder.base_in_4bit
         others = [
             f"{name}={getattr(model, name)}, not {value}"
             for name, value in own.items()
@@ -86,6 +89,19 @@ def adapters_of(model: ModelConfig, folder: AdapterFolder | None, key: str = "mo
             )
         return config
     return fresh_adapters(model)
+
+
+def base_in_4bit(model: ModelConfig, folder: AdapterFolder | None, key: str = "model") -> bool:
+    """Whether the weights beside the adapters that a run trains (`adapters_of`) are in 4 bits: a folder's are as they
+    were when its adapters were trained.
+
+    Raises:
+        ModuleNotFoundError: bitsandbytes is not installed.
+    """
+    wanted = model.load_in_4bit and model.lora_rank > 0 if folder is None else folder.base_in_4bit
+    if wanted:
+        require_bitsandbytes(f"{key}.load_in_4bit=True" if folder is None else f"{key}.path={model.path}, on 4 bits,")
+    return wanted
 
 
 def fresh_adapters(model: ModelConfig) -> LoraConfig:
@@ -134,6 +150,20 @@ def config_in(folder: AdapterFolder) -> LoraConfig:
 def adapters_in(hf: PreTrainedModel) -> LoraConfig | None:
     """What `add_adapters` has put into the model; None where it has not."""
     return getattr(hf, "peft_config", {}).get(ADAPTER)
+
+
+def adapter_files(hf: PreTrainedModel, base: str | Path, dtype: torch.dtype) -> dict[str, str]:
+    """The files that say what an adapted model's adapters are, and what they are beside, by their names; none of
+    another model.
+
+    Args:
+        base: see `config_json`.
+        dtype: that the model computes in.
+    """
+    text = config_json(hf, base)
+    if text is None:
+        return {}
+    return {ADAPTER_CONFIG: text} | ({BASE_QUANTIZATION: quantization_json(dtype)} if is_in_4bit(hf) else {})
 
 
 def config_json(hf: PreTrainedModel, base: str | Path) -> str | None:
@@ -297,13 +327,12 @@ def merged_weight(layer: nn.Module) -> torch.Tensor:
     """The whole weight of the plain layer that computes what an adapted one does, in fp32; nothing is changed.
     Collective where the layer is sharded.
 
-    Summed and scaled in fp32, whatever type the base has: the formulas of this file's head.
+    Summed and scaled in fp32, whatever type the base has, of 4 bits as it computes: the formulas of this file's head.
     """
-    base = layer.base_layer.weight
     down, up = (_whole(part[ADAPTER].weight).float() for part in (layer.lora_A, layer.lora_B))
     # Some families' layers hold their weight as (in, out).
     turned = layer.fan_in_fan_out
-    weight = _whole(base).float()
+    weight = whole_weight(layer.base_layer).float()
     total = (weight.T if turned else weight) + layer.scaling[ADAPTER] * (up @ down)
     if ADAPTER in layer.lora_magnitude_vector:
         lengths = _whole(layer.lora_magnitude_vector[ADAPTER].weight).float()

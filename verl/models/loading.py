@@ -30,6 +30,7 @@ from verl.models.adapter_folders import AdapterFolder, find_adapter
 from verl.models.adapters import add_adapters, config_in, load_adapters, merge_adapters
 from verl.models.answer_models import SCORE_HEADS, score_head, score_head_name
 from verl.models.folders import no_model, refuse_no_tokenizer, refuse_quantized, told_of
+from verl.models.four_bit import require_bitsandbytes, round_to_4bit
 from verl.models.reward_models import (
     head_renaming,
     is_reward_model,
@@ -336,11 +337,16 @@ def _merged(
     """`load_model` of a folder of adapters: base and adapters as one plain model, with the config of the latter."""
     fresh_head |= adapter.scores
     own = load_config(path, kind, override_config, trust_remote_code)
-    model = load_model(adapter.base, kind, None, trust_remote_code, dtype, fresh_head, own)
+    in_4bit = adapter.base_dtype
+    read = dtype if in_4bit is None else torch.float32
+    model = load_model(adapter.base, kind, None, trust_remote_code, read, fresh_head, own)
+    if in_4bit is not None:
+        require_bitsandbytes(f"{path}, adapters that were trained beside weights in 4 bits,")
+        round_to_4bit(model, getattr(torch, in_4bit))
     add_adapters(model, config_in(adapter))
     load_adapters(model, adapter)
     merge_adapters(model)
-    return model
+    return model.to(dtype)
 
 
 def is_tied(config: PretrainedConfig) -> bool:

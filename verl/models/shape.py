@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from verl.models.adapters import add_adapters
+from verl.models.four_bit import BITS_PER_WEIGHT, linear_layers
 from verl.models.layers import decoder_layers
 from verl.models.loading import Kind, empty_model
 
@@ -45,20 +46,31 @@ class ModelShape:
     normed_heads: bool  # queries and keys are normalised once more
     capped_scores: bool = False  # those of attention (see `capped_attention`)
     frozen: int = 0  # of the parameters, beside adapters, which are among them
+    packed: int = 0  # of the frozen, in 4 bits (see `four_bit`)
 
     @property
     def trained(self) -> int:
         """Parameters that have gradients and optimizer states."""
         return self.parameters - self.frozen
 
+    def frozen_bytes(self, itemsize: int) -> float:
+        """Of the frozen parameters, which have so many bytes each where they are not in 4 bits."""
+        return itemsize * (self.frozen - self.packed) + BITS_PER_WEIGHT / 8 * self.packed
+
     @classmethod
     def of(
-        cls, config: PretrainedConfig, kind: Kind, trust_remote_code: bool = False, adapters: LoraConfig | None = None
+        cls,
+        config: PretrainedConfig,
+        kind: Kind,
+        trust_remote_code: bool = False,
+        adapters: LoraConfig | None = None,
+        in_4bit: bool = False,
     ) -> ModelShape:
-        """The sizes of the model that `config` describes, with `adapters` if it has some; it is built without memory
-        for its weights."""
+        """The sizes of the model that `config` describes, with `adapters` if it has some, beside weights `in_4bit` if
+        they are; it is built without memory for its weights."""
         with torch.device("meta"):
             hf = empty_model(config, kind, trust_remote_code)
+            packed = sum(layer.weight.numel() for layer in linear_layers(hf).values()) if in_4bit else 0
             if adapters is not None:
                 add_adapters(hf, adapters)
         text = config.get_text_config()
@@ -77,6 +89,7 @@ class ModelShape:
             normed_heads=any("q_norm" in name for name, _ in hf.named_parameters()),
             capped_scores=bool(getattr(text, "attn_logit_softcapping", None)),
             frozen=0 if adapters is None else sum(p.numel() for p in hf.parameters() if not p.requires_grad),
+            packed=packed,
         )
 
 

@@ -20,8 +20,16 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from verl.config import FSDPConfig, ModelConfig
-from verl.models.adapters import adapted_layers, adapters_of, add_adapters, load_adapters, merged_weight
+from verl.models.adapters import (
+    adapted_layers,
+    adapters_of,
+    add_adapters,
+    base_in_4bit,
+    load_adapters,
+    merged_weight,
+)
 from verl.models.answer_models import ANSWER_MODELS, AnswerModel
+from verl.models.four_bit import PACKED, put_in_4bit, whole_weight
 from verl.models.layers import compile_layers, decoder_layers, recompute_layers
 from verl.models.loading import Kind, empty_model, find_model, load_config, load_model, persistent_buffers
 from verl.models.proof import prove
@@ -50,7 +58,8 @@ def build_sharded_model(
     """The model of `model.path`, sharded over all ranks; collective.
 
     A model to be trained has fp32 master weights; a frozen one has the type it computes in, which is what FSDP would
-    make of fp32 weights before every use. Where adapters are trained (`trained_adapters`), everything else is frozen.
+    make of fp32 weights before every use. Where adapters are trained (`trained_adapters`), everything else is frozen,
+    and with `load_in_4bit` linear layers are in 4 bits (see `four_bit`).
     Only rank 0 reads the weights; the others build the structure and receive their shards.
 
     Args:
@@ -65,7 +74,8 @@ def build_sharded_model(
     with phase(f"loading {what} from {model.path}" + ("" if base is None else ", onto the student's base")):
         hf = _read(model, kind, compute if frozen else torch.float32)
         if adapters is not None:
-            _adapt(hf, model, adapters, compute)
+            # DoRA's lengths are those of the weights beside them.
+            _adapt(hf, model, adapters, compute, values=base is None or adapters.use_dora)
         if base is not None:
             drop_base(hf)
         own = {name: tensor for name, tensor in hf.state_dict().items() if not tensor.is_meta}
@@ -104,9 +114,12 @@ def _read(model: ModelConfig, kind: Kind, dtype: torch.dtype) -> PreTrainedModel
     return empty_model(config, kind, model.trust_remote_code, dtype)
 
 
-def _adapt(hf: PreTrainedModel, model: ModelConfig, adapters: LoraConfig, dtype: torch.dtype) -> None:
-    """Put the adapters into a model that `_read` has read in fp32, and give what is frozen the type it computes in."""
+def _adapt(hf: PreTrainedModel, model: ModelConfig, adapters: LoraConfig, dtype: torch.dtype, values: bool) -> None:
+    """Put the adapters into a model that `_read` has read in fp32, and give what is frozen the type it computes in, or
+    put it in 4 bits; `values`: whether the frozen weights will be used."""
     folder = find_model(model.path).adapter
+    if base_in_4bit(model, folder):
+        put_in_4bit(hf, dtype, values and dist.get_rank() == 0)
     add_adapters(hf, adapters)
     if folder is not None and dist.get_rank() == 0:
         load_adapters(hf, folder)
@@ -154,15 +167,19 @@ def full_parameters(module: nn.Module, dtype: torch.dtype | None = None) -> Iter
     """Every parameter and every persistent buffer whole, one at a time, under its Hugging Face name; collective, all
     ranks must exhaust it.
 
-    Adapters come merged into the weights that they are beside: summed in fp32, then cast. Other shards are cast to
-    `dtype` before they are gathered (None: not cast); buffers are never cast. Call `reshard` first if a forward pass
-    may have left weights gathered, which have the type that it computes in.
+    Adapters come merged into the weights that they are beside: summed in fp32, then cast. What is in 4 bits comes as
+    the weight that it stands for. Other shards are cast to `dtype` before they are gathered (None: not cast); buffers
+    are never cast. Call `reshard` first if a forward pass may have left weights gathered, which have the type that it
+    computes in.
     """
     adapted = adapted_layers(module)
     for name, parameter in module.named_parameters():
         owner, _, own = name.partition(".base_layer.")
-        if own == "weight" and owner in adapted:
-            yield f"{owner}.{own}", merged_weight(adapted[owner]).to(dtype or parameter.dtype)
+        layer, _, last = name.rpartition(".")
+        if own in ("weight", PACKED) and owner in adapted:
+            yield f"{owner}.weight", merged_weight(adapted[owner]).to(dtype or parameter.dtype)
+        elif last == PACKED:
+            yield f"{layer}.weight", whole_weight(module.get_submodule(layer)).to(dtype or parameter.dtype)
         elif not (".lora_" in name and name.partition(".lora_")[0] in adapted):
             tensor = parameter.detach().to(dtype or parameter.dtype)
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from verl.config import ActorRolloutRefConfig, CriticConfig, ModelConfig
-from verl.models.adapter_folders import find_adapter
-from verl.models.adapters import adapters_of
+from verl.models.adapter_folders import AdapterFolder, find_adapter
+from verl.models.adapters import adapters_of, base_in_4bit
 from verl.models.answer_models import score_head_name
 from verl.models.loading import Kind, base_of, empty_model, load_config
 from verl.utils.checkpoint.best_link import behind_best
@@ -68,13 +68,28 @@ def why_not_shared(policy: ActorRolloutRefConfig, critic: CriticConfig) -> str |
             f"expected weights of one type, got actor_rollout_ref.actor.fsdp_config.dtype={dtypes[0]} and critic.model."
             f"fsdp_config.dtype={dtypes[1]}: leave the latter out"
         )
+    in_4bit = [_in_4bit(model) for model in (policy.model, critic.model)]
+    if in_4bit[0] != in_4bit[1]:
+        one, other = ("student", "discriminator") if in_4bit[0] else ("discriminator", "student")
+        return (
+            f"expected weights of one kind, and the {one}'s are in 4 bits, the {other}'s not: set load_in_4bit of "
+            "both, or of neither (adapters of a folder keep what they were trained beside)"
+        )
     return _other_backbone(policy.model, critic.model)
 
 
 def trains_adapters(model: ModelConfig) -> bool:
-    """Whether adapters are trained in place of the model's weights. The folder need not be there: that of a model whose
-    memory is estimated is not."""
-    return adapters_of(model, find_adapter(behind_best(Path(model.path).expanduser()))) is not None
+    """Whether adapters are trained in place of the model's weights."""
+    return adapters_of(model, _adapter(model)) is not None
+
+
+def _in_4bit(model: ModelConfig) -> bool:
+    return base_in_4bit(model, _adapter(model))
+
+
+def _adapter(model: ModelConfig) -> AdapterFolder | None:
+    """The adapters of the model's folder, which need not be there: that of a model whose memory is estimated is not."""
+    return find_adapter(behind_best(Path(model.path).expanduser()))
 
 
 def _other_backbone(student: ModelConfig, critic: ModelConfig) -> str | None:

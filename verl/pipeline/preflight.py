@@ -38,7 +38,9 @@ from verl.utils.refusals import sentences_of
 from verl.utils.tracking import check_loggers
 
 # What adapters are made of, by its names among a model's settings.
-ADAPTERS = ("lora_rank", "lora_alpha", "target_modules", "exclude_modules", "use_dora", "use_rslora")
+ADAPTERS = (
+    "lora_rank", "lora_alpha", "target_modules", "exclude_modules", "use_dora", "use_rslora", "load_in_4bit",
+)  # fmt: skip
 
 
 @dataclass

@@ -24,7 +24,7 @@ from verl.memory.errors import explain_out_of_memory
 from verl.memory.estimate import host_memory
 from verl.memory.knobs import Phase
 from verl.memory.offload import Offloader, build_offloader
-from verl.models.adapters import adapters_in, config_json
+from verl.models.adapters import adapter_files, adapters_in
 from verl.models.answer_models import AnswerModel
 from verl.models.layers import compile_seconds
 from verl.models.loading import (
@@ -124,7 +124,7 @@ class FSDPWorker(Worker):
             self.tokenizer,
             compute_dtype=getattr(torch, fsdp.dtype),
             base=hf_files(model.path, model.tokenizer_path, model.trust_remote_code),
-            adapter_config=config_json(module.hf, base_of(model.path)),
+            adapter_files=adapter_files(module.hf, base_of(model.path), getattr(torch, fsdp.dtype)),
         )
         base_offloader = None if base is None else base.offloader
         self.offloader = build_offloader(module, self.optimizer, fsdp, self.device, base_offloader)

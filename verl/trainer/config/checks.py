@@ -267,7 +267,7 @@ def _adapters(config: Config) -> Iterator[str]:
         "target_modules": ("all-linear", student.target_modules),
         "exclude_modules": (None, student.exclude_modules),
     }
-    plain |= {"use_dora": (False,), "use_rslora": (False,)}
+    plain |= {"use_dora": (False,), "use_rslora": (False,), "load_in_4bit": (False,)}
     for name, model in [("actor_rollout_ref", student)] + [("critic", critic)] * config.use_critic:
         for key, usual in plain.items():
             value = getattr(model, key)

@@ -16,9 +16,17 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from verl.config import ModelConfig
 from verl.config.run import Config, DataConfig
-from verl.models.adapters import adapted_layers, adapters_of, add_adapters, fresh_adapters, load_adapters
+from verl.models.adapters import (
+    adapted_layers,
+    adapters_of,
+    add_adapters,
+    base_in_4bit,
+    fresh_adapters,
+    load_adapters,
+)
 from verl.models.adapters_proof import check_merging
 from verl.models.answer_models import ANSWER_MODELS
+from verl.models.four_bit import linear_layers
 from verl.models.loading import (
     Kind,
     base_of,
@@ -157,9 +165,13 @@ def _check_adapters(model: ModelConfig, kind: Kind, key: str, config: Pretrained
     if adapters is None:
         return
 
+    in_4bit = base_in_4bit(model, folder, key)
+
     def adapted(wanted: LoraConfig) -> PreTrainedModel:
         with torch.device("meta"):
             hf = empty_model(config, kind, model.trust_remote_code)
+            if in_4bit:
+                linear_layers(hf)
             add_adapters(hf, wanted)
         return hf
 

@@ -6,6 +6,7 @@
     FOLDER/fsdp_config.json           how it was written
     FOLDER/huggingface/               config and tokenizer
     FOLDER/adapter_config.json        where adapters are trained: what they are, and the folder of their base
+    FOLDER/base_quantization.json     where the base is in 4 bits: how
 
 Of a model that is frozen but for some parameters (adapters, a score head) these alone are written and read.
 
@@ -45,13 +46,13 @@ from verl.utils.checkpoint.sharded import (
     read_sharded,
     write_sharded,
 )
-from verl.utils.checkpoint.whole import ADAPTER_CONFIG, FSDP_CONFIG, HUGGINGFACE
+from verl.utils.checkpoint.whole import ADAPTER_CONFIG, BASE_QUANTIZATION, FSDP_CONFIG, HUGGINGFACE
 from verl.utils.finite import non_finite_names
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+# Entries of adapter_config.json that say how much adapters count, and what is beside them.
+SCALE = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "load_in_4bit")
 # Optimizer settings that come from the configuration, not from the checkpoint.
-# Entries of adapter_config.json that say how much adapters count.
-SCALE = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 CONFIGURED = ("initial_lr", "weight_decay", "betas", "eps")
 
 
@@ -61,7 +62,8 @@ class FSDPCheckpointManager:
     Args:
         base: the files of the folder that the model came from, read at the start: the folder may be gone when a
             checkpoint is written.
-        adapter_config: the text of adapter_config.json, where adapters are trained.
+        adapter_files: texts of files by their names, where adapters are trained: adapter_config.json, and
+            base_quantization.json if their base is in 4 bits.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class FSDPCheckpointManager:
         tokenizer: PreTrainedTokenizerBase,
         compute_dtype: torch.dtype,
         base: HuggingFaceFiles | None = None,
-        adapter_config: str | None = None,
+        adapter_files: Mapping[str, str] | None = None,
     ):
         self.model = model
         self.optimizer = optimizer
@@ -80,7 +82,7 @@ class FSDPCheckpointManager:
         self.tokenizer = tokenizer
         self.compute_dtype = compute_dtype
         self.base = base
-        self.adapter_config = adapter_config
+        self.adapter_files = adapter_files or {}
         self._host = HostShards()
         self._writing: Background | None = None
 
@@ -194,9 +196,11 @@ class FSDPCheckpointManager:
     def _refuse_another_scale(self, folder: Path) -> None:
         """What adapters compute depends on settings that no shape tells of."""
         file = folder / ADAPTER_CONFIG
-        if self.adapter_config is None or not file.is_file():
+        if ADAPTER_CONFIG not in self.adapter_files or not file.is_file():
             return
-        there, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(self.adapter_config)
+        there, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(self.adapter_files[ADAPTER_CONFIG])
+        there["load_in_4bit"] = (folder / BASE_QUANTIZATION).is_file()
+        wanted["load_in_4bit"] = BASE_QUANTIZATION in self.adapter_files
         other = [f"{key}={wanted.get(key)}, not {there.get(key)}" for key in SCALE if there.get(key) != wanted.get(key)]
         if other:
             raise ValueError(
@@ -245,8 +249,8 @@ class FSDPCheckpointManager:
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         how = {"FSDP_version": 2, "world_size": world_size, "dtype": str(self.compute_dtype).removeprefix("torch.")}
         (folder / FSDP_CONFIG).write_text(json.dumps(how, indent=1))
-        if self.adapter_config is not None:
-            (folder / ADAPTER_CONFIG).write_text(self.adapter_config, encoding="utf-8")
+        for name, text in self.adapter_files.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
     def _write_hf_files(self, folder: Path) -> None:
         write_hf_files(folder / HUGGINGFACE, self.model, self.tokenizer, self.compute_dtype, self.base)

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 FSDP_CONFIG, HUGGINGFACE = "fsdp_config.json", "huggingface"
 # What PEFT calls it: beside adapters, in a checkpoint as elsewhere.
 ADAPTER_CONFIG = "adapter_config.json"
+# Ours: that the base of adapters was in 4 bits.
+BASE_QUANTIZATION = "base_quantization.json"
 # In the order in which transformers looks for them.
 WEIGHTS = (
     "model.safetensors",
@@ -72,7 +74,7 @@ def check_part(part: Path, contents: bool = True) -> None:
             part, CHECKSUMS,
         )  # fmt: skip
     else:
-        used = {name: value for name, value in sums.items() if name == FSDP_CONFIG or _top(name) in _READ}
+        used = {name: value for name, value in sums.items() if name in _READ or _top(name) in _READ}
         faults = _missing(part, used) | _foreign(part, used)
         if contents:
             present = {name: value for name, value in used.items() if (part / name).is_file()}
@@ -82,7 +84,7 @@ def check_part(part: Path, contents: bool = True) -> None:
     check_shards(part)
 
 
-_READ = (MODEL_FOLDER, HUGGINGFACE)
+_READ = (FSDP_CONFIG, BASE_QUANTIZATION, MODEL_FOLDER, HUGGINGFACE)
 
 
 def _refuse_half_a_checkpoint(part: Path) -> None:
