@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from verl.config.run import Config
 from verl.memory.check import check_run_memory
 from verl.memory.estimate import host_memory
-from verl.models.loading import all_eos_token_ids, is_discriminator, load_tokenizer
+from verl.models.finding import is_discriminator
+from verl.models.tokenizer import all_eos_token_ids, load_tokenizer
 from verl.pipeline.options import STAGES
 from verl.pipeline.settings import Models, compose, run_folder, unused_settings, user_settings
 from verl.pipeline.state import State, handed_on

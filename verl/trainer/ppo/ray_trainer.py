@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from verl.batch import Prompts
 from verl.config.run import Config
 from verl.memory.check import check_run_memory
-from verl.models.loading import all_eos_token_ids
+from verl.models.tokenizer import all_eos_token_ids
 from verl.monitor.live import StoppedByAlarm
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup

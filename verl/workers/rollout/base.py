@@ -38,7 +38,7 @@ class BaseRollout(ABC):
         eos_token_ids: Sequence[int] | None = None,
     ):
         # Here, because settings are checked against the engines' names long before a model's code is wanted.
-        from verl.models.loading import all_eos_token_ids
+        from verl.models.tokenizer import all_eos_token_ids
 
         self.config = config
         self.tokenizer = tokenizer
