@@ -98,9 +98,11 @@ class ClassicCriticWorker(CriticWorker):
 class ClassicHFRollout(HFRollout):
     """Reports the log-probs of all answers and writes them out as text, for smoke tests on CPU."""
 
-    def generate(self, prompts: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int = 0) -> DataProto:
+    def _generate(
+        self, prompts: DataProto, sampling: SamplingConfig, seed: int, reported: int, longest: int
+    ) -> DataProto:
         """As the trainer's own."""
-        answers = super().generate(prompts, sampling, seed, len(prompts))
+        answers = super()._generate(prompts, sampling, seed, len(prompts), longest)
         self.tokenizer.batch_decode(answers.batch["responses"].flatten(0, 1))
         return answers
 

@@ -29,12 +29,14 @@ class ClassicVLLMRollout(VLLMRollout):
         with patch.object(vllm_rollout, "LLM", with_tokenizer):
             return super()._start(folder, trust_remote_code)
 
-    def generate(self, prompts: DataProto, sampling: SamplingConfig, seed: int, report_log_probs: int = 0) -> DataProto:
+    def _generate(
+        self, prompts: DataProto, sampling: SamplingConfig, seed: int, reported: int, longest: int
+    ) -> DataProto:
         """As the trainer's own, with log-probs of all answers."""
-        return super().generate(prompts, sampling, seed, len(prompts))
+        return super()._generate(prompts, sampling, seed, len(prompts), longest)
 
-    def _params(self, sampling: SamplingConfig, prompt_length: int, report: bool) -> SamplingParams:
-        params = super()._params(sampling, prompt_length, report)
+    def _params(self, sampling: SamplingConfig, prompt_length: int, report: bool, longest: int) -> SamplingParams:
+        params = super()._params(sampling, prompt_length, report, longest)
         params.detokenize, params.flat_logprobs = True, False
         return params
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from benchmarks.common import Report, parser, say
 from benchmarks.inputs import word_tokenizer
 from benchmarks.shapes import SHAPES
-from verl.models.loading import load_tokenizer
+from verl.models.tokenizer import load_tokenizer
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 from verl.utils.dataset.sampler import EpochBatches
 

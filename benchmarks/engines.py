@@ -10,7 +10,8 @@ from safetensors import safe_open
 
 from benchmarks.inputs import FIRST_TEXT_ID, base_overrides, compose
 from benchmarks.shapes import Shape
-from verl.models.loading import load_config, load_tokenizer
+from verl.models.loading import load_config
+from verl.models.tokenizer import load_tokenizer
 from verl.protocol import DataProto
 from verl.single_controller.base import ClassWithInitArgs
 from verl.single_controller.local import LocalWorkerGroup

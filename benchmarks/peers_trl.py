@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from benchmarks import step
 from benchmarks.common import Report, free_memory, say, synchronize
 from benchmarks.peers_common import KL_COEF, LEARNING_RATE, TEMPERATURE, sft_lengths, sft_rows
-from verl.models.loading import load_tokenizer
 from verl.models.packing import AnswerRows
+from verl.models.tokenizer import load_tokenizer
 
 SAMPLING = {"trl padded": "random", "trl grouped": "group_by_length"}
 

@@ -45,7 +45,8 @@ def train_and_measure(out: Path, seed: int, run: Run) -> None:
 
     from examples.grammar_world.measures import measure
     from examples.grammar_world.world import World
-    from verl.models.loading import load_model, load_tokenizer, quiet_transformers
+    from verl.models.loading import load_model, quiet_transformers
+    from verl.models.tokenizer import load_tokenizer
     from verl.trainer.config import compose_config
     from verl.trainer.in_process import run_in_process
 

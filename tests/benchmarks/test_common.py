@@ -38,8 +38,10 @@ from benchmarks.start import median_row, row_of
 from benchmarks.step import even_share, random_texts, summarize
 from tests.tiny import answer_rows, causal_lm
 from verl.models.answer_models import PolicyModel
-from verl.models.loading import is_discriminator, load_model, load_tokenizer
+from verl.models.finding import is_discriminator
+from verl.models.loading import load_model
 from verl.models.shape import Limits
+from verl.models.tokenizer import load_tokenizer
 from verl.utils.profiling import busy_seconds, kind_of
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from verl.data_tools.check.findings import KINDS
 from verl.data_tools.check.keys import secrets_in
 from verl.data_tools.check.languages import identifier, language_of
 from verl.data_tools.near import normalise, shingles
-from verl.models.loading import load_tokenizer
+from verl.models.tokenizer import load_tokenizer
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from tests.e2e.running import assert_equal_tensors, read_metrics, train
 from verl.model_merger.card import card_of
 from verl.model_merger.cli import main as merger
-from verl.models.loading import is_discriminator, load_model
+from verl.models.finding import is_discriminator
+from verl.models.loading import load_model
 from verl.trainer.in_process import run_in_process
 from verl.utils.checkpoint.sharded import read_full_tensors
 

@@ -16,7 +16,8 @@ from tests.e2e.running import assert_equal_tensors, read_metrics, train
 from tests.other_tokenizer import other_tokenizer, write_other_model, write_reward_model
 from tests.tiny import write_data, write_model
 from verl.model_merger import merge
-from verl.models.loading import load_model, load_tokenizer
+from verl.models.loading import load_model
+from verl.models.tokenizer import load_tokenizer
 from verl.tools.judge.__main__ import main as judge
 from verl.tools.score.__main__ import main as score
 from verl.trainer.in_process import run_in_process

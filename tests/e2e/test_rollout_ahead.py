@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from docs_site import metrics as catalogue
 from tests.e2e.running import assert_equal_tensors, read_metrics, train
 from verl.batch import Prompts, table
-from verl.models.loading import all_eos_token_ids, load_config
+from verl.models.loading import load_config
+from verl.models.tokenizer import all_eos_token_ids
 from verl.protocol import DataProto
 from verl.single_controller.ray.starting import start_alone
 from verl.trainer.config import Config

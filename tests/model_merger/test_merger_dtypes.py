@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from tests.tiny import byte_tokenizer, causal_lm, scorer
 from verl.model_merger.cli import main
-from verl.models.loading import hf_files, load_model, load_tokenizer
+from verl.models.loading import hf_files, load_model
+from verl.models.tokenizer import load_tokenizer
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 
 

@@ -37,7 +37,8 @@ from verl.models.adapters import (
 )
 from verl.models.adapters_proof import check_merging
 from verl.models.answer_models import PolicyModel, ScoreModel
-from verl.models.loading import check_files, find_model, is_discriminator, load_config, load_model
+from verl.models.finding import check_files, find_model, is_discriminator
+from verl.models.loading import load_config, load_model
 from verl.models.proof import prove
 from verl.models.shape import ModelShape, count_parameters
 from verl.models.sharding import full_parameters

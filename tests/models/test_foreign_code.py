@@ -6,7 +6,8 @@ import pickle
 import pytest
 
 from tests.tiny import write_model
-from verl.models.loading import load_config, load_model, load_tokenizer
+from verl.models.loading import load_config, load_model
+from verl.models.tokenizer import load_tokenizer
 
 CODE = "from pathlib import Path\nPath({!r}).touch()\n"
 

@@ -24,7 +24,8 @@ from transformers import (
 
 from tests.tiny import SIZES, answer_rows, byte_tokenizer, write_model
 from verl.models.answer_models import ScoreModel, score_head
-from verl.models.loading import check_labels, is_discriminator, load_model, refuse_discriminator
+from verl.models.finding import is_discriminator, refuse_discriminator
+from verl.models.loading import check_labels, load_model
 from verl.tools.score.model import check_critic
 
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}

@@ -13,8 +13,9 @@ import torch
 
 from tests.tiny import write_model
 from verl.models import shm
-from verl.models.loading import load_model, load_tokenizer
+from verl.models.loading import load_model
 from verl.models.shm import copy_to_shm, model_folder
+from verl.models.tokenizer import load_tokenizer
 from verl.trainer.config import compose_config
 from verl.utils.checkpoint.sharded import write_sharded
 

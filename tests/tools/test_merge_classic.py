@@ -28,7 +28,7 @@ from tests.tools.classic_ranks import CASES
 from verl.model_merger import compare, merge
 from verl.model_merger.classic import merge_classic
 from verl.model_merger.cli import main as merger
-from verl.models.loading import check_files
+from verl.models.finding import check_files
 from verl.tools.score.__main__ import main as score
 from verl.utils.checkpoint.checkpoint_manager import damage_of
 from verl.utils.checkpoint.classic import RankFiles, rank_files

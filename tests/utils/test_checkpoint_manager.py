@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from verl.models.loading import find_model
+from verl.models.finding import find_model
 from verl.utils.checkpoint.best_link import BEST, behind_best, best_step, point_best
 from verl.utils.checkpoint.checkpoint_manager import (
     commit_checkpoint,

@@ -33,7 +33,8 @@ from transformers import (
 from tests.tiny import SIZES, byte_tokenizer, scorer
 from tests.utils.opened_by_version_4 import IDS, TEXT
 from verl.model_merger import merge
-from verl.models.loading import hf_files, load_config, load_model, load_tokenizer
+from verl.models.loading import hf_files, load_config, load_model
+from verl.models.tokenizer import load_tokenizer
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.checkpoint.hf_files import with_eos
 

@@ -14,7 +14,8 @@ from tests.tiny import causal_lm, scorer, write_data, write_model
 from tests.utils import checkpoint_on_three_ranks
 from verl.model_merger import merge
 from verl.model_merger.cli import main as merger
-from verl.models.loading import check_files, load_model
+from verl.models.finding import check_files
+from verl.models.loading import load_model
 from verl.models.shm import copy_to_shm
 from verl.tools.judge.__main__ import main as judge
 from verl.tools.score.__main__ import main as score

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import byte_tokenizer
 from tests.vllm.tiny_engine import EOS, tiny_model
 from verl.model_merger import merge
-from verl.models.loading import hf_files, load_model, load_tokenizer
+from verl.models.loading import hf_files, load_model
+from verl.models.tokenizer import load_tokenizer
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 
 pytestmark = pytest.mark.vllm

@@ -103,7 +103,7 @@ def test_prefixes_cached_under_old_weights_are_not_used(engine, model, tied, mon
     data, other = prompts([PROMPT, 150]), tiny_model(seed=1, tied=tied)
     engine.generate(data, GREEDY, seed=0)
     request = {"prompt_token_ids": data.batch["input_ids"][0].tolist()}
-    again = engine.llm.generate(request, engine._params(GREEDY, PROMPT, report=False), use_tqdm=False)
+    again = engine.llm.generate(request, engine._params(GREEDY, PROMPT, False, LIMIT), use_tqdm=False)
     assert again[0].num_cached_tokens >= 128, "the cache must be filled for this to prove anything"
     engine.push_weights(other.named_parameters())
     assert real_tokens(engine.generate(data, GREEDY, seed=0)) == greedy_answers(other, data)
@@ -216,7 +216,7 @@ def test_an_engine_that_keeps_its_memory_keeps_its_weights(engine, model, monkey
 
 def test_an_answer_may_be_as_long_as_its_prompt_leaves_room_for(engine):
     assert engine.max_model_len == PROMPT + LIMIT
-    room = [engine._params(GREEDY, length, report=False).max_tokens for length in (1, PROMPT, PROMPT + 5)]
+    room = [engine._params(GREEDY, length, False, LIMIT).max_tokens for length in (1, PROMPT, PROMPT + 5)]
     assert room == [LIMIT, LIMIT, 3]
 
 

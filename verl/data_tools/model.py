@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from verl.models.loading import (
-    all_eos_token_ids,
-    context_length,
-    find_model,
-    find_tokenizer,
-    load_config,
-    load_tokenizer,
-    quiet_transformers,
-)
+from verl.models.finding import find_model
+from verl.models.loading import context_length, load_config, quiet_transformers
+from verl.models.tokenizer import all_eos_token_ids, find_tokenizer, load_tokenizer
 from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.dataset.texts import SpecialText, Tokenization, eos_texts
 from verl.utils.dataset.tokenizer_checks import check_tokenizer

@@ -6,7 +6,8 @@ from verl.config import ModelConfig
 from verl.config.run import Config
 from verl.memory.estimate import RunSettings, check_memory
 from verl.models.adapters import base_in_4bit
-from verl.models.loading import Kind, find_model, load_config
+from verl.models.finding import find_model
+from verl.models.loading import Kind, load_config
 from verl.models.shape import ModelShape
 from verl.models.sharding import trained_adapters
 from verl.models.shared_base import shares_base

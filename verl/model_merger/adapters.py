@@ -9,14 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from verl.model_merger.written import Weights, name_of, refuse_overflow
 from verl.models.adapter_folders import ADAPTER_WEIGHTS, AdapterFolder, find_adapter, name_in_file
-from verl.models.loading import (
-    empty_model,
-    find_model,
-    hf_files,
-    is_discriminator,
-    load_config,
-    load_tokenizer,
-)
+from verl.models.finding import find_model, is_discriminator
+from verl.models.loading import empty_model, hf_files, load_config
+from verl.models.tokenizer import load_tokenizer
 from verl.utils.checkpoint.hf_files import write_hf_files
 from verl.utils.checkpoint.whole import ADAPTER_CONFIG, BASE_QUANTIZATION, WEIGHTS
 from verl.utils.hub import hub_origin

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verl.models.loading import is_discriminator
+from verl.models.finding import is_discriminator
 from verl.monitor.report.provenance import read_record
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.checkpoint_manager import ORIGIN_FILE, STATE_FILE

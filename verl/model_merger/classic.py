@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 
 from verl.model_merger.written import open_to_readers, refuse_overflow
 from verl.models.answer_models import SCORE_HEADS
-from verl.models.loading import Kind, config_entries, empty_model, hf_files, load_config, load_tokenizer
+from verl.models.finding import config_entries
+from verl.models.loading import Kind, empty_model, hf_files, load_config
 from verl.models.published import LAYER, checkpoint_tensors, is_converted
+from verl.models.tokenizer import load_tokenizer
 from verl.utils.checkpoint.classic import RankFiles, check_rank_files, rank_files
 from verl.utils.checkpoint.fsdp_checkpoint_manager import tied_names
 from verl.utils.checkpoint.hf_files import write_hf_files

@@ -108,7 +108,7 @@ def _merge(options: argparse.Namespace) -> None:
     from verl.model_merger.merger import merge
     from verl.model_merger.upload import prepare_upload, upload
     from verl.model_merger.written import weights_in
-    from verl.models.loading import is_discriminator
+    from verl.models.finding import is_discriminator
     from verl.utils.checkpoint.best_link import behind_best
 
     repository, target = options.hf_upload_path, Path(options.target_dir)

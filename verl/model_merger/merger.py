@@ -11,7 +11,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from verl.model_merger.adapters import compare_adapters, refuse_the_other_kind
 from verl.model_merger.classic import compare_classic, find_huggingface, merge_classic
 from verl.model_merger.written import name_of, open_to_readers, refuse_overflow, stored_dtype
-from verl.models.loading import Kind, find_model, hf_files, is_discriminator, load_model, load_tokenizer
+from verl.models.finding import find_model, is_discriminator
+from verl.models.loading import Kind, hf_files, load_model
+from verl.models.tokenizer import load_tokenizer
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.classic import is_classic
 from verl.utils.checkpoint.hf_files import write_hf_files

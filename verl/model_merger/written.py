@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from verl.models.loading import config_entries
+from verl.models.finding import config_entries
 from verl.utils.checkpoint.room import amount
 from verl.utils.checkpoint.whole import weight_files
 

@@ -1,12 +1,11 @@
-"""Finding and loading models: a Hugging Face folder, a checkpoint's `actor`/`critic` folder as training wrote it, or a
-folder of adapters, of which the merged model is loaded."""
+"""Loading models from the folders that `finding.py` knows: their configs, whole models (of adapters the merged one) and
+empty ones; and what can be told of them before: class, heads, labels."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,19 +16,25 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
-from verl.models.adapter_folders import AdapterFolder, find_adapter
+from verl.models.adapter_folders import AdapterFolder
 from verl.models.adapters import add_adapters, config_in, load_adapters, merge_adapters
 from verl.models.answer_models import SCORE_HEADS, score_head, score_head_name
-from verl.models.folders import no_model, refuse_no_tokenizer, refuse_quantized, told_of
+from verl.models.finding import (
+    base_of,
+    check_files,
+    config_entries,
+    find_model,
+    is_discriminator,
+    refuse_discriminator,
+)
+from verl.models.folders import told_of
 from verl.models.four_bit import require_bitsandbytes, round_to_4bit
 from verl.models.reward_models import (
     head_renaming,
@@ -40,17 +45,13 @@ from verl.models.reward_models import (
     settled_bias,
 )
 from verl.models.score_classes import register_own_score_class, register_score_class
-from verl.utils.checkpoint.best_link import behind_best
-from verl.utils.checkpoint.classic import is_classic
+from verl.models.tokenizer import find_tokenizer
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, is_dropout
-from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
-from verl.utils.checkpoint.whole import check_huggingface, check_part, refuse_pointer
-from verl.utils.command_line import called_as
+from verl.utils.checkpoint.sharded import read_full_tensors
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["policy", "score"]
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 AUTO_CLASSES: dict[Kind, type] = {"policy": AutoModelForCausalLM, "score": AutoModelForTokenClassification}
 
 
@@ -60,157 +61,12 @@ def quiet_transformers() -> None:
     hf_logging.set_verbosity_error()
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """The folders of a model's Hugging Face files and, if it is a checkpoint's, of its sharded weights; or adapters,
-    with the rest of the weights in their base."""
-
-    huggingface: Path
-    shards: Path | None
-    adapter: AdapterFolder | None = None
-
-
-def find_model(path: str | Path) -> ModelSource:
-    """Tell a Hugging Face folder from a checkpoint folder, and both from a folder of adapters.
-
-    Raises:
-        FileNotFoundError: the folder is neither; says what was looked for, and what to pass instead where that can be
-            seen (a whole `global_step_N` folder, or one of verl's classic trainer, which has to be merged first). Or
-            the base of adapters is not there.
-        ValueError: the folder of adapters is damaged (see `find_adapter`).
-    """
-    folder = behind_best(Path(path).expanduser())
-    adapter = find_adapter(folder)
-    if adapter is not None:
-        return ModelSource(adapter.huggingface or find_model(adapter.base).huggingface, None, adapter)
-    if (folder / "huggingface" / "config.json").is_file() and (folder / MODEL_FOLDER).is_dir():
-        return ModelSource(folder / "huggingface", folder / MODEL_FOLDER)
-    if (folder / "config.json").is_file():
-        return ModelSource(folder, None)
-    if is_classic(folder):
-        raise FileNotFoundError(
-            f"{folder} was written by verl's classic trainer and has to be merged first: run "
-            f"`{called_as('verl.model_merger')} --local_dir {folder} --target_dir OUT`, and give OUT instead"
-        )
-    raise FileNotFoundError(no_model(folder))
-
-
-def base_of(path: str | Path) -> str | Path:
-    """The folder that most of a model's weights are in: that of the base of adapters, else this one."""
-    adapter = find_model(path).adapter
-    return path if adapter is None else adapter.base
-
-
-def check_files(path: str | Path, contents: bool = True) -> None:
-    """See that a model folder is whole before it is used.
-
-    Of a checkpoint's folder, shards are counted and everything that a model is read from is compared with its
-    checksums, once per process; `contents=False` leaves the contents out. Of a Hugging Face folder, the weights that it
-    names have to be there, and whole by their own account. Of adapters both are asked, and of their base.
-
-    Raises:
-        FileNotFoundError, ValueError: names the file that is missing, damaged, not this checkpoint's or a Git LFS
-            pointer.
-    """
-    source = find_model(path)
-    if source.adapter is not None:
-        source.adapter.check(contents)
-        check_files(source.adapter.base, contents)
-        return
-    refuse_quantized(source.huggingface, config_entries(path))
-    if source.shards is None:
-        check_huggingface(source.huggingface)
-    else:
-        check_part(source.shards.parent, contents)
-
-
 def hf_files(
     path: str | Path, tokenizer_path: str | Path | None = None, trust_remote_code: bool = False
 ) -> HuggingFaceFiles:
     """The Hugging Face files of a model folder, with the tokenizer's of another one if that is given."""
     tokenizer = find_tokenizer(tokenizer_path or path)
     return HuggingFaceFiles.read(find_model(path).huggingface, tokenizer, trust_remote_code)
-
-
-def config_entries(path: str | Path) -> dict[str, Any]:
-    """The entries of the folder's config.json. ValueError names a damaged file."""
-    file = find_model(path).huggingface / "config.json"
-    refuse_pointer(file)
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: expected JSON, got {error}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{file} is damaged: expected an object, got a {type(entries).__name__}")
-    classes = entries.get("architectures") or []
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"{file} is damaged: expected names of classes as architectures, got {classes!r}")
-    return entries
-
-
-def is_discriminator(path: str | Path) -> bool:
-    """Whether the folder's model has a score head already: a discriminator's or a reward model's."""
-    adapter, config = find_model(path).adapter, config_entries(path)
-    heads = any(name.endswith("ForTokenClassification") for name in config.get("architectures") or [])
-    return heads or is_reward_model(config) or (adapter is not None and adapter.scores)
-
-
-def refuse_discriminator(path: str | Path) -> None:
-    """ValueError for a discriminator where a language model belongs, which may miss none of its weights."""
-    if is_discriminator(path):
-        what = "reward model" if is_reward_model(config_entries(path)) else "discriminator"
-        raise ValueError(
-            f"{path} holds a {what}, and a language model is wanted here: pass a checkpoint's actor folder, or "
-            "a Hugging Face folder of a language model"
-        )
-
-
-def find_tokenizer(path: str | Path) -> Path:
-    """The folder that a tokenizer's files are in: this one, or that of the model in it (`find_model`)."""
-    folder = behind_best(Path(path).expanduser())
-    has_files = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    return folder if has_files else find_model(path).huggingface
-
-
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, or of one that has a tokenizer alone; ValueError if it has no EOS token, without
-    which no answer ends.
-
-    A missing pad token becomes the EOS token: masks never look at it.
-    """
-    folder = find_tokenizer(path)
-    refuse_no_tokenizer(folder)
-    with told_of(folder, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in {path} has no eos_token: answers could not end; set one")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def all_eos_token_ids(tokenizer: PreTrainedTokenizerBase, model: str | Path | PretrainedConfig) -> tuple[int, ...]:
-    """Every token that ends an answer: the tokenizer's EOS first, which is the one that teachers' answers are closed
-    with, then the others of the model.
-
-    Whatever asks whether an answer ended (engines, scores, rewards, metrics, the judge) asks with these ids.
-
-    Args:
-        model: a folder, of which generation_config.json counts, or config.json where that names none, as in
-            transformers' own generation; or a config: of the folder it was loaded from, or without one its own entry.
-    """
-    if isinstance(model, PretrainedConfig):
-        own = getattr(model.get_text_config(), "eos_token_id", None)
-        model = model.name_or_path
-    else:
-        own, model = None, find_model(model).huggingface
-    for name in ("config.json", "generation_config.json"):
-        file = Path(model or "-") / name
-        entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        named = entries.get("eos_token_id", entries.get("text_config", {}).get("eos_token_id"))
-        own = own if named is None else named
-    others = [] if own is None else own if isinstance(own, list) else [own]
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *others]))
 
 
 def load_config(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from verl.models.loading import find_model
+from verl.models.finding import find_model
 from verl.utils.background import Background
 from verl.utils.checkpoint.whole import weight_files
 from verl.utils.startup import noted_beside

@@ -29,9 +29,10 @@ from verl.models.adapters import (
     merged_weight,
 )
 from verl.models.answer_models import ANSWER_MODELS, AnswerModel
+from verl.models.finding import find_model
 from verl.models.four_bit import PACKED, put_in_4bit, whole_weight
 from verl.models.layers import compile_layers, decoder_layers, recompute_layers
-from verl.models.loading import Kind, empty_model, find_model, load_config, load_model, persistent_buffers
+from verl.models.loading import Kind, empty_model, load_config, load_model, persistent_buffers
 from verl.models.proof import prove
 from verl.models.sequence_parallel import own_shard
 from verl.models.shared_base import drop_base, put_on_base

@@ -21,7 +21,8 @@ from verl.config import ActorRolloutRefConfig, CriticConfig, ModelConfig
 from verl.models.adapter_folders import AdapterFolder, find_adapter
 from verl.models.adapters import adapters_of, base_in_4bit
 from verl.models.answer_models import score_head_name
-from verl.models.loading import Kind, base_of, empty_model, load_config
+from verl.models.finding import base_of
+from verl.models.loading import Kind, empty_model, load_config
 from verl.utils.checkpoint.best_link import behind_best
 
 KEY = "critic.model.share_base"

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from verl.config import ModelConfig
-from verl.models.loading import base_of, find_model
+from verl.models.finding import base_of, find_model
 from verl.utils.checkpoint.checksums import CHECKSUMS, write_checksums
 from verl.utils.checkpoint.whole import FSDP_CONFIG, part_checksums
 from verl.utils.units import GIB

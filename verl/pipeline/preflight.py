@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from verl.config.run import Config
 from verl.memory.check import check_run_memory
 from verl.memory.estimate import host_memory
-from verl.models.loading import all_eos_token_ids, is_discriminator, load_tokenizer
+from verl.models.finding import is_discriminator
+from verl.models.tokenizer import all_eos_token_ids, load_tokenizer
 from verl.pipeline.options import STAGES
 from verl.pipeline.settings import Models, compose, run_folder, unused_settings, user_settings
 from verl.pipeline.state import State, handed_on
@@ -24,11 +25,11 @@ from verl.tools.judge.answers import read_prompts, refuse_trained
 from verl.trainer.config import ConfigError
 from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.looking_over import create_rl_dataset
+from verl.trainer.ppo.batches import count_steps
 from verl.trainer.ppo.disk import checkpoint_parts, merged_parameters
 from verl.trainer.ppo.model_checks import check_device, check_engine, check_models, check_tokens
 from verl.trainer.ppo.origin import Origin
 from verl.trainer.ppo.own_tokens import OwnTokens
-from verl.trainer.ppo.ray_trainer import count_steps
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, tracked_step
 from verl.utils.checkpoint.room import Part
 from verl.utils.dataset.rl_dataset import RLHFDataset, find_files

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from verl.models.loading import all_eos_token_ids, find_model, is_discriminator
+from verl.models.finding import find_model, is_discriminator
+from verl.models.tokenizer import all_eos_token_ids
 from verl.trainer.config import Config, DataConfig
 from verl.trainer.config.value_checks import NO_TEXT, doubt_of_rows, doubts
 from verl.trainer.ppo.checkpointing import may_resume_critic, named_checkpoint

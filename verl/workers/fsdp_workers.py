@@ -17,10 +17,12 @@ from verl.memory.errors import explain_out_of_memory
 from verl.memory.knobs import Phase
 from verl.memory.offload import build_offloader
 from verl.models.adapters import AsFound, adapters_in
+from verl.models.finding import find_model
 from verl.models.layers import compile_seconds, compiler_as_before
-from verl.models.loading import all_eos_token_ids, find_model, load_config
+from verl.models.loading import load_config
 from verl.models.sharding import build_sharded_model, full_parameters, reshard
 from verl.models.shared_base import shares_base
+from verl.models.tokenizer import all_eos_token_ids
 from verl.protocol import DataProto
 from verl.single_controller.base.decorator import (
     Dispatch,

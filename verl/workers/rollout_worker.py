@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from verl.config import ActorRolloutRefConfig
 from verl.memory.errors import explain_out_of_memory
-from verl.models.loading import load_tokenizer
+from verl.models.tokenizer import load_tokenizer
 from verl.protocol import DataProto
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.fsdp_workers import ActorRolloutRefWorker

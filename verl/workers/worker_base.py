@@ -26,16 +26,12 @@ from verl.memory.knobs import Phase
 from verl.memory.offload import Offloader, build_offloader
 from verl.models.adapters import adapter_files, adapters_in
 from verl.models.answer_models import AnswerModel
+from verl.models.finding import base_of
 from verl.models.layers import compile_seconds
-from verl.models.loading import (
-    Kind,
-    base_of,
-    hf_files,
-    load_tokenizer,
-    quiet_transformers,
-)
+from verl.models.loading import Kind, hf_files, quiet_transformers
 from verl.models.shape import LIMITS, ModelShape, training_flops
 from verl.models.sharding import build_sharded_model
+from verl.models.tokenizer import load_tokenizer
 from verl.single_controller import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils import startup

@@ -7,7 +7,8 @@ import pytest
 from transformers import GenerationConfig, Qwen2Config
 
 from tests.tiny import byte_tokenizer, scorer, write_model
-from verl.models.loading import all_eos_token_ids, load_config, load_model, load_tokenizer
+from verl.models.loading import load_config, load_model
+from verl.models.tokenizer import all_eos_token_ids, load_tokenizer
 from verl.trainer.config import compose_config
 from verl.trainer.config.paths import with_absolute_paths
 from verl.trainer.ppo import model_checks

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from verl.data_tools.compare.data import Side
 from verl.data_tools.compare.statistics import Finding, Interval, difference_of_means, kolmogorov_smirnov
 from verl.models.answer_models import PolicyModel
-from verl.models.loading import check_files, load_model, refuse_discriminator
+from verl.models.finding import check_files, refuse_discriminator
+from verl.models.loading import load_model
 from verl.models.proof import class_verdict
 from verl.tools.prompts import PromptAndAnswer, to_rows
 from verl.utils.dataset.texts import Tokenization

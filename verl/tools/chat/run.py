@@ -11,15 +11,9 @@ from contextlib import suppress
 import torch
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
-from verl.models.loading import (
-    all_eos_token_ids,
-    check_files,
-    find_tokenizer,
-    load_model,
-    load_tokenizer,
-    quiet_transformers,
-    refuse_discriminator,
-)
+from verl.models.finding import check_files, refuse_discriminator
+from verl.models.loading import load_model, quiet_transformers
+from verl.models.tokenizer import all_eos_token_ids, find_tokenizer, load_tokenizer
 from verl.tools.command import check_device
 from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.console import printable

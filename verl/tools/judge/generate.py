@@ -23,17 +23,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from verl.config import RolloutConfig, SamplingConfig
-from verl.models.loading import (
-    all_eos_token_ids,
-    check_files,
-    is_discriminator,
-    load_config,
-    load_model,
-    load_tokenizer,
-    quiet_transformers,
-)
+from verl.models.finding import check_files, is_discriminator
+from verl.models.loading import load_config, load_model, quiet_transformers
 from verl.models.packing import padded
 from verl.models.sharding import full_parameters
+from verl.models.tokenizer import all_eos_token_ids, load_tokenizer
 from verl.protocol import DataProto
 from verl.tools.judge.answers import Answer, Answers, prompt_ids
 from verl.tools.prompts import Limits, Prompt

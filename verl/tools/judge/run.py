@@ -14,14 +14,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from verl.models.loading import (
-    all_eos_token_ids,
-    check_files,
-    find_tokenizer,
-    is_discriminator,
-    load_config,
-    load_tokenizer,
-)
+from verl.models.finding import check_files, is_discriminator
+from verl.models.loading import load_config
+from verl.models.tokenizer import all_eos_token_ids, find_tokenizer, load_tokenizer
 from verl.tools.command import check_device
 from verl.tools.judge.answers import (
     TEACHER,

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.models.answer_models import ScoreModel
-from verl.models.loading import check_files, check_labels, config_entries, is_discriminator, load_model
+from verl.models.finding import check_files, config_entries, is_discriminator
+from verl.models.loading import check_labels, load_model
 from verl.models.proof import class_verdict
 from verl.tools.prompts import PromptAndAnswer, to_rows
 from verl.trainer.ppo.discriminator_algos import POOLINGS

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from verl.models.loading import all_eos_token_ids, load_config, load_tokenizer
+from verl.models.loading import load_config
+from verl.models.tokenizer import all_eos_token_ids, load_tokenizer
 from verl.tools.command import check_device
 from verl.tools.flags import SUFFIXES
 from verl.tools.prompts import Limits

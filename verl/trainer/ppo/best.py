@@ -64,6 +64,25 @@ class BestTracker:
         self.state = replace(state, step=step, value=value, validated=step, misses=0)
         return True
 
+    def decide(
+        self, step: int, metrics: Mapping[str, float], total_steps: int, first_actor_step: int | None
+    ) -> tuple[bool, bool]:
+        """`see`, with what follows from it said: whether these weights are the best so far, and whether the run ends
+        with them, before the last of its `total_steps`.
+
+        Args:
+            first_actor_step: see `first_that_counts`.
+        """
+        self.counts_from = first_that_counts(self.state.metric, first_actor_step)
+        is_best = self.see(step, metrics)
+        ends = self.exhausted and step < total_steps
+        if is_best:
+            logger.info("step %d is the best so far: %s is %.6g", step, self.state.metric, self.state.value)
+        if ends:
+            verdict = self.verdict(metrics[self.state.metric])
+            logger.info("early stop after %d of %d steps: %s", step, total_steps, verdict)
+        return is_best, ends
+
     def _value(self, metrics: Mapping[str, float]) -> float:
         name = self.state.metric
         if name not in metrics:

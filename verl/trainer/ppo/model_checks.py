@@ -26,29 +26,23 @@ from verl.models.adapters import (
 )
 from verl.models.adapters_proof import check_merging
 from verl.models.answer_models import ANSWER_MODELS
+from verl.models.finding import base_of, check_files, config_entries, find_model, is_discriminator, refuse_discriminator
 from verl.models.four_bit import linear_layers
 from verl.models.loading import (
     Kind,
-    base_of,
-    check_files,
     check_head,
     check_labels,
-    config_entries,
     context_length,
     empty_model,
     find_class,
-    find_model,
-    find_tokenizer,
-    is_discriminator,
     load_config,
-    load_tokenizer,
-    refuse_discriminator,
 )
 from verl.models.proof import check_class
 from verl.models.reward_models import POOLING, is_reward_model
 from verl.models.row_mixers import costs_beside_packing
 from verl.models.sequence_parallel import check_shared_heads
 from verl.models.shared_base import shares_base, trains_adapters, why_not_shared
+from verl.models.tokenizer import find_tokenizer, load_tokenizer
 from verl.trainer.ppo.discriminator_algos import get_discriminator_loss_fn
 from verl.trainer.ppo.own_tokens import is_other, own_limits
 from verl.utils.checkpoint.whole import refuse_pointers

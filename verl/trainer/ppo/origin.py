@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.config.run import Config
-from verl.models.loading import find_model
+from verl.models.finding import find_model
 from verl.trainer.ppo.rejected import refuse_another_stage
 from verl.utils.checkpoint.checkpoint_manager import ORIGIN_FILE, REJECTED_FILE
 from verl.utils.checkpoint.checksums import checksums_of

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.batch import CRITIC_PROMPT_KEYS, GROUP_KEYS, columns, teacher_response_mask
 from verl.config.run import Config
-from verl.models.loading import all_eos_token_ids, load_tokenizer
+from verl.models.tokenizer import all_eos_token_ids, load_tokenizer
 from verl.protocol import DataProto
 from verl.trainer.ppo.discriminator_algos import closing_eos
 from verl.utils.dataset.own_prompts import OwnLimits, OwnPrompts

@@ -16,19 +16,20 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from verl.batch import Prompts
 from verl.config.run import Config
 from verl.memory.check import check_run_memory
-from verl.models.loading import all_eos_token_ids
+from verl.models.tokenizer import all_eos_token_ids
 from verl.monitor.live import StoppedByAlarm
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup, create_colocated_worker_cls
-from verl.trainer.ppo.best import first_that_counts, open_best
+from verl.trainer.ppo.batches import batches_of, tell_steps
+from verl.trainer.ppo.best import open_best
 from verl.trainer.ppo.checkpointing import Checkpoints, RunState, run_folder
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator import Discriminator
@@ -55,11 +56,9 @@ from verl.trainer.ppo.steps import Step, Steps
 from verl.trainer.ppo.student import Student
 from verl.trainer.ppo.validation import Validation
 from verl.utils.checkpoint.checkpoint_manager import AHEAD_FILE, HELD_OUT_FILE, REJECTED_FILE, REPLAY_FILE
-from verl.utils.dataset.sampler import EpochBatches
 from verl.utils.profiling import marked
 from verl.utils.run_log import phase
 from verl.utils.signals import RunSignals
-from verl.utils.stalls import doing
 from verl.utils.startup import noted
 from verl.utils.tracking import Tracking
 from verl.utils.units import counted
@@ -94,18 +93,6 @@ def marked_timer(name: str, timing: dict[str, float]) -> Iterator[None]:
 def compute_response_mask(data: DataProto) -> torch.Tensor:
     """The last columns of `attention_mask`, as wide as `responses`: 1 on real answer tokens."""
     return data.batch["attention_mask"][:, -data.batch["responses"].shape[-1] :]
-
-
-def count_steps(config: Config, rows: int) -> int:
-    """The steps of a run on so many training rows; ValueError if they fill no batch."""
-    batch, epochs = config.data.train_batch_size, config.trainer.total_epochs
-    steps = config.trainer.total_training_steps or rows * epochs // batch
-    if steps == 0:
-        raise ValueError(
-            f"{rows} training rows times {epochs} epochs do not fill one batch of {batch}: lower "
-            "data.train_batch_size or raise trainer.total_epochs"
-        )
-    return steps
 
 
 class RayPPOTrainer:
@@ -151,21 +138,7 @@ class RayPPOTrainer:
         self.best = open_best(config)
         self.global_step = 0
         self.samples_seen = 0
-        self.total_steps = self._count_steps()
-
-    def _count_steps(self) -> int:
-        rows, batch = len(self.train_dataset), self.config.data.train_batch_size
-        steps = count_steps(self.config, rows)
-        logger.info(
-            "%s, batches of %d: %s, %.2f epochs",
-            counted(rows, "training row"), batch, counted(steps, "step"), steps * batch / rows,
-        )  # fmt: skip
-        if self.config.frozen_actor_steps >= steps:
-            logger.warning(
-                "trainer.critic_warmup=%s covers all %d steps: only the discriminator will be trained",
-                self.config.trainer.critic_warmup, steps,
-            )  # fmt: skip
-        return steps
+        self.total_steps = tell_steps(config, len(train_dataset))
 
     # ------------------------------------------------------------ workers
 
@@ -359,27 +332,8 @@ class RayPPOTrainer:
 
     def _batches(self) -> Iterator[Prompts]:
         """Batches from the first row not seen yet to the last step's."""
-        data = self.config.data
-        sampler = EpochBatches(
-            rows=len(self.train_dataset),
-            batch_size=data.train_batch_size,
-            batches=self.total_steps - self.global_step,
-            seed=data.seed if data.shuffle else None,
-            start=self.samples_seen,
-        )
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=sampler,
-            num_workers=data.dataloader_num_workers,
-            collate_fn=self.collate_fn,
-        )
-        batches = iter(loader)
-        while True:
-            with doing("reading the next batch"):
-                rows = next(batches, None)
-            if rows is None:
-                return
-            yield Prompts.of(DataProto.from_single_dict(rows))
+        left = self.total_steps - self.global_step
+        return batches_of(self.train_dataset, self.collate_fn, self.config.data, left, self.samples_seen)
 
     # ------------------------------------------------------------ around the loop
 
@@ -416,14 +370,7 @@ class RayPPOTrainer:
         best, step = self.best, self.global_step
         if best is None:
             return metrics, False
-        best.counts_from = first_that_counts(best.state.metric, self.head_start.first_actor_step)
-        is_best = best.see(step, metrics)
-        ends = best.exhausted and step < self.total_steps
-        if is_best:
-            logger.info("step %d is the best so far: %s is %.6g", step, best.state.metric, best.state.value)
-        if ends:
-            verdict = best.verdict(metrics[best.state.metric])
-            logger.info("early stop after %d of %d steps: %s", step, self.total_steps, verdict)
+        is_best, ends = best.decide(step, metrics, self.total_steps, self.head_start.first_actor_step)
         if is_best or ends:
             self.checkpoints.wait()
         if (is_best or ends) and self.checkpoints.saved_step != step:

@@ -38,7 +38,7 @@ class BaseRollout(ABC):
         eos_token_ids: Sequence[int] | None = None,
     ):
         # Here, because settings are checked against the engines' names long before a model's code is wanted.
-        from verl.models.loading import all_eos_token_ids
+        from verl.models.tokenizer import all_eos_token_ids
 
         self.config = config
         self.tokenizer = tokenizer
@@ -49,7 +49,6 @@ class BaseRollout(ABC):
     def _build(self, model_config: PretrainedConfig, device: str, trust_remote_code: bool) -> None:
         """Build the engine, with arbitrary weights."""
 
-    @abstractmethod
     def generate(
         self,
         prompts: DataProto,
@@ -75,6 +74,16 @@ class BaseRollout(ABC):
         Raises:
             RuntimeError: the engine has none of the pushed weights (any more), where it can tell.
         """
+        limit = self.config.response_length
+        reported, longest = min(report_log_probs, len(prompts)), min(longest or limit, limit)
+        return self._generate(prompts, sampling, seed, reported, longest)
+
+    @abstractmethod
+    def _generate(
+        self, prompts: DataProto, sampling: SamplingConfig, seed: int, reported: int, longest: int
+    ) -> DataProto:
+        """`generate` of an engine: for the first `reported` of the prompts with log-probs, answers of at most `longest`
+        tokens."""
 
     @abstractmethod
     def push_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:

@@ -61,21 +61,16 @@ class HFRollout(BaseRollout):
         set_attention(model, plain_attention(model))
         self.model = model.eval()
 
-    def generate(
-        self,
-        prompts: DataProto,
-        sampling: SamplingConfig,
-        seed: int,
-        report_log_probs: int = 0,
-        longest: int | None = None,
+    def _generate(
+        self, prompts: DataProto, sampling: SamplingConfig, seed: int, reported: int, longest: int
     ) -> DataProto:
         torch.manual_seed(seed)
         size = max(1, self.config.max_num_seqs // sampling.n)
         config, parts = self._generation_config(sampling, longest), []
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size].batch
-            reported = min(max(report_log_probs - start, 0), len(part))
-            parts.append(self._generate_part(part["input_ids"], part["attention_mask"], config, sampling, reported))
+            of_part = min(max(reported - start, 0), len(part))
+            parts.append(self._generate_part(part["input_ids"], part["attention_mask"], config, sampling, of_part))
         return DataProto.concat(parts)
 
     @torch.inference_mode()
@@ -125,13 +120,13 @@ class HFRollout(BaseRollout):
             }
         )
 
-    def _generation_config(self, sampling: SamplingConfig, longest: int | None) -> GenerationConfig:
+    def _generation_config(self, sampling: SamplingConfig, longest: int) -> GenerationConfig:
         draw = {"do_sample": False}
         if sampling.do_sample:
             top_k = sampling.top_k if sampling.top_k > 0 else 0
             draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": top_k}
         return GenerationConfig(
-            max_new_tokens=min(longest or self.config.response_length, self.config.response_length),
+            max_new_tokens=longest,
             eos_token_id=self.eos_token_ids,
             pad_token_id=self.tokenizer.pad_token_id,
             num_return_sequences=sampling.n,

@@ -130,15 +130,10 @@ class VLLMRollout(BaseRollout):
 
     # ------------------------------------------------------------ answers
 
-    def generate(
-        self,
-        prompts: DataProto,
-        sampling: SamplingConfig,
-        seed: int,
-        report_log_probs: int = 0,
-        longest: int | None = None,
+    def _generate(
+        self, prompts: DataProto, sampling: SamplingConfig, seed: int, reported: int, longest: int
     ) -> DataProto:
-        """As `BaseRollout.generate`. RuntimeError before the first push, and after `sleep` until the next."""
+        """As `BaseRollout._generate`. RuntimeError before the first push, and after `sleep` until the next."""
         if not self._has_weights:
             raise RuntimeError(
                 "the vLLM engine has no weights: call push_weights before the first generate, after a push that failed "
@@ -149,7 +144,7 @@ class VLLMRollout(BaseRollout):
         # equal prompts equally, so that the draws, which come from one generator for the whole batch, repeat.
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests of an earlier call still hold blocks")
-        own = RankPrompts(_token_ids(prompts), min(report_log_probs, len(prompts)), seed)
+        own = RankPrompts(_token_ids(prompts), reported, seed)
         ranks_prompts = self._gather(own)
         requests, params = [], []
         for one in ranks_prompts:
@@ -170,9 +165,7 @@ class VLLMRollout(BaseRollout):
         dist.all_gather_object(ranks_prompts, own, group=self.process_group)
         return ranks_prompts
 
-    def _params(
-        self, sampling: SamplingConfig, prompt_length: int, report: bool, longest: int | None = None
-    ) -> SamplingParams:
+    def _params(self, sampling: SamplingConfig, prompt_length: int, report: bool, longest: int) -> SamplingParams:
         # No seed per request: a sampler that knows one draws row by row. `ignore_eos` is about the EOS that vLLM takes
         # from the folder it was given, which has no generation config; answers end at `eos_token_ids`.
         return SamplingParams(
@@ -180,11 +173,7 @@ class VLLMRollout(BaseRollout):
             temperature=sampling.temperature if sampling.do_sample else 0.0,
             top_p=sampling.top_p if sampling.do_sample else 1.0,
             top_k=sampling.top_k if sampling.do_sample else -1,
-            max_tokens=min(
-                longest or self.config.response_length,
-                self.config.response_length,
-                self.max_model_len - prompt_length,
-            ),
+            max_tokens=min(longest, self.max_model_len - prompt_length),
             ignore_eos=True,
             stop_token_ids=self.eos_token_ids,
             logprobs=0 if report else None,
