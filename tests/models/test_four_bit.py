@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from tests.adapters import adapter_config, train_a_little, with_peft
-from tests.tiny import VOCAB, answer_rows, causal_lm, scorer
+from tests.tiny import VOCAB, answer_rows, causal_lm, scorer, write_model
 from verl.models.adapter_folders import find_adapter
 from verl.models.adapters import add_adapters
 from verl.models.answer_models import PolicyModel, ScoreModel
@@ -157,3 +157,14 @@ def test_a_missing_library_is_said(monkeypatch):
     monkeypatch.setattr("verl.models.four_bit.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"x needs the bitsandbytes library.*pip install 'verl\[qlora\]'"):
         require_bitsandbytes("x")
+
+
+def test_the_rounded_model_is_what_transformers_loads_in_4_bits(tmp_path):
+    write_model(tmp_path / "base")
+    theirs = BitsAndBytesConfig.from_dict(json.loads(quantization_json(torch.float32)))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=theirs, dtype=torch.float32)
+    # Without dropout it computes the same in training, where the library does not pack its layers anew for the CPU.
+    with torch.no_grad():
+        found = loaded.train()(input_ids=IDS).logits
+    assert (found - logits(causal_lm())).abs().max() > 0.01, "nothing is in 4 bits"
+    torch.testing.assert_close(found, logits(rounded(causal_lm())), atol=1e-4, rtol=1e-5)

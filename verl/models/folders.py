@@ -63,7 +63,7 @@ def refuse_quantized(folder: Path, entries: Mapping[str, Any]) -> None:
         method = found.get("quant_method", "quantised") if isinstance(found, dict) else "quantised"
         raise ValueError(
             f"{folder} has quantised weights ({method}), which cannot be trained: give the model that they were made "
-            "from, in bf16 or fp32"
+            "from, in bf16 or fp32 (beside adapters, load_in_4bit=True puts its weights in 4 bits as it is read)"
         )
 
 
