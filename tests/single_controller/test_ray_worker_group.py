@@ -9,6 +9,7 @@ import pytest
 import ray
 import torch
 from ray.exceptions import RayActorError
+from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from verl.protocol import DataProto
 from verl.single_controller.base import Worker
@@ -25,6 +26,7 @@ from verl.single_controller.ray import (
     RayWorkerGroup,
     create_colocated_worker_cls,
     merge_resource_pool,
+    pools,
 )
 
 pytestmark = pytest.mark.distributed
@@ -450,6 +452,21 @@ def test_parts_of_a_pool_are_groups_of_their_own_on_its_nodes(parts):
     assert first["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "1"), "both share the node's two CPUs"
     [[_, one]], [[_, other]] = (group.get_offset_and_pid() for group in groups)
     assert one != other
+
+
+def test_parts_of_a_pool_give_their_processes_back_once(parts, monkeypatch):
+    removed = []
+
+    def remove(group):
+        removed.append(group.id)
+        remove_placement_group(group)
+
+    monkeypatch.setattr(pools, "remove_placement_group", remove)
+    (group,) = parts[0].get_placement_groups()
+    for part in parts:
+        part.release()
+    assert removed == [group.id]
+    assert placement_group_table(group)["state"] == "REMOVED"
 
 
 def test_a_part_without_processes_on_a_node(make_pool):

@@ -131,9 +131,11 @@ class RayResourcePool(ResourcePool):
         return part
 
     def release(self) -> None:
-        """Gives the processes back to the cluster; actors that still run in them die."""
-        for group in self._placement_groups or []:
-            remove_placement_group(group)
+        """Gives the processes back to the cluster, with one part of a pool those of all; actors in them die."""
+        # Parts have one list, which the first to be released leaves empty.
+        groups = self._placement_groups or []
+        while groups:
+            remove_placement_group(groups.pop())
         self._placement_groups = self._begun = None
         self.tenants.clear()
 
