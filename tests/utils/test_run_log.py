@@ -35,10 +35,17 @@ def test_the_terminal_gets_what_is_ours_and_warnings_and_the_file_everything(ter
         library.info("chatter")
         library.warning("look \x1b[2J here")
         library.warning("Token authentication is enabled for this Ray cluster.")
+        library.warning("Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'.")
     said = [line[9:] for line in terminal().splitlines()]
     assert said == ["a sentence", "WARNING engine: look \ufffd[2J here"]
     kept = (tmp_path / "logs" / "driver.log").read_text()
-    for part in ("INFO verl.somewhere: a sentence", "INFO engine: chatter", "\ufffd[2J", "Token authentication"):
+    for part in (
+        "INFO verl.somewhere: a sentence",
+        "INFO engine: chatter",
+        "\ufffd[2J",
+        "Token authentication",
+        "gemm_4bit",
+    ):
         assert part in kept
     ours.info("after it")
     assert "after it" not in (tmp_path / "logs" / "driver.log").read_text()

@@ -33,7 +33,7 @@ def test_names_of_what_is_not_finite(bad):
     [
         (math.nan, 1.0, "gradient norm nan.*1 of 2 gradients are not finite, e.g. weight"),
         (math.inf, 1.0, "gradient norm inf.*1 of 2 gradients"),
-        (1.0, math.nan, "the loss is nan.*all weights and gradients are finite"),
+        (1.0, math.nan, "the loss is nan.*all trained weights and gradients are finite"),
         (1.0, math.inf, "the loss is inf"),
     ],
 )
@@ -56,6 +56,16 @@ def test_a_skipped_update_changes_nothing_and_is_counted(gradient, loss, words, 
     module.weight.grad[0, 0] = 1.0
     step_or_skip("actor", module, optimizer, 1.0, torch.tensor(0.5), metrics)
     assert metrics.means() == {"actor/skipped_steps": 1, "actor/grad_norm": pytest.approx(3**0.5)}
+
+
+def test_frozen_weights_are_not_blamed():
+    """What weights in 4 bits are as numbers may be nan."""
+    module = layer()
+    module.weight_4bit = torch.nn.Parameter(torch.tensor([math.nan]), requires_grad=False)
+    for parameter in (module.weight, module.bias):
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(FloatingPointError, match="all trained weights and gradients are finite"):
+        optimizer_step(module, torch.optim.AdamW(module.parameters()), 1.0, torch.tensor(math.nan))
 
 
 def one_rank_has_a_bad_loss(rank, path):

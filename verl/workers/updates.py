@@ -102,13 +102,13 @@ def optimizer_step(
 
 
 def _what_is_not_finite(module: nn.Module) -> str:
-    """The weights, or the gradients where all weights are finite, in words; collective."""
-    weights = dict(module.named_parameters())
+    """The trained weights, or the gradients where all of these are finite, in words; collective."""
+    weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
     gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
     for kind, tensors in (("weights", weights), ("gradients", gradients)):
         if names := non_finite_names(tensors):
             return f"{len(names)} of {len(tensors)} {kind} are not finite, e.g. {names[0]}"
-    return "all weights and gradients are finite"
+    return "all trained weights and gradients are finite"
 
 
 def step_or_skip(
