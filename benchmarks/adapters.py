@@ -1,12 +1,13 @@
 """One whole GAD step with adapters through the real loop, on one frozen base or on two, beside that of all weights.
 
     python -m benchmarks.adapters --shape 7b --ways shared apart --out adapters.json
-    python -m benchmarks.adapters --shape 1.5b --ways full shared
+    python -m benchmarks.adapters --shape 1.5b --ways full shared 4bit
 
 The step is that of `step`: 64 prompts of about 220 tokens with 8 answers of 256, KL to the reference, generation and
 the push of the weights included. `shared`: student and discriminator train adapters on one frozen base in memory;
-`apart`: each has a base of its own; `full`: all weights of both are trained. Seconds are medians over the steps after
-the warm-up, in whose first step the student waits, because a discriminator with a fresh score head may not reward it.
+`apart`: each has a base of its own; `4bit`: one base, in 4 bits; `full`: all weights of both are trained. Seconds are
+medians over the steps after the warm-up, in whose first step the student waits, because a discriminator with a fresh
+score head may not reward it.
 On a GPU each way gets a process of its own.
 
 `peak_gib` is what PyTorch held at most, with the engine asleep; `engine_gib` the engine's share of the card, awake,
@@ -34,7 +35,7 @@ from verl.models.shared_base import shares_base
 from verl.trainer.config import Config
 from verl.utils.units import GIB
 
-WAYS = ("shared", "apart", "full")
+WAYS = ("shared", "apart", "4bit", "full")
 COLUMNS = (
     "shape", "way", "trained_millions", "step", *step.PASSES, *step.OVERHEAD, "tokens_per_s", "peak_gib", "engine_gib",
     "sync_gap",
@@ -63,7 +64,9 @@ def settings(args: argparse.Namespace, way: str, models: Path, folder: Path) -> 
         "trainer.critic_warmup=1",
         f"actor_rollout_ref.model.lora_rank={args.rank}",
         f"critic.model.lora_rank={args.rank}",
-        f"critic.model.share_base={way == 'shared'}",
+        f"actor_rollout_ref.model.load_in_4bit={way == '4bit'}",
+        f"critic.model.load_in_4bit={way == '4bit'}",
+        f"critic.model.share_base={way != 'apart'}",
     ]
     chosen = argparse.Namespace(**vars(args) | {"ranks": 1, "set": [*(own if way != "full" else []), *args.set]})
     return step.settings(chosen, "ours", models, folder)

@@ -305,15 +305,17 @@ def test_step_runs(tmp_path, algorithm):
 @pytest.mark.e2e
 def test_adapters_run(tmp_path):
     sizes = ["--prompts", "4", "--n", "4", "--tokens", "512", "--steps", "1", "--rank", "2"]
-    shared, apart, full = run("adapters", tmp_path / "out.json", *sizes, "--ways", "shared", "apart", "full")
-    assert [row["one_base"] for row in (shared, apart, full)] == [True, False, False]
+    ways = ("shared", "apart", "4bit", "full")
+    shared, apart, packed, full = run("adapters", tmp_path / "out.json", *sizes, "--ways", *ways)
+    assert [row["one_base"] for row in (shared, apart, packed, full)] == [True, False, True, False]
     # Of each layer q and o are 128 x 128, k and v 128 x 64, three 128 x 256: rank 2 times inputs and outputs; two
     # models, and a head of 128 and a bias.
     adapters = 2 * 2 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 256))
     assert shared["trained_millions"] * 1e6 == pytest.approx(2 * adapters + 129)
     assert full["trained_millions"] * 1e6 == pytest.approx(2 * SHAPES["tiny"].parameters + 129)
-    assert shared["first_step"] == apart["first_step"]
-    for row in (shared, apart, full):
+    assert packed["trained_millions"] == shared["trained_millions"]
+    assert shared["first_step"] == apart["first_step"] != packed["first_step"]
+    for row in (shared, apart, packed, full):
         assert min(row["update_actor"], row["update_critic"], row["ref"]) > 0 and row["push_weights"] > 1e-4
         assert row["sync_gap"] < 1e-5
 

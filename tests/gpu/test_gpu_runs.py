@@ -93,6 +93,20 @@ def test_gad_with_adapters_on_one_base(run):
     assert shared[STEPS - 1][memory] < apart[STEPS - 1][memory]
 
 
+def test_gad_beside_weights_in_4_bits(run):
+    """One base, in less memory than in bf16; and with it in host memory between uses."""
+    lora = ("actor_rollout_ref.model.lora_rank=8", "critic.model.lora_rank=8")
+    packed = ("actor_rollout_ref.model.load_in_4bit=True", "critic.model.load_in_4bit=True")
+    offload = ("actor_rollout_ref.actor.fsdp_config.param_offload=True", "critic.model.fsdp_config.param_offload=True")
+    shared, four = gad(run, "in bf16", 1, *lora), gad(run, "in 4 bits", 1, *lora, *packed)
+    offloaded = gad(run, "in 4 bits, offloaded", 1, *lora, *packed, *offload)
+    for step in range(STEPS):
+        for name in ("critic/d_loss", "critic/grad_norm", "response_length/mean"):
+            assert offloaded[step][name] == pytest.approx(four[step][name], rel=0.05, abs=1e-4), (step, name)
+    memory = "perf/max_memory_allocated_gb"
+    assert four[STEPS - 1][memory] < shared[STEPS - 1][memory]
+
+
 def test_resuming_with_everything_offloaded(run):
     """The weights, the optimizer's states and the engine after a restart, against a run in one piece."""
     offload = ("actor_rollout_ref.actor.fsdp_config.param_offload=True", "critic.model.fsdp_config.param_offload=True")
