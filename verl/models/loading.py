@@ -202,7 +202,11 @@ def _merged(
     add_adapters(model, config_in(adapter))
     load_adapters(model, adapter)
     merge_adapters(model)
-    return model.to(dtype)
+    if in_4bit is not None:
+        # Not the buffers: positions are computed with fp32 tables.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def is_tied(config: PretrainedConfig) -> bool:
