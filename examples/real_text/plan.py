@@ -159,6 +159,18 @@ def _from_the_defaults() -> Iterator[Run]:
     yield _gad("GAD-users-formula", *USERS_FORMULA, *COOL, _anchor(0))
 
 
+def _with_adapters() -> Iterator[Run]:
+    """The same two stages with adapters of both models in the place of all weights, and with their base in 4 bits."""
+    for kind, packed in (("LoRA", False), ("4bit", True)):
+        models = ("actor_rollout_ref.model", "critic.model")
+        student, critic = (
+            (f"{model}.lora_rank=64", f"{model}.lora_alpha=64", f"{model}.load_in_4bit={packed}") for model in models
+        )
+        # Adapters want higher rates than whole weights.
+        yield Run(f"SeqKD-{kind}", "base", (*SEQKD, *student, _actor_rate(1e-3)), epochs=4)
+        yield _gad(f"GAD-{kind}", *critic, _actor_rate(3e-5), "critic.optim.lr=3e-4", start=f"SeqKD-{kind}")
+
+
 def _from_the_earlier_defaults() -> Iterator[Run]:
     """Loss `ranking`, temperature .8, no anchor, a wider band: the first and second look of `docs/experiments.md`."""
     yield _earlier("earlier")
@@ -188,6 +200,7 @@ def runs() -> Iterator[Run]:
     """All of them."""
     yield from _without_rewards()
     yield from _from_the_defaults()
+    yield from _with_adapters()
     yield from _from_the_earlier_defaults()
 
 
