@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from tests.e2e.running import assert_equal_tensors, read_metrics, train
+from verl.model_merger.card import card_of
 from verl.model_merger.cli import main as merger
 from verl.models.four_bit import round_to_4bit
 from verl.models.loading import load_model
@@ -132,6 +133,9 @@ def test_merged_models_are_what_was_trained(stages, folder, tmp_path, part):
     round_to_4bit(base, torch.float32)
     expected = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
     assert (plain - expected).abs().max() > 1e-3, "what they were beside makes no difference"
+    card = card_of(checkpoint, "me/adapter", part == "critic", adapter="/private/base")
+    said = 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32"'
+    assert "AutoTokenizer, BitsAndBytesConfig\n" in card and said in card
     merger(["--local_dir", str(checkpoint), "--target_dir", str(tmp_path / "whole"), "--dtype", "float32"])
     merger(["test", "--local_dir", str(checkpoint), "--test_hf_dir", str(tmp_path / "whole")])
     assert not (tmp_path / "whole" / "base_quantization.json").exists()

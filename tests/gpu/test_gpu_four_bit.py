@@ -15,18 +15,19 @@ from verl.models.layers import compile_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [1, 192])
 @pytest.mark.parametrize("tokens", [1, 7, 512])
-def test_a_layer_is_the_rounded_one(cuda, dtype, tokens):
+def test_a_layer_is_the_rounded_one(cuda, dtype, tokens, outputs):
     """Few tokens and many may take different kernels."""
     torch.manual_seed(0)
-    plain = torch.nn.Linear(320, 192)
+    plain = torch.nn.Linear(320, outputs)
     layer = Linear4bit(plain, dtype, values=True)
     weight = whole_weight(layer)
     layer = layer.to(cuda)
     layer.bias.data = layer.bias.data.to(dtype)
     assert torch.equal(whole_weight(layer).cpu(), weight)
     inputs = torch.randn(tokens, 320, device=cuda).to(dtype).requires_grad_()
-    slope = torch.randn(tokens, 192, device=cuda).to(dtype)
+    slope = torch.randn(tokens, outputs, device=cuda).to(dtype)
     (found,) = torch.autograd.grad(layer(inputs), inputs, slope)
     exact = torch.nn.functional.linear(inputs.double(), weight.to(cuda).double(), layer.bias.double())
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
@@ -40,10 +41,11 @@ def test_gradients_of_adapters_are_those_beside_rounded_weights(cuda, compiled):
     base = language_model("qwen2").float()
     plain, packed = copy.deepcopy(base), base
     round_to_4bit(plain, torch.float32)
-    put_in_4bit(packed, torch.float32)
     ids = torch.arange(4, 68).view(2, 32)
     for model, device in ((plain, "cpu"), (packed, cuda)):
         add_adapters(model, adapter_config())
+        if model is packed:
+            put_in_4bit(model, torch.float32)
         train_a_little(model)
         model.to(device).train()
         if compiled and model is packed:

@@ -545,7 +545,7 @@ def test_memory_of_adapters_is_as_worked_out_by_hand():
 
 def test_memory_of_weights_in_4_bits_is_as_worked_out_by_hand():
     """4 bits a number and an fp32 number for each 64, of the seven matrices of each layer; biases, norms, head and
-    embedding stay in bf16. Of one layer as it computes everything is there in bf16."""
+    embedding stay in bf16. They are not gathered; those of one layer are there in bf16 as it computes."""
     matrices = 2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960
     policy = adapted("policy", in_4bit=True)
     assert policy.packed == 28 * matrices == 1_310_195_712
@@ -556,9 +556,13 @@ def test_memory_of_weights_in_4_bits_is_as_worked_out_by_hand():
     assert update["actor's weights"] == weights + 4 * ADAPTERS
     assert update["critic's weights"] == weights + 4 * (ADAPTERS + 1537)
     layer = 2 * (LAYER + ADAPTERS // 28)
-    packed = layer - (2 - 0.5 - 4 / 64) * matrices
     around = 2 * (PARAMETERS - 28 * LAYER)
-    assert update["gathered layers"] == around + 2 * packed + layer + 6 * ADAPTERS / 28
+    gathered = 2 * (layer - 2 * matrices)
+    assert update["gathered layers"] == around + gathered + 2 * matrices + 6 * ADAPTERS / 28
+    # They are on each of several GPUs, whole.
+    two = estimate_memory(replace(run, ranks=2), policy, None, 80 * GIB).phases["update_actor"]
+    packed = policy.packed / 2 + 4 * policy.packed / 64
+    assert two["actor's weights"] == (weights - packed + 4 * ADAPTERS) / 2 + packed
 
 
 def test_memory_of_a_shared_base_is_as_worked_out_by_hand():

@@ -6,12 +6,19 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
-from tests.adapters import adapter_config, train_a_little, with_peft
-from tests.tiny import VOCAB, answer_rows, causal_lm, scorer, write_model
+from tests.adapters import adapter_config, train_a_little, with_peft, write_peft_folder
+from tests.tiny import VOCAB, answer_rows, byte_tokenizer, causal_lm, scorer, write_model
 from verl.models.adapter_folders import find_adapter
-from verl.models.adapters import add_adapters
+from verl.models.adapters import add_adapters, put_base_in_4bit
 from verl.models.answer_models import PolicyModel, ScoreModel
 from verl.models.four_bit import (
     Linear4bit,
@@ -22,6 +29,7 @@ from verl.models.four_bit import (
     whole_weight,
 )
 from verl.models.layers import compile_layers
+from verl.models.loading import load_model
 from verl.models.proof import prove
 from verl.models.sharding import full_parameters
 
@@ -46,8 +54,8 @@ def rounded(model, dtype: torch.dtype = torch.float32):
 
 def in_4bit(model, kind: str = "lora", train: bool = True):
     """With adapters beside it, as after training."""
-    put_in_4bit(model, torch.float32)
     add_adapters(model, adapter_config(kind))
+    put_base_in_4bit(model, torch.float32, values=True)
     if train:
         train_a_little(model)
     return model
@@ -65,12 +73,15 @@ def test_a_weight_becomes_the_nearest_levels_of_its_blocks(shape, dtype):
         nearest = (block[:, None] / largest - levels).abs().argmin(dim=1)
         expected.append(largest * levels[nearest])
     layer = Linear4bit(plain, dtype, values=True)
-    assert layer.weight_4bit.dtype == dtype and not layer.weight_4bit.requires_grad
+    assert not layer.weight_4bit.requires_grad
     torch.testing.assert_close(layer.weight, torch.cat(expected).view(shape), atol=1e-7, rtol=1e-6)
     assert torch.equal(whole_weight(layer), layer.weight.to(dtype))
     # 4.5 bits a number and what fills up 16 bytes.
     blocks = -(-numbers.numel() // 64)
     assert 0 <= layer.weight_4bit.nbytes - (4 * blocks + -(-numbers.numel() // 2)) < 16
+    largest = layer.weight_4bit[-4 * blocks :].view(torch.float32)
+    torch.testing.assert_close(largest, torch.stack([block.abs().max() for block in numbers.split(64)]))
+    assert (layer.weight_4bit.nbytes - 4 * blocks) % 16 == 0
 
 
 def test_a_layer_computes_with_that_weight_forward_and_backward():
@@ -151,6 +162,28 @@ def test_what_is_written_is_transformers_own_and_another_way_is_refused(tmp_path
     file.write_text("[]")
     with pytest.raises(ValueError, match=r"base_quantization\.json is damaged: expected bnb_4bit_compute_dtype"):
         find_adapter(tmp_path).base_in_4bit  # noqa: B018
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_merged_folder_is_loaded_in_the_types_of_its_base(tmp_path, packed):
+    """In bf16: routers, which transformers keeps in fp32, and tables of positions apart."""
+    config = Glm4MoeConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
+        first_k_dense_replace=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, max_position_embeddings=256, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    hf = Glm4MoeForCausalLM(config)
+    hf.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    write_peft_folder(tmp_path / "adapter", tmp_path / "base", hf, target_modules=["q_proj", "v_proj"])
+    if packed:
+        (tmp_path / "adapter" / "base_quantization.json").write_text(quantization_json(torch.bfloat16))
+    base, merged = (load_model(tmp_path / name, "policy", dtype=torch.bfloat16) for name in ("base", "adapter"))
+    expected, found = (
+        {name: tensor.dtype for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        for model in (base, merged)
+    )
+    assert {torch.float32, torch.bfloat16} <= set(expected.values()) and found == expected
 
 
 def test_a_missing_library_is_said(monkeypatch):

@@ -15,9 +15,9 @@ from verl.trainer.config import Config
 
 def adapt(module: AnswerModel, kind: str = "lora") -> AnswerModel:
     """Put adapters, as after training, into a wrapped model; `4bit`: into one whose weights are in 4 bits."""
+    add_adapters(module.hf, adapter_config(kind))
     if kind == "4bit":
         put_in_4bit(module.hf, torch.float32)
-    add_adapters(module.hf, adapter_config(kind))
     train_a_little(module)
     return module
 

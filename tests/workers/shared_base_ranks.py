@@ -32,10 +32,15 @@ class Pair:
     critics: Offloader
 
 
-def frozen(module: AnswerModel) -> dict[str, DTensor]:
+def frozen(module: AnswerModel) -> dict[str, torch.Tensor]:
     """The frozen parameters of the backbone, by their names without adapters."""
     named = module.hf.base_model.named_parameters()
     return {name.replace(".base_layer", ""): p.detach() for name, p in named if not p.requires_grad}
+
+
+def own_part(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's shard, or the whole of what is not sharded."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def build(folder: Path, case: str, shared: bool, offload: bool = False, reshard: bool = True) -> Pair:
@@ -99,18 +104,19 @@ def check_memory(pair: Pair, shared: bool) -> None:
     own, students = frozen(pair.critic), frozen(pair.student)
     assert own and own.keys() <= students.keys()
     for name, parameter in own.items():
-        mine, theirs = parameter.to_local(), students[name].to_local()
-        full = mine.shape[0] == -(-parameter.shape[0] // dist.get_world_size())
+        mine, theirs = own_part(parameter), own_part(students[name])
+        # Weights in 4 bits are not sharded.
+        full = mine is parameter or mine.shape[0] == -(-parameter.shape[0] // dist.get_world_size())
         same = mine.untyped_storage()._cdata == theirs.untyped_storage()._cdata
         assert same == (shared and full), name
-        assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
+        assert torch.equal(mine, theirs)
 
 
 def check_offloading(pair: Pair) -> None:
     """The base is out between uses, and comes back for the discriminator too; the student's adapters with it."""
 
     def bytes_of(module: AnswerModel) -> list[int]:
-        return [parameter.to_local().untyped_storage().nbytes() for parameter in frozen(module).values()]
+        return [own_part(parameter).untyped_storage().nbytes() for parameter in frozen(module).values()]
 
     assert not any(bytes_of(pair.student))
     for module in (pair.critic, pair.student):

@@ -1,13 +1,13 @@
 """An estimate of the memory a run will need, from its settings and the sizes of its models, before it starts.
 
 The estimate covers the tensors that are large and whose size is known in advance. N is a model's number of parameters,
-T of trained ones (N, or with adapters these and a score head), b the bytes of a number in the type it computes in (2
-for bf16; of a frozen weight in 4 bits 4.5 / 8), S the tokens of the largest possible micro-batch, or of the part of it
-that a rank computes where several share its tokens (`ulysses_sequence_parallel_size`).
+T of trained ones (N, or with adapters these and a score head), Q of those in 4 bits, b the bytes of a number in the
+type it computes in (2 for bf16), S the tokens of the largest possible micro-batch, or of the part of it that a rank
+computes where several share its tokens (`ulysses_sequence_parallel_size`).
 
 | set | bytes on each GPU | there while |
 |---|---|---|
-| weights, fp32 if trained | (4 T + b (N - T)) / ranks | at work; always, without param_offload |
+| weights, fp32 if trained | (4 T + b (N - T - Q)) / ranks + 4.5 / 8 Q | at work; always, without param_offload |
 | those of a critic on the actor's base | 4 T / ranks, and the actor's | the same |
 | AdamW's two moments, fp32 | 8 T / ranks | updated; always, without optimizer_offload |
 | gradients, fp32 | 4 T / ranks; 4 T with sync_gradients_once and several micro-batches | updated |
@@ -220,9 +220,12 @@ def _trained(
 
 
 def _weights(name: str, run: RunSettings, shape: ModelShape) -> float:
+    """Bytes on all ranks together."""
     fsdp = run.actor_rollout_ref.actor.fsdp_config if name == "actor" else run.critic.model.fsdp_config
-    own = 0 if name == "critic" and run.share_base else shape.frozen_bytes(_itemsize(fsdp.dtype))
-    return MASTER * shape.trained + own
+    if name == "critic" and run.share_base:
+        return MASTER * shape.trained
+    frozen = _itemsize(fsdp.dtype) * (shape.frozen - shape.packed)
+    return MASTER * shape.trained + frozen + run.ranks * BITS_PER_WEIGHT / 8 * shape.packed
 
 
 def _reference(run: RunSettings, actor: ModelShape) -> float:
@@ -312,17 +315,15 @@ def _update(
 def _gathered(shape: ModelShape, fsdp: FSDPConfig) -> float:
     """Gathered weights in compute type: two layers (one at work, one on its way) and what is outside the layers, or
     everything without reshard_after_forward. Their gradients: of what is outside the layers and of one layer, the
-    latter once more in fp32; with adapters, of one layer's alone. Of weights in 4 bits, one layer's at most as they are
-    computed with."""
+    latter once more in fp32; with adapters, of one layer's alone. Weights in 4 bits are not gathered: of them, one
+    layer's at most are there as they are computed with."""
     b, layers = _itemsize(fsdp.dtype), shape.layers
     whole = b * shape.layer_parameters
-    spared = (b - BITS_PER_WEIGHT / 8) * shape.packed / max(1, layers)
+    packed = b * shape.packed / max(1, layers)
     outside = b * (shape.parameters - layers * shape.layer_parameters)
-    weights = outside + (2 if fsdp.reshard_after_forward else layers) * (whole - spared)
-    if shape.packed:
-        weights += whole
+    weights = outside + (2 if fsdp.reshard_after_forward else layers) * (whole - packed)
     if shape.frozen:
-        return weights + (b + GRADIENT) * shape.trained / max(1, layers)
+        return weights + packed + (b + GRADIENT) * shape.trained / max(1, layers)
     return weights + outside + whole + GRADIENT * shape.layer_parameters
 
 

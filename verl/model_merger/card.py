@@ -17,7 +17,7 @@ from verl.models.finding import is_discriminator
 from verl.monitor.report.provenance import read_record
 from verl.utils.checkpoint.best_link import behind_best
 from verl.utils.checkpoint.checkpoint_manager import ORIGIN_FILE, STATE_FILE
-from verl.utils.checkpoint.whole import ADAPTER_CONFIG
+from verl.utils.checkpoint.whole import ADAPTER_CONFIG, BASE_QUANTIZATION
 from verl.utils.command_line import called_as
 from verl.utils.hub import SCHEME
 
@@ -90,7 +90,8 @@ def card_of(local_dir: Path, name: str, score: bool, judge: Path | None = None, 
         f"# {name.rpartition('/')[2]}",
         _summary(base, stages, score),
     ]
-    parts += [_usage(name, score, adapter), *([_training(stages)] if stages else [])]
+    packed = _entries(local_dir / BASE_QUANTIZATION).get("bnb_4bit_compute_dtype")
+    parts += [_usage(name, score, adapter, packed), *([_training(stages)] if stages else [])]
     parts += [] if verdict is None else [_judged(verdict)]
     return "\n\n".join(parts) + "\n"
 
@@ -152,13 +153,22 @@ def _summary(base: str | None, stages: list[Stage], score: bool) -> str:
     return f"{what}: {path}." if stages else f"{what}."
 
 
-def _usage(name: str, score: bool, adapter: str | None) -> str:
+def _usage(name: str, score: bool, adapter: str | None, packed: str | None) -> str:
+    """`packed`: the type that the base of adapters was computed with, where it was in 4 bits."""
     auto = "AutoModelForTokenClassification" if score else "AutoModelForCausalLM"
     lines = [f"from transformers import {auto}, AutoTokenizer", ""]
     if adapter:
         lines.insert(0, "from peft import PeftModel")
-        labels = ", num_labels=1" if score else ""
-        lines.append(f'base = {auto}.from_pretrained("{_last_name(adapter).partition("@")[0]}"{labels})')
+        more = ", num_labels=1" if score else ""
+        if packed:
+            lines[1] = lines[1].replace("AutoTokenizer", "AutoTokenizer, BitsAndBytesConfig")
+            head = ', llm_int8_skip_modules=["score"]' if score else ""
+            lines.append(
+                f'four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+                f'bnb_4bit_compute_dtype="{packed}"{head})'
+            )
+            more += ", quantization_config=four_bits"
+        lines.append(f'base = {auto}.from_pretrained("{_last_name(adapter).partition("@")[0]}"{more})')
         lines.append(f'model = PeftModel.from_pretrained(base, "{name}")')
     else:
         lines.append(f'model = {auto}.from_pretrained("{name}")')

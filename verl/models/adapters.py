@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from verl.config import ModelConfig
 from verl.models.adapter_folders import ADAPTER, POLICY_TASK, SCORE_TASK, AdapterFolder
 from verl.models.answer_models import SCORE_HEADS, score_head, score_head_name
-from verl.models.four_bit import is_in_4bit, quantization_json, require_bitsandbytes, whole_weight
+from verl.models.four_bit import is_in_4bit, put_in_4bit, quantization_json, require_bitsandbytes, whole_weight
 from verl.models.layers import decoder_layers
 from verl.models.reward_models import HEADS
 from verl.utils.checkpoint.whole import ADAPTER_CONFIG, BASE_QUANTIZATION
@@ -221,6 +221,16 @@ def add_adapters(hf: PreTrainedModel, config: LoraConfig) -> None:
             )
     if hf.get_output_embeddings() is None:
         score_head(hf).requires_grad_(True)
+
+
+def put_base_in_4bit(hf: PreTrainedModel, dtype: torch.dtype, values: bool) -> None:
+    """`put_in_4bit` of a model with fresh adapters, which change nothing of what it computes then either: DoRA's
+    lengths are those of the weights in 4 bits."""
+    put_in_4bit(hf, dtype, values)
+    for layer in adapted_layers(hf).values() if values else ():
+        if ADAPTER in layer.lora_magnitude_vector:
+            lengths = torch.linalg.norm(layer.base_layer.weight, dim=1)
+            layer.lora_magnitude_vector[ADAPTER].weight.data.copy_(lengths)
 
 
 def _arguments(config: LoraConfig) -> dict[str, Any]:

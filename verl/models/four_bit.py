@@ -5,7 +5,9 @@ in fp32, and of each number w the nearest of 16 levels to w / a, in 4 bits: 4.5 
 Whenever a layer computes, forward or backward, its weight is made of them in the type that the model computes in, and
 forgotten again.
 
-Frozen weights get adapters, which PEFT puts beside these layers as beside any linear ones.
+Every rank has all of these bytes. FSDP2 would gather them as numbers: torch 2.11 has no shards of bytes, and where
+bytes pass for numbers in bf16, its copies on GPUs make one and the same nan of each that looks like one
+(pytorch/pytorch#159333).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ BLOCK, LEVELS = 64, FOUR_BITS["bnb_4bit_quant_type"]
 BITS_PER_WEIGHT = 4 + 32 / BLOCK
 # The parameter of a layer that is in 4 bits, in the place of `weight`.
 PACKED = "weight_4bit"
-# Bytes by which a layer's begin and end, so that they can be seen as numbers of any type.
+# A multiple of so many bytes is where the largest values begin, as kernels may want it.
 ALIGNMENT = 16
 
 
@@ -45,9 +47,7 @@ def require_bitsandbytes(why: str) -> None:
 class Linear4bit(nn.Linear):
     """A linear layer whose frozen weight is in 4 bits; its bias, if any, is the plain layer's.
 
-    `weight_4bit` is all of the weight: the largest values of the blocks, then the levels, two in a byte. It has the
-    type that the model computes in, so that FSDP, which gathers everything in that type, changes none of its bits; what
-    they are as numbers means nothing, and may be nan.
+    `weight_4bit` has the bytes of the whole weight: the levels, two in a byte, then the largest values of the blocks.
 
     Args:
         dtype: that the model computes in.
@@ -57,10 +57,11 @@ class Linear4bit(nn.Linear):
     def __init__(self, plain: nn.Linear, dtype: torch.dtype, values: bool):
         nn.Module.__init__(self)
         self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.compute_dtype = dtype
         count = plain.weight.numel()
-        self._blocks, self._bytes = ceil(count / BLOCK), ceil(count / 2)
-        size = ceil((4 * self._blocks + self._bytes) / ALIGNMENT) * ALIGNMENT
-        packed = torch.empty(size // dtype.itemsize, dtype=dtype, device=plain.weight.device)
+        self._bytes, self._blocks = ceil(count / 2), ceil(count / BLOCK)
+        self._place = ceil(self._bytes / ALIGNMENT) * ALIGNMENT
+        packed = torch.empty(self._place + 4 * self._blocks, dtype=torch.uint8, device=plain.weight.device)
         self.register_parameter(PACKED, nn.Parameter(packed, requires_grad=False))
         self.register_parameter("bias", plain.bias)
         if values:
@@ -70,38 +71,36 @@ class Linear4bit(nn.Linear):
         from bitsandbytes.functional import quantize_4bit
 
         levels, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type=LEVELS)
-        packed = self.weight_4bit.detach().view(torch.uint8)
-        packed.zero_()
-        packed[: 4 * self._blocks].view(torch.float32).copy_(state.absmax)
-        packed[4 * self._blocks :][: self._bytes].copy_(levels.flatten())
+        packed = self.weight_4bit.detach()
+        packed[: self._bytes].copy_(levels.flatten())
+        packed[self._bytes : self._place].zero_()
+        packed[self._place :].view(torch.float32).copy_(state.absmax)
 
-    def _unpacked(self, packed: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, QuantState]:
+    def _unpacked(self, dtype: torch.dtype) -> tuple[torch.Tensor, QuantState]:
         """The levels and how to make numbers of `dtype` of them, as bitsandbytes has it; nothing is copied."""
         from bitsandbytes.functional import QuantState
 
-        packed = packed.view(torch.uint8)
-        largest = packed[: 4 * self._blocks].view(torch.float32)
+        largest = self.weight_4bit[self._place :].view(torch.float32)
         shape = torch.Size([self.out_features, self.in_features])
         state = QuantState(largest, shape=shape, blocksize=BLOCK, quant_type=LEVELS, dtype=dtype)
-        return packed[4 * self._blocks :][: self._bytes].unsqueeze(1), state
+        return self.weight_4bit[: self._bytes].unsqueeze(1), state
 
-    def dequantized(self, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The weight (out, in) that `packed`, this layer's parameter as a whole, stands for."""
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight (out, in), made anew."""
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(*self._unpacked(packed.detach(), dtype))
+        return dequantize_4bit(*self._unpacked(dtype))
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight (out, in) in fp32, made anew; the layer may not be sharded."""
-        return self.dequantized(self.weight_4bit, torch.float32)
+        """The weight (out, in) in fp32, made anew."""
+        return self.dequantized(torch.float32)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
         from bitsandbytes import matmul_4bit
 
-        levels, state = self._unpacked(self.weight_4bit, self.weight_4bit.dtype)
-        return matmul_4bit(input, levels, state, bias=self.bias)
+        return matmul_4bit(input, *self._unpacked(self.compute_dtype), bias=self.bias)
 
 
 def is_in_4bit(hf: PreTrainedModel) -> bool:
@@ -110,13 +109,17 @@ def is_in_4bit(hf: PreTrainedModel) -> bool:
 
 
 def linear_layers(hf: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The layers that are put in 4 bits, by their names: linear ones within decoder layers.
+    """The layers that are put in 4 bits, by their names: linear ones within decoder layers, adapters' own apart.
 
     Raises:
         ValueError: there are none.
     """
     within = {id(child) for layer in decoder_layers(hf) for child in layer.modules()}
-    found = {name: child for name, child in hf.named_modules() if id(child) in within and type(child) is nn.Linear}
+    found = {
+        name: child
+        for name, child in hf.named_modules()
+        if id(child) in within and type(child) is nn.Linear and ".lora_" not in name
+    }
     if not found:
         raise ValueError(
             f"load_in_4bit: {type(hf).__name__} has no linear layers within its decoder layers to be put in 4 bits: "
@@ -126,7 +129,8 @@ def linear_layers(hf: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def put_in_4bit(hf: PreTrainedModel, dtype: torch.dtype, values: bool = True) -> None:
-    """Replace a whole model's linear layers within its decoder layers, in place, by such in 4 bits.
+    """Replace a whole model's linear layers within its decoder layers, in place, by such in 4 bits, those that adapters
+    are beside too.
 
     Args:
         dtype, values: see `Linear4bit`.
@@ -140,17 +144,16 @@ def round_to_4bit(hf: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give the layers that `put_in_4bit` would replace, in place, the weights that it would make them compute with:
     what adapters were trained beside, in a model without layers in 4 bits. The model is in fp32."""
     for plain in linear_layers(hf).values():
-        packed = Linear4bit(plain, dtype, values=True)
         with torch.no_grad():
-            plain.weight.copy_(packed.dequantized(packed.weight_4bit, dtype))
+            plain.weight.copy_(Linear4bit(plain, dtype, values=True).dequantized(dtype))
 
 
 def whole_weight(layer: nn.Module) -> torch.Tensor:
     """The weight that a linear layer computes with, in 4 bits or not; collective where it is sharded."""
-    in_4bit = isinstance(layer, Linear4bit)
-    tensor = (layer.weight_4bit if in_4bit else layer.weight).detach()
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return layer.dequantized(tensor, tensor.dtype) if in_4bit else tensor
+    if isinstance(layer, Linear4bit):
+        return layer.dequantized(layer.compute_dtype)
+    tensor = layer.weight.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def quantization_json(dtype: torch.dtype) -> str:

@@ -194,19 +194,27 @@ def _merged(
     fresh_head |= adapter.scores
     own = load_config(path, kind, override_config, trust_remote_code)
     in_4bit = adapter.base_dtype
+    if in_4bit is not None:
+        require_bitsandbytes(f"{path}, adapters that were trained beside weights in 4 bits,")
     read = dtype if in_4bit is None else torch.float32
     model = load_model(adapter.base, kind, None, trust_remote_code, read, fresh_head, own)
     if in_4bit is not None:
-        require_bitsandbytes(f"{path}, adapters that were trained beside weights in 4 bits,")
         round_to_4bit(model, getattr(torch, in_4bit))
     add_adapters(model, config_in(adapter))
     load_adapters(model, adapter)
     merge_adapters(model)
     if in_4bit is not None:
-        # Not the buffers: positions are computed with fp32 tables.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+        _cast(model, dtype)
     return model
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters of a model in fp32 the types that transformers loads them in. Buffers stay: positions are
+    computed with fp32 tables."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for name, parameter in model.named_parameters():
+        if not any(f".{part}." in f".{name}." for part in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def is_tied(config: PretrainedConfig) -> bool:

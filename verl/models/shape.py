@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from verl.models.adapters import add_adapters
-from verl.models.four_bit import BITS_PER_WEIGHT, linear_layers
+from verl.models.four_bit import linear_layers
 from verl.models.layers import decoder_layers
 from verl.models.loading import Kind, empty_model
 
@@ -52,10 +52,6 @@ class ModelShape:
     def trained(self) -> int:
         """Parameters that have gradients and optimizer states."""
         return self.parameters - self.frozen
-
-    def frozen_bytes(self, itemsize: int) -> float:
-        """Of the frozen parameters, which have so many bytes each where they are not in 4 bits."""
-        return itemsize * (self.frozen - self.packed) + BITS_PER_WEIGHT / 8 * self.packed
 
     @classmethod
     def of(

@@ -27,10 +27,11 @@ from verl.models.adapters import (
     base_in_4bit,
     load_adapters,
     merged_weight,
+    put_base_in_4bit,
 )
 from verl.models.answer_models import ANSWER_MODELS, AnswerModel
 from verl.models.finding import find_model
-from verl.models.four_bit import PACKED, put_in_4bit, whole_weight
+from verl.models.four_bit import PACKED, whole_weight
 from verl.models.layers import compile_layers, decoder_layers, recompute_layers
 from verl.models.loading import Kind, empty_model, load_config, load_model, persistent_buffers
 from verl.models.proof import prove
@@ -119,26 +120,32 @@ def _adapt(hf: PreTrainedModel, model: ModelConfig, adapters: LoraConfig, dtype:
     """Put the adapters into a model that `_read` has read in fp32, and give what is frozen the type it computes in, or
     put it in 4 bits; `values`: whether the frozen weights will be used."""
     folder = find_model(model.path).adapter
-    if base_in_4bit(model, folder):
-        put_in_4bit(hf, dtype, values and dist.get_rank() == 0)
     add_adapters(hf, adapters)
+    if base_in_4bit(model, folder):
+        put_base_in_4bit(hf, dtype, values and dist.get_rank() == 0)
     if folder is not None and dist.get_rank() == 0:
         load_adapters(hf, folder)
     for parameter in hf.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.is_floating_point():
             # What the other ranks have is memory that nothing was written to: a copy of it would take some.
             own = parameter.data
             parameter.data = own.to(dtype) if dist.get_rank() == 0 else torch.empty_like(own, dtype=dtype)
 
 
 def shard(module: AnswerModel, fsdp: FSDPConfig, device: str) -> None:
-    """Apply FSDP2 layer by layer; what is outside the layers (embedding, norm, head) belongs to the root."""
+    """Apply FSDP2 layer by layer; what is outside the layers (embedding, norm, head) belongs to the root. Weights in 4
+    bits are on every rank whole."""
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     compute = getattr(torch, fsdp.dtype)
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    whole = {parameter for parameter in module.parameters() if not parameter.is_floating_point()}
+    for parameter in whole:
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device)
+    options = {"mesh": mesh, "mp_policy": precision, "ignored_params": whole}
     for layer in decoder_layers(module.hf):
-        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=fsdp.reshard_after_forward)
-    fully_shard(module, mesh=mesh, mp_policy=precision)
+        fully_shard(layer, reshard_after_forward=fsdp.reshard_after_forward, **options)
+    fully_shard(module, **options)
     register_fsdp_forward_method(module, "plain")
 
 
@@ -176,13 +183,15 @@ def full_parameters(module: nn.Module, dtype: torch.dtype | None = None) -> Iter
     adapted = adapted_layers(module)
     for name, parameter in module.named_parameters():
         owner, _, own = name.partition(".base_layer.")
-        layer, _, last = name.rpartition(".")
+        place, _, last = name.rpartition(".")
+        layer = module.get_submodule(place)
+        wanted = dtype or (layer.compute_dtype if last == PACKED else parameter.dtype)
         if own in ("weight", PACKED) and owner in adapted:
-            yield f"{owner}.weight", merged_weight(adapted[owner]).to(dtype or parameter.dtype)
+            yield f"{owner}.weight", merged_weight(adapted[owner]).to(wanted)
         elif last == PACKED:
-            yield f"{layer}.weight", whole_weight(module.get_submodule(layer)).to(dtype or parameter.dtype)
+            yield f"{place}.weight", whole_weight(layer).to(wanted)
         elif not (".lora_" in name and name.partition(".lora_")[0] in adapted):
-            tensor = parameter.detach().to(dtype or parameter.dtype)
+            tensor = parameter.detach().to(wanted)
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             yield f"{owner}.{own}" if owner in adapted else name, whole
     yield from persistent_buffers(module)

@@ -20,7 +20,7 @@ from verl.models.finding import find_model
 from verl.trainer.ppo.rejected import refuse_another_stage
 from verl.utils.checkpoint.checkpoint_manager import ORIGIN_FILE, REJECTED_FILE
 from verl.utils.checkpoint.checksums import checksums_of
-from verl.utils.checkpoint.whole import part_checksums, weight_files
+from verl.utils.checkpoint.whole import BASE_QUANTIZATION, part_checksums, weight_files
 from verl.utils.dataset.rl_dataset import find_files
 from verl.utils.hub import hub_origin
 
@@ -163,7 +163,8 @@ def content_of_model(path: str) -> Content:
     """A model, by the contents of its weights; adapters by theirs and their base's."""
     source = find_model(path)
     if source.adapter is not None:
-        own = _digest([_sample(file) for file in source.adapter.files])
+        beside = source.adapter.folder / BASE_QUANTIZATION
+        own = _digest([_sample(file) for file in [*source.adapter.files, *([beside] if beside.is_file() else [])]])
         return _content([path], _digest([own, content_of_model(source.adapter.base).digest]))
     sums = None if source.shards is None else part_checksums(source.shards.parent)
     if sums is not None:
