@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from tests.tiny import byte_tokenizer, causal_lm, scorer
 from verl.model_merger.cli import main
+from verl.model_merger.merger import load_checkpoint_model
 from verl.models.loading import hf_files, load_model
 from verl.models.tokenizer import load_tokenizer
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
@@ -90,3 +91,14 @@ def test_a_smaller_model_over_a_larger_one(tmp_path):
     run("merge", tmp_path, "policy")
     assert [path.name for path in (tmp_path / "hf").glob("*.safetensors*")] == ["model.safetensors"]
     run("test", tmp_path, "policy", "--dtype", "bfloat16")
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a folder"])
+def test_a_checkpoint_that_does_not_say_how_it_was_trained(tmp_path, instead):
+    checkpoint(tmp_path, causal_lm(), "policy")
+    file = tmp_path / "global_step_1" / "policy" / "fsdp_config.json"
+    file.unlink()
+    if instead == "a folder":
+        file.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"fsdp_config\.json is missing, or no file: copy the checkpoint again"):
+        load_checkpoint_model(file.parent)

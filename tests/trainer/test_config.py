@@ -253,6 +253,10 @@ def test_a_stage_is_chosen_with_or_without_plus(argument):
         ("reward_model=[]", "one by one"),
         ("gad", "expected KEY=VALUE"),
         ("=5", "expected KEY=VALUE"),
+        ("trainer.logger.accuracy=[]", r"trainer\.logger is a list; set it whole, trainer\.logger=\[A,B\]"),
+        ("++trainer.logger.0=console", r"trainer\.logger is a list"),
+        ("critic.optim.betas.x.y=1", r"critic\.optim\.betas is a list"),
+        ("+actor_rollout_ref.model.target_modules.a=1", r"model\.target_modules is a list"),
     ],
 )
 def test_keys_are_not_removed_and_groups_not_replaced(argument, said):

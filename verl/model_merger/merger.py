@@ -46,7 +46,10 @@ def load_checkpoint_model(
 
 def _of_base(folder: Path) -> torch.dtype:
     """The type of the weights that an adapter of elsewhere belongs to."""
-    base = find_model(find_model(folder).adapter.base)
+    adapter = find_model(folder).adapter
+    if adapter is None:
+        raise FileNotFoundError(f"{folder / FSDP_CONFIG} is missing, or no file: copy the checkpoint again")
+    base = find_model(adapter.base)
     if base.shards is None:
         return stored_dtype(base.huggingface)
     return _computed_in(base.shards.parent / FSDP_CONFIG)

@@ -155,7 +155,16 @@ def _normalize(argument: str) -> str:
         return f"stage={value}"
     if key in GROUPS or (key in _group_keys() and not value.startswith("{")):
         raise ConfigError([f"{argument}: {key} is a group; set its keys one by one, {key}.KEY=VALUE"])
+    lists = [above for above in _above(key) if above in _list_keys()]
+    if lists:
+        raise ConfigError([f"{argument}: {lists[0]} is a list; set it whole, {lists[0]}=[A,B]"])
     return f"++{_checked(key)}={as_hydra_reads_it(value, key in _text_keys())}"
+
+
+def _above(key: str) -> list[str]:
+    """The keys that a dotted key would lie in."""
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def _resolve_alias(key: str) -> str:
@@ -219,32 +228,28 @@ def _checked(key: str) -> str:
 
 @cache
 def _group_keys() -> frozenset[str]:
-    return frozenset(_find_group_keys(Config, ""))
-
-
-def _find_group_keys(settings: type, prefix: str) -> list[str]:
     """The dotted keys that hold other keys."""
-    keys = []
-    for name, kind in get_type_hints(settings).items():
-        if dataclasses.is_dataclass(kind):
-            keys += [prefix + name, *_find_group_keys(kind, f"{prefix}{name}.")]
-    return keys
+    return frozenset(key for key, kinds in _keys(Config) if any(map(dataclasses.is_dataclass, kinds)))
 
 
 @cache
 def _text_keys() -> frozenset[str]:
-    return frozenset(_find_text_keys(Config, ""))
-
-
-def _find_text_keys(settings: type, prefix: str) -> list[str]:
     """The dotted keys that hold text, or nothing."""
-    keys = []
+    return frozenset(key for key, kinds in _keys(Config) if str in kinds and not kinds & {int, float, bool})
+
+
+@cache
+def _list_keys() -> frozenset[str]:
+    """The dotted keys that may hold several values."""
+    return frozenset(key for key, kinds in _keys(Config) if {get_origin(kind) for kind in kinds} & {list, tuple})
+
+
+def _keys(settings: type, prefix: str = "") -> Iterator[tuple[str, set[Any]]]:
+    """The dotted keys of the settings, groups and what is in them, each with the types that its value may have."""
     for name, kind in get_type_hints(settings).items():
+        yield prefix + name, _kinds(kind)
         if dataclasses.is_dataclass(kind):
-            keys += _find_text_keys(kind, f"{prefix}{name}.")
-        elif str in _kinds(kind) and not _kinds(kind) & {int, float, bool}:
-            keys.append(prefix + name)
-    return keys
+            yield from _keys(kind, f"{prefix}{name}.")
 
 
 def _kinds(kind: Any) -> set[Any]:
