@@ -29,10 +29,10 @@ from verl.protocol import DataProto
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.vllm_rollout.weights import (
     PushCheck,
+    classes_as_they_are,
     copy_weights,
     keeps_checkpoint_layout,
     reload_weights,
-    restore_calls,
     structure,
     tensor_shapes,
 )
@@ -66,9 +66,8 @@ class VLLMRollout(BaseRollout):
         self._join_engine()
         self._structure = structure(model_config, trust_remote_code)
         folder = _model_folder(model_config, type(self._structure).__name__, config.dtype)
-        with self._generators(config.seed):
+        with self._generators(config.seed), classes_as_they_are(self._structure):
             self.llm = self._start(folder, trust_remote_code)
-        restore_calls(self._structure)
         in_place = self.llm.collective_rpc(keeps_checkpoint_layout)[0]
         self._load = copy_weights if in_place else reload_weights
         self._has_weights = False

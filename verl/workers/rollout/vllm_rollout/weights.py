@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from verl.models.loading import empty_model, persistent_buffers
 from verl.models.published import Weights
@@ -20,14 +26,20 @@ def structure(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedMo
         return empty_model(config, "policy", trust_remote_code)
 
 
-def restore_calls(model: PreTrainedModel) -> None:
-    """Let the classes of `model` be called as before the engine started, by instances that are not the engine's.
+@contextmanager
+def classes_as_they_are(model: PreTrainedModel) -> Iterator[None]:
+    """Within, an engine starts; afterwards the classes of `model` are made and called as before, by instances that are
+    not the engine's.
 
-    Families that vLLM has no code for it runs by their transformers classes, whose `__call__` it replaces by one that
-    knows its own instances only; the trainer's model in this process may be another.
+    Families that vLLM has no code for it runs by their transformers classes, whose `__init__` and `__call__` it
+    replaces by some that know its own instances only; the trainer's models in this process are others, and some of them
+    are made later.
     """
-    for module in model.modules():
-        owner = type(module)
+    inits = {type(module): type(module).__init__ for module in model.modules()}
+    yield
+    for owner, init in inits.items():
+        if owner.__init__ is not init:
+            owner.__init__ = init
         if owner.__call__.__module__.startswith("vllm.") and not hasattr(owner, "do_not_compile"):
             # What the engine's own instances have been told stands in them.
             owner.do_not_compile = True
@@ -73,16 +85,20 @@ class PushCheck:
 def keeps_checkpoint_layout(worker) -> bool:
     """Whether the worker's kernels read weights as checkpoints have them, so that loading is copying.
 
-    The CPU build repacks linear layers. Experts, quantized layers and MLA derive tensors from what was loaded.
+    The CPU build repacks linear layers. Quantized layers and MLA derive tensors from what was loaded, and so do kernels
+    of experts but for Triton's.
     """
     if worker.device.type != "cuda":
         return False
-    plain = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-    for module in worker.get_model().modules():
-        method = getattr(module, "quant_method", None)
-        if isinstance(module, MLAAttention) or not (method is None or isinstance(method, plain)):
-            return False
-    return True
+    return not any(_derives_tensors(module) for module in worker.get_model().modules())
+
+
+def _derives_tensors(module: nn.Module) -> bool:
+    method = getattr(module, "quant_method", None)
+    if isinstance(method, UnquantizedFusedMoEMethod):
+        return method.unquantized_backend is not UnquantizedMoeBackend.TRITON
+    plain = method is None or isinstance(method, (UnquantizedLinearMethod, UnquantizedEmbeddingMethod))
+    return isinstance(module, MLAAttention) or not plain
 
 
 def copy_weights(worker, weights: Weights) -> None:
@@ -95,9 +111,20 @@ def copy_weights(worker, weights: Weights) -> None:
 
 
 def reload_weights(worker, weights: Weights) -> None:
-    """Load layer by layer, repack each layer as its kernels want it, and copy the result to where it was."""
-    worker.reload_weights(weights_iterator=weights, is_checkpoint_format=True)
-    for module in worker.get_model().modules():
+    """Load layer by layer, repack each layer as its kernels want it, and copy the result to where it was.
+
+    Raises:
+        RuntimeError: some layers got nothing. A family whose code in vLLM copies tensors itself, past the loaders that
+            a reload counts, would answer with the weights of before.
+    """
+    model, left = worker.get_model(), []
+    worker.reload_weights(weights_iterator=_noting_what_is_left(model, weights, left), is_checkpoint_format=True)
+    if left:
+        raise RuntimeError(
+            f"vLLM's {type(model).__name__} did not take the pushed weights of {len(left)} layers on this device, e.g. "
+            f"{left[:3]}; set actor_rollout_ref.rollout.name=hf"
+        )
+    for module in model.modules():
         method = getattr(module, "quant_method", None)
         if isinstance(module, ParallelLMHead):
             # A tied head gets no tensor of its own, so nothing has repacked it.
@@ -106,3 +133,14 @@ def reload_weights(worker, weights: Weights) -> None:
         if worker.device.type == "cpu" and experts is not None:
             # Experts are repacked with the first weights only, and the CPU's kernel would take others for repacked.
             experts.process_weights_after_loading(module)
+
+
+def _noting_what_is_left(model: nn.Module, weights: Weights, left: list[str]) -> Weights:
+    """The tensors; `left` gets the names of layers with parameters of which none has been loaded after the last one."""
+    yield from weights
+    for name, module in model.named_modules():
+        info = get_layerwise_info(module)
+        waits = info.can_load() and info.load_numel == 0 and any(True for _ in module.parameters(recurse=False))
+        # A tied head gets no tensor of its own.
+        if waits and not isinstance(module, ParallelLMHead):
+            left.append(f"{name} ({type(module).__name__})")
