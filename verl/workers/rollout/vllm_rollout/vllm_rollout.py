@@ -226,8 +226,13 @@ class VLLMRollout(BaseRollout):
         self._has_weights = False
         check = PushCheck(tensor_shapes(self._structure))
         tensors = checkpoint_tensors(self._structure, check.through(weights))
-        self.llm.collective_rpc(self._load, args=(tensors,))
+        (left,) = self.llm.collective_rpc(self._load, args=(tensors,))
         check.verify()
+        if left:
+            raise RuntimeError(
+                f"vLLM's {type(self._structure).__name__} cannot take pushed weights on this device: {len(left)} "
+                f"layers got none, e.g. {', '.join(left[:2])}; set actor_rollout_ref.rollout.name=hf"
+            )
         self._has_weights = True
 
     def sleep(self) -> None:

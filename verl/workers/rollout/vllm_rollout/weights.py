@@ -101,29 +101,24 @@ def _derives_tensors(module: nn.Module) -> bool:
     return isinstance(module, MLAAttention) or not plain
 
 
-def copy_weights(worker, weights: Weights) -> None:
-    """Load tensor by tensor into the weights' own memory: right where `keeps_checkpoint_layout`.
+def copy_weights(worker, weights: Weights) -> list[str]:
+    """Load tensor by tensor into the weights' own memory: right where `keeps_checkpoint_layout`. No layer is left out.
 
     The addresses that CUDA graphs captured stay valid, and nothing is buffered. `reload_weights` would give the same,
     but takes every layer apart into meta tensors, fills a second copy of it, and copies that back.
     """
     worker.get_model().load_weights(weights)
+    return []
 
 
-def reload_weights(worker, weights: Weights) -> None:
+def reload_weights(worker, weights: Weights) -> list[str]:
     """Load layer by layer, repack each layer as its kernels want it, and copy the result to where it was.
 
-    Raises:
-        RuntimeError: some layers got nothing. A family whose code in vLLM copies tensors itself, past the loaders that
-            a reload counts, would answer with the weights of before.
+    Returns the layers that got nothing and keep the weights of before: those that a family's code in vLLM copies
+    itself, past the loaders that a reload counts.
     """
     model, left = worker.get_model(), []
     worker.reload_weights(weights_iterator=_noting_what_is_left(model, weights, left), is_checkpoint_format=True)
-    if left:
-        raise RuntimeError(
-            f"vLLM's {type(model).__name__} did not take the pushed weights of {len(left)} layers on this device, e.g. "
-            f"{left[:3]}; set actor_rollout_ref.rollout.name=hf"
-        )
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if isinstance(module, ParallelLMHead):
@@ -133,6 +128,7 @@ def reload_weights(worker, weights: Weights) -> None:
         if worker.device.type == "cpu" and experts is not None:
             # Experts are repacked with the first weights only, and the CPU's kernel would take others for repacked.
             experts.process_weights_after_loading(module)
+    return left
 
 
 def _noting_what_is_left(model: nn.Module, weights: Weights, left: list[str]) -> Weights:
