@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,9 +26,16 @@ def engine_name(device: str) -> str:
 
 
 def engine_settings(
-    folder: Path, device: str, prompt_tokens: int, new_tokens: int, n: int, max_num_seqs: int, memory: float
+    folder: Path,
+    device: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    n: int,
+    max_num_seqs: int,
+    memory: float,
+    more: Sequence[str] = (),
 ) -> Config:
-    """A configuration in which the engine's part is what the benchmark asks for."""
+    """A configuration in which the engine's part is what the benchmark asks for; `more` are further settings."""
     return compose(
         [
             "stage=seqkd",
@@ -40,6 +47,8 @@ def engine_settings(
             f"actor_rollout_ref.rollout.n={n}",
             f"actor_rollout_ref.rollout.max_num_seqs={max_num_seqs}",
             f"actor_rollout_ref.rollout.gpu_memory_utilization={memory}",
+            "actor_rollout_ref.rollout.enforce_eager=False",
+            *more,
         ]
     )
 

@@ -1,20 +1,24 @@
 """Generation: output tokens per second of the trainer's engine, with the sync check's log-probs and without.
 
     python -m benchmarks.rollout --shape 1.5b --out rollout.json
+    python -m benchmarks.rollout --shape 0.5b --ways ours --set actor_rollout_ref.rollout.enforce_eager=True
+    python -m benchmarks.rollout --shape 1.5b --ways ours --set actor_rollout_ref.rollout.kv_cache_dtype=fp8
 
 128 prompts of 256 tokens, 8 answers each, 256 new tokens, up to 1,024 sequences at once. `ours` is the trainer's
 engine, which takes and gives token ids; `classic` is a plain `vllm.LLM` on the same model folder with the same limits,
 also in the trainer's own process, which reports the log-prob of every token and turns every answer into text. (The
 folder's tokenizer covers the model's whole vocabulary, so that the text is as much work as with a real one.) The model
-never writes EOS, and the tokens counted are those that came back. `of_limit` is the time in which the weights and the
-keys and values can be read, or the products be computed, summed over the decoding steps, over the time measured. On a
-GPU each way gets a process of its own. On CPU both are Hugging Face generation, for smoke tests.
+never writes EOS, and the tokens counted are those that came back. `start` is the time that the engine took to start.
+`of_limit` is the time in which the weights and the keys and values, in the computation's precision, can be read, or the
+products be computed, summed over the decoding steps, over the time measured. On a GPU each way gets a process of its
+own. On CPU both are Hugging Face generation, for smoke tests.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ from verl.workers.rollout import ROLLOUTS
 WAYS = ("ours", "classic")
 COLUMNS = (
     "way",
+    "start",
     "reported",
     "answers",
     "tokens",
@@ -56,6 +61,7 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--report", nargs="+", type=int, default=[2, 0], help="prompts whose log-probs ours reports")
     result.add_argument("--warmup", type=int, default=1, help="generations that are not timed")
     result.add_argument("--steps", type=int, default=3, help="generations that are timed")
+    result.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the trainer's")
     return result
 
 
@@ -66,12 +72,13 @@ class RolloutBenchmark:
         self.args, self.report, self.folder = args, report, folder
         self.shape = SHAPES[args.shape]
         self.prompts = random_prompts(self.shape, args.prompts, args.prompt_tokens)
+        self.start = 0.0
 
     def ours(self) -> None:
         """The trainer's engine."""
-        config = self._settings()
+        config, begun = self._settings(), time.monotonic()
         rollout, sampling = start_engine(config), config.actor_rollout_ref.rollout.sampling
-        say("started the trainer's engine")
+        self._started(begun, "the trainer's")
         for reported in self.args.report:
             self._time(
                 "ours", reported, lambda reported=reported: rollout.generate(self.prompts, sampling, 1, reported)
@@ -88,7 +95,7 @@ class RolloutBenchmark:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM, SamplingParams
 
-        args = self.args
+        args, begun = self.args, time.monotonic()
         llm = LLM(
             model=str(self.folder / "policy"),
             dtype=config.actor_rollout_ref.rollout.dtype,
@@ -96,7 +103,7 @@ class RolloutBenchmark:
             max_num_seqs=args.max_num_seqs,
             gpu_memory_utilization=ENGINE_SHARE,
         )
-        say("started a plain engine")
+        self._started(begun, "a plain")
         params = SamplingParams(n=args.n, temperature=TEMPERATURE, max_tokens=args.new_tokens, logprobs=0)
         requests = [{"prompt_token_ids": ids} for ids in self.prompts.batch["input_ids"].tolist()]
 
@@ -107,10 +114,14 @@ class RolloutBenchmark:
 
         self._time("classic", args.prompts, generate)
 
+    def _started(self, begun: float, whose: str) -> None:
+        self.start = time.monotonic() - begun
+        say(f"started {whose} engine in {self.start:.1f} s")
+
     def _settings(self) -> Config:
         args = self.args
         sizes = (args.prompt_tokens, args.new_tokens, args.n, args.max_num_seqs)
-        return engine_settings(self.folder, args.device, *sizes, memory=ENGINE_SHARE)
+        return engine_settings(self.folder, args.device, *sizes, memory=ENGINE_SHARE, more=args.set)
 
     def _time(self, way: str, reported: int, generate: Callable[[], DataProto | list]) -> None:
         args, last = self.args, {}
@@ -121,7 +132,7 @@ class RolloutBenchmark:
         times = measure(args.device, keep, args.warmup, args.steps)
         lengths = answer_lengths(last["answers"])
         row = {
-            "way": way, "reported": reported, "answers": len(lengths), "tokens": sum(lengths),
+            "way": way, "start": self.start, "reported": reported, "answers": len(lengths), "tokens": sum(lengths),
             "full_length": sum(length == args.new_tokens for length in lengths) / len(lengths),
             "tokens_per_s": sum(lengths) / times["seconds"], **times,
         }  # fmt: skip

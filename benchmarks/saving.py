@@ -144,6 +144,7 @@ class SavingBenchmark:
         checkpoints = Checkpoints(settings, self.groups["actor"], self.groups.get("critic"), {})
         row: dict[str, Any] = {"way": way, "ranks": self.args.ranks, "step": self.step_seconds}
         row["reserve"] = self._timed(checkpoints.reserve) if way == "background" else None
+        say(f"{way}: memory for a copy is reserved" if row["reserve"] else f"{way}: no copy is made")
         for step in range(1, self.args.saves + 1):
             shutil.rmtree(root, ignore_errors=True)
             row |= self._save(checkpoints, RunState(step, 0, 0.0))
@@ -161,6 +162,7 @@ class SavingBenchmark:
         begun, start = time.time(), time.perf_counter()
         checkpoints.write(state)
         held = time.perf_counter() - start
+        say(f"the next step may begin after {held:.2f} s")
         checkpoints.publish(state)
         during = []
         while checkpoints.is_writing:

@@ -67,6 +67,14 @@ def test_engines_of_their_own_write_a_step_ahead(folder):
     assert first < 1e-2 < last, "weights move far in every update"
 
 
+def test_keys_and_values_in_fp8_show_as_a_gap_that_weights_correct(folder):
+    """Three bits of a mantissa: a sixteenth of each number at most, and of a probability not much more."""
+    fp8 = ("trainer.n_gpus_per_node=1", f"{ROLLOUT}.kv_cache_dtype=fp8", "algorithm.rollout_is=token")
+    metrics = gad(folder, "fp8", 2, *fp8)
+    assert all(1e-4 < data[GAP] < 0.06 for data in metrics.values())
+    assert all(data["rollout_corr/rollout_is_std"] > 1e-3 for data in metrics.values())
+
+
 def test_a_push_that_is_left_out_raises_the_alarm(folder, caplog):
     """The engine keeps its memory, so that it can answer from old weights at all."""
     caplog.set_level(logging.WARNING)

@@ -41,6 +41,7 @@ class RolloutConfig:
     tensor_model_parallel_size: Positive
     gpu_memory_utilization: Fraction
     max_num_batched_tokens: Positive
+    kv_cache_dtype: Literal["auto", "fp8"]
     enforce_eager: bool
     free_cache_engine: bool
     enable_chunked_prefill: bool

@@ -270,8 +270,9 @@ def _rollout_config(drawing: Drawing, longest_prompt: int) -> RolloutConfig:
         tensor_model_parallel_size=1,
         gpu_memory_utilization=drawing.memory,
         max_num_batched_tokens=8192,
-        # Compiling does not pay for a few answers on CPU, where vLLM is for tests.
-        enforce_eager=not drawing.device.startswith("cuda"),
+        # An engine for each student: compiling and capturing would take longer than they save.
+        enforce_eager=True,
+        kv_cache_dtype="auto",
         # The engine answers for one student after another, and ends with its process.
         free_cache_engine=False,
         enable_chunked_prefill=True,

@@ -111,6 +111,7 @@ class VLLMRollout(BaseRollout):
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 enable_chunked_prefill=config.enable_chunked_prefill,
                 gpu_memory_utilization=config.gpu_memory_utilization,
+                kv_cache_dtype=config.kv_cache_dtype,
                 enforce_eager=config.enforce_eager,
                 compilation_config=self._compilation(),
                 disable_log_stats=config.disable_log_stats,
