@@ -12,9 +12,11 @@ Tokens per second are those of all sequences over the median step, on all device
 compile, do not count. `gen_share` is the share of a step in which it generated, or waited for answers.
 
 With `--quickstart`, a folder in which `python -m examples.quickstart.run` has ended, the runs are its GAD stage,
-from its warmup's student and discriminator, on each of `--seeds` draws, and `rouge` is ROUGE-L of the held-out
-answers at the end, `gain` how far it is from the warmup's. `of_turn` is the speed over that in turn, `gain_of_turn`
-the mean gain over that in turn: 1 within the seeds' noise (`gain_std`) where a step's delay costs nothing.
+from its warmup's student and discriminator, on each of `--seeds` draws, and `exact` is the share of held-out prompts
+that the merged student answers as the teacher could have, `gain` how far it is from the warmup's, `gain_std` the seeds'
+spread. `of_turn` is the speed over that in turn, `gain_less_turn` the gain less that in turn, and `error` its standard
+error over the seeds: a step's delay costs nothing where the one is within twice the other. A quick start of another
+seed than 0 is told by `--world`.
 """
 
 from __future__ import annotations
@@ -29,17 +31,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from benchmarks.common import ROOT, Report, parser, say
 from benchmarks.engines import engine_name
 from benchmarks.inputs import Lengths, model_folder
 from benchmarks.shapes import SHAPES
 from benchmarks.step import random_texts
-from examples.quickstart.run import STAGES, locate
+from examples.quickstart.run import STAGES, grade, locate
+from examples.quickstart.world import World
+from verl.model_merger import merge
 from verl.utils.command_line import for_children
 from verl.utils.dump import write_jsonl
 
-COLUMNS = ("way", "trains", "writes", "tokens_per_s", "of_turn", "step_s", "gen_share", "rouge", "gain", "gain_std",
-           "gain_of_turn")  # fmt: skip
+COLUMNS = ("way", "trains", "writes", "tokens_per_s", "of_turn", "step_s", "gen_share", "exact", "gain", "gain_std",
+           "gain_less_turn", "error")  # fmt: skip
 WEIGHTED = "algorithm.rollout_is=token"
 # A run's own steps that are not counted: what is compiled, and the first batch, which nobody writes beside.
 WARM_UP = 3
@@ -50,6 +56,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     result = parser(__doc__)
     result.add_argument("--quickstart", type=Path, help="a finished quick start's folder (default: random models)")
+    result.add_argument("--world", type=int, default=0, help="the quick start's --seed (default: 0)")
     result.add_argument("--ranks", type=int, default=2, help="devices of every way (default: 2)")
     result.add_argument("--engines", type=int, default=1, help="of them, those that write ahead (default: 1)")
     result.add_argument("--steps", type=int, help=f"of a run (default: 10, of a quick start {GAD.steps})")
@@ -108,15 +115,16 @@ def of_random_models(args: argparse.Namespace, models: Path, folder: Path) -> li
     ]
 
 
-def run(args: argparse.Namespace, settings: list[str], steps: int, seed: int) -> list[dict[str, float]]:
-    """One run; what its steps have logged, and last what its end has."""
+def run(args: argparse.Namespace, settings: list[str], steps: int, seed: int) -> tuple[list[dict[str, float]], float]:
+    """One run: what its steps have logged, and its student's share of exact answers (0 without a quick start)."""
     with tempfile.TemporaryDirectory(prefix="ahead-") as folder:
         common = [
             f"actor_rollout_ref.rollout.name={engine_name(args.device)}",
             f"actor_rollout_ref.rollout.seed={1000 * seed}",
             f"trainer.device={args.device}",
             f"trainer.total_training_steps={steps}",
-            f"trainer.test_freq={steps}",
+            "trainer.test_freq=-1",
+            "trainer.val_before_train=False",
             "trainer.save_freq=-1",
             "trainer.log_val_generations=0",
             "trainer.experiment_name=ahead",
@@ -131,7 +139,15 @@ def run(args: argparse.Namespace, settings: list[str], steps: int, seed: int) ->
         if done.returncode:
             sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-8000:]}")
         lines = Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["data"] for line in lines]
+        end = Path(folder, "run", f"global_step_{steps}", "actor")
+        exact = exact_answers(args, end, Path(folder)) if args.quickstart else 0.0
+    return [json.loads(line)["data"] for line in lines], exact
+
+
+def exact_answers(args: argparse.Namespace, student: Path, folder: Path) -> float:
+    """The share of the quick start's held-out prompts that the student of a checkpoint answers exactly."""
+    merged = merge(student, folder / "merged")
+    return grade(merged, World(args.world), pd.read_parquet(args.quickstart / "test.parquet")).exact
 
 
 def speed(logged: list[dict[str, float]]) -> dict[str, float]:
@@ -143,32 +159,40 @@ def speed(logged: list[dict[str, float]]) -> dict[str, float]:
     return {"step_s": seconds, "tokens_per_s": tokens, "gen_share": waited / seconds}
 
 
-def gain(logged: list[dict[str, float]]) -> tuple[float, float]:
-    """ROUGE-L of the held-out answers at the end, and what it has gained since before the first step."""
-    rouge = [data["val/rouge-L/mean"] for data in logged if "val/rouge-L/mean" in data]
-    return rouge[-1], rouge[-1] - rouge[0]
+def learned(exact: list[float], before: float, in_turn: list[float] | None) -> dict[str, Any]:
+    """What students have gained over `before`, and how that compares with the gains `in_turn`, as many."""
+    gains = [share - before for share in exact]
+    row: dict[str, Any] = {"exact": statistics.mean(exact), "gain": statistics.mean(gains), "gains": gains}
+    row["gain_std"] = statistics.stdev(gains) if len(gains) > 1 else None
+    if in_turn is not None:
+        row["gain_less_turn"] = row["gain"] - statistics.mean(in_turn)
+    if in_turn is not None and len(gains) > 1:
+        row["error"] = ((statistics.variance(gains) + statistics.variance(in_turn)) / len(gains)) ** 0.5
+    return row
 
 
 def measure(args: argparse.Namespace, settings: list[str], report: Report) -> None:
     """Every way, each with every seed."""
     steps = args.steps or (GAD.steps if args.quickstart else WARM_UP + 7)
     first: dict[str, Any] = {}
+    before = 0.0
+    if args.quickstart:
+        with tempfile.TemporaryDirectory(prefix="ahead-") as folder:
+            before = exact_answers(args, locate(GAD.model, args.quickstart), Path(folder))
+        say(f"before: {before:.1%} exact answers")
     for way, own in ways(args).items():
-        runs = []
+        runs, exact = [], []
         for seed in range(args.seeds):
             say(f"{way}: run {seed + 1} of {args.seeds}")
-            runs.append(run(args, [*settings, *own], steps, seed))
+            logged, share = run(args, [*settings, *own], steps, seed)
+            runs.append(logged)
+            exact.append(share)
         speeds = [speed(logged) for logged in runs]
         row: dict[str, Any] = {name: statistics.median(one[name] for one in speeds) for name in speeds[0]}
         if args.quickstart:
-            ends = [gain(logged) for logged in runs]
-            row["rouge"] = statistics.mean(rouge for rouge, _ in ends)
-            row["gain"], row["gains"] = statistics.mean(won for _, won in ends), [won for _, won in ends]
-            row["gain_std"] = statistics.stdev(row["gains"]) if len(ends) > 1 else None
+            row |= learned(exact, before, first.get("gains"))
         first = first or row
         row["of_turn"] = row["tokens_per_s"] / first["tokens_per_s"]
-        if args.quickstart and first["gain"]:
-            row["gain_of_turn"] = row["gain"] / first["gain"]
         writes = args.ranks if way == "in turn" else args.engines
         report.add(way=way, trains=args.ranks - (0 if way == "in turn" else args.engines), writes=writes, **row)
 

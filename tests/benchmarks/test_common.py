@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.ahead import learned
 from benchmarks.classic import ClassicPolicyModel, as_pairs
 from benchmarks.common import format_table
 from benchmarks.engines import random_prompts
@@ -276,6 +277,16 @@ def test_saving_runs(tmp_path):
     assert all(0 < row["held"] <= row["written"] and row["resume"] > 0 for row in rows)
     assert rows[0]["gib"] == pytest.approx(rows[1]["gib"], rel=1e-4)  # times are among the files, as text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json"], "no checkpoint is left"
+
+
+def test_gains_of_answers_a_step_ahead_are_compared_with_those_in_turn():
+    in_turn = learned([0.3, 0.4], 0.25, None)
+    assert (in_turn["exact"], in_turn["gain"]) == pytest.approx((0.35, 0.1))
+    assert in_turn["gain_std"] == pytest.approx(0.1 / 2**0.5) and "error" not in in_turn
+    ahead = learned([0.35, 0.35], 0.25, in_turn["gains"])
+    # Variances of .005 and 0, two runs each.
+    assert ahead["gain_less_turn"] == pytest.approx(0, abs=1e-12) and ahead["error"] == pytest.approx(0.0025**0.5)
+    assert learned([0.35], 0.25, [0.05])["gain_less_turn"] == pytest.approx(0.05)
 
 
 @pytest.mark.e2e
