@@ -9,6 +9,7 @@ from tests.workers import updates_on_two_ranks
 from tests.workers.updates_setup import LOSSES, batch, settings, update
 
 
+@pytest.mark.several_gpus
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_fp32_updates_over_nccl_are_those_of_one_process(ranks, tmp_path):
     """Every rank has other rows, other numbers of tokens and so other micro-batches to fill; none waits for ever."""

@@ -118,6 +118,7 @@ def test_resuming_with_everything_offloaded(run):
         assert parts[STEPS - 1][name] == pytest.approx(whole[STEPS - 1][name], rel=0.05, abs=1e-4), name
 
 
+@pytest.mark.several_gpus
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_seqkd_losses_do_not_depend_on_the_number_of_gpus(run, ranks):
     seqkd = ("stage=seqkd", FP32, "trainer.sft_monitor_freq=-1", "trainer.val_before_train=False")
@@ -128,11 +129,13 @@ def test_seqkd_losses_do_not_depend_on_the_number_of_gpus(run, ranks):
             assert several[step][name] == pytest.approx(one[step][name], rel=1e-4), (step, name)
 
 
+@pytest.mark.several_gpus
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_gad_on_several_gpus(run, ranks):
     gad(run, f"gad {ranks}", ranks)
 
 
+@pytest.mark.several_gpus
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_tensor_parallel_engine(run, ranks):
     gad(run, f"tp {ranks}", ranks, "actor_rollout_ref.rollout.tensor_model_parallel_size=2")

@@ -18,6 +18,8 @@ from tests.workers.updates_setup import LOSSES, batch, settings, update
 from verl.models.answer_models import PolicyModel
 from verl.models.sequence_parallel import own_shard
 
+pytestmark = pytest.mark.several_gpus
+
 ALL = [(loss, "tokens") for loss in LOSSES]
 SOME = [("gspo", "tokens"), ("sft", "tokens"), ("ranking", "tokens")]
 
