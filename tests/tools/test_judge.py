@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 
 from tests.tiny import byte_tokenizer, causal_lm, scorer, write_model
 from tests.tools.chat_server import Server, part
+from verl.tools.judge import generate
 from verl.tools.judge.__main__ import main
 from verl.tools.judge.answers import (
     Answer,
@@ -25,6 +27,7 @@ from verl.tools.prompts import Limits
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.dataset.texts import Tokenization
 from verl.utils.dump import write_jsonl
+from verl.workers.rollout import get_rollout_class
 
 EOS = 1
 PROMPTS = 40
@@ -161,6 +164,27 @@ def test_a_student_may_end_its_answers_in_another_eos(inputs, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "answers" / "s.jsonl").read_text().splitlines()]
     assert [(row["answers"], row["cut"]) for row in rows] == [(["a"], [False])] * 4
     assert report["students"]["s"]["numbers"]["mean_tokens"] == 2 and report["students"]["s"]["numbers"]["cut"] == 0
+
+
+def test_students_of_one_architecture_share_an_engine(inputs, tmp_path, monkeypatch):
+    """Each answers as it does alone, and ends as its own folder says."""
+    other = tmp_path / "other"
+    shutil.copytree(inputs / "model", other)
+    for file in (other / "config.json", other / "generation_config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [EOS, *range(60, 120)]}))
+    students = [f"a={inputs / 'model'}", f"b={other}"]
+    built = []
+    monkeypatch.setattr(generate, "get_rollout_class", lambda name: built.append(name) or get_rollout_class(name))
+    flags = ["--tokenizer", str(inputs / "model"), "--max_response_length", "12"]
+    judge(inputs, tmp_path / "both", "--student", students[0], "--student", students[1], *flags)
+    assert built == ["hf"]
+    lengths = {}
+    for name, student in zip("ab", students, strict=True):
+        judge(inputs, tmp_path / name, "--student", student, *flags)
+        answers = [(tmp_path / run / "answers" / f"{name}.jsonl").read_text() for run in ("both", name)]
+        assert answers[0] == answers[1]
+        lengths[name] = len(answers[0])
+    assert lengths["b"] < lengths["a"]
 
 
 def test_answers_of_a_file_may_end_in_the_text_of_an_eos(inputs):

@@ -35,7 +35,11 @@ from verl.utils.dataset.texts import SpecialText, Tokenization
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
 from verl.utils.dump import write_jsonl
 from verl.utils.rendezvous import meeting_store
-from verl.workers.rollout import get_rollout_class
+from verl.workers.rollout import BaseRollout, get_rollout_class
+
+# What tells configs of one architecture apart: where they lie, how they were saved, how answers end.
+SAYS_NOTHING_OF_WEIGHTS = ("_name_or_path", "transformers_version", "dtype")
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -165,18 +169,11 @@ def keep(folder: Path, job: Job, drawing: Drawing, prompts: Sequence[Prompt], an
 
 
 def generate(folder: Path, jobs: Sequence[Job], drawing: Drawing, prompts: Sequence[Prompt]) -> None:
-    """Answer all jobs' prompts and keep the answers; students with one configuration share an engine.
+    """Answer all jobs' prompts and keep the answers; students of one architecture share an engine.
 
     vLLM runs in a process of its own, which gives all its memory back when it ends.
     """
-    groups: dict[str, list[Job]] = {}
-    for job in jobs:
-        entries = load_config(job.path, "policy", trust_remote_code=drawing.trust_remote_code).to_dict()
-        entries.pop("_name_or_path", None)
-        tokenizer = load_tokenizer(job.path, drawing.trust_remote_code)
-        entries["answers end with"] = (all_eos_token_ids(tokenizer, job.path), tokenizer.pad_token_id)
-        groups.setdefault(json.dumps(entries, sort_keys=True, default=str), []).append(job)
-    for group in groups.values():
+    for group in _of_one_architecture(jobs, drawing.trust_remote_code):
         if drawing.engine == "hf":
             _generate_group(folder, group, drawing, prompts)
             continue
@@ -191,6 +188,16 @@ def generate(folder: Path, jobs: Sequence[Job], drawing: Drawing, prompts: Seque
                 f"the vLLM process for {names} ended with {child.exitcode}, its own message is above; with too little "
                 "memory lower --gpu_memory_utilization or --max_num_seqs, or pass --engine hf"
             )
+
+
+def _of_one_architecture(jobs: Sequence[Job], trust_remote_code: bool) -> list[list[Job]]:
+    """The jobs in groups whose models differ in weights alone, and in how their answers end."""
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        entries = load_config(job.path, "policy", trust_remote_code=trust_remote_code).to_dict()
+        entries = {key: value for key, value in entries.items() if key not in (*SAYS_NOTHING_OF_WEIGHTS, *ENDS)}
+        groups.setdefault(json.dumps(entries, sort_keys=True, default=str), []).append(job)
+    return list(groups.values())
 
 
 def _generate_alone(folder: Path, jobs: Sequence[Job], drawing: Drawing, prompts: Sequence[Prompt]) -> None:
@@ -209,19 +216,20 @@ def _generate_group(folder: Path, jobs: Sequence[Job], drawing: Drawing, prompts
     config = load_config(first, "policy", trust_remote_code=drawing.trust_remote_code)
     tokenizer = load_tokenizer(first, drawing.trust_remote_code)
     longest = max(len(ids) for job in jobs for ids in job.prompts)
-    ends = all_eos_token_ids(tokenizer, first)
     rollout = get_rollout_class(drawing.engine)(
-        config, tokenizer, _rollout_config(drawing, longest), drawing.device, drawing.trust_remote_code, ends
+        config, tokenizer, _rollout_config(drawing, longest), drawing.device, drawing.trust_remote_code
     )
     for job in jobs:
         model = load_model(job.path, "policy", trust_remote_code=drawing.trust_remote_code)
         rollout.push_weights(full_parameters(model))
         own = load_tokenizer(job.path, drawing.trust_remote_code)
-        keep(folder, job, drawing, prompts, _answer(rollout, own, ends, job, drawing))
+        rollout.answer_in(own, all_eos_token_ids(own, job.path))
+        keep(folder, job, drawing, prompts, _answer(rollout, job, drawing))
 
 
-def _answer(rollout, tokenizer, ends: Sequence[int], job: Job, drawing: Drawing) -> Answers:
+def _answer(rollout: BaseRollout, job: Job, drawing: Drawing) -> Answers:
     """Chunk by chunk, so that progress shows; vLLM likes larger ones."""
+    tokenizer, ends = rollout.tokenizer, rollout.eos_token_ids
     at_once = drawing.sequences if drawing.engine == "hf" else 8 * drawing.sequences
     size = max(1, at_once // drawing.samples)
     answers: Answers = []

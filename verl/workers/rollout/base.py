@@ -41,9 +41,12 @@ class BaseRollout(ABC):
         from verl.models.tokenizer import all_eos_token_ids
 
         self.config = config
-        self.tokenizer = tokenizer
-        self.eos_token_ids = list(eos_token_ids or all_eos_token_ids(tokenizer, model_config))
+        self.answer_in(tokenizer, eos_token_ids or all_eos_token_ids(tokenizer, model_config))
         self._build(model_config, device, trust_remote_code)
+
+    def answer_in(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]) -> None:
+        """From now on answers end at one of these tokens, and are padded with the tokenizer's."""
+        self.tokenizer, self.eos_token_ids = tokenizer, list(eos_token_ids)
 
     @abstractmethod
     def _build(self, model_config: PretrainedConfig, device: str, trust_remote_code: bool) -> None:
