@@ -52,7 +52,9 @@ SHAPES = {
     for shape in (
         # For smoke tests on CPU.
         Shape("tiny", 128, 2, 4, 2, 256, 512, tied=True),
-        # Qwen2.5's sizes.
+        # SmolLM2's sizes, with Qwen2's biases.
+        Shape("135m", 576, 30, 9, 3, 1536, 49152, tied=True),
+        # Qwen2.5's.
         Shape("0.5b", 896, 24, 14, 2, 4864, 151936, tied=True),
         Shape("1.5b", 1536, 28, 12, 2, 8960, 151936, tied=True),
         Shape("3b", 2048, 36, 16, 2, 11008, 151936, tied=True),

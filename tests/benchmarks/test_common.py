@@ -62,7 +62,14 @@ def test_parameters_by_hand():
 
 @pytest.mark.parametrize(
     ("name", "published"),
-    [("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("3b", 3_085_938_688), ("7b", 7_615_616_512)],
+    # SmolLM2-135M has 134,515,008, and biases of queries, keys and values in 30 layers are 30 (576 + 2 * 192).
+    [
+        ("135m", 134_515_008 + 28_800),
+        ("0.5b", 494_032_768),
+        ("1.5b", 1_543_714_304),
+        ("3b", 3_085_938_688),
+        ("7b", 7_615_616_512),
+    ],
 )
 def test_parameters_are_those_of_qwen(name, published):
     assert SHAPES[name].parameters == published
