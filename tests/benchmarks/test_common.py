@@ -71,7 +71,7 @@ def test_parameters_by_hand():
         ("7b", 7_615_616_512),
     ],
 )
-def test_parameters_are_those_of_qwen(name, published):
+def test_parameters_are_those_published(name, published):
     assert SHAPES[name].parameters == published
 
 
