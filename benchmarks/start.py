@@ -35,6 +35,7 @@ from verl.utils.dump import write_jsonl
 
 # What a start does, by column: the phases of `run.json` whose names begin so. Rank 0's are parts of the driver's.
 PHASES = {
+    "settings": ("driver", "reading settings"),
     "libraries": ("driver", "loading libraries"),
     "checks": ("driver", "reading tokenizer"),
     "data": ("driver", "reading data"),

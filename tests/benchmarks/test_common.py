@@ -362,14 +362,15 @@ def test_peers_says_what_is_missing():
 def test_a_starts_phases_become_columns_by_hand():
     seconds = {
         "total": 30.0,
-        "driver": {"loading libraries, reading settings": 9.0, "starting Ray": 2.0, "starting 2 ranks": 5.0,
+        "driver": {"reading settings": 1.0, "loading libraries for models and data": 8.0, "starting Ray": 2.0,
+                   "starting 2 ranks": 5.0,
                    "building models: the student's": 6.0, "building models: the discriminator's": 4.0, "rest": 4.0},
         "rank 0": {"comparing the student with its plain forward": 1.0, "building the hf engine": 0.5},
     }  # fmt: skip
     row = row_of(seconds)
     assert {name: value for name, value in row.items() if value is not None} == {
-        "seconds": 30.0, "libraries": 9.0, "ray": 2.0, "ranks": 5.0, "models": 10.0, "engine": 0.5, "proof": 1.0,
-        "rest": 4.0,
+        "seconds": 30.0, "settings": 1.0, "libraries": 8.0, "ray": 2.0, "ranks": 5.0, "models": 10.0, "engine": 0.5,
+        "proof": 1.0, "rest": 4.0,
     }  # fmt: skip
     assert median_row([{"seconds": s} for s in (5.0, 2.0, 4.0, 3.0)]) == {"seconds": 3.0}
 
@@ -382,6 +383,6 @@ def test_start_runs(tmp_path):
     assert (cold["run"], cold["caches"], warm["caches"]) == ("seqkd", "cold", "warm")
     for row in (cold, warm):
         assert row["engine"] is None and row["validation"] is None and row["first_step"] > 0
-        parts = ("libraries", "checks", "data", "ray", "ranks", "models", "first_step", "rest")
+        parts = ("settings", "libraries", "checks", "data", "ray", "ranks", "models", "first_step", "rest")
         assert sum(row[name] for name in parts) == pytest.approx(row["seconds"], abs=0.01)
     assert warm["of_cold"] == pytest.approx(warm["seconds"] / cold["seconds"])

@@ -21,6 +21,7 @@ from verl.trainer.looking_over import look_at
 from verl.trainer.main_ppo import run_ppo
 from verl.utils.checkpoint.sharded import read_full_tensors
 from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.refusals import Findings
 from verl.workers.rollout.hf_rollout import HFRollout
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
@@ -96,7 +97,7 @@ def test_answers_are_those_of_the_weights_of_one_update_before(run, folder):
     assert metrics[2]["rollout_corr/rollout_is_max"] > 1.01, "the weights of before are not those of now"
 
     [config] = configs
-    rollout, (tokenizer, rows, _) = config.actor_rollout_ref.rollout, look_at(config)
+    rollout, (tokenizer, rows, _) = config.actor_rollout_ref.rollout, look_at(config, Findings())
     base = folder / "base"
     ends = all_eos_token_ids(tokenizer, str(base))
     engine = HFRollout(load_config(str(base), "policy"), tokenizer, rollout, "cpu", eos_token_ids=ends)

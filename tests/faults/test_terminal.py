@@ -113,7 +113,7 @@ def test_files_get_plain_lines_and_what_ranks_print_goes_to_the_runs_folder(fold
     # All that stands before the first step.
     before = err[: err.index(" s from the command to the end of the first step")]
     assert before.count("\n") < 40, before
-    for begun in ("libraries are loaded, after", "reading data ...", "starting Ray ...", "starting 2 ranks ...",
+    for begun in ("settings are read, after", "reading data ...", "starting Ray ...", "starting 2 ranks ...",
                   "loading the student from", "building the hf engine ...", "loading the discriminator from",
                   "sampling the held-out answers ...", "validating at step 0 ..."):  # fmt: skip
         assert begun in err

@@ -18,6 +18,7 @@ from tests.tiny import byte_tokenizer, scorer, write_data, write_model
 from verl.model_merger.cli import main as merge
 from verl.trainer import main_ppo
 from verl.trainer.config import compose_config
+from verl.trainer.first_look import without_idle_critic
 from verl.utils import refusals
 from verl.utils.checkpoint.checkpoint_manager import get_checkpoint_tracker_filename
 from verl.utils.dataset.cache import file_digest
@@ -227,7 +228,7 @@ def test_a_validation_has_the_discriminator_of_its_checkpoint(folder, tmp_path, 
          f"{MODEL}={folder}/base", f"critic.model.path={folder}/base", "trainer.experiment_name=x",
          f"trainer.default_local_dir={tmp_path}", *(setting.format(run=tmp_path) for setting in resume)]
     )  # fmt: skip
-    assert main_ppo.without_idle_critic(config).use_critic == takes_part
+    assert without_idle_critic(config).use_critic == takes_part
 
 
 # ---- models

@@ -11,7 +11,7 @@ from tests.e2e.running import train
 from tests.tiny import write_data, write_model
 from verl.trainer.config import compose_config
 from verl.trainer.in_process import InProcessRunner
-from verl.trainer.ppo.checkpointing import may_resume
+from verl.trainer.ppo.folders import may_resume
 
 
 class Cluster(ConnectionError):

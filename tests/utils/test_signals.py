@@ -37,6 +37,19 @@ def test_outside_of_steps_a_signal_ends_at_once(number, code):
     assert end.value.exit_code == code
 
 
+def test_one_that_a_library_has_made_nothing_of_is_obeyed_afterwards():
+    signals, done = RunSignals(), []
+    with pytest.raises(EndedBySignal, match="ended by SIGTERM"), signals.taken():
+        signals.obey()
+        try:
+            send(signal.SIGTERM)
+        except BaseException:
+            done.append("passed over")
+        signals.obey()
+        done.append("went on")
+    assert done == ["passed over"]
+
+
 def test_a_first_one_waits_for_the_step_and_a_second_does_not(capfd):
     signals, done = RunSignals(), []
     with pytest.raises(EndedBySignal, match="ended by SIGTERM"), signals.taken(), signals.at_step_ends(True):

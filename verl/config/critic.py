@@ -129,3 +129,9 @@ class CriticConfig:
     balance: BalanceConfig
     head_start: HeadStartConfig
     held_out_prompts: Count
+
+
+def past_groups(mini_batch_size: int, fraction: float, ranks: int) -> int:
+    """Past groups beside `mini_batch_size` fresh ones so that they are `fraction` of all, as near as whole groups
+    on every rank allow."""
+    return round(mini_batch_size * fraction / (1 - fraction) / ranks) * ranks

@@ -15,7 +15,7 @@ from verl.models.finding import find_model, is_discriminator
 from verl.models.loading import Kind, hf_files, load_model
 from verl.models.tokenizer import load_tokenizer
 from verl.utils.checkpoint.best_link import behind_best
-from verl.utils.checkpoint.classic import is_classic
+from verl.utils.checkpoint.file_names import is_classic
 from verl.utils.checkpoint.hf_files import write_hf_files
 from verl.utils.checkpoint.whole import ADAPTER_CONFIG, FSDP_CONFIG, check_huggingface, how_it_was_trained
 

@@ -12,14 +12,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from verl.utils.checkpoint.best_link import behind_best
-from verl.utils.checkpoint.sharded import MODEL_FOLDER, read_full_tensors
+from verl.utils.checkpoint.file_names import MODEL_FOLDER
 from verl.utils.checkpoint.whole import (
     ADAPTER_CONFIG,
     BASE_QUANTIZATION,
@@ -29,6 +27,9 @@ from verl.utils.checkpoint.whole import (
     refuse_pointer,
 )
 from verl.utils.hub import model_folder, parse_hub_name
+
+if TYPE_CHECKING:
+    import torch
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # PEFT's name of the only adapter, which stands in a model's names and not in files; and what files have before names.
@@ -134,6 +135,11 @@ class AdapterFolder:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The adapters' tensors, whole, under the names that they have in an adapted model."""
+        # Folders are looked at long before a tensor is wanted.
+        from safetensors.torch import load_file
+
+        from verl.utils.checkpoint.sharded import read_full_tensors
+
         if self.is_checkpoint:
             return read_full_tensors(self.folder / MODEL_FOLDER)
         return {name_in_model(name): tensor for name, tensor in load_file(self.folder / ADAPTER_WEIGHTS).items()}

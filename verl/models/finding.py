@@ -12,8 +12,7 @@ from verl.models.adapter_folders import AdapterFolder, find_adapter
 from verl.models.folders import no_model, refuse_quantized
 from verl.models.reward_models import is_reward_model
 from verl.utils.checkpoint.best_link import behind_best
-from verl.utils.checkpoint.classic import is_classic
-from verl.utils.checkpoint.sharded import MODEL_FOLDER
+from verl.utils.checkpoint.file_names import MODEL_FOLDER, is_classic
 from verl.utils.checkpoint.whole import check_huggingface, check_part, refuse_pointer
 from verl.utils.command_line import called_as
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from torch import nn
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CLASS = "ForSequenceClassification"
 AUTO_CLASS = "AutoModelForSequenceClassification"
@@ -88,6 +89,5 @@ def settled_bias(path: str | Path, head: nn.Linear, name: str, missing: Collecti
         )
     if f"{name}.bias" not in missing:
         return set()
-    with torch.no_grad():
-        head.bias.zero_()
+    head.bias.data.zero_()
     return {f"{name}.bias"}

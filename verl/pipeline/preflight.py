@@ -24,10 +24,11 @@ from verl.pipeline.state import State, handed_on
 from verl.tools.judge.answers import read_prompts, refuse_trained
 from verl.trainer.config import ConfigError
 from verl.trainer.config.paths import with_absolute_paths
+from verl.trainer.first_look import check_device, check_engine
 from verl.trainer.looking_over import create_rl_dataset
 from verl.trainer.ppo.batches import count_steps
 from verl.trainer.ppo.disk import checkpoint_parts, merged_parameters
-from verl.trainer.ppo.model_checks import check_device, check_engine, check_models, check_tokens
+from verl.trainer.ppo.model_checks import check_models, check_tokens
 from verl.trainer.ppo.origin import Origin
 from verl.trainer.ppo.own_tokens import OwnTokens
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, tracked_step

@@ -1,6 +1,8 @@
 """Entry point: `python -m verl.trainer.main_ppo stage=gad KEY=VALUE ...`.
 
-Hydra composes, the settings are typed and checked, data and models are looked at, Ray starts, the trainer runs.
+Hydra composes, the settings are typed and checked, Ray and the ranks' processes begin, data and models are looked at,
+the trainer runs. torch, transformers and what needs them are loaded once the ranks' processes have begun, which load
+theirs meanwhile: nothing that this file imports brings them along.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import hydra
 import psutil
@@ -22,8 +24,6 @@ import ray
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from verl.batch import Prompts
-from verl.models.loading import quiet_transformers
 from verl.monitor.live import StoppedByAlarm
 from verl.single_controller.ray.output import RankOutput
 from verl.single_controller.ray.starting import join_or_start, stop
@@ -31,34 +31,24 @@ from verl.trainer.config import Config, ConfigError, normalize_overrides, to_con
 from verl.trainer.config.loading import check_shown, explain_refusals
 from verl.trainer.config.overrides import flags_last
 from verl.trainer.config.paths import with_absolute_paths
-
-# Users of verl look for the first of these here.
-from verl.trainer.looking_over import create_rl_dataset as create_rl_dataset
-from verl.trainer.looking_over import look_at, look_over, missing_paths, without_idle_critic
+from verl.trainer.first_look import look_first, missing_paths, without_idle_critic
 from verl.trainer.node_checks import check_nodes
 from verl.trainer.options import asked_for_help
-from verl.trainer.ppo.checkpointing import find_checkpoint, may_resume, run_folder
-from verl.trainer.ppo.disk import check_disk
-from verl.trainer.ppo.ending import end_said, nothing_left, say_end
-from verl.trainer.ppo.origin import Origin, check_same_run
-from verl.trainer.ppo.own_tokens import OwnTokens
-from verl.trainer.ppo.profiled_steps import check_profile_steps
-from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.trainer.ppo.roles import ResourcePoolManager, Role, resource_pools
+from verl.trainer.ppo.folders import may_resume, run_folder
+from verl.trainer.ppo.roles import ResourcePoolManager, Role, preparing, resource_pools
 from verl.utils import startup
-from verl.utils.checkpoint.checkpoint_manager import step_of
 from verl.utils.checkpoint.recovery import clear_up
 from verl.utils.console import print_exception
-from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.named import LoadedWhenAsked, as_named
 from verl.utils.refusals import Findings, Refused, before_the_start, is_told_plainly, tell
 from verl.utils.run_lock import only_run_in
 from verl.utils.run_log import FOLDER, RANKS, log_to, log_to_terminal, phase
 from verl.utils.signals import EndedBySignal, RunSignals, out_of_reach
 from verl.utils.stalls import StallWatch, doing, duration
 from verl.utils.tracking import ending_in_time
-from verl.workers.beforehand import preparing
-from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
-from verl.workers.rollout_worker import RolloutWorker
+
+if TYPE_CHECKING:
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -69,18 +59,13 @@ SHOWING = {"--cfg", "-c"}
 OF_ANOTHER_FOLDER = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 
 
-def resumed_from(config: Config) -> Path | None:
-    """The checkpoint that this run will go on from; None if it begins afresh."""
-    return find_checkpoint(config.trainer, ("actor", "critic") if config.use_critic else ("actor",))
+def __getattr__(name: str) -> object:
+    """`create_rl_dataset`, which users of verl look for here, when somebody asks for it: it brings torch along."""
+    if name == "create_rl_dataset":
+        from verl.trainer.looking_over import create_rl_dataset
 
-
-def check_resume(config: Config, rows: int, resumed: Path | None) -> Origin:
-    """The models and data that this run begins with. Refuses to resume a run that began with others
-    (`check_same_run`)."""
-    now = Origin.of(config, rows)
-    if resumed is not None:
-        check_same_run(resumed, now, config)
-    return now
+        return create_rl_dataset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class RanksAhead:
@@ -109,12 +94,14 @@ class RanksAhead:
 class TaskRunner:
     """Everything that a run needs, built and run; a subclass may swap parts, for instance the worker classes."""
 
-    worker_classes: ClassVar[dict[Role, type]] = {
-        Role.ActorRollout: ActorRolloutRefWorker,
-        Role.Critic: CriticWorker,
-        Role.Rollout: RolloutWorker,
-    }
-    trainer_class: ClassVar[type[RayPPOTrainer]] = RayPPOTrainer
+    worker_classes: ClassVar[dict[Role, type]] = LoadedWhenAsked(
+        {
+            Role.ActorRollout: "verl.workers.fsdp_workers:ActorRolloutRefWorker",
+            Role.Critic: "verl.workers.fsdp_workers:CriticWorker",
+            Role.Rollout: "verl.workers.rollout_worker:RolloutWorker",
+        }
+    )
+    trainer_class: ClassVar[type[RayPPOTrainer]] = LoadedWhenAsked("verl.trainer.ppo.ray_trainer:RayPPOTrainer")
 
     def run(self, config: Config) -> None:
         """Train. Settings, folders and files are checked before Ray starts, what is in them before any model is built.
@@ -134,8 +121,7 @@ class TaskRunner:
                 with findings.gathered():
                     held.enter_context(only_run_in(folder))
                 if findings:
-                    look_over(config, findings)
-                    findings.tell()
+                    _tell_all(config, findings)
             watch = StallWatch(config.trainer.stall_warning, config.trainer.stall_timeout)
             for held_too in (log_to(folder), signals.taken(), watch.at_work()):
                 held.enter_context(held_too)
@@ -143,6 +129,8 @@ class TaskRunner:
             with before_the_start():
                 prepared = self._prepared(config, signals)
             if prepared is not None:
+                from verl.trainer.ppo.ending import end_said
+
                 runner, resumed = prepared
                 with end_said(config, runner, resumed):
                     runner.fit()
@@ -151,46 +139,41 @@ class TaskRunner:
         """The trainer with its workers, all checked, and the checkpoint that it goes on from; None, which is said, if
         nothing is left to train.
 
-        The ranks' processes load what they need while models' files and data are looked at. A run that may go on from a
-        checkpoint waits for the data, which tell whether anything is left to train.
+        The ranks' processes load what they need while this one loads its own, and looks at models' files and data. A
+        run that may go on from a checkpoint waits for the data, which tell whether anything is left to train.
         """
-        pools = resource_pools(config)
+        pools, findings = resource_pools(config), Findings()
         ranks = RanksAhead(lambda: self.begin(config, pools))
         try:
-            checked = self._checked(config, signals, pools, ranks)
+            look_first(config, findings)
+            if not findings and not may_resume(config.trainer) and not missing_paths(config):
+                ranks.begin()
+            checked = self._checked(config, findings, signals, pools)
+            if checked is None:
+                return None
+            ranks.begin()
+            ranks.tell()
         except BaseException:
             pools.release()
             raise
-        if checked is not None:
-            checked[0].init_workers()
+        _say_what_trains(config)
+        checked[0].init_workers()
         return checked
 
     def _checked(
-        self, config: Config, signals: RunSignals, pools: ResourcePoolManager, ranks: RanksAhead
+        self, config: Config, findings: Findings, signals: RunSignals, pools: ResourcePoolManager
     ) -> tuple[RayPPOTrainer, Path | None] | None:
         """`_prepared`, its workers apart."""
-        trainer = config.trainer
-        tokenizer, train, val = look_at(config, None if may_resume(trainer) else ranks.begin)
-        own_tokens = OwnTokens.of(config, tokenizer)
-        if own_tokens is not None:
-            with phase("looking at the data as the discriminator reads it"):
-                train, val = (None if rows is None else own_tokens.with_prompts(rows) for rows in (train, val))
-        # Half of a row's bytes are columns that users of verl's names know and nothing here reads.
-        collate = partial(collate_fn, columns=Prompts.names())
-        runner = self.trainer_class(config, tokenizer, self.worker_classes, pools, train, val, collate)
-        resumed = resumed_from(config)
-        runner.origin = check_resume(config, len(train), resumed)
-        runner.signals, runner.own_tokens = signals, own_tokens
-        over = nothing_left(config, runner.total_steps, resumed)
-        if over is not None:
-            say_end(config, over)
-            return None
-        check_profile_steps(config, runner.total_steps, 0 if resumed is None else step_of(resumed))
-        check_disk(config, runner.total_steps, resumed)
-        ranks.begin()
-        ranks.tell()
-        _say_what_trains(config)
-        return runner, resumed
+        with phase("loading libraries for models and data"):
+            from verl.trainer.checked_run import checked_run
+
+            trainer_class, worker_classes = self.trainer_class, self.worker_classes
+        # Some library that was being loaded may have taken it for an error of its own.
+        signals.obey()
+        checked = checked_run(config, findings, trainer_class, worker_classes, pools)
+        if checked is not None:
+            checked[0].signals = signals
+        return checked
 
     def begin(self, config: Config, pools: ResourcePoolManager) -> None:
         """Start what the workers run on, and their processes, without waiting for these."""
@@ -201,7 +184,8 @@ class TaskRunner:
     def _preparing(self, config: Config, roles: Sequence[Role]) -> Callable[[], None]:
         """What a process that will have these roles does before it has them."""
         engine = config.generates and (Role.Rollout if config.rollout_ranks else Role.ActorRollout) in roles
-        return preparing(config, [self.worker_classes[role] for role in roles], engine)
+        classes = as_named(self, "worker_classes")
+        return preparing(config, [classes[role] for role in roles], engine)
 
     def start(self, config: Config) -> None:
         """Start what the workers run on."""
@@ -222,6 +206,15 @@ def _say_what_trains(config: Config) -> None:
             "trainer.rollout_ahead=1 with algorithm.rollout_is=null: answers of the policy of one update before "
             "are taken for the present one's, which biases its gradient; algorithm.rollout_is=token corrects for it"
         )
+
+
+def _tell_all(config: Config, findings: Findings) -> None:
+    """Raise what has been found, with all else that is wrong."""
+    from verl.trainer.looking_over import look_over
+
+    look_first(config, findings)
+    look_over(config, findings)
+    findings.tell()
 
 
 def start_ray(config: Config) -> None:
@@ -257,9 +250,8 @@ def _hydra_main(composed: DictConfig) -> None:
     log_to_terminal()
     begun = psutil.Process().create_time()
     startup.begin(begun)
-    startup.note("loading libraries, reading settings", time.time() - begun)
-    logger.info("libraries are loaded, after %s", duration(time.time() - begun))
-    quiet_transformers()
+    startup.note("reading settings", time.time() - begun)
+    logger.info("settings are read, after %s", duration(time.time() - begun))
     try:
         config = to_config(composed, HydraConfig.get().overrides.task)
     except ConfigError as error:

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.config.run import Config
 from verl.single_controller.ray import probe
 from verl.single_controller.ray.nodes import Node, all_nodes, choose_nodes
-from verl.trainer.ppo.checkpointing import run_folder
+from verl.trainer.ppo.folders import run_folder
 from verl.utils.refusals import Refused
 from verl.utils.rendezvous import PORTS
 from verl.utils.units import GIB

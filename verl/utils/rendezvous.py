@@ -6,9 +6,12 @@ import os
 import random
 import socket
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import psutil
-import torch.distributed as dist
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 # Below the range from which Linux hands out ports for outgoing connections (32768 upwards).
 PORTS = range(20000, 32768)
@@ -49,6 +52,8 @@ def meeting_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     What torch makes by itself listens on every interface, and whoever reaches it may read and write without a word of
     who he is.
     """
+    import torch.distributed as dist
+
     if world_size == 1:
         return dist.HashStore()
     return store_at(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank == 0, world_size, timeout)
@@ -56,6 +61,9 @@ def meeting_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 
 def store_at(host: str, port: int, serves: bool, size: int, timeout: timedelta) -> dist.Store:
     """The store of so many processes at an address, which one of them `serves`, at that address and no other."""
+    # Ports are chosen, and interfaces found, without torch.
+    import torch.distributed as dist
+
     if not serves:
         return dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
     listening = _reserved.pop((host, port), None) or _bound(host, port, shared=True)

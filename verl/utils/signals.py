@@ -72,6 +72,11 @@ class RunSignals:
         if self.received is not None:
             raise EndedBySignal(self.received)
 
+    def obey(self) -> None:
+        """Raise EndedBySignal if a signal should have ended what was being done, and something made nothing of it."""
+        if self.received is not None:
+            raise EndedBySignal(self.received)
+
     @contextmanager
     def at_step_ends(self, waits: bool, said: str = FIRST_SAID) -> Iterator[None]:
         """Within the block, where it `waits`, a first signal is noted in `received`, for the loop to ask after it, and

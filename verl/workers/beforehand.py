@@ -11,14 +11,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from functools import partial
 
 import psutil
 
-from verl.config.run import Config
 from verl.memory.estimate import host_memory
 from verl.models.layers import compiler_as_before
 from verl.models.reading_ahead import read_ahead
+from verl.utils.named import loaded
 from verl.utils.startup import note, noted
 from verl.workers.rollout import get_rollout_class
 
@@ -26,21 +25,16 @@ from verl.workers.rollout import get_rollout_class
 SHARE_READ_AHEAD = 0.5
 
 
-def preparing(config: Config, classes: Sequence[type], engine: bool) -> partial[None]:
-    """A function to call in the processes of a run's ranks.
+def prepare(classes: Sequence[type | str], paths: Sequence[str], engine: str | None) -> None:
+    """To be called in the process of a rank.
 
     Args:
-        classes: of the workers, whose modules a process loads when the function arrives there.
-        engine: whether they have one.
+        classes: of the workers, or their names, which are loaded here.
+        paths: of the models whose weights the first rank reads.
+        engine: the one that this process will have, if any.
     """
-    policy, critic = config.actor_rollout_ref, config.critic
-    models = [policy.model] + ([critic.model] if config.use_critic else [])
-    # A copy in shared memory is made and read by whoever loads the model.
-    paths = [model.path for model in models if not model.use_shm]
-    return partial(_prepare, tuple(classes), paths, policy.rollout.name if engine else None)
-
-
-def _prepare(classes: tuple[type, ...], paths: Sequence[str], engine: str | None) -> None:
+    for one in classes:
+        loaded(one)
     note("loading libraries", time.time() - psutil.Process().create_time())
     if int(os.environ["RANK"]) == 0:
         read_ahead(paths, SHARE_READ_AHEAD * host_memory())

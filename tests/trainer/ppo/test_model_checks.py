@@ -9,10 +9,10 @@ from transformers import GenerationConfig, Qwen2Config
 from tests.tiny import byte_tokenizer, scorer, write_model
 from verl.models.loading import load_config, load_model
 from verl.models.tokenizer import all_eos_token_ids, load_tokenizer
+from verl.trainer import first_look
 from verl.trainer.config import compose_config
 from verl.trainer.config.paths import with_absolute_paths
-from verl.trainer.ppo import model_checks
-from verl.trainer.ppo.model_checks import check_engine, check_models
+from verl.trainer.ppo.model_checks import check_models
 from verl.utils.checkpoint.best_link import point_best
 
 
@@ -175,10 +175,10 @@ def test_what_ends_an_answer_of_a_config_without_a_folder(models):
 
 
 def test_an_engine_that_is_not_installed_is_said_before_anything_starts(models, monkeypatch):
-    monkeypatch.setattr(model_checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(first_look, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"rollout\.name=vllm.*pip install -e '\.\[gpu\]'"):
-        check_engine(config(models, "critic", "actor_rollout_ref.rollout.name=vllm"))
-    check_engine(config(models, "critic", "actor_rollout_ref.rollout.name=hf"))
+        first_look.check_engine(config(models, "critic", "actor_rollout_ref.rollout.name=vllm"))
+    first_look.check_engine(config(models, "critic", "actor_rollout_ref.rollout.name=hf"))
 
 
 def test_the_best_of_a_run_is_what_it_names_at_the_start(models, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.tiny import causal_lm, write_data, write_model
-from verl.trainer import main_ppo
+from verl.trainer import checked_run
 from verl.trainer.config import compose_config
 from verl.trainer.ppo.origin import Origin
 from verl.utils.checkpoint.checkpoint_manager import commit_checkpoint, start_checkpoint
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 
 def check_resume(config, rows):
-    return main_ppo.check_resume(config, rows, main_ppo.resumed_from(config))
+    return checked_run.check_resume(config, rows, checked_run.resumed_from(config))
 
 
 def config(folder, *overrides, stage="seqkd", model="a", data="train.jsonl"):

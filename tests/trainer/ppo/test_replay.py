@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from verl.config.critic import past_groups
 from verl.protocol import DataProto
-from verl.trainer.ppo.replay import ReplayBuffer, past_groups
+from verl.trainer.ppo.replay import ReplayBuffer
 
 N = 3
 

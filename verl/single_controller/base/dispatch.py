@@ -7,14 +7,19 @@ A dispatch mode is a pair of functions:
 
 and, for modes that cut a batch into chunks, `chunk_count(group)`: how many. The caller pads the batch to a multiple of
 it beforehand and takes the padding off the result, so the pair never sees an uneven batch.
+
+Tables, which take torch, are loaded with the first call: processes are started without.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
+if TYPE_CHECKING:
+    from verl.protocol import DataProto
 
 
 class Ranks(Protocol):
@@ -48,6 +53,8 @@ def map_values(function: Callable[[Any], list], args: tuple, kwargs: dict) -> tu
 
 def chunk(value: Any, chunks: int) -> list:
     """A DataProto in `chunks` equal parts, anything else `chunks` times; ValueError if the rows do not divide."""
+    from verl.protocol import DataProto
+
     if not isinstance(value, DataProto):
         return [value] * chunks
     if len(value) == 0 or len(value) % chunks:
@@ -60,6 +67,8 @@ def chunk(value: Any, chunks: int) -> list:
 
 def concat(outputs: list) -> DataProto:
     """The ranks' DataProtos as one, in their order; TypeError for anything else."""
+    from verl.protocol import DataProto
+
     wrong = {type(output).__name__ for output in outputs if not isinstance(output, DataProto)}
     if wrong:
         raise TypeError(
@@ -161,6 +170,8 @@ class Padding:
         Raises:
             ValueError: the result has not k >= 1 rows per row, so it mixes the added rows in (a mean, a gradient).
         """
+        from verl.protocol import unpad_dataproto
+
         if self.added == 0:
             return result
         if len(result) == 0 or len(result) % self.padded_rows:
@@ -178,6 +189,8 @@ def pad_arguments(args: tuple, kwargs: dict, divisor: int) -> tuple[tuple, dict,
     Raises:
         ValueError: there is no DataProto, one has no rows, or their row counts differ.
     """
+    from verl.protocol import DataProto, pad_dataproto_to_divisor
+
     batches = [value for value in (*args, *kwargs.values()) if isinstance(value, DataProto)]
     row_counts = {len(batch) for batch in batches}
     if len(row_counts) != 1 or 0 in row_counts:

@@ -11,7 +11,6 @@ import ray
 from verl.single_controller.base import ClassWithInitArgs
 from verl.single_controller.base.worker import colocate
 from verl.single_controller.ray.output import log_in_rank
-from verl.utils.profiling import marked
 from verl.utils.rendezvous import interface_of, reserve_port
 from verl.utils.stacks import answer_when_asked
 
@@ -32,8 +31,7 @@ class WorkerHost:
         self._roles, self._one_node = list(roles), one_node
 
     def prepare(self, work: Callable[[], None]) -> None:
-        """Do what can be done before the workers are known; that the function has arrived means that its modules are
-        loaded."""
+        """Do what can be done before the workers are known."""
         work()
 
     def meeting_place(self) -> tuple[str, int]:
@@ -53,6 +51,9 @@ class WorkerHost:
         colocate(self._workers)
 
     def call(self, role: str, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
+        # The driver, which starts this process, knows the class before it has loaded torch.
+        from verl.utils.profiling import marked
+
         with marked(f"{role}.{method_name}"):
             return getattr(self._workers[role], method_name)(*args, **kwargs)
 

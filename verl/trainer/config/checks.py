@@ -9,20 +9,14 @@ import re
 from collections.abc import Iterator
 from inspect import signature
 
-import torch
-
 from verl.config import ActorConfig, CriticConfig, FSDPConfig
 from verl.config.run import LONGEST_STALL, Config
+from verl.config.shipped import ADV_ESTIMATORS, KL_PENALTIES, POLICY_LOSSES
 from verl.monitor.rules import RuleFault, load_rules
 from verl.trainer.config.discriminator_checks import discriminator_conflicts
 from verl.trainer.config.number_checks import number_conflicts
 from verl.trainer.config.soda_checks import soda_conflicts
 from verl.trainer.config.value_checks import nothing_conflicts
-from verl.trainer.ppo.core_algos import (
-    ADV_ESTIMATOR_REGISTRY,
-    POLICY_LOSS_REGISTRY,
-    kl_penalty_forward,
-)
 from verl.utils.tracking import BACKENDS
 from verl.utils.user_code import load_user_function
 from verl.workers.rollout import ROLLOUTS
@@ -151,9 +145,12 @@ def _names(config: Config) -> Iterator[str]:
             several = f"; several as {key}=[{value.replace(chr(0xFF0C), ',')}]" if re.search("[,\uff0c]", value) else ""
             yield f"{key}={value} is not known: use one of {', '.join(sorted(known))}{several}"
 
-    yield from unknown("algorithm.adv_estimator", config.algorithm.adv_estimator, list(ADV_ESTIMATOR_REGISTRY))
-    loss_mode = config.actor_rollout_ref.actor.policy_loss.loss_mode
-    yield from unknown("actor_rollout_ref.actor.policy_loss.loss_mode", loss_mode, list(POLICY_LOSS_REGISTRY))
+    estimator, loss_mode = config.algorithm.adv_estimator, config.actor_rollout_ref.actor.policy_loss.loss_mode
+    if estimator not in ADV_ESTIMATORS or loss_mode not in POLICY_LOSSES:
+        from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
+
+        yield from unknown("algorithm.adv_estimator", estimator, list(ADV_ESTIMATOR_REGISTRY))
+        yield from unknown("actor_rollout_ref.actor.policy_loss.loss_mode", loss_mode, list(POLICY_LOSS_REGISTRY))
     yield from unknown("actor_rollout_ref.rollout.name", config.actor_rollout_ref.rollout.name, list(ROLLOUTS))
     loggers = config.trainer.logger
     for logger in [loggers] if isinstance(loggers, str) else loggers:
@@ -207,12 +204,15 @@ def _actor(config: Config) -> Iterator[str]:
             "engine and trainer agree on, whose weight is 1: use 1 or more"
         )
     mode = actor.policy_loss.loss_mode
-    loss = POLICY_LOSS_REGISTRY.get(mode)
-    if config.algorithm.rollout_is and loss and "rollout_is_weights" not in signature(loss).parameters:
-        yield (
-            f"algorithm.rollout_is={config.algorithm.rollout_is}: the policy loss {mode} has no parameter "
-            "rollout_is_weights, which its token losses are to be multiplied by; add it, or leave rollout_is out"
-        )
+    if config.algorithm.rollout_is and mode not in POLICY_LOSSES:
+        from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+        loss = POLICY_LOSS_REGISTRY.get(mode)
+        if loss and "rollout_is_weights" not in signature(loss).parameters:
+            yield (
+                f"algorithm.rollout_is={config.algorithm.rollout_is}: the policy loss {mode} has no parameter "
+                "rollout_is_weights, which its token losses are to be multiplied by; add it, or leave rollout_is out"
+            )
     if not config.use_sft and actor.policy_loss.loss_mode == "vanilla" and actor.clip_ratio_c <= 1:
         yield f"actor_rollout_ref.actor.clip_ratio_c={actor.clip_ratio_c} must be above 1, the cap of dual clip"
 
@@ -242,9 +242,15 @@ def _kl(config: Config) -> Iterator[str]:
         named.append(("actor_rollout_ref.actor.kl_loss_type", config.actor_rollout_ref.actor.kl_loss_type))
     if config.algorithm.use_kl_in_reward:
         named.append(("algorithm.kl_penalty", config.algorithm.kl_penalty))
-    for key, kind in named:
+    for key, kind in ((key, kind.removesuffix("+")) for key, kind in named):
+        if kind in KL_PENALTIES:
+            continue
+        import torch
+
+        from verl.trainer.ppo.core_algos import kl_penalty_forward
+
         try:
-            kl_penalty_forward(torch.zeros(1, 1), torch.zeros(1, 1), kind.removesuffix("+"))
+            kl_penalty_forward(torch.zeros(1, 1), torch.zeros(1, 1), kind)
         except NotImplementedError as error:
             yield f"{key}: {error}"
 

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
 
-import torch
+from omegaconf import OmegaConf
 
+from verl.config import DiscriminatorConfig
+from verl.config.critic import past_groups
 from verl.config.run import Config
-from verl.trainer.ppo.discriminator_algos import PairScores, get_discriminator_loss_fn, loss_problem
-from verl.trainer.ppo.replay import past_groups
+from verl.config.shipped import DISCRIMINATOR_LOSSES
+from verl.trainer.config.overrides import CONFIG_DIR
 from verl.utils.user_code import cannot_end_the_run, is_user_function
 
 
@@ -52,15 +54,18 @@ def _critic_warmup(config: Config) -> Iterator[str]:
 
 def _loss(config: Config) -> Iterator[str]:
     """A discriminator loss that cannot be loaded, or is none: a user's may do anything."""
-    settings = config.critic.discriminator
+    settings, fn = config.critic.discriminator, None
     if not config.use_critic:
         return
-    try:
-        fn = get_discriminator_loss_fn(settings.loss).fn
-    except ValueError as error:
-        yield f"critic.discriminator.loss: {error}"
-        return
     adaptive = settings.adaptive_temperature
+    if adaptive.enable or not _is_as_shipped(settings):
+        from verl.trainer.ppo.discriminator_algos import get_discriminator_loss_fn
+
+        try:
+            fn = get_discriminator_loss_fn(settings.loss).fn
+        except ValueError as error:
+            yield f"critic.discriminator.loss: {error}"
+            return
     if adaptive.enable and "temperature" not in signature(fn).parameters:
         yield (
             f"critic.discriminator.adaptive_temperature.enable=True: the loss {settings.loss} has no temperature; "
@@ -72,13 +77,25 @@ def _loss(config: Config) -> Iterator[str]:
         )
     if settings.custom and not is_user_function(settings.loss):
         yield f"critic.discriminator.custom is for a loss from a file of your own, not for {settings.loss}"
-    problem = _loss_problem(fn, settings.constants())
+    problem = None if fn is None else _loss_problem(fn, settings.constants())
     if problem is not None:
         yield f"critic.discriminator.loss={settings.loss}, tried on two groups of three answers: {problem}"
 
 
+def _is_as_shipped(settings: DiscriminatorConfig) -> bool:
+    """Whether loss and constants are this package's own, which need no trial; one takes torch."""
+    if settings.loss not in DISCRIMINATOR_LOSSES:
+        return False
+    shipped = OmegaConf.load(CONFIG_DIR / "critic" / "dp_critic.yaml")
+    return settings.constants() == shipped.discriminator[settings.loss]
+
+
 def _loss_problem(fn: Callable, constants: dict[str, Any]) -> str | None:
     """The reason why a function is no discriminator loss, or None."""
+    import torch
+
+    from verl.trainer.ppo.discriminator_algos import PairScores, loss_problem
+
     generator = torch.Generator().manual_seed(0)
     sides = [torch.randn(2, n, generator=generator, requires_grad=True) for n in (3, 1, 3, 1)]
     try:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, get_type_hints
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
@@ -24,11 +23,12 @@ from verl.trainer.config.errors import ConfigError
 from verl.trainer.config.overrides import ARGUMENT, CONFIG_DIR, normalize_overrides
 from verl.trainer.config.stages import stage_conflicts
 from verl.trainer.config.upstream import family_of, sort_out
+from verl.utils.devices import sees_cuda
 
 logger = logging.getLogger(__name__)
 
 # In the YAML: what a run has by default where there is a GPU, and what follows from `trainer.device`.
-OmegaConf.register_new_resolver("default_device", lambda: "cuda" if torch.cuda.is_available() else "cpu", replace=True)
+OmegaConf.register_new_resolver("default_device", lambda: "cuda" if sees_cuda() else "cpu", replace=True)
 OmegaConf.register_new_resolver(
     "by_device", lambda cuda, cpu, *, _root_: cuda if _root_.trainer.device == "cuda" else cpu, replace=True
 )

@@ -7,11 +7,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from verl.config.run import Config
 
-LARGEST = torch.finfo(torch.float32).max
+# Of fp32.
+LARGEST = (2 - 2**-23) * 2.0**127
 LARGEST_INT = 2**63 - 1
 # Limits, which infinity switches off.
 MAY_BE_INFINITE = frozenset({"grad_clip", "sync_check_tolerance"})

@@ -15,12 +15,12 @@ from typing import Protocol
 from verl.config.run import TrainerConfig
 from verl.single_controller.base import WorkerGroup
 from verl.trainer.ppo.best import BestState
+from verl.trainer.ppo.folders import named_checkpoint, run_folder
 from verl.trainer.ppo.origin import Origin
 from verl.utils.background import Background
 from verl.utils.checkpoint.best_link import behind_best, point_best
 from verl.utils.checkpoint.checkpoint_manager import (
     STATE_FILE,
-    checkpoints_in,
     mark_only_as_best,
     prune_checkpoints,
     publish_checkpoint,
@@ -345,11 +345,6 @@ def kept_in_words(kept: Mapping[str, int | None]) -> str:
     return f"kept are {shown} ({', '.join(f'trainer.max_{part}_ckpt_to_keep' for part in kept)}) and the best"
 
 
-def run_folder(config: TrainerConfig) -> Path:
-    """Where checkpoints go, absolute: workers may run in another folder than the driver."""
-    return Path(config.default_local_dir).expanduser().absolute()
-
-
 def find_checkpoint(config: TrainerConfig, parts: Collection[str] = ("actor",)) -> Path | None:
     """The checkpoint that `trainer.resume_mode` asks for, whole; None if training starts afresh.
 
@@ -364,27 +359,4 @@ def find_checkpoint(config: TrainerConfig, parts: Collection[str] = ("actor",)) 
         return newest_whole(run_folder(config), parts)
     folder = behind_best(named_checkpoint(config))
     refuse_damaged(folder)
-    return folder
-
-
-def may_resume(config: TrainerConfig) -> bool:
-    """Whether there are checkpoints that training may go on from; nothing is read of them."""
-    return config.resume_mode == "resume_path" or (
-        config.resume_mode == "auto" and bool(checkpoints_in(run_folder(config)))
-    )
-
-
-def may_resume_critic(config: TrainerConfig) -> bool:
-    """Whether a checkpoint that training may go on from has a discriminator; nothing is read of them."""
-    if config.resume_mode == "disable":
-        return False
-    folders = checkpoints_in(run_folder(config)) if config.resume_mode == "auto" else [named_checkpoint(config)]
-    return any((folder / "critic").is_dir() for folder in folders)
-
-
-def named_checkpoint(config: TrainerConfig) -> Path:
-    """The folder of `trainer.resume_from_path`, not looked into. FileNotFoundError if it is not there."""
-    folder = Path(config.resume_from_path).expanduser().absolute()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"trainer.resume_from_path={folder} does not exist")
     return folder

@@ -9,12 +9,13 @@ from dataclasses import replace
 import torch
 
 from verl.batch import GROUP_KEYS, Answers, Prompts, Scores, columns, table
+from verl.config.critic import past_groups
 from verl.config.run import Config
 from verl.protocol import DataProto
 from verl.single_controller.base import WorkerGroup
 from verl.trainer.ppo.discriminator_balance import DiscriminatorBalance
 from verl.trainer.ppo.own_tokens import OwnTokens
-from verl.trainer.ppo.replay import ReplayBuffer, past_groups
+from verl.trainer.ppo.replay import ReplayBuffer
 from verl.trainer.ppo.shares import Shares
 
 

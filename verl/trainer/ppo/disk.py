@@ -11,7 +11,8 @@ from verl.memory.estimate import MASTER, MOMENTS
 from verl.models.loading import Kind, load_config
 from verl.models.shape import count_parameters
 from verl.models.sharding import trained_adapters
-from verl.trainer.ppo.checkpointing import kept_in_words, kept_of, run_folder
+from verl.trainer.ppo.checkpointing import kept_in_words, kept_of
+from verl.trainer.ppo.folders import run_folder
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, not_to_be_kept, step_of
 from verl.utils.checkpoint.room import Part, amount, bytes_in, check_room, free_in, most_on_disk
 

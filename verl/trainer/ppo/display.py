@@ -12,7 +12,7 @@ from tqdm import tqdm
 from verl.batch import Prompts, Scores
 from verl.config.run import Config
 from verl.monitor.live import Monitor
-from verl.trainer.ppo.checkpointing import run_folder
+from verl.trainer.ppo.folders import run_folder
 from verl.trainer.ppo.run_record import keep_record
 from verl.trainer.ppo.val_samples import set_val_samples_aside
 from verl.utils.dump import dump_jsonl

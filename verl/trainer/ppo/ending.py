@@ -18,7 +18,8 @@ from typing import Protocol
 
 from verl.config.run import Config
 from verl.monitor.live import StoppedByAlarm
-from verl.trainer.ppo.checkpointing import Checkpoints, RunState, run_folder
+from verl.trainer.ppo.checkpointing import Checkpoints, RunState
+from verl.trainer.ppo.folders import run_folder
 from verl.trainer.ppo.next_commands import closing_commands, report_command
 from verl.utils.checkpoint.best_link import BEST, best_step
 from verl.utils.checkpoint.checkpoint_manager import STATE_FILE, step_of

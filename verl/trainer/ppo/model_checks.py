@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -260,26 +258,6 @@ def check_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, datasets: I
                 if token >= size:
                     text = tokenizer.convert_ids_to_tokens(token)
                     raise ValueError(_without_embedding(f"token {text!r}, in row {number} of the data,", token, size))
-
-
-def check_device(config: Config) -> None:
-    """ValueError if the run is to use GPUs, and there is none on this machine, which is the only one."""
-    address = config.ray_kwargs.ray_init.address or os.environ.get("RAY_ADDRESS")
-    if config.trainer.device == "cuda" and not torch.cuda.is_available() and not address:
-        raise ValueError(
-            "trainer.device=cuda, and torch finds no GPU on this machine: set trainer.device=cpu, or see what "
-            "nvidia-smi and CUDA_VISIBLE_DEVICES say, and for which CUDA torch was built (python -m "
-            "torch.utils.collect_env)"
-        )
-
-
-def check_engine(config: Config) -> None:
-    """ModuleNotFoundError if the generation engine is not installed and something is to be generated."""
-    if config.generates and config.actor_rollout_ref.rollout.name == "vllm" and find_spec("vllm") is None:
-        raise ModuleNotFoundError(
-            "actor_rollout_ref.rollout.name=vllm, the default on GPUs, needs vLLM, which is not installed: "
-            "pip install -e '.[gpu]', or set actor_rollout_ref.rollout.name=hf, which is slow"
-        )
 
 
 def check_models(config: Config) -> PreTrainedTokenizerBase:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from verl.config.run import Config
 from verl.single_controller.base import WorkerGroup
-from verl.trainer.ppo.checkpointing import run_folder
+from verl.trainer.ppo.folders import run_folder
 from verl.utils.profiling import Trace
 from verl.utils.units import counted
 

@@ -30,11 +30,12 @@ from verl.single_controller.base import WorkerGroup
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup, create_colocated_worker_cls
 from verl.trainer.ppo.batches import batches_of, tell_steps
 from verl.trainer.ppo.best import open_best
-from verl.trainer.ppo.checkpointing import Checkpoints, RunState, run_folder
+from verl.trainer.ppo.checkpointing import Checkpoints, RunState
 from verl.trainer.ppo.core_algos import AdaptiveKLController, get_kl_controller
 from verl.trainer.ppo.discriminator import Discriminator
 from verl.trainer.ppo.display import dump_answers, open_monitor, open_tracking, progress_bar, show_step
 from verl.trainer.ppo.engine import OwnEngine
+from verl.trainer.ppo.folders import run_folder
 from verl.trainer.ppo.generation import Metrics, OnPolicy, Timed
 from verl.trainer.ppo.head_start import DiscriminatorCouldNotLearn, HeadStart
 from verl.trainer.ppo.held_out import HeldOutPairs

@@ -82,9 +82,3 @@ class ReplayBuffer:
             self._keep(load_file(file))
         else:
             logger.warning("there is no %s: the replay buffer starts empty", file)
-
-
-def past_groups(mini_batch_size: int, fraction: float, ranks: int) -> int:
-    """Past groups beside `mini_batch_size` fresh ones so that they are `fraction` of all, as near as whole groups
-    on every rank allow."""
-    return round(mini_batch_size * fraction / (1 - fraction) / ranks) * ranks

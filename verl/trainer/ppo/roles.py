@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 
 from verl.config.run import Config
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool
+from verl.utils.named import call
 
 
 class Role(Enum):
@@ -80,6 +82,23 @@ def resource_pools(config: Config) -> ResourcePoolManager:
         processes["rollout_pool"] = [config.actor_rollout_ref.rollout.n_gpus_per_node] * trainer.nnodes
         roles[Role.Rollout] = "rollout_pool"
     return ResourcePoolManager(processes, roles, use_gpu=trainer.device != "cpu")
+
+
+def preparing(config: Config, classes: Sequence[type | str], engine: bool) -> partial[None]:
+    """A function to call in the processes of a run's ranks, before they are told their part (`beforehand.prepare`).
+
+    Args:
+        classes: of the workers, or their names ("module:Class").
+        engine: whether they have one.
+    """
+    policy, critic = config.actor_rollout_ref, config.critic
+    models = [policy.model] + ([critic.model] if config.use_critic else [])
+    # A copy in shared memory is made and read by whoever loads the model.
+    paths = [model.path for model in models if not model.use_shm]
+    # By name: it takes torch.
+    return partial(
+        call, "verl.workers.beforehand:prepare", tuple(classes), paths, policy.rollout.name if engine else None
+    )
 
 
 def worker_roles(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from verl.config.run import Config
 from verl.single_controller.base import WorkerGroup
-from verl.trainer.ppo.checkpointing import run_folder
+from verl.trainer.ppo.folders import run_folder
 from verl.trainer.ppo.run_record import keep_start_seconds
 from verl.utils import startup
 from verl.utils.console import table

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from verl.batch import Answers, Prompts, Scores, table, teacher_response_mask
 from verl.config.run import Config
 from verl.protocol import DataProto
-from verl.trainer.ppo.checkpointing import run_folder
 from verl.trainer.ppo.core_algos import compute_sft_loss, ends_with_eos
 from verl.trainer.ppo.discriminator import Discriminator
+from verl.trainer.ppo.folders import run_folder
 from verl.trainer.ppo.held_out import HeldOutPairs
 from verl.trainer.ppo.metric_utils import compute_length_metrics, mean_max_min
 from verl.trainer.ppo.reward import TaskReward, score_task

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from verl.utils.checkpoint.best_link import behind_best, best_step
 from verl.utils.checkpoint.checksums import CHECKSUMS, checksums_of, read_checksums, sync_to_disk, write_checksums
-from verl.utils.checkpoint.classic import is_classic
-from verl.utils.checkpoint.sharded import MODEL_FOLDER, OPTIM_FOLDER
+from verl.utils.checkpoint.file_names import MODEL_FOLDER, OPTIM_FOLDER, is_classic
 from verl.utils.checkpoint.whole import changed_files
 from verl.utils.command_line import called_as
 

@@ -23,14 +23,8 @@ from typing import Any
 import torch
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
+from verl.utils.checkpoint.file_names import RANK_FILE
 from verl.utils.checkpoint.whole import FSDP_CONFIG, how_it_was_trained, refuse_pointer
-
-RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
-
-
-def is_classic(folder: str | Path) -> bool:
-    """Whether the folder holds files of verl's classic trainer."""
-    return any(RANK_FILE.fullmatch(file.name) for file in Path(folder).glob("model_world_size_*.pt"))
 
 
 def rank_files(folder: Path) -> list[Path]:

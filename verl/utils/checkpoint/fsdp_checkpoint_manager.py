@@ -34,10 +34,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.utils.background import Background
 from verl.utils.checkpoint.checksums import sync_to_disk
+from verl.utils.checkpoint.file_names import MODEL_FOLDER, OPTIM_FOLDER
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, write_hf_files
 from verl.utils.checkpoint.sharded import (
-    MODEL_FOLDER,
-    OPTIM_FOLDER,
     HostShards,
     Shard,
     check_all_are_seen,

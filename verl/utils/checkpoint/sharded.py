@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,11 +20,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from verl.utils.checkpoint.file_names import MODEL_FOLDER, OPTIM_FOLDER, missing_shards
 from verl.utils.host_memory import ALIGNMENT, host_buffer
-
-MODEL_FOLDER, OPTIM_FOLDER = "model", "optim"
-# One file of each rank, counted from 1.
-SHARD = re.compile(r"shard-(\d{5})-.*\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -220,17 +216,6 @@ def _end_to_end(entry: TensorStorageMetadata) -> bool:
             return False
         end += chunk.sizes[0]
     return end == entry.size[0]
-
-
-def missing_shards(folder: Path, ranks: int | None = None) -> list[str]:
-    """The names of files that the first `ranks` ranks would have written and that are not there; without a number, of
-    those before the last one that is there."""
-    there = {int(match[1]): file.name for file in folder.glob("*.safetensors") if (match := SHARD.fullmatch(file.name))}
-    if not there:
-        return []
-    number, name = next(iter(there.items()))
-    last = max(there) if ranks is None else ranks
-    return [name.replace(f"{number:05d}", f"{n:05d}", 1) for n in range(1, last + 1) if n not in there]
 
 
 def _suspects(folder: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from verl.utils.checkpoint.checksums import CHECKSUMS, checksums_of, read_checksums
-from verl.utils.checkpoint.sharded import MODEL_FOLDER, SHARD, check_chunks, missing_shards, read_layout
+from verl.utils.checkpoint.file_names import MODEL_FOLDER, SHARD, missing_shards
 from verl.utils.lfs import LFS_POINTER
 
 logger = logging.getLogger(__name__)
@@ -139,6 +139,9 @@ def check_shards(part: Path) -> None:
     Raises:
         FileNotFoundError, ValueError: names the files that are missing, damaged or do not belong.
     """
+    # It takes torch, which finding a folder does not.
+    from verl.utils.checkpoint.sharded import check_chunks, read_layout
+
     check_chunks(part / MODEL_FOLDER, read_layout(part / MODEL_FOLDER))
     how = part / FSDP_CONFIG
     if not how.is_file():

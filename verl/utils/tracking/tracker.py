@@ -10,9 +10,6 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from verl.utils.stalls import waiting
 from verl.utils.tracking.base import Backend, Run, Sample
 from verl.utils.tracking.console import ConsoleBackend
@@ -68,7 +65,8 @@ def check_loggers(names: str | Sequence[str]) -> None:
 
 
 def _as_number(name: str, value: Any) -> float | int:
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.ndim == 0:
+    # Of torch or numpy; neither need be loaded for that.
+    if getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""

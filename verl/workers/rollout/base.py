@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from verl.config import RolloutConfig, SamplingConfig
-from verl.protocol import DataProto
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from verl.protocol import DataProto
 
 
 class BaseRollout(ABC):
