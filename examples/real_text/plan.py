@@ -166,7 +166,7 @@ def _with_adapters() -> Iterator[Run]:
         student, critic = (
             (f"{model}.lora_rank=64", f"{model}.lora_alpha=64", f"{model}.load_in_4bit={packed}") for model in models
         )
-        # Ten times the rates of whole weights: at five times they learned less.
+        # Ten times the rates of whole weights: at five and six times they learned less.
         yield Run(f"SeqKD-{kind}", "base", (*SEQKD, *student, _actor_rate(2e-3)), epochs=4)
         yield _gad(f"GAD-{kind}", *critic, _actor_rate(5e-5), "critic.optim.lr=5e-4", start=f"SeqKD-{kind}")
 

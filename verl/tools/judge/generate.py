@@ -196,6 +196,8 @@ def _of_one_architecture(jobs: Sequence[Job], trust_remote_code: bool) -> list[l
     for job in jobs:
         entries = load_config(job.path, "policy", trust_remote_code=trust_remote_code).to_dict()
         entries = {key: value for key, value in entries.items() if key not in (*SAYS_NOTHING_OF_WEIGHTS, *ENDS)}
+        # Code of a folder's own may be another's under the same names.
+        entries["code"] = [file.read_text(encoding="utf-8") for file in sorted(job.path.glob("*.py"))]
         groups.setdefault(json.dumps(entries, sort_keys=True, default=str), []).append(job)
     return list(groups.values())
 
@@ -278,7 +280,7 @@ def _rollout_config(drawing: Drawing, longest_prompt: int) -> RolloutConfig:
         tensor_model_parallel_size=1,
         gpu_memory_utilization=drawing.memory,
         max_num_batched_tokens=8192,
-        # An engine for each student: compiling and capturing would take longer than they save.
+        # Compiling and capturing take longer than they save in the answers to some hundred prompts.
         enforce_eager=True,
         kv_cache_dtype="auto",
         # The engine answers for one student after another, and ends with its process.

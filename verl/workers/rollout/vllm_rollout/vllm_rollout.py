@@ -232,7 +232,7 @@ class VLLMRollout(BaseRollout):
         if left:
             raise RuntimeError(
                 f"vLLM's {type(self._structure).__name__} cannot take pushed weights on this device: {len(left)} "
-                f"layers got none, e.g. {', '.join(left[:2])}; set actor_rollout_ref.rollout.name=hf"
+                f"parameters got none, e.g. {', '.join(left[:2])}; set actor_rollout_ref.rollout.name=hf"
             )
         self._has_weights = True
 

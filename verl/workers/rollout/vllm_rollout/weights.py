@@ -33,16 +33,18 @@ def classes_as_they_are(model: PreTrainedModel) -> Iterator[None]:
 
     Families that vLLM has no code for it runs by their transformers classes, whose `__init__` and `__call__` it
     replaces by some that know its own instances only; the trainer's models in this process are others, and some of them
-    are made later.
+    are made later. A second engine of such a family in one process would run uncompiled.
     """
     inits = {type(module): type(module).__init__ for module in model.modules()}
-    yield
-    for owner, init in inits.items():
-        if owner.__init__ is not init:
-            owner.__init__ = init
-        if owner.__call__.__module__.startswith("vllm.") and not hasattr(owner, "do_not_compile"):
-            # What the engine's own instances have been told stands in them.
-            owner.do_not_compile = True
+    try:
+        yield
+    finally:
+        for owner, init in inits.items():
+            if owner.__init__ is not init:
+                owner.__init__ = init
+            if owner.__call__.__module__.startswith("vllm.") and not hasattr(owner, "do_not_compile"):
+                # What the engine's own instances have been told stands in them.
+                owner.do_not_compile = True
 
 
 def tensor_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
@@ -114,11 +116,12 @@ def copy_weights(worker, weights: Weights) -> list[str]:
 def reload_weights(worker, weights: Weights) -> list[str]:
     """Load layer by layer, repack each layer as its kernels want it, and copy the result to where it was.
 
-    Returns the layers that got nothing and keep the weights of before: those that a family's code in vLLM copies
-    itself, past the loaders that a reload counts.
+    Returns the parameters that got nothing and hold what they held before, or what happened to be in memory: those that
+    a family's code in vLLM copies itself, past the loaders that a reload counts.
     """
     model, left = worker.get_model(), []
-    worker.reload_weights(weights_iterator=_noting_what_is_left(model, weights, left), is_checkpoint_format=True)
+    tied = getattr(worker.model_config.hf_config.get_text_config(), "tie_word_embeddings", False)
+    worker.reload_weights(weights_iterator=_noting_what_is_left(model, tied, weights, left), is_checkpoint_format=True)
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if isinstance(module, ParallelLMHead):
@@ -131,12 +134,14 @@ def reload_weights(worker, weights: Weights) -> list[str]:
     return left
 
 
-def _noting_what_is_left(model: nn.Module, weights: Weights, left: list[str]) -> Weights:
-    """The tensors; `left` gets the names of layers with parameters of which none has been loaded after the last one."""
+def _noting_what_is_left(model: nn.Module, tied: bool, weights: Weights, left: list[str]) -> Weights:
+    """The tensors; after the last one `left` gets the parameters that are still on meta and whose loader has not been
+    called, but for a tied head's. What a reload does not take apart, a bias of routers say, is never on meta. The model
+    has to load each tensor before it asks for the next, as all causal ones of vLLM do."""
     yield from weights
     for name, module in model.named_modules():
-        info = get_layerwise_info(module)
-        waits = info.can_load() and info.load_numel == 0 and any(True for _ in module.parameters(recurse=False))
-        # A tied head gets no tensor of its own.
-        if waits and not isinstance(module, ParallelLMHead):
-            left.append(f"{name} ({type(module).__name__})")
+        if tied and isinstance(module, ParallelLMHead):
+            continue
+        loaded = {parameter for parameter, _ in get_layerwise_info(module).loaded_weights}
+        own = module.named_parameters(recurse=False)
+        left += [f"{name}.{parameter}" for parameter, tensor in own if tensor.is_meta and parameter not in loaded]
