@@ -17,6 +17,5 @@ def test_three_stages(family, tmp_path):
     command = [sys.executable, "-m", "tests.vllm.recent_stages", str(tmp_path), family, "cuda", "bfloat16"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]
-    print(family, gaps(tmp_path))
     # bf16's rounding; other weights would give tenths.
     assert max(gaps(tmp_path)) < 0.03
