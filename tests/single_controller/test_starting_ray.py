@@ -6,11 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import ray
 
+from tests.faults.small_disk import small_disk
 from verl.single_controller.ray import starting
 from verl.trainer.config import compose_config
 from verl.trainer.main_ppo import TaskRunner, run_ppo
@@ -56,6 +58,7 @@ def test_a_cluster_that_answers_is_joined(local_ray):
 
 def test_folders_that_sockets_do_not_fit_under(monkeypatch, caplog):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(socket_folder, "_check", lambda *_: None)
     monkeypatch.setenv("TMPDIR", "/" + "a" * 38)  # 39 bytes and /ray: 43
     assert socket_folder.session_folder() is None
     monkeypatch.setenv("TMPDIR", "/" + "a" * 39)
@@ -67,6 +70,25 @@ def test_folders_that_sockets_do_not_fit_under(monkeypatch, caplog):
     monkeypatch.setattr(socket_folder, "SHORT_FOLDER", "/proc/none")
     with pytest.raises(ValueError, match=r"RAY_TMPDIR: expected .* set RAY_TMPDIR to a short folder"):
         socket_folder.session_folder()
+
+
+def test_a_full_disk_for_rays_files_is_said_before_ray_waits_for_them(monkeypatch):
+    """Ray itself waits for half a minute, and then for a file of a name that says nothing. A short path: in /tmp."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, small_disk(Path(folder) / "d", "17m") as disk:
+        monkeypatch.setenv("RAY_TMPDIR", str(disk))
+        assert socket_folder.session_folder() is None
+        (disk / "fill").write_bytes(b"x" * (2 << 20))
+        words = rf"^RAY_TMPDIR: the disk of {disk}/ray, .*, is full: 15\.00 MiB are free, expected 16: make room"
+        with pytest.raises(OSError, match=words):
+            starting.join_or_start(None, 1)
+    assert not ray.is_initialized()
+
+
+def test_a_folder_for_rays_files_that_cannot_be_written_is_named(monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/none")
+    with pytest.raises(OSError, match="^RAY_TMPDIR: /proc/none/ray, .*, cannot be written: set RAY_TMPDIR to another"):
+        starting.join_or_start(None, 1)
+    assert not ray.is_initialized()
 
 
 @pytest.mark.distributed

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,8 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.faults.small_disk import small_disk
 from verl.utils import stalls
-from verl.utils.stacks import processes_with, report
+from verl.utils.stacks import own_stacks, processes_with, report
 from verl.utils.stalls import StallError, StallWatch, doing, duration, waiting
 
 SRC = str(Path(__file__).parents[2])
@@ -143,6 +145,14 @@ def test_ranks_that_cannot_be_asked_keep_no_run_from_its_end(monkeypatch, caplog
         sleeps_for_long()
     assert time.monotonic() - start < 10
     assert "a group of ranks could not be asked" in caplog.text and "in sleeps_for_long" in caplog.text
+
+
+def test_a_full_disk_keeps_nobody_from_the_stacks(monkeypatch, tmp_path):
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        with pytest.raises(OSError, match="No space left"):
+            (disk / "fill").write_bytes(b"x" * (2 << 20))
+        assert "in test_a_full_disk_keeps_nobody_from_the_stacks" in own_stacks()
 
 
 @pytest.mark.parametrize("caught", [Exception, BaseException])

@@ -27,8 +27,9 @@ def answer_when_asked() -> None:
 
 
 def own_stacks() -> str:
-    """The stacks of this process's threads, the innermost call first."""
-    with tempfile.TemporaryFile("w+") as file:
+    """The stacks of this process's threads, the innermost call first; a full disk keeps nobody from them."""
+    in_memory = hasattr(os, "memfd_create")
+    with open(os.memfd_create("verl_own_stacks"), "w+") if in_memory else tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         return file.read()
