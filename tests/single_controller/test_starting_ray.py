@@ -86,7 +86,7 @@ def test_a_full_disk_for_rays_files_is_said_before_ray_waits_for_them(monkeypatc
 
 def test_a_folder_for_rays_files_that_cannot_be_written_is_named(monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "/proc/none")
-    with pytest.raises(OSError, match="^RAY_TMPDIR: /proc/none/ray, .*, cannot be written: set RAY_TMPDIR to another"):
+    with pytest.raises(OSError, match=r"^RAY_TMPDIR: /proc/none/ray, .*, cannot be written: set RAY_TMPDIR to another"):
         starting.join_or_start(None, 1)
     assert not ray.is_initialized()
 
