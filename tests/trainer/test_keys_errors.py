@@ -111,6 +111,15 @@ def test_a_folder_that_cannot_be_written_hides_nothing(start):
     assert len(found) == 3 and found[0].startswith("trainer.default_local_dir: /proc/x cannot be written")
 
 
+def test_a_folder_for_rays_files_that_cannot_be_written_is_told_with_the_rest(start, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/x")
+    ray, model = errors(start(f"{MODEL}=m1"))
+    assert ray.startswith("RAY_TMPDIR: /proc/x/ray, ") and "m1 does not exist" in model
+    # One's own cluster has its files where it was started.
+    assert errors(start(f"{MODEL}=m1", "ray_kwargs.ray_init.address=10.0.0.1:6379")) == [model]
+
+
 def test_a_start_beside_another_run_leaves_its_checkpoints_alone(start, tmp_path):
     """One that is being written is not whole yet."""
     run = tmp_path / "run"

@@ -24,7 +24,7 @@ from verl.pipeline.state import State, handed_on
 from verl.tools.judge.answers import read_prompts, refuse_trained
 from verl.trainer.config import ConfigError
 from verl.trainer.config.paths import with_absolute_paths
-from verl.trainer.first_look import check_device, check_engine
+from verl.trainer.first_look import check_device, check_engine, check_ray_folder
 from verl.trainer.looking_over import create_rl_dataset
 from verl.trainer.ppo.batches import count_steps
 from verl.trainer.ppo.disk import checkpoint_parts, merged_parameters
@@ -179,6 +179,7 @@ class Preflight:
         if not self.measure:
             # A dry run may be on another machine than the run.
             self._try(stage, lambda: check_device(config))
+            self._try(stage, lambda: check_ray_folder(config))
         if look.models.pending:
             self._try(stage, lambda: self._refuse_other_adapters(look))
         if stage == "gad" and not warmed:

@@ -21,6 +21,7 @@ from verl.utils.devices import sees_cuda
 from verl.utils.hub import parse_hub_name
 from verl.utils.refusals import Findings, sentences_of
 from verl.utils.run_lock import check_writable
+from verl.utils.socket_folder import check_session_folder
 from verl.utils.tracking import check_loggers
 
 logger = logging.getLogger(__name__)
@@ -47,13 +48,22 @@ def check_folders(config: Config) -> None:
 
 def check_device(config: Config) -> None:
     """ValueError if the run is to use GPUs, and there is none on this machine, which is the only one."""
-    address = config.ray_kwargs.ray_init.address or os.environ.get("RAY_ADDRESS")
-    if config.trainer.device == "cuda" and not sees_cuda() and not address:
+    if config.trainer.device == "cuda" and not sees_cuda() and not _cluster(config):
         raise ValueError(
             "trainer.device=cuda, and torch finds no GPU on this machine: set trainer.device=cpu, or see what "
             "nvidia-smi and CUDA_VISIBLE_DEVICES say, and for which CUDA torch was built (python -m "
             "torch.utils.collect_env)"
         )
+
+
+def check_ray_folder(config: Config) -> None:
+    """OSError or ValueError if Ray is to be started here and has no room for its files."""
+    if config.trainer.nnodes == 1 and not _cluster(config):
+        check_session_folder()
+
+
+def _cluster(config: Config) -> str | None:
+    return config.ray_kwargs.ray_init.address or os.environ.get("RAY_ADDRESS")
 
 
 def check_engine(config: Config) -> None:
@@ -109,6 +119,8 @@ def look_first(config: Config, findings: Findings) -> None:
         check_loggers(config.trainer.logger)
     with findings.gathered():
         check_folders(config)
+    with findings.gathered():
+        check_ray_folder(config)
     with findings.gathered():
         check_device(config)
     with findings.gathered():

@@ -23,6 +23,15 @@ def session_folder() -> str | None:
         ValueError: that is too long, and `SHORT_FOLDER` cannot be used either.
         OSError: it cannot be written, or its disk is full.
     """
+    too_long = check_session_folder()
+    if too_long is None:
+        return None
+    logger.warning("%s: Ray's session goes to %s", too_long, SHORT_FOLDER)
+    return SHORT_FOLDER
+
+
+def check_session_folder() -> str | None:
+    """The errors of `session_folder`; why Ray's own choice is too long, if it is."""
     name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
     own = os.path.join(os.environ.get(name) or "/tmp", "ray")
     length = len(os.fsencode(own))
@@ -33,9 +42,8 @@ def session_folder() -> str | None:
     what += f"{own}, which has {length}"
     if not _writable(SHORT_FOLDER):
         raise ValueError(f"{what}, and {SHORT_FOLDER} cannot be written either; set RAY_TMPDIR to a short folder")
-    logger.warning("%s: Ray's session goes to %s", what, SHORT_FOLDER)
     _check(SHORT_FOLDER, "RAY_TMPDIR")
-    return SHORT_FOLDER
+    return what
 
 
 def _check(folder: str, name: str) -> None:

@@ -69,15 +69,17 @@ def start_alone(num_cpus: int | None) -> None:
     RAY_worker_niceness says how much nicer.
 
     Raises:
+        OSError, ValueError: Ray's files have no place (`session_folder`).
         RuntimeError: this version of Ray listens elsewhere all the same; it has been stopped.
     """
+    folder = session_folder()
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault(NICENESS, "0")
     with _one_machine():
         ray.init(
             address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address=LOOPBACK,
-            _temp_dir=session_folder(), configure_logging=not _log_is_set_up(),
+            _temp_dir=folder, configure_logging=not _log_is_set_up(),
         )  # fmt: skip
     address = ray.util.get_node_ip_address()
     if address != LOOPBACK:
