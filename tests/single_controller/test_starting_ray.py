@@ -92,6 +92,22 @@ def test_a_folder_for_rays_files_that_cannot_be_written_is_named(monkeypatch):
 
 
 @pytest.mark.distributed
+def test_a_process_that_has_used_ray_before_starts_it_with_a_token_of_its_own(tmp_path):
+    """As in a notebook: Ray keeps the token that it had there, and its new processes would not take it."""
+    code = (
+        "import os, ray; from verl.single_controller.ray.starting import start_alone, stop\n"
+        "def cluster(): ray.init(address='local', num_cpus=1, include_dashboard=False, _node_ip_address='127.0.0.1')\n"
+        "cluster(); ray.shutdown(); assert 'RAY_AUTH_TOKEN' not in os.environ\n"
+        "start_alone(1); assert ray.get(ray.remote(lambda: os.environ['RAY_AUTH_TOKEN']).remote()); stop()\n"
+        "cluster(); ray.shutdown()"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.distributed
 def test_ray_starts_below_a_long_temporary_folder(tmp_path):
     folder = tmp_path / ("a-rather-long-job-directory" * 3)
     folder.mkdir()

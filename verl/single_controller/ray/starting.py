@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import ray
 from ray._private import ray_constants, services
+from ray._raylet import AuthenticationTokenLoader
 
 from verl.utils.socket_folder import session_folder
 from verl.utils.stalls import end_children
@@ -75,6 +76,8 @@ def start_alone(num_cpus: int | None) -> None:
     folder = session_folder()
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Where Ray has been used in this process before, it goes on with the token of then.
+        AuthenticationTokenLoader.instance().reset_cache()
     os.environ.setdefault(NICENESS, "0")
     with _one_machine():
         ray.init(
