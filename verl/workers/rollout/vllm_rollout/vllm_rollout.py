@@ -68,6 +68,8 @@ class VLLMRollout(BaseRollout):
         folder = _model_folder(model_config, type(self._structure).__name__, config.dtype)
         with self._generators(config.seed), classes_as_they_are(self._structure):
             self.llm = self._start(folder, trust_remote_code)
+        if self.on_gpu and config.kv_cache_dtype == "fp8":
+            self.llm.collective_rpc(list_cache_tensors)
         in_place = self.llm.collective_rpc(keeps_checkpoint_layout)[0]
         self._load = copy_weights if in_place else reload_weights
         self._has_weights = False
@@ -122,11 +124,17 @@ class VLLMRollout(BaseRollout):
                 raise
             raise RuntimeError(f"{error}\n{MEMORY_ADVICE}") from error
 
-    def _compilation(self) -> dict[str, int]:
-        """By itself vLLM captures CUDA graphs of at most 512 sequences, and decodes larger batches kernel by kernel."""
-        if self.on_gpu and not self.config.enforce_eager and self.config.max_num_seqs > VLLM_LARGEST_GRAPH:
-            return {"max_cudagraph_capture_size": self.config.max_num_seqs}
-        return {}
+    def _compilation(self) -> dict[str, Any]:
+        """By itself vLLM captures CUDA graphs of at most 512 sequences, and decodes larger batches kernel by kernel;
+        and what it compiles for ranks that share an engine sums through FlashInfer, not NCCL."""
+        settings: dict[str, Any] = {}
+        if not self.on_gpu or self.config.enforce_eager:
+            return settings
+        if self.config.max_num_seqs > VLLM_LARGEST_GRAPH:
+            settings["max_cudagraph_capture_size"] = self.config.max_num_seqs
+        if self.config.tensor_model_parallel_size > 1:
+            settings["pass_config"] = {"fuse_allreduce_rms": False}
+        return settings
 
     # ------------------------------------------------------------ answers
 
@@ -257,6 +265,14 @@ class VLLMRollout(BaseRollout):
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=[part])
             self._asleep.discard(part)
+
+
+def list_cache_tensors(worker) -> None:
+    """Have vLLM's older model runner hold its KV cache tensor by tensor. Layers that carry a state have several, and
+    before 0.29 an engine of such in fp8 fails when it wakes, as it takes each layer's for one
+    (vllm-project/vllm#49237)."""
+    caches = getattr(worker.model_runner, "kv_caches", [])
+    caches[:] = [tensor for cache in caches for tensor in (cache if isinstance(cache, list) else [cache])]
 
 
 def _token_ids(prompts: DataProto) -> list[list[int]]:
