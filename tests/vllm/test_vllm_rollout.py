@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.adapters import adapted
+from tests.recent_families import recent
 from tests.tiny import byte_tokenizer
 from tests.vllm.tiny_engine import (
     EOS,
@@ -310,6 +311,19 @@ def test_what_is_compiled_on_a_gpu_sums_through_nccl(changes, expected):
     compilation = get_rollout_class("vllm")._compilation
     assert compilation(SimpleNamespace(on_gpu=True, config=config)) == expected
     assert compilation(SimpleNamespace(on_gpu=False, config=config)) == {}
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_family_that_vllm_cannot_run_is_refused(known, monkeypatch):
+    from verl.workers.rollout.vllm_rollout import vllm_rollout
+
+    families = {"Qwen2ForCausalLM": tiny_model(), "Qwen3_5ForCausalLM": recent("qwen3_5")}
+    # As 0.26: Qwen3.5 of pictures and text alone. transformers' class keeps its state where vLLM has no part.
+    archs = {"Qwen3_5ForConditionalGeneration"} | (families.keys() if known else set())
+    monkeypatch.setattr(vllm_rollout.ModelRegistry, "get_supported_archs", lambda: archs)
+    vllm_rollout.check_family(families["Qwen2ForCausalLM"])
+    with nullcontext() if known else pytest.raises(ValueError, match=r"has no Qwen3_5ForCausalLM.*rollout.name=hf"):
+        vllm_rollout.check_family(families["Qwen3_5ForCausalLM"])
 
 
 def test_layers_with_several_cache_tensors_are_held_as_their_tensors():

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import PretrainedConfig
-from vllm import LLM, RequestOutput, SamplingParams
+from transformers import PretrainedConfig, PreTrainedModel
+from vllm import LLM, ModelRegistry, RequestOutput, SamplingParams, __version__
 from vllm.envs import VLLM_CACHE_ROOT
 
 from verl.config import SamplingConfig
@@ -65,6 +65,7 @@ class VLLMRollout(BaseRollout):
         self.max_model_len = config.max_model_len or config.prompt_length + config.response_length
         self._join_engine()
         self._structure = structure(model_config, trust_remote_code)
+        check_family(self._structure)
         folder = _model_folder(model_config, type(self._structure).__name__, config.dtype)
         with self._generators(config.seed), classes_as_they_are(self._structure):
             self.llm = self._start(folder, trust_remote_code)
@@ -265,6 +266,17 @@ class VLLMRollout(BaseRollout):
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=[part])
             self._asleep.discard(part)
+
+
+def check_family(model: PreTrainedModel) -> None:
+    """ValueError where vLLM has no code for the model's class and cannot run transformers' own either. By itself it may
+    take the class of pictures and text that is named alike, as 0.26 does for Qwen3.5, and end in some other error."""
+    name = type(model).__name__
+    if name not in ModelRegistry.get_supported_archs() and not model.is_backend_compatible():
+        raise ValueError(
+            f"actor_rollout_ref.rollout.name=vllm: vLLM {__version__} has no {name}, and cannot run the class that "
+            "transformers has: install a later vLLM, or set actor_rollout_ref.rollout.name=hf, which is slow"
+        )
 
 
 def list_cache_tensors(worker) -> None:
