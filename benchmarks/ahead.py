@@ -111,6 +111,9 @@ def of_random_models(args: argparse.Namespace, models: Path, folder: Path) -> li
         f"actor_rollout_ref.model.path={models}/policy",
         f"critic.model.path={models}/critic",
         f"actor_rollout_ref.rollout.n={args.n}",
+        # What a step does must not depend on the random discriminator's scores.
+        "algorithm.cut_answers=keep",
+        "critic.balance.enable=False",
         "trainer.total_epochs=1000",
     ]
 

@@ -139,3 +139,16 @@ def test_gad_on_several_gpus(run, ranks):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_tensor_parallel_engine(run, ranks):
     gad(run, f"tp {ranks}", ranks, "actor_rollout_ref.rollout.tensor_model_parallel_size=2")
+
+
+@pytest.mark.several_gpus
+def test_answers_a_step_ahead(run):
+    """An engine on a GPU of its own has the weights that are trained next, which come over NCCL; what it has written is
+    one update older, of which the first step has none. The last step pushes nothing."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    own = ("trainer.rollout_ahead=1", "actor_rollout_ref.rollout.n_gpus_per_node=1", "algorithm.rollout_is=token")
+    metrics = run("ahead", 1, *GAD, *own)
+    assert [metrics[step]["training/rollout_staleness"] for step in range(STEPS)] == [0, 0, 1]
+    gaps = [metrics[step]["training/rollout_probs_diff_mean"] for step in range(STEPS - 1)]
+    assert max(gaps) < 5e-3, gaps

@@ -3,6 +3,7 @@ flash kernels, compiled and not, as close to it as ranks with rows of their own 
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def test_real_head_sizes_give_the_log_probs_of_the_cpu(family, tmp_path):
 
 def forward(rank: int, ranks: int, family: str, folder: Path) -> None:
     """One rank: log-probs in bf16; rank 0 writes them."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.cuda.set_device(rank)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks,

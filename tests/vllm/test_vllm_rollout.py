@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.adapters import adapted
+from tests.recent_families import recent
 from tests.tiny import byte_tokenizer
 from tests.vllm.tiny_engine import (
     EOS,
@@ -294,6 +295,47 @@ def test_on_a_gpu_memory_comes_back_only_when_it_is_needed(engine, model, monkey
     ]  # fmt: skip
     # An engine that is awake in part does not go to sleep again by itself.
     assert calls(push, engine.sleep) == ["wake weights", "load", "wake kv_cache", "sleep 2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {}),
+        ({"max_num_seqs": 1024}, {"max_cudagraph_capture_size": 1024}),
+        ({"tensor_model_parallel_size": 2}, {"pass_config": {"fuse_allreduce_rms": False}}),
+        ({"tensor_model_parallel_size": 2, "max_num_seqs": 1024, "enforce_eager": True}, {}),
+    ],
+)
+def test_what_is_compiled_on_a_gpu_sums_through_nccl(changes, expected):
+    config = SimpleNamespace(**{"max_num_seqs": 256, "tensor_model_parallel_size": 1, "enforce_eager": False} | changes)
+    compilation = get_rollout_class("vllm")._compilation
+    assert compilation(SimpleNamespace(on_gpu=True, config=config)) == expected
+    assert compilation(SimpleNamespace(on_gpu=False, config=config)) == {}
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_family_that_vllm_cannot_run_is_refused(known, monkeypatch):
+    from verl.workers.rollout.vllm_rollout import vllm_rollout
+
+    families = {"Qwen2ForCausalLM": tiny_model(), "Qwen3_5ForCausalLM": recent("qwen3_5")}
+    # As 0.26: Qwen3.5 of pictures and text alone. transformers' class keeps its state where vLLM has no part.
+    archs = {"Qwen3_5ForConditionalGeneration"} | (families.keys() if known else set())
+    monkeypatch.setattr(vllm_rollout.ModelRegistry, "get_supported_archs", lambda: archs)
+    vllm_rollout.check_family(families["Qwen2ForCausalLM"])
+    with nullcontext() if known else pytest.raises(ValueError, match=r"has no Qwen3_5ForCausalLM.*rollout.name=hf"):
+        vllm_rollout.check_family(families["Qwen3_5ForCausalLM"])
+
+
+def test_layers_with_several_cache_tensors_are_held_as_their_tensors():
+    from verl.workers.rollout.vllm_rollout.vllm_rollout import list_cache_tensors
+
+    attention, states = torch.ones(2), [torch.ones(3), torch.ones(1)]
+    runner = SimpleNamespace(kv_caches=[attention, states])
+    held = runner.kv_caches
+    list_cache_tensors(SimpleNamespace(model_runner=runner))
+    assert runner.kv_caches is held
+    assert [id(cache) for cache in held] == [id(tensor) for tensor in (attention, *states)]
+    list_cache_tensors(SimpleNamespace(model_runner=SimpleNamespace()))
 
 
 def test_too_little_memory_names_the_settings(engine):

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from verl.utils.rendezvous import reserve_port
 from verl.workers.rollout.weight_line import SENDER, WeightLine
@@ -15,9 +16,30 @@ HOST, RECEIVERS = "127.0.0.1", 2
 TIMEOUT = timedelta(seconds=60)
 
 
-@pytest.fixture
-def ends():
+class MeetsAsNCCL:
+    """A gloo group whose processes meet as NCCL's do, at their first collective: rank 0 sets "0" in the store that it
+    was given to an identifier of 128 bytes, which the others get there (`broadcastUniqueNCCLID`)."""
+
+    gloo = dist.ProcessGroupGloo
+
+    def __init__(self, store, rank, size, timeout):
+        self.store, self.rank, self.met = store, rank, False
+        self.group = self.gloo(dist.PrefixStore("gloo", store), rank, size, timeout)
+
+    def broadcast(self, tensor, root):
+        if not self.met and self.rank == 0:
+            self.store.set("0", b"\x00" * 128)
+        elif not self.met:
+            assert len(self.store.get("0")) == 128, "Invalid size for ncclUniqueId"
+        self.met = True
+        return self.group.broadcast(tensor, root)
+
+
+@pytest.fixture(params=["gloo", "as NCCL"])
+def ends(request, monkeypatch):
     """The sender and the receivers, each to be used in a thread of its own."""
+    if request.param == "as NCCL":
+        monkeypatch.setattr(dist, "ProcessGroupGloo", MeetsAsNCCL)
     port = reserve_port(HOST)
     with ThreadPoolExecutor(1 + RECEIVERS) as threads:
         made = threads.map(

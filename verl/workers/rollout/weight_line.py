@@ -32,14 +32,16 @@ class WeightLine:
 
     def __init__(self, address: str, port: int, place: int, size: int, device: str, timeout: timedelta):
         self.device = torch.device(device)
-        self.store = store_at(address, port, place == SENDER, size, timeout)
+        meeting = store_at(address, port, place == SENDER, size, timeout)
+        # Keys apart: NCCL too puts what its processes meet by under "0".
+        self.store, groups = (dist.PrefixStore(prefix, meeting) for prefix in ("weights", "group"))
         # Made directly: torch's own groups are parts of the one that a process has been initialised with.
         if self.device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            self.group = dist.ProcessGroupNCCL(self.store, place, size, options)
+            self.group = dist.ProcessGroupNCCL(groups, place, size, options)
         else:
-            self.group = dist.ProcessGroupGloo(self.store, place, size, timeout)
+            self.group = dist.ProcessGroupGloo(groups, place, size, timeout)
         # Name, shape and type of every tensor, in the order of the first push; an empty one is the end.
         self.headers: list[list] = []
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import PretrainedConfig
-from vllm import LLM, RequestOutput, SamplingParams
+from transformers import PretrainedConfig, PreTrainedModel
+from vllm import LLM, ModelRegistry, RequestOutput, SamplingParams, __version__
 from vllm.envs import VLLM_CACHE_ROOT
 
 from verl.config import SamplingConfig
@@ -65,9 +65,12 @@ class VLLMRollout(BaseRollout):
         self.max_model_len = config.max_model_len or config.prompt_length + config.response_length
         self._join_engine()
         self._structure = structure(model_config, trust_remote_code)
+        check_family(self._structure)
         folder = _model_folder(model_config, type(self._structure).__name__, config.dtype)
         with self._generators(config.seed), classes_as_they_are(self._structure):
             self.llm = self._start(folder, trust_remote_code)
+        if self.on_gpu and config.kv_cache_dtype == "fp8":
+            self.llm.collective_rpc(list_cache_tensors)
         in_place = self.llm.collective_rpc(keeps_checkpoint_layout)[0]
         self._load = copy_weights if in_place else reload_weights
         self._has_weights = False
@@ -122,11 +125,17 @@ class VLLMRollout(BaseRollout):
                 raise
             raise RuntimeError(f"{error}\n{MEMORY_ADVICE}") from error
 
-    def _compilation(self) -> dict[str, int]:
-        """By itself vLLM captures CUDA graphs of at most 512 sequences, and decodes larger batches kernel by kernel."""
-        if self.on_gpu and not self.config.enforce_eager and self.config.max_num_seqs > VLLM_LARGEST_GRAPH:
-            return {"max_cudagraph_capture_size": self.config.max_num_seqs}
-        return {}
+    def _compilation(self) -> dict[str, Any]:
+        """By itself vLLM captures CUDA graphs of at most 512 sequences, and decodes larger batches kernel by kernel;
+        and what it compiles for ranks that share an engine sums through FlashInfer, not NCCL."""
+        settings: dict[str, Any] = {}
+        if not self.on_gpu or self.config.enforce_eager:
+            return settings
+        if self.config.max_num_seqs > VLLM_LARGEST_GRAPH:
+            settings["max_cudagraph_capture_size"] = self.config.max_num_seqs
+        if self.config.tensor_model_parallel_size > 1:
+            settings["pass_config"] = {"fuse_allreduce_rms": False}
+        return settings
 
     # ------------------------------------------------------------ answers
 
@@ -257,6 +266,25 @@ class VLLMRollout(BaseRollout):
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=[part])
             self._asleep.discard(part)
+
+
+def check_family(model: PreTrainedModel) -> None:
+    """ValueError where vLLM has no code for the model's class and cannot run transformers' own either. By itself it may
+    take the class of pictures and text that is named alike, as 0.26 does for Qwen3.5, and end in some other error."""
+    name = type(model).__name__
+    if name not in ModelRegistry.get_supported_archs() and not model.is_backend_compatible():
+        raise ValueError(
+            f"actor_rollout_ref.rollout.name=vllm: vLLM {__version__} has no {name}, and cannot run the class that "
+            "transformers has: install a later vLLM, or set actor_rollout_ref.rollout.name=hf, which is slow"
+        )
+
+
+def list_cache_tensors(worker) -> None:
+    """Have vLLM's older model runner hold its KV cache tensor by tensor. Layers that carry a state have several, and
+    before 0.29 an engine of such in fp8 fails when it wakes, as it takes each layer's for one
+    (vllm-project/vllm#49237)."""
+    caches = getattr(worker.model_runner, "kv_caches", [])
+    caches[:] = [tensor for cache in caches for tensor in (cache if isinstance(cache, list) else [cache])]
 
 
 def _token_ids(prompts: DataProto) -> list[list[int]]:
