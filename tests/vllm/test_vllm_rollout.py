@@ -330,12 +330,14 @@ def test_layers_with_several_cache_tensors_are_held_as_their_tensors():
     from verl.workers.rollout.vllm_rollout.vllm_rollout import list_cache_tensors
 
     attention, states = torch.ones(2), [torch.ones(3), torch.ones(1)]
-    runner = SimpleNamespace(kv_caches=[attention, states])
+    runner = SimpleNamespace(kv_caches=[attention, states], init_fp8_kv_scales=None)
     held = runner.kv_caches
     list_cache_tensors(SimpleNamespace(model_runner=runner))
     assert runner.kv_caches is held
     assert [id(cache) for cache in held] == [id(tensor) for tensor in (attention, *states)]
-    list_cache_tensors(SimpleNamespace(model_runner=SimpleNamespace()))
+    other = SimpleNamespace(kv_caches=[states])
+    list_cache_tensors(SimpleNamespace(model_runner=other))
+    assert other.kv_caches == [states]
 
 
 def test_too_little_memory_names_the_settings(engine):

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 from vllm import LLM, ModelRegistry, RequestOutput, SamplingParams, __version__
 from vllm.envs import VLLM_CACHE_ROOT
+from vllm.plugins import load_general_plugins
 
 from verl.config import SamplingConfig
 from verl.models.published import checkpoint_tensors
@@ -272,6 +273,8 @@ def check_family(model: PreTrainedModel) -> None:
     """ValueError where vLLM has no code for the model's class and cannot run transformers' own either. By itself it may
     take the class of pictures and text that is named alike, as 0.26 does for Qwen3.5, and end in some other error."""
     name = type(model).__name__
+    # Where it learns of classes that other packages bring.
+    load_general_plugins()
     if name not in ModelRegistry.get_supported_archs() and not model.is_backend_compatible():
         raise ValueError(
             f"actor_rollout_ref.rollout.name=vllm: vLLM {__version__} has no {name}, and cannot run the class that "
@@ -280,10 +283,12 @@ def check_family(model: PreTrainedModel) -> None:
 
 
 def list_cache_tensors(worker) -> None:
-    """Have vLLM's older model runner hold its KV cache tensor by tensor. Layers that carry a state have several, and
-    before 0.29 an engine of such in fp8 fails when it wakes, as it takes each layer's for one
+    """Have a model runner that clears its KV cache as it wakes, as that of vLLM 0.26 does and that of 0.32 does not,
+    hold it tensor by tensor: layers that carry a state have several, of which it takes each layer's for one
     (vllm-project/vllm#49237)."""
-    caches = getattr(worker.model_runner, "kv_caches", [])
+    if not hasattr(worker.model_runner, "init_fp8_kv_scales"):
+        return
+    caches = worker.model_runner.kv_caches
     caches[:] = [tensor for cache in caches for tensor in (cache if isinstance(cache, list) else [cache])]
 
 
