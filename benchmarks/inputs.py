@@ -33,12 +33,18 @@ EOS_SHIFT, EOS_WEIGHT = 1.0, 128.0
 # Models
 
 
+def in_memory(size: int) -> Path | None:
+    """Where to make temporary folders of `size` bytes: in memory where there is room; None: where the system has its
+    own."""
+    room = MEMORY_FOLDER.is_dir() and shutil.disk_usage(MEMORY_FOLDER).free > size + SPARE_BYTES
+    return MEMORY_FOLDER if room else None
+
+
 @contextmanager
 def model_folder(shape: Shape, device: str) -> Iterator[Path]:
     """A temporary folder with `policy` and `critic`, random models of the shape; in memory where there is room."""
-    needed = BF16_BYTES * shape.parameters + SPARE_BYTES
-    in_memory = MEMORY_FOLDER.is_dir() and shutil.disk_usage(MEMORY_FOLDER).free > needed
-    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=MEMORY_FOLDER if in_memory else None) as name:
+    place = in_memory(BF16_BYTES * shape.parameters)
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=place) as name:
         folder = Path(name)
         write_policy(shape, folder / "policy", device)
         write_critic(folder / "policy", folder / "critic")

@@ -28,8 +28,8 @@ from typing import Any
 
 from benchmarks.common import ROOT, Report, parser, say
 from benchmarks.engines import engine_name
-from benchmarks.inputs import Lengths, model_folder, write_critic
-from benchmarks.shapes import SHAPES
+from benchmarks.inputs import Lengths, in_memory, model_folder, write_critic
+from benchmarks.shapes import BF16_BYTES, SHAPES
 from benchmarks.step import random_texts
 from verl.utils.dump import write_jsonl
 
@@ -58,6 +58,8 @@ RUNS = {
     "seqkd_val": ("stage=seqkd",),
     "gad": ("stage=warmup", "trainer.critic_warmup=0", "actor_rollout_ref.actor.use_kl_loss=True"),
 }
+# A run ends with a checkpoint: weights and AdamW's states, in fp32, of two models, for each byte of a folder in bf16.
+SAVED_BYTES = 2 * 12 // BF16_BYTES
 # Where torch, Triton, vLLM and this package keep what they have made.
 CACHES = ("VERL_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT")
 
@@ -78,8 +80,8 @@ def arguments() -> argparse.ArgumentParser:
     return result
 
 
-def overrides(args: argparse.Namespace, model: Path, folder: Path, run: str) -> list[str]:
-    """The settings of a start; the trainer's own defaults but for sizes and names."""
+def overrides(args: argparse.Namespace, model: Path, folder: Path, saved: Path, run: str) -> list[str]:
+    """The settings of a start, whose run's folder is `saved`; the trainer's own defaults but for sizes and names."""
     critic = [f"critic.model.path={folder}/critic"] if run == "gad" else []
     return [
         *RUNS[run],
@@ -99,16 +101,16 @@ def overrides(args: argparse.Namespace, model: Path, folder: Path, run: str) -> 
         f"trainer.n_gpus_per_node={args.ranks}",
         "trainer.total_training_steps=1",
         "trainer.experiment_name=start",
-        f"trainer.default_local_dir={folder}/run",
+        f"trainer.default_local_dir={saved}",
         "trainer.logger=[file]",
         "trainer.resume_mode=disable",
         *args.set,
     ]
 
 
-def start(settings: list[str], folder: Path, caches: Path, tree: Path) -> dict[str, Any]:
-    """One start of a tree's package with these folders for caches; the seconds that it has kept."""
-    shutil.rmtree(folder / "run", ignore_errors=True)
+def start(settings: list[str], saved: Path, caches: Path, tree: Path) -> dict[str, Any]:
+    """One start of a tree's package with these folders for the run and for caches; the seconds that it has kept."""
+    shutil.rmtree(saved, ignore_errors=True)
     paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {name: str(caches / name.lower()) for name in CACHES}
     environment |= {"PYTHONPATH": os.pathsep.join(paths)}
@@ -116,7 +118,7 @@ def start(settings: list[str], folder: Path, caches: Path, tree: Path) -> dict[s
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-8000:]}")
-    return json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))["starts"][-1]["seconds_to_first_step"]
+    return json.loads((saved / "run.json").read_text(encoding="utf-8"))["starts"][-1]["seconds_to_first_step"]
 
 
 def row_of(seconds: dict[str, Any]) -> dict[str, float | None]:
@@ -139,18 +141,23 @@ def median_row(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
 def measure(args: argparse.Namespace, model: Path, run: str, report: Report) -> None:
     """One cold start and `--warm` warm ones, of each tree in turn."""
     trees = {THIS: ROOT} | ({} if args.against is None else {OTHER: args.against.resolve()})
-    with tempfile.TemporaryDirectory(prefix="start-") as made:
-        folder = Path(made)
+    size = SAVED_BYTES * sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    with (
+        tempfile.TemporaryDirectory(prefix="start-") as made,
+        # Writing 35 GiB to a disk takes longer than the start; what is compiled is no good where nothing may be run.
+        tempfile.TemporaryDirectory(prefix="start-", dir=in_memory(size)) as kept,
+    ):
+        folder, saved = Path(made), Path(kept) / "run"
         lengths = Lengths((args.tokens[0] // 2, args.tokens[0]), (args.tokens[1] // 2, args.tokens[1]))
         for name, rows in (("train", args.rows), ("val", args.prompts)):
             write_jsonl(folder / f"{name}.jsonl", random_texts(rows, lengths))
         write_critic(model, folder / "critic")
-        settings = overrides(args, model, folder, run)
+        settings = overrides(args, model, folder, saved, run)
         rows: dict[str, list[dict[str, float | None]]] = {name: [] for name in trees}
         for number in range(1 + args.warm):
             for name, tree in trees.items():
                 say(f"{run}, {name}: {f'warm start {number} of {args.warm}' if number else 'a cold start'}")
-                rows[name].append(row_of(start(settings, folder, folder / f"caches-{name}", tree)))
+                rows[name].append(row_of(start(settings, saved, folder / f"caches-{name}", tree)))
     for caches, chosen in (("cold", slice(0, 1)), ("warm", slice(1, None))):
         medians = {name: median_row(some) for name, all_of in rows.items() if (some := all_of[chosen])}
         for name, row in medians.items():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from benchmarks.inputs import (
     MIXED,
     TINY,
     batch_of_tokens,
+    in_memory,
     random_batch,
     repeated_prompts,
     rows_of,
@@ -35,7 +37,7 @@ from benchmarks.shapes import (
     training_flops,
     training_flops_done,
 )
-from benchmarks.start import median_row, row_of
+from benchmarks.start import SAVED_BYTES, median_row, row_of
 from benchmarks.step import even_share, random_texts, summarize
 from tests.tiny import answer_rows, causal_lm
 from verl.models.answer_models import PolicyModel
@@ -373,6 +375,16 @@ def test_a_starts_phases_become_columns_by_hand():
         "proof": 1.0, "rest": 4.0,
     }  # fmt: skip
     assert median_row([{"seconds": s} for s in (5.0, 2.0, 4.0, 3.0)]) == {"seconds": 3.0}
+
+
+def test_what_has_room_is_in_memory(tmp_path, monkeypatch):
+    """A checkpoint of 12 bytes a parameter for each of student and discriminator: 12 for each byte of a bf16 folder."""
+    assert SAVED_BYTES == 12
+    monkeypatch.setattr("benchmarks.inputs.MEMORY_FOLDER", tmp_path)
+    free = shutil.disk_usage(tmp_path).free
+    assert in_memory(free // 4) == tmp_path and in_memory(2 * free) is None
+    monkeypatch.setattr("benchmarks.inputs.MEMORY_FOLDER", tmp_path / "missing")
+    assert in_memory(0) is None
 
 
 @pytest.mark.e2e

@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from tests.e2e.running import train
+from verl.trainer.ppo.checkpointing import Checkpoints
 from verl.utils import startup
 
 pytestmark = pytest.mark.e2e
@@ -29,6 +30,19 @@ def test_the_parts_of_a_start_add_up_and_are_said_once(run, caplog):
     # In one process what the rank did is part of the driver's; what it compiled is its own, and nothing here.
     assert seconds["rank 0"] == {"compiling layers": 0}
     assert sum(record.getMessage().startswith("start: ") for record in caplog.records) == 1
+
+
+def test_the_checkpoint_of_a_first_step_is_no_part_of_the_start(run, monkeypatch):
+    """The seconds are kept before it is written: the start of a large model would be minutes longer."""
+    known, write = [], Checkpoints.write
+
+    def look(self, *args):
+        known.append(seconds_of(self.root)["total"])
+        return write(self, *args)
+
+    monkeypatch.setattr(Checkpoints, "write", look)
+    total = seconds_of(run("saved", steps=1))["total"]
+    assert known == [total]
 
 
 def test_a_run_that_ends_before_its_first_step_leaves_nothing_to_the_next(run):

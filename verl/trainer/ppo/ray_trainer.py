@@ -266,6 +266,8 @@ class RayPPOTrainer:
                     return False
             with self.profiled.at(self.global_step), timed("step"), noted("the first step"):
                 made = self._make_step(prompts, timed)
+            # Before a checkpoint of it is written, which is no part of the start.
+            tell_start(self.config, self.groups)
             done, written = self.global_step + 1, None
             if self._save_is_due(done) or self.signals.received is not None:
                 with timed("save_checkpoint"):
@@ -278,7 +280,6 @@ class RayPPOTrainer:
             metrics |= self._step_metrics(made, timing)
             # First, because a run that goes on from the checkpoint does not make this step again.
             self._log(tracking, metrics)
-            tell_start(self.config, self.groups)
             if written is not None:
                 self.checkpoints.publish(written)
             self.skipped.end_if_too_many(metrics, done == self.total_steps)
