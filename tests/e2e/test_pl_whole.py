@@ -87,6 +87,11 @@ def test_a_stage_more_on_what_is_there(start, folder, capfd):
     assert (out / "students" / "seqkd" / "model.safetensors").stat().st_mtime_ns == before
     assert set(json.loads((out / "judge/at_0.8/judge.json").read_text())["students"]) == {"base", "seqkd", "soda"}
 
+    judged = (out / "judge/at_0.8/judge.json").stat().st_mtime_ns
+    assert start("--stages", "seqkd,soda", "--judge_memory", "0.5") == 0
+    assert (out / "judge/at_0.8/judge.json").stat().st_mtime_ns == judged
+    capfd.readouterr()
+
     assert start("--stages", "seqkd,soda", "seqkd.actor_rollout_ref.actor.optim.lr=1e-4") == 2
     said = capfd.readouterr().err
     assert "is finished, and was made otherwise: actor_rollout_ref.actor.optim.lr=5e-06, now 0.0001" in said

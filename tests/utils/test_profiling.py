@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from verl.utils import profiling
 from verl.utils.profiling import Breakdown, Operation, Trace, marked
@@ -25,6 +26,22 @@ def test_a_trace_counts_operators_and_knows_marked_blocks():
     assert found.kinds == {}
     seconds = [one.seconds for one in found.operations]
     assert seconds == sorted(seconds, reverse=True) and 0 < sum(seconds) <= found.seconds
+
+
+def test_what_ran_on_a_device_is_what_torch_says_of_it():
+    """On the CPU, in the place of a GPU."""
+    with Trace("cpu") as trace, marked("a block"):
+        torch.ones(64, 64) @ torch.ones(64, 64)
+    seen = sorted(trace.ran_on(DeviceType.CPU))
+    said = [
+        (event.name, event.time_range.start / 1e6, event.time_range.end / 1e6)
+        for event in trace._profiler.events()
+        if event.device_type == DeviceType.CPU and not event.is_user_annotation
+    ]
+    assert {"aten::ones", "aten::mm"} <= {name for name, _, _ in seen}
+    assert [name for name, _, _ in seen] == [name for name, _, _ in sorted(said)]
+    for one, other in zip(seen, sorted(said), strict=True):
+        assert one[1:] == pytest.approx(other[1:], abs=1e-9)
 
 
 def test_files_name_the_process_and_hold_every_operation(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from verl.tools.flags import number, whole
+from verl.tools.flags import number, share, whole
 from verl.utils.command_line import called_as, wide_formatter
 
 STAGES = ("seqkd", "warmup", "gad", "soda")
@@ -74,6 +74,10 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
     add(
         "--judge_temperatures", type=_temperatures, default=(0.8, 1.0), metavar="T,T",
         help="discriminators judge students that answer at each of these, plain numbers at the first (default: 0.8,1)",
+    )  # fmt: skip
+    add(
+        "--judge_memory", type=share(0.01), default=0.8, metavar="X",
+        help="vLLM's share of the device while the students answer (default: 0.8)",
     )  # fmt: skip
 
 

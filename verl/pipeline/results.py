@@ -119,9 +119,11 @@ def judge_arguments(config: Config, students: Sequence[Student], base: str, temp
 
 
 def judge(
-    processes: Processes, out: Path, config: Config, students: Sequence[Student], base: str, temperature: float
-) -> tuple[int, dict[str, Any] | None]:
-    """The judge's exit code and report, at one temperature; nothing is asked again where all is as it was.
+    processes: Processes, out: Path, config: Config, students: Sequence[Student], base: str, temperature: float,
+    memory: float,
+) -> tuple[int, dict[str, Any] | None]:  # fmt: skip
+    """The judge's exit code and report, at one temperature; nothing is asked again where all is as it was. `memory` is
+    vLLM's share of the device, on which no answer depends.
 
     `inputs.json` beside the report says what it is of, and comes last.
     """
@@ -137,7 +139,7 @@ def judge(
     if read_json(note) == inputs and (found := read_json(report)) is not None:
         return 0, found
     note.unlink(missing_ok=True)
-    code = processes.run(*arguments)
+    code = processes.run(*arguments, "--gpu_memory_utilization", f"{memory:g}")
     if code == 0:
         write_json(note, inputs)
     return code, read_json(report) if code == 0 else None

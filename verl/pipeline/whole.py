@@ -23,6 +23,9 @@ from verl.utils.refusals import Refused
 from verl.utils.run_lock import check_writable, only_run_in
 
 WRONG, OK = 2, 0
+JUDGE_FAILED = """\
+the students are trained and merged; the judge failed. Where a GPU's memory was too little for its engine, the same line
+with a lower --judge_memory asks it again; --no_judge does without it"""
 
 
 class Pipeline:
@@ -144,9 +147,10 @@ class Pipeline:
             temperatures = self.options.judge_temperatures[: None if by_discriminators else 1]
             for temperature in temperatures:
                 judge_model = base if by_discriminators else ""
-                code, report = judge(self.processes, self.out, config, students, judge_model, temperature)
+                memory = self.options.judge_memory
+                code, report = judge(self.processes, self.out, config, students, judge_model, temperature, memory)
                 if code and self.processes.received is None:
-                    say("the students are trained and merged; the judge failed, and --no_judge does without it")
+                    say(JUDGE_FAILED)
                 if code:
                     return code
                 reports[temperature] = report

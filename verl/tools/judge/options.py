@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from verl.tools.command import CommandParser, add_column_flags, add_token_flags, command_parser
-from verl.tools.flags import json_object, number, whole
+from verl.tools.flags import json_object, number, share, whole
 
 REQUIRED = "--data FILE ... --student NAME=FOLDER ... --out DIR"
 DESCRIPTION = """\
@@ -99,7 +99,7 @@ def _add_generating(group: argparse._ArgumentGroup) -> None:
     add("--max_num_seqs", type=whole(1), default=256, metavar="N", help="answers generated at once (default: 256)")
     add(
         "--gpu_memory_utilization",
-        type=_share,
+        type=share(0.01),
         default=0.8,
         metavar="X",
         help="vLLM's share of the device while it generates (default: 0.8)",
@@ -138,14 +138,3 @@ def _add_pairwise(group: argparse._ArgumentGroup) -> None:
         metavar="JSON",
         help='into every request; null takes one out: {"temperature": null} (default: {})',
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Types
-
-
-def _share(text: str) -> float:
-    value = number(0.01)(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0.01 to 1, got {text!r}")
-    return value

@@ -1,0 +1,31 @@
+"""What the judge is asked, and when it is asked again."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from tests.tiny import write_data
+from verl.pipeline.results import Student, judge
+from verl.trainer.config import compose_config
+
+
+def test_a_judge_that_failed_is_asked_with_less_memory_and_one_that_did_not_is_not_asked_again(tmp_path):
+    write_data(tmp_path / "val.jsonl", rows=4)
+    files = [f"data.{name}_files={tmp_path}/val.jsonl" for name in ("train", "val")]
+    config = compose_config([*files, "actor_rollout_ref.model.path=m", "critic.model.path=m",
+                             "trainer.experiment_name=x"])  # fmt: skip
+    students = [Student("seqkd", tmp_path, SimpleNamespace(digest="d"))]
+    asked, codes = [], [1, 0]
+
+    def run(*arguments):
+        asked.append(arguments)
+        code = codes.pop(0)
+        if code == 0:
+            (tmp_path / "judge" / "at_1" / "judge.json").write_text('{"students": {}}')
+        return code
+
+    shares = (0.8, 0.3, 0.5)
+    (tmp_path / "judge" / "at_1").mkdir(parents=True)
+    answers = [judge(SimpleNamespace(run=run), tmp_path, config, students, "", 1.0, share) for share in shares]
+    assert answers == [(1, None), (0, {"students": {}}), (0, {"students": {}})]
+    assert [arguments[arguments.index("--gpu_memory_utilization") + 1] for arguments in asked] == ["0.8", "0.3"]
