@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tqdm import tqdm
 
 from tests.tiny import write_model
 from verl.tools.judge.numbers import Numbers
@@ -21,6 +20,7 @@ from verl.tools.judge.two_sample import (
     two_sample,
 )
 from verl.tools.prompts import PromptAndAnswer
+from verl.utils.progress import Progress
 
 EOS = 1
 
@@ -50,7 +50,7 @@ def test_every_prompt_is_tested_once_and_never_trained_on():
             return np.array([-1.0 if p.prompt == 0 else float(len(p.candidate[1]) == 2) for p in pairs])
 
     recorder = Recorder()
-    result = two_sample(recorder, pairs, EOS, tqdm(disable=True))
+    result = two_sample(recorder, pairs, EOS, Progress(0, "discriminators", "update"))
     assert sorted(recorder.seen) == sorted([pair.prompt for pair in pairs] * 3)
     assert result.by_seed == pytest.approx([(10 * 1 + 10 * 0.5) / 22] * 3)
     assert result.accuracy.clusters == 11 and result.accuracy.count == 22
@@ -83,13 +83,13 @@ def test_splitting_a_batch():
 def test_training_forgets_the_last_student(model, dtype):
     pairs = make_pairs([(9, n) for n in range(4, 20)], [[(5, 6, EOS)]] * 16, [[(7, 8, 9, EOS)]] * 16)
     judge = Judge(model, JudgeSettings(lr=3e-3, batch_size=8, max_tokens=30), "cpu", dtype)
-    first = judge.train(pairs, 0, tqdm(disable=True))
+    first = judge.train(pairs, 0, Progress(0, "discriminators", "update"))
     d = judge.differences(pairs, EOS)
     assert (d > 0).all()
     mirrored = [dataclasses.replace(p, reference=p.candidate, candidate=p.reference) for p in pairs]
-    judge.train(mirrored, 1, tqdm(disable=True))
+    judge.train(mirrored, 1, Progress(0, "discriminators", "update"))
     assert (judge.differences(pairs, EOS) < 0).all()
-    assert judge.train(pairs, 0, tqdm(disable=True)) == first
+    assert judge.train(pairs, 0, Progress(0, "discriminators", "update")) == first
     np.testing.assert_array_equal(judge.differences(pairs, EOS), d)
 
 
@@ -98,7 +98,7 @@ def test_splits_of_a_batch_give_the_same_judge(model):
     scores = []
     for max_tokens in (1, 25, 4096):
         judge = Judge(model, JudgeSettings(lr=1e-3, batch_size=8, max_tokens=max_tokens), "cpu", "float32")
-        judge.train(pairs, 0, tqdm(disable=True))
+        judge.train(pairs, 0, Progress(0, "discriminators", "update"))
         scores.append(judge.differences(pairs, EOS))
     np.testing.assert_allclose(scores[0], scores[2], atol=1e-3)
     np.testing.assert_allclose(scores[1], scores[2], atol=1e-3)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from verl.data_tools.compare.data import Side
 from verl.data_tools.compare.statistics import Finding, Interval, difference_of_means, kolmogorov_smirnov
@@ -17,6 +16,7 @@ from verl.models.loading import load_model
 from verl.models.proof import class_verdict
 from verl.tools.prompts import PromptAndAnswer, to_rows
 from verl.utils.dataset.texts import Tokenization
+from verl.utils.progress import Progress
 from verl.utils.seqlen_balancing import rearrange_micro_batches
 
 
@@ -70,7 +70,7 @@ def losses(
         )
     lengths = [len(sequence.prompt) + len(sequence.answer) for sequence in sequences]
     found = np.zeros(len(sequences))
-    with tqdm(total=len(sequences), desc=f"loss on {side.name}", unit="row", disable=None) as bar:
+    with Progress(len(sequences), f"loss on {side.name}", "row") as bar:
         for numbers in rearrange_micro_batches(lengths, max_tokens):
             batch = to_rows([sequences[number] for number in numbers])
             sums = model.values(batch).double().sum(-1).cpu().numpy()

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from verl.config import RolloutConfig, SamplingConfig
 from verl.models.finding import check_files, is_discriminator
@@ -34,6 +33,7 @@ from verl.tools.prompts import Limits, Prompt
 from verl.utils.dataset.texts import SpecialText, Tokenization
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
 from verl.utils.dump import write_jsonl
+from verl.utils.progress import Progress
 from verl.utils.rendezvous import meeting_store
 from verl.workers.rollout import BaseRollout, get_rollout_class
 
@@ -235,7 +235,7 @@ def _answer(rollout: BaseRollout, job: Job, drawing: Drawing) -> Answers:
     at_once = drawing.sequences if drawing.engine == "hf" else 8 * drawing.sequences
     size = max(1, at_once // drawing.samples)
     answers: Answers = []
-    with tqdm(total=len(job.prompts), desc=f"{job.name} answers", unit="prompt", disable=None) as progress:
+    with Progress(len(job.prompts), f"answers of {job.name}", "prompt") as progress:
         for start in range(0, len(job.prompts), size):
             part = job.prompts[start : start + size]
             prompts, prompt_mask = padded(part, left=True)

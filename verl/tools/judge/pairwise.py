@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from verl.tools.judge.endpoint import Endpoint, EndpointError
 from verl.tools.judge.statistics import Estimate, clustered_mean
+from verl.utils.progress import Progress
 
 MOST_UNREADABLE = 0.1
 FIRST_LOOK = 8  # verdicts after which an endpoint that gave none is given up
@@ -184,7 +184,7 @@ def compare(
         about = {"student": name, "asked": asked, "prompt": matches[number].prompt, "order": order}
         kept.put(known[key], reply, **about, verdict=verdict)
 
-    _run_all(ask, missing, concurrency, f"{name} verdicts")
+    _run_all(ask, missing, concurrency, f"verdicts on {name}")
     if len(bad) > MOST_UNREADABLE * len(missing):
         raise _nonsense(bad, len(missing))
 
@@ -196,9 +196,9 @@ def compare(
     return tally(matches, [tuple(verdict(number, order) for order in ORDERS) for number in range(len(matches))])
 
 
-def _run_all(ask, keys: Sequence[tuple[int, int]], concurrency: int, title: str) -> None:
+def _run_all(ask, keys: Sequence[tuple[int, int]], concurrency: int, what: str) -> None:
     """All of them, or the first error, after which nothing more is asked."""
-    with ThreadPoolExecutor(concurrency) as pool, tqdm(total=len(keys), desc=title, disable=None) as progress:
+    with ThreadPoolExecutor(concurrency) as pool, Progress(len(keys), what, "comparison") as progress:
         futures = [pool.submit(ask, key) for key in keys]
         for future in futures:
             future.add_done_callback(lambda _: progress.update())

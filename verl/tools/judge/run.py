@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from verl.models.finding import check_files, is_discriminator
@@ -42,6 +41,7 @@ from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.console import printable
 from verl.utils.dataset.texts import Tokenization, eos_texts
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
+from verl.utils.progress import Progress
 
 
 def run(options: argparse.Namespace) -> str:
@@ -255,7 +255,7 @@ def _two_samples(
     tests = {}
     for name in names:
         updates = training_updates(pairs[name], settings)
-        with tqdm(total=updates, desc=f"{name} discriminators", unit="update", disable=None) as progress:
+        with Progress(updates, f"discriminators of {name}", "update") as progress:
             tests[name] = two_sample(judge, pairs[name], tokenizer.eos_token_id, progress)
     return tests
 

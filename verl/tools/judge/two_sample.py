@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from verl.models.answer_models import ScoreModel
 from verl.models.loading import load_model
@@ -24,6 +23,7 @@ from verl.tools.judge.statistics import CROSS_VALIDATED, Estimate, clustered_mea
 from verl.tools.prompts import PromptAndAnswer, to_rows
 from verl.tools.score.model import Scoring, can_pack, score_sequences
 from verl.trainer.ppo.discriminator_algos import pool_scores
+from verl.utils.progress import Progress
 
 SCORING = Scoring(pooling="mean", exclude_eos=False)
 MATCHES = (0.1, 0.2)  # how far lengths of a pair may differ, of the longer one
@@ -114,7 +114,7 @@ class Judge:
             if head.bias is not None:
                 head.bias.zero_()
 
-    def train(self, pairs: Sequence[Pair], seed: int, progress: tqdm) -> float:
+    def train(self, pairs: Sequence[Pair], seed: int, progress: Progress) -> float:
         """Train a fresh one; returns its accuracy over the last epoch, each pair scored before the update it is in.
 
         The loss is the mean over a batch of -logsigmoid(score(reference) - score(candidate)), under AdamW with a linear
@@ -245,7 +245,7 @@ def training_updates(pairs: Sequence[Pair], settings: JudgeSettings) -> int:
     return settings.epochs * total
 
 
-def two_sample(judge: Judge, pairs: Sequence[Pair], eos_token_id: int, progress: tqdm) -> TwoSample:
+def two_sample(judge: Judge, pairs: Sequence[Pair], eos_token_id: int, progress: Progress) -> TwoSample:
     """Cross-validate: for every seed and fold a fresh discriminator, trained on the other folds' prompts.
 
     Folds, heads and the order of pairs are functions of the seed and the fold, so that students compare.
