@@ -288,6 +288,13 @@ def test_saving_runs(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json"], "no checkpoint is left"
 
 
+@pytest.mark.e2e
+def test_host_memory_runs(tmp_path):
+    rows = run("host_memory", tmp_path / "out.json", "--gib", "0.01", "--times", "1")
+    assert [row["way"] for row in rows] == ["plain", "ours"]
+    assert all(row["take"] > 0 and row["copy"] > 0 for row in rows) and rows[0]["of_plain"] == 1
+
+
 def test_gains_of_answers_a_step_ahead_are_compared_with_those_in_turn():
     in_turn = learned([0.3, 0.4], 0.25, None)
     assert (in_turn["exact"], in_turn["gain"]) == pytest.approx((0.35, 0.1))
