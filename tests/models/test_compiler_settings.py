@@ -1,15 +1,20 @@
 """What torch's compiler keeps, where, and that an engine's settings for it stay the engine's."""
 
 import os
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
-from tests.tiny import causal_lm
+from tests.tiny import answer_rows, causal_lm, write_model
+from tests.workers.updates_setup import settings
 from verl.models.layers import KEPT_IN, compile_layers, compile_seconds, compiler_as_before, keep_what_is_compiled
+from verl.models.sharding import build_sharded_model
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +74,28 @@ def test_a_graph_is_traced_once_and_found_again():
         assert (made["total"], made["autograd_cache_miss"], made["autograd_cache_hit"]) == (
             (graphs, 0, graphs) if again else (graphs, graphs, 0)
         )
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_reference_takes_no_graphs_of_its_own(one_rank, tmp_path, monkeypatch):
+    """Its passes have no gradients, and neither have the student's that came before."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    group = settings("gspo").actor_rollout_ref
+    model = replace(group.model, path=str(write_model(tmp_path / "model")))
+    fsdp = replace(group.actor.fsdp_config, use_torch_compile=True)
+    found, graphs = [], []
+    for frozen in (False, True):
+        module = build_sharded_model(model, "policy", fsdp, "cpu", frozen=frozen)
+        with torch.no_grad():
+            found.append(module.values(answer_rows([5, 5, 3], [4, 2, 3])))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
+    assert torch.equal(*found)

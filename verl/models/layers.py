@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from verl.utils.dataset.cache import cache_folder
 
-# Guards that differ between models and modes (a frozen or a trained model, with or without gradients, a policy or a
+# Guards that differ between models and modes (all weights trained or adapters, with or without gradients, a policy or a
 # discriminator of another size, a layer with a window or without) each take a graph of the same layer code, and so
 # does a micro-batch in which no prompt is shared, or no row exceeds the window, or a section of it (see
 # `packing.Layout`) has a single token. Other lengths take none.

@@ -60,8 +60,10 @@ def build_sharded_model(
     """The model of `model.path`, sharded over all ranks; collective.
 
     A model to be trained has fp32 master weights; a frozen one has the type it computes in, which is what FSDP would
-    make of fp32 weights before every use. Where adapters are trained (`trained_adapters`), everything else is frozen,
-    and with `load_in_4bit` linear layers are in 4 bits (see `four_bit`).
+    make of fp32 weights before every use, and is to be run without gradients: its weights could have them, so that its
+    layers run on the graphs that a trained model's passes without gradients are compiled to. Where adapters are trained
+    (`trained_adapters`), everything else is frozen, and with `load_in_4bit` linear layers are in 4 bits (see
+    `four_bit`).
     Only rank 0 reads the weights; the others build the structure and receive their shards.
 
     Args:
@@ -88,8 +90,6 @@ def build_sharded_model(
             compile_layers(hf)
         wrapper = ANSWER_MODELS[kind](hf, model.use_remove_padding)
         wrapper.shard = own_shard(sequence_parallel_size)
-        if adapters is None:
-            wrapper.requires_grad_(not frozen)
         shard(wrapper, fsdp, device)
         if base is not None:
             reshard(base)
