@@ -83,19 +83,40 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
-def test_a_reference_takes_no_graphs_of_its_own(one_rank, tmp_path, monkeypatch):
-    """Its passes have no gradients, and neither have the student's that came before."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+@pytest.fixture
+def built(one_rank, tmp_path):
+    """Builds the student, or its reference, with layers to be compiled."""
     torch._dynamo.reset()
     counters.clear()
     group = settings("gspo").actor_rollout_ref
     model = replace(group.model, path=str(write_model(tmp_path / "model")))
     fsdp = replace(group.actor.fsdp_config, use_torch_compile=True)
+    return partial(build_sharded_model, model, "policy", fsdp, "cpu")
+
+
+ROWS = answer_rows([5, 5, 3], [4, 2, 3])
+
+
+def test_a_reference_takes_no_graphs_of_its_own(built, monkeypatch):
+    """Its passes have no gradients, and neither have the student's that came before."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     found, graphs = [], []
     for frozen in (False, True):
-        module = build_sharded_model(model, "policy", fsdp, "cpu", frozen=frozen)
         with torch.no_grad():
-            found.append(module.values(answer_rows([5, 5, 3], [4, 2, 3])))
+            found.append(built(frozen=frozen).values(ROWS))
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1] > 0
     assert torch.equal(*found)
+
+
+def test_the_integers_of_sharded_layers_are_constants(built, monkeypatch):
+    taken = set()
+
+    def backend(graph, inputs):
+        taken.update(node.name for node in graph.graph.find_nodes(op="placeholder"))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    built().values(ROWS).sum().backward()
+    assert any("kwargs_place" in name for name in taken), taken
+    assert [name for name in taken if "head_dim" in name] == []

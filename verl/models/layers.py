@@ -45,6 +45,9 @@ def compile_layers(hf: PreTrainedModel) -> None:
     # The floats of a layer (scales, epsilons) never change. As symbols they have each graph traced up to its kernels,
     # which need them as numbers, and then traced again; what the first time took could be found in no cache.
     torch._dynamo.config.specialize_float = True
+    # Nor do its integers, which are constants but where FSDP manages the layer (pytorch/pytorch#194795): with the width
+    # of a head as a symbol tracing takes thrice as long, and kernels divide by what they could have known.
+    torch._dynamo.config.skip_fsdp_guards = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for layer in decoder_layers(hf):
         layer.forward = torch.compile(layer.forward, dynamic=True)
