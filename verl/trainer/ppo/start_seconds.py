@@ -19,8 +19,9 @@ from verl.utils.startup import Phase
 
 logger = logging.getLogger(__name__)
 
-# What took less is part of the rest.
-SHORTEST_S = 0.05
+# What took less is shown as part of the rest; run.json has it by itself.
+SHORTEST_S = 0.5
+REST = "rest"
 
 
 def tell_start(config: Config, groups: Sequence[WorkerGroup]) -> None:
@@ -35,10 +36,11 @@ def tell_start(config: Config, groups: Sequence[WorkerGroup]) -> None:
     seconds, driver = concluded
     known = {phase.what for phase in driver}
     rank = dict.fromkeys(phase for group in groups for phase in group.start_phases()[0] if phase.what not in known)
-    rest = seconds - sum(phase.seconds for phase in driver if phase.depth == 0 and not phase.beside)
-    driver.append(Phase("rest", rest, 0))
-    keep_start_seconds(run_folder(config.trainer), _as_entry(seconds, driver, list(rank)))
-    rows = [*_rows("driver", driver), *_rows("rank 0", list(rank))]
+    rest = Phase(REST, seconds - sum(_of_their_own(driver)), 0)
+    keep_start_seconds(run_folder(config.trainer), _as_entry(seconds, [*driver, rest], list(rank)))
+    shown = [phase for phase in driver if phase.seconds >= SHORTEST_S]
+    shown.append(Phase(REST, seconds - sum(_of_their_own(shown)), 0))
+    rows = [*_rows("driver", shown), *_rows("rank 0", [phase for phase in rank if phase.seconds >= SHORTEST_S])]
     logger.info(
         "start: %.1f s from the command to the end of the first step\n%s",
         seconds, table([["where", "what", "seconds"], *rows], left=2),
@@ -52,8 +54,13 @@ def _as_entry(seconds: float, driver: list[Phase], rank: list[Phase]) -> dict[st
     return {"total": round(seconds, 3), **made}
 
 
+def _of_their_own(driver: list[Phase]) -> list[float]:
+    """Seconds of what is neither part of another phase nor done beside one."""
+    return [phase.seconds for phase in driver if phase.depth == 0 and not phase.beside]
+
+
 def _rows(where: str, made: list[Phase]) -> list[list[str]]:
-    return [[where, _label(one), f"{one.seconds:.1f}"] for one in made if one.seconds >= SHORTEST_S]
+    return [[where, _label(one), f"{one.seconds:.1f}"] for one in made]
 
 
 def _label(phase: Phase) -> str:
