@@ -31,7 +31,7 @@ def test_the_parts_of_a_start_add_up_and_are_said_once(run, caplog):
     assert seconds["rank 0"] == {"compiling layers": 0}
     (told,) = (record.getMessage() for record in caplog.records if record.getMessage().startswith("start: "))
     shown = [line.split() for line in told.splitlines()[2:]]
-    # Phases of less than half a second are in the rest, parts of others (indented) aside.
+    # Phases of less than half a second, or a twentieth of the whole, are in the rest; indented are parts of others.
     top = [float(line.split()[-1]) for line in told.splitlines()[2:] if line[8] != " "]
     assert shown[-1][:2] == ["driver", "rest"] and min([1.0, *top[:-1]]) >= 0.5
     assert sum(top) == pytest.approx(seconds["total"], abs=0.05 * len(top) + 0.05)

@@ -117,7 +117,7 @@ def test_files_get_plain_lines_and_what_ranks_print_goes_to_the_runs_folder(fold
                   "loading the student from", "building the hf engine ...", "loading the discriminator from",
                   "sampling the held-out answers ...", "validating at step 0 ..."):  # fmt: skip
         assert begun in err
-    assert re.search(r"starting Ray: done in \d+(\.\d)? s", err)
+    assert re.search(r"(?m)^driver  starting Ray +\d+\.\d$", err)
     assert re.search("warmup (worked|did not work): the discriminator tells", err)
     assert f"--model {run}/global_step_4/actor --reward_model {run}/global_step_4/critic" in err
     # Libraries' noise is in a file; errors, and what the package warns of, are on the terminal too.

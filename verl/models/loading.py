@@ -4,7 +4,6 @@ empty ones; and what can be told of them before: class, heads, labels."""
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +48,6 @@ from verl.models.tokenizer import find_tokenizer
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, is_dropout
 from verl.utils.checkpoint.sharded import read_full_tensors
 
-logger = logging.getLogger(__name__)
 
 Kind = Literal["policy", "score"]
 AUTO_CLASSES: dict[Kind, type] = {"policy": AutoModelForCausalLM, "score": AutoModelForTokenClassification}
@@ -172,13 +170,11 @@ def load_model(
 
 
 def _check_missing(path: str | Path, model: PreTrainedModel, names: Collection[str], fresh_head: bool) -> None:
-    """ValueError if weights were not found, those of a fresh score head apart, which is said."""
+    """ValueError if weights were not found, those of a fresh score head apart."""
     head = tuple(f"{name}." for name in SCORE_HEADS) if fresh_head else ()
     missing = sorted(name for name in names if not name.startswith(head))
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[:3]}")
-    if names:
-        logger.info("%s is a language model: the discriminator starts from it with a fresh score head", path)
 
 
 def _merged(

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 FOLDER, DRIVER, RANKS = "logs", "driver.log", "ranks.log"
 # Warnings of libraries about what is meant so, and of kernels that nothing here asks for.
 EXPECTED = ("Token authentication is enabled", "Failed to load CPU gemm_4bit_forward")
-# What took less is not mentioned a second time.
-SOON_S = 0.5
+# What took less is not mentioned a second time: the lines' own times say it.
+SOON_S = 10
 
 
 class TerminalFormatter(PrintableFormatter):
@@ -124,4 +124,4 @@ def phase(what: str) -> Iterator[None]:
         yield
     seconds = time.monotonic() - start
     if seconds >= SOON_S:
-        logger.info("%s: done in %s", what, f"{seconds:.1f} s" if seconds < 10 else duration(seconds))
+        logger.info("%s: done in %s", what, duration(seconds))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from verl.config.run import Config
 from verl.trainer.ppo.held_out import HeldOutAccuracy
+from verl.utils.run_log import phase
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,8 @@ class HeadStart:
         tell held-out pairs apart by two standard errors."""
         if self.accuracy is None or self.first_actor_step != 0 or not self.scores_train:
             return
-        accuracy, error, prompts = self.accuracy()
+        with phase("scoring the held-out answers"):
+            accuracy, error, prompts = self.accuracy()
         if accuracy - 2 * error < 0.5:
             logger.warning(
                 "the discriminator tells %.2f (standard error %.2f) of the pairs of %d held-out prompts apart, which "

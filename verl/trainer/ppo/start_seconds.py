@@ -19,8 +19,8 @@ from verl.utils.startup import Phase
 
 logger = logging.getLogger(__name__)
 
-# What took less is shown as part of the rest; run.json has it by itself.
-SHORTEST_S = 0.5
+# What took less is shown as part of the rest; run.json has it by itself. Seconds, and a share of the start.
+SHORTEST_S, SMALLEST = 0.5, 0.05
 REST = "rest"
 
 
@@ -38,9 +38,10 @@ def tell_start(config: Config, groups: Sequence[WorkerGroup]) -> None:
     rank = dict.fromkeys(phase for group in groups for phase in group.start_phases()[0] if phase.what not in known)
     rest = Phase(REST, seconds - sum(_of_their_own(driver)), 0)
     keep_start_seconds(run_folder(config.trainer), _as_entry(seconds, [*driver, rest], list(rank)))
-    shown = [phase for phase in driver if phase.seconds >= SHORTEST_S]
+    least = max(SHORTEST_S, SMALLEST * seconds)
+    shown = [phase for phase in driver if phase.seconds >= least]
     shown.append(Phase(REST, seconds - sum(_of_their_own(shown)), 0))
-    rows = [*_rows("driver", shown), *_rows("rank 0", [phase for phase in rank if phase.seconds >= SHORTEST_S])]
+    rows = [*_rows("driver", shown), *_rows("rank 0", [phase for phase in rank if phase.seconds >= least])]
     logger.info(
         "start: %.1f s from the command to the end of the first step\n%s",
         seconds, table([["where", "what", "seconds"], *rows], left=2),
