@@ -48,7 +48,6 @@ from verl.models.tokenizer import find_tokenizer
 from verl.utils.checkpoint.hf_files import HuggingFaceFiles, is_dropout
 from verl.utils.checkpoint.sharded import read_full_tensors
 
-
 Kind = Literal["policy", "score"]
 AUTO_CLASSES: dict[Kind, type] = {"policy": AutoModelForCausalLM, "score": AutoModelForTokenClassification}
 
