@@ -13,7 +13,14 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from tests.tiny import answer_rows, causal_lm, write_model
 from tests.workers.updates_setup import settings
-from verl.models.layers import KEPT_IN, compile_layers, compile_seconds, compiler_as_before, keep_what_is_compiled
+from verl.models.layers import (
+    KEPT_IN,
+    compile_layers,
+    compile_seconds,
+    compiler_as_before,
+    keep_what_is_compiled,
+    kinds_of_layers,
+)
 from verl.models.sharding import build_sharded_model
 
 
@@ -78,9 +85,12 @@ def test_a_graph_is_traced_once_and_found_again():
 
 @pytest.fixture
 def one_rank(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    left = dist.is_initialized()  # by tests before these
+    if not left:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     yield
-    dist.destroy_process_group()
+    if not left:
+        dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -120,3 +130,19 @@ def test_the_integers_of_sharded_layers_are_constants(built, monkeypatch):
     built().values(ROWS).sum().backward()
     assert any("kwargs_place" in name for name in taken), taken
     assert [name for name in taken if "head_dim" in name] == []
+
+
+def test_layers_with_numbers_of_their_own_are_told_from_layers_of_a_few_kinds():
+    layers = [torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(6)]
+    for number, layer in enumerate(layers):
+        layer.layer_idx = layer[0].layer_idx = number
+        layer.name = f"layer {number}"
+        if number % 2:
+            layer[0].window = 8
+    assert kinds_of_layers(layers) == 1
+    for number, layer in enumerate(layers):
+        layer[0].heads = 2 + number % 3
+    assert kinds_of_layers(layers) == 3
+    for number, layer in enumerate(layers):
+        layer.place = 2 * number
+    assert kinds_of_layers(layers) == 6 and kinds_of_layers([]) == 1

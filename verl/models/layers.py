@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil
 
@@ -19,6 +19,8 @@ from verl.utils.dataset.cache import cache_folder
 # does a micro-batch in which no prompt is shared, or no row exceeds the window, or a section of it (see
 # `packing.Layout`) has a single token. Other lengths take none.
 RECOMPILE_LIMIT = 64
+# Layers with so many different numbers are compiled with them as constants.
+MOST_KINDS = 4
 # Where torch keeps what it has compiled, in the environment, and what vLLM sets beside it when it is loaded and built.
 KEPT_IN = "TORCHINDUCTOR_CACHE_DIR"
 SET_BY_ENGINES = (KEPT_IN, "TRITON_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
@@ -46,11 +48,24 @@ def compile_layers(hf: PreTrainedModel) -> None:
     # which need them as numbers, and then traced again; what the first time took could be found in no cache.
     torch._dynamo.config.specialize_float = True
     # Nor do its integers, which are constants but where FSDP manages the layer (pytorch/pytorch#194795): with the width
-    # of a head as a symbol tracing takes thrice as long, and kernels divide by what they could have known.
-    torch._dynamo.config.skip_fsdp_guards = False
+    # of a head as a symbol tracing takes thrice as long, and kernels divide by what they could have known. Where each
+    # layer has numbers of its own, as constants they would take a graph each.
+    torch._dynamo.config.skip_fsdp_guards = kinds_of_layers(decoder_layers(hf)) > MOST_KINDS
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for layer in decoder_layers(hf):
         layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+def kinds_of_layers(layers: Sequence[nn.Module]) -> int:
+    """How many there are by the integers of their modules, what stands at the same place in each; their own number,
+    which none reads without a cache, aside."""
+    values: dict[tuple[type, str, str], set[int]] = {}
+    for layer in layers:
+        for place, module in layer.named_modules():
+            for name, value in vars(module).items():
+                if type(value) is int and name != "layer_idx":
+                    values.setdefault((type(module), place, name), set()).add(value)
+    return max(map(len, values.values()), default=1)
 
 
 def keep_what_is_compiled() -> None:

@@ -77,6 +77,9 @@ def build_sharded_model(
     what = f"the {'reference' if frozen else NAMES[kind]}"
     with phase(f"loading {what} from {model.path}" + ("" if base is None else ", onto the student's base")):
         hf = _read(model, kind, compute if frozen else torch.float32)
+        if frozen:
+            # Some classes keep a few weights in fp32, beside which FSDP takes no others that could have gradients.
+            _cast_parameters(hf, compute)
         if adapters is not None:
             # DoRA's lengths are those of the weights beside them.
             _adapt(hf, model, adapters, compute, values=base is None or adapters.use_dora)
@@ -90,6 +93,9 @@ def build_sharded_model(
             compile_layers(hf)
         wrapper = ANSWER_MODELS[kind](hf, model.use_remove_padding)
         wrapper.shard = own_shard(sequence_parallel_size)
+        if adapters is None:
+            # Some classes freeze a parameter, which reading its values undoes on rank 0 alone.
+            wrapper.requires_grad_(True)
         shard(wrapper, fsdp, device)
         if base is not None:
             reshard(base)
@@ -114,6 +120,12 @@ def _read(model: ModelConfig, kind: Kind, dtype: torch.dtype) -> PreTrainedModel
     if dist.get_rank() == 0:
         return load_model(model_folder(model), kind, None, model.trust_remote_code, dtype, config=config)
     return empty_model(config, kind, model.trust_remote_code, dtype)
+
+
+def _cast_parameters(hf: PreTrainedModel, dtype: torch.dtype) -> None:
+    for parameter in hf.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _adapt(hf: PreTrainedModel, model: ModelConfig, adapters: LoraConfig, dtype: torch.dtype, values: bool) -> None:

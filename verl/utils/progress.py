@@ -33,7 +33,7 @@ class Progress:
             self._say()
 
     def _say(self) -> None:
-        if self._to_log:
+        if self._to_log and self.total:
             self._said = time.monotonic()
             so_far = f"{self._done} of {self.total} {self.unit}s in {duration(self._said - self._begun)}"
             print(printable(f"{self.what}: {so_far}"), file=sys.stderr, flush=True)
