@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
@@ -81,16 +80,6 @@ def test_a_graph_is_traced_once_and_found_again():
         assert (made["total"], made["autograd_cache_miss"], made["autograd_cache_hit"]) == (
             (graphs, 0, graphs) if again else (graphs, graphs, 0)
         )
-
-
-@pytest.fixture
-def one_rank(tmp_path):
-    left = dist.is_initialized()  # by tests before these
-    if not left:
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    yield
-    if not left:
-        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from tests.tiny import VOCAB, answer_rows, byte_tokenizer, write_model
@@ -16,16 +15,6 @@ from verl.models.sharding import build_sharded_model
 
 ROWS = answer_rows([5, 3], [4, 2])
 GROUP = settings("gspo").actor_rollout_ref
-
-
-@pytest.fixture
-def one_rank(tmp_path):
-    left = dist.is_initialized()  # by tests before these
-    if not left:
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    yield
-    if not left:
-        dist.destroy_process_group()
 
 
 def test_a_reference_in_bf16_whose_router_stays_in_fp32(one_rank, tmp_path):
