@@ -19,7 +19,7 @@ from verl.utils.dataset.cache import cache_folder
 # does a micro-batch in which no prompt is shared, or no row exceeds the window, or a section of it (see
 # `packing.Layout`) has a single token. Other lengths take none.
 RECOMPILE_LIMIT = 64
-# Layers with so many different numbers are compiled with them as constants.
+# Layers of so many kinds at most are compiled with them as constants.
 MOST_KINDS = 4
 # Where torch keeps what it has compiled, in the environment, and what vLLM sets beside it when it is loaded and built.
 KEPT_IN = "TORCHINDUCTOR_CACHE_DIR"
