@@ -5,16 +5,27 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from tests.tiny import write_data
-from verl.pipeline.results import Student, judge
+from verl.pipeline.results import Student, judge, judge_arguments
+from verl.tools.judge.options import build_parser
 from verl.trainer.config import compose_config
 
 
+def made(folder):
+    write_data(folder / "val.jsonl", rows=4)
+    files = [f"data.{name}_files={folder}/val.jsonl" for name in ("train", "val")]
+    return compose_config([*files, "actor_rollout_ref.model.path=m", "critic.model.path=m",
+                           "trainer.experiment_name=x"])  # fmt: skip
+
+
+def test_discriminators_are_as_many_as_was_said(tmp_path):
+    config, students = made(tmp_path), [Student("seqkd", tmp_path, SimpleNamespace(digest="d"))]
+    flags = build_parser().parse_args(judge_arguments(config, students, "base", 2, 0.8, tmp_path)[1:])
+    assert (flags.judge_model, flags.judge_seeds, flags.temperature) == ("base", 2, 0.8)
+    assert "--judge_seeds" not in judge_arguments(config, students, "", 2, 0.8, tmp_path)
+
+
 def test_a_judge_that_failed_is_asked_with_less_memory_and_one_that_did_not_is_not_asked_again(tmp_path):
-    write_data(tmp_path / "val.jsonl", rows=4)
-    files = [f"data.{name}_files={tmp_path}/val.jsonl" for name in ("train", "val")]
-    config = compose_config([*files, "actor_rollout_ref.model.path=m", "critic.model.path=m",
-                             "trainer.experiment_name=x"])  # fmt: skip
-    students = [Student("seqkd", tmp_path, SimpleNamespace(digest="d"))]
+    config, students = made(tmp_path), [Student("seqkd", tmp_path, SimpleNamespace(digest="d"))]
     asked, codes = [], [1, 0]
 
     def run(*arguments):
@@ -26,6 +37,6 @@ def test_a_judge_that_failed_is_asked_with_less_memory_and_one_that_did_not_is_n
 
     shares = (0.8, 0.3, 0.5)
     (tmp_path / "judge" / "at_1").mkdir(parents=True)
-    answers = [judge(SimpleNamespace(run=run), tmp_path, config, students, "", 1.0, share) for share in shares]
+    answers = [judge(SimpleNamespace(run=run), tmp_path, config, students, "", 1, 1.0, share) for share in shares]
     assert answers == [(1, None), (0, {"students": {}}), (0, {"students": {}})]
     assert [arguments[arguments.index("--gpu_memory_utilization") + 1] for arguments in asked] == ["0.8", "0.3"]

@@ -9,7 +9,8 @@ from scipy import stats
 
 from tests.tools.chat_server import Server, part
 from verl.tools.judge.endpoint import API_KEY, Endpoint, EndpointError
-from verl.tools.judge.pairwise import Match, Verdicts, compare, question, read_verdict, tally
+from verl.tools.judge.kept import Kept
+from verl.tools.judge.pairwise import Match, compare, question, read_verdict, tally
 
 KEY = "sk-very-secret-123"
 
@@ -89,7 +90,7 @@ def test_question_shows_both_orders_and_the_measure_only_where_it_is_asked_for()
 
 def test_asks_in_both_orders_and_once_only(server, tmp_path):
     server.verdict = longer_wins
-    kept = Verdicts(tmp_path / "v.jsonl")
+    kept = Kept(tmp_path / "v.jsonl")
     result = compare(MATCHES, "better", endpoint(server), kept, 4, "s")
     assert result.scores.tolist() == [1.0, 0.0, 0.5, 0.5]
     assert (result.first_place, result.identical, result.unreadable) == (0.5, 1, 0)
@@ -97,12 +98,12 @@ def test_asks_in_both_orders_and_once_only(server, tmp_path):
     assert len(server.asked) == 6 and server.keys == {f"Bearer {KEY}"}
     assert server.asked[0]["model"] == "strong" and server.asked[0]["temperature"] == 0
 
-    again = compare(MATCHES, "better", endpoint(server), Verdicts(tmp_path / "v.jsonl"), 4, "s")
+    again = compare(MATCHES, "better", endpoint(server), Kept(tmp_path / "v.jsonl"), 4, "s")
     assert again.scores.tolist() == result.scores.tolist() and len(server.asked) == 6
     changed = [*MATCHES[:1], match(1, "a new answer"), *MATCHES[2:]]
-    compare(changed, "better", endpoint(server), Verdicts(tmp_path / "v.jsonl"), 4, "s")
+    compare(changed, "better", endpoint(server), Kept(tmp_path / "v.jsonl"), 4, "s")
     assert len(server.asked) == 8
-    compare(MATCHES, "closer", endpoint(server), Verdicts(tmp_path / "v.jsonl"), 4, "s")
+    compare(MATCHES, "closer", endpoint(server), Kept(tmp_path / "v.jsonl"), 4, "s")
     assert len(server.asked) == 14
     assert KEY not in (tmp_path / "v.jsonl").read_text()
 
@@ -110,40 +111,40 @@ def test_asks_in_both_orders_and_once_only(server, tmp_path):
 def test_goes_on_where_a_killed_run_stopped(server, tmp_path):
     server.verdict = longer_wins
     path = tmp_path / "v.jsonl"
-    compare(MATCHES, "better", endpoint(server), Verdicts(path), 1, "s")
+    compare(MATCHES, "better", endpoint(server), Kept(path), 1, "s")
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])
     server.asked.clear()
-    result = compare(MATCHES, "better", endpoint(server), Verdicts(path), 1, "s")
+    result = compare(MATCHES, "better", endpoint(server), Kept(path), 1, "s")
     assert result.scores.tolist() == [1.0, 0.0, 0.5, 0.5] and len(server.asked) == 3
-    assert len(Verdicts(path).replies) == 6
+    assert len(Kept(path).replies) == 6
 
 
 def test_any_reply_can_be_kept(tmp_path):
-    kept = Verdicts(tmp_path / "v.jsonl")
+    kept = Kept(tmp_path / "v.jsonl")
     kept.put("x", "one\u2028two\x85three\r\n四")
     kept.put("y", "z")
-    assert Verdicts(tmp_path / "v.jsonl").replies == kept.replies
+    assert Kept(tmp_path / "v.jsonl").replies == kept.replies
 
 
 @pytest.mark.parametrize("mood", [429, 500, 503, "hang up", "sleep"])
 def test_tries_again(server, tmp_path, mood):
     server.moods = [mood, mood]
     patience = {"timeout": 0.2} if mood == "sleep" else {}
-    result = compare(MATCHES[:1], "better", endpoint(server, **patience), Verdicts(tmp_path / "v"), 1, "s")
+    result = compare(MATCHES[:1], "better", endpoint(server, **patience), Kept(tmp_path / "v"), 1, "s")
     assert result.ties == 1 and len(server.asked) == 4
 
 
 def test_gives_up_with_what_is_kept(server, tmp_path):
     server.verdict = longer_wins
     path = tmp_path / "v.jsonl"
-    compare(MATCHES[:1], "better", endpoint(server), Verdicts(path), 1, "s")
+    compare(MATCHES[:1], "better", endpoint(server), Kept(path), 1, "s")
     server.moods = [500] * 100
     with pytest.raises(EndpointError) as error:
-        compare(MATCHES, "better", endpoint(server), Verdicts(path), 2, "s")
+        compare(MATCHES, "better", endpoint(server), Kept(path), 2, "s")
     message = str(error.value)
     assert "got HTTP 500: mood 500" in message and "after 4 tries" in message and "run again" in message
-    assert KEY not in message and len(Verdicts(path).replies) == 2
+    assert KEY not in message and len(Kept(path).replies) == 2
 
 
 @pytest.mark.parametrize(
@@ -173,25 +174,25 @@ def test_what_is_no_completion_is_named(server, raw):
 def test_nonsense_is_named(server, tmp_path):
     server.verdict = lambda text: "Lorem ipsum"
     with pytest.raises(EndpointError, match=r"expected replies that end in .* got \d+ of \d+ without.*Lorem ipsum"):
-        compare([match(n, f"x{n}") for n in range(30)], "better", endpoint(server), Verdicts(tmp_path / "v"), 1, "s")
+        compare([match(n, f"x{n}") for n in range(30)], "better", endpoint(server), Kept(tmp_path / "v"), 1, "s")
     assert len(server.asked) < 20
 
 
 def test_a_few_unreadable_replies_are_left_out_and_asked_again(server, tmp_path):
     matches = [match(n, f"answer {n}") for n in range(12)]
     server.verdict = lambda text: "hm" if part(text, "answer A") == "answer 5" else "VERDICT: A"
-    result = compare(matches, "better", endpoint(server), Verdicts(tmp_path / "v"), 4, "s")
+    result = compare(matches, "better", endpoint(server), Kept(tmp_path / "v"), 4, "s")
     assert (result.unreadable, result.ties, result.first_place) == (1, 11, 1.0)
     server.asked.clear()
     server.verdict = lambda text: "VERDICT: A"
-    assert compare(matches, "better", endpoint(server), Verdicts(tmp_path / "v"), 4, "s").unreadable == 0
+    assert compare(matches, "better", endpoint(server), Kept(tmp_path / "v"), 4, "s").unreadable == 0
     assert len(server.asked) == 1
 
 
 def test_concurrency(server, tmp_path):
     server.hold = threading.Event()
     threading.Timer(0.5, server.hold.set).start()
-    compare([match(n, f"x{n}") for n in range(6)], "better", endpoint(server), Verdicts(tmp_path / "v"), 3, "s")
+    compare([match(n, f"x{n}") for n in range(6)], "better", endpoint(server), Kept(tmp_path / "v"), 3, "s")
     assert server.most == 3 and Counter(len(body["messages"]) for body in server.asked) == {2: 12}
 
 

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from tests.tiny import write_model
+from verl.models.layers import compile_layers
+from verl.tools.judge.kept import Kept
 from verl.tools.judge.numbers import Numbers
 from verl.tools.judge.report import Verdict, changes, render
+from verl.tools.judge.trials import trials_of, two_sample
 from verl.tools.judge.two_sample import (
     Judge,
     JudgeSettings,
@@ -16,8 +19,6 @@ from verl.tools.judge.two_sample import (
     fold_of_prompts,
     make_pairs,
     split_pairs,
-    training_updates,
-    two_sample,
 )
 from verl.tools.prompts import PromptAndAnswer
 from verl.utils.progress import Progress
@@ -30,32 +31,64 @@ def model(tmp_path_factory) -> str:
     return str(write_model(tmp_path_factory.mktemp("model")))
 
 
-def test_every_prompt_is_tested_once_and_never_trained_on():
-    prompts = [(9,)] * 11
-    pairs = make_pairs(prompts, [[(5, EOS)]] * 11, [[(6, EOS), (7, 8, EOS)]] * 11)
+class Recorder:
+    """Learns nothing, and knows what it was asked: the teacher is above a short answer and ties with a long one, but
+    loses to prompt 0's."""
 
-    class Recorder:
-        settings = JudgeSettings(seeds=3, folds=4)
-        seen: tuple = ()
+    def __init__(self, fails_after: int = 1000):
+        self.seen, self.fails_after = [], fails_after
 
-        def train(self, pairs, seed, progress):
-            self.learned = {pair.prompt for pair in pairs}
-            return 1.0
+    def train(self, pairs, seed, progress):
+        self.fails_after -= 1
+        if self.fails_after < 0:
+            raise RuntimeError("killed")
+        self.learned = {pair.prompt for pair in pairs}
+        return seed / 100
 
-        def differences(self, pairs, eos):
-            tested = {pair.prompt for pair in pairs}
-            assert not tested & self.learned and tested | self.learned == set(range(11))
-            self.seen += tuple(pair.prompt for pair in pairs)
-            # The teacher is above a short answer, and ties with a long one, but to prompt 0 it loses.
-            return np.array([-1.0 if p.prompt == 0 else float(len(p.candidate[1]) == 2) for p in pairs])
+    def differences(self, pairs, eos):
+        tested = {pair.prompt for pair in pairs}
+        assert not tested & self.learned and tested | self.learned == set(range(11))
+        self.seen += [pair.prompt for pair in pairs]
+        return np.array([-1.0 if p.prompt == 0 else float(len(p.candidate[1]) == 2) for p in pairs])
 
+
+SETTINGS = JudgeSettings(seeds=3, folds=4)
+
+
+def of_eleven(recorder, path, settings=SETTINGS, known_by="base"):
+    pairs = make_pairs([(9,)] * 11, [[(5, EOS)]] * 11, [[(6, EOS), (7, 8, EOS)]] * 11)
+    pairs = [dataclasses.replace(pair, reference=PromptAndAnswer((pair.prompt,), (5, EOS))) for pair in pairs]
+    return two_sample("s", pairs, lambda: recorder, settings, known_by, EOS, Kept(path))
+
+
+def test_every_prompt_is_tested_once_and_never_trained_on(tmp_path):
     recorder = Recorder()
-    result = two_sample(recorder, pairs, EOS, Progress(0, "discriminators", "update"))
-    assert sorted(recorder.seen) == sorted([pair.prompt for pair in pairs] * 3)
+    result = of_eleven(recorder, tmp_path / "kept.jsonl")
+    assert sorted(recorder.seen) == sorted([*range(11)] * 2 * 3)
     assert result.by_seed == pytest.approx([(10 * 1 + 10 * 0.5) / 22] * 3)
     assert result.accuracy.clusters == 11 and result.accuracy.count == 22
+    assert result.fitted == pytest.approx(0.055)  # the mean of 0 to 11 hundredths
     # Only the short answers have the teacher's length.
     assert (result.matched(0.2).value, result.matched(0.2).count) == (pytest.approx(10 / 11), 11)
+
+
+def test_what_was_tried_is_kept(tmp_path, capsys):
+    """A run that was killed in its eighth trial goes on there; nobody is asked for once all is known."""
+    path = tmp_path / "kept.jsonl"
+    with pytest.raises(RuntimeError, match="killed"):
+        of_eleven(Recorder(fails_after=7), path)
+    second = Recorder()
+    result = of_eleven(second, path)
+    assert "discriminators of s: 7 of 12 are taken from" in capsys.readouterr().err
+    whole = of_eleven(Recorder(), tmp_path / "another.jsonl")
+    np.testing.assert_array_equal(result.outcomes, whole.outcomes)
+    assert result.fitted == whole.fitted and len(second.seen) < 11 * 2 * 2
+    assert of_eleven(None, path).fitted == whole.fitted
+    # Fewer seeds are among them; another base, other folds or another answer are not.
+    assert of_eleven(None, path, JudgeSettings(seeds=1, folds=4)).fitted == pytest.approx(0.015)
+    for changed in ({"known_by": "another base"}, {"settings": JudgeSettings(seeds=3, folds=3)}):
+        with pytest.raises(RuntimeError, match="killed"):
+            of_eleven(Recorder(fails_after=0), path, **changed)
 
 
 def test_folds_are_even_and_drawn():
@@ -64,7 +97,8 @@ def test_folds_are_even_and_drawn():
     assert (folds[0] != folds[1]).any()
     # 23 prompts in folds of 4 and 5 leave 18 and 19 to train on: 5 updates of 4 pairs at most, thrice.
     pairs = [Pair(n, PromptAndAnswer((2,), (3,)), PromptAndAnswer((2,), (4,))) for n in range(23)]
-    assert training_updates(pairs, JudgeSettings(seeds=2, folds=5, epochs=3, batch_size=4)) == 2 * 5 * 3 * 5
+    settings = JudgeSettings(seeds=2, folds=5, epochs=3, batch_size=4)
+    assert [trial.updates(settings) for trial in trials_of(pairs, settings)] == [3 * 5] * 2 * 5
 
 
 def test_lengths_are_compared_with_the_longer_one():
@@ -91,6 +125,18 @@ def test_training_forgets_the_last_student(model, dtype):
     assert (judge.differences(pairs, EOS) < 0).all()
     assert judge.train(pairs, 0, Progress(0, "discriminators", "update")) == first
     np.testing.assert_array_equal(judge.differences(pairs, EOS), d)
+
+
+def test_one_whose_layers_are_compiled_is_the_same_judge(model):
+    pairs = make_pairs([(9, n) for n in range(4, 20)], [[(5, 6, EOS)]] * 16, [[(5, 8, EOS)]] * 16)
+    scores = []
+    for compiled in (False, True):
+        judge = Judge(model, JudgeSettings(lr=1e-3, batch_size=8), "cpu", "float32")
+        if compiled:
+            compile_layers(judge.model.hf)
+        judge.train(pairs, 0, Progress(0, "discriminators", "update"))
+        scores.append(judge.differences(pairs, EOS))
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-3)
 
 
 def test_splits_of_a_batch_give_the_same_judge(model):

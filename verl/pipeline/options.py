@@ -40,11 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", required=True, metavar="BASE", help="the student to begin with: folder, or a name of the hub")
     add(
         "--data", required=True, action="append", metavar="TRAIN",
-        help="prompts with the teacher's answers to train on: parquet or jsonl; once for each file",
+        help="prompts with the teacher's answers, to train on: parquet or jsonl; may be repeated",
     )  # fmt: skip
     add(
         "--val", required=True, action="append", metavar="VAL",
-        help="others, to validate and judge on; once for each file",
+        help="others, to validate and judge on; may be repeated",
     )  # fmt: skip
     add("--exp_name", required=True, metavar="NAME", help="of this pipeline")
     add(
@@ -73,11 +73,15 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--judge_temperatures", type=_temperatures, default=(0.8, 1.0), metavar="T,T",
-        help="discriminators judge students that answer at each of these, plain numbers at the first (default: 0.8,1)",
+        help="that students answer at; the first alone where only plain numbers judge (default: 0.8,1)",
     )  # fmt: skip
     add(
         "--judge_memory", type=share(0.01), default=0.8, metavar="X",
         help="vLLM's share of the device while the students answer (default: 0.8)",
+    )  # fmt: skip
+    add(
+        "--judge_seeds", type=whole(1), default=1, metavar="N",
+        help="how often each prompt is judged, each time by another discriminator (default: 1)",
     )  # fmt: skip
 
 

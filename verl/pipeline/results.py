@@ -98,8 +98,11 @@ def judges_by_discriminators(options: Namespace, config: Config, base: str) -> t
     return True, "fresh discriminators, which begin as the base model"
 
 
-def judge_arguments(config: Config, students: Sequence[Student], base: str, temperature: float, out: Path) -> list[str]:
-    """The judge's command line; `base`: the model that fresh discriminators begin with, empty without them."""
+def judge_arguments(
+    config: Config, students: Sequence[Student], base: str, seeds: int, temperature: float, out: Path
+) -> list[str]:
+    """The judge's command line; `base`: the model that fresh discriminators begin with, empty without them; `seeds` of
+    each."""
     data, model, rollout = config.data, config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     arguments = ["verl.tools.judge", "--data", *listed(data.val_files), "--train_files", *listed(data.train_files)]
     arguments += ["--out", str(out), "--temperature", f"{temperature:g}"]
@@ -114,13 +117,13 @@ def judge_arguments(config: Config, students: Sequence[Student], base: str, temp
     arguments += ["--special_token_text", data.special_token_text]
     arguments += ["--device", config.trainer.device, "--engine", rollout.name]
     arguments += ["--trust_remote_code"] if model.trust_remote_code else []
-    arguments += ["--judge_model", base] if base else []
+    arguments += ["--judge_model", base, "--judge_seeds", str(seeds)] if base else []
     return [*arguments, *(part for each in students for part in ("--student", f"{each.name}={each.folder}"))]
 
 
 def judge(
-    processes: Processes, out: Path, config: Config, students: Sequence[Student], base: str, temperature: float,
-    memory: float,
+    processes: Processes, out: Path, config: Config, students: Sequence[Student], base: str, seeds: int,
+    temperature: float, memory: float,
 ) -> tuple[int, dict[str, Any] | None]:  # fmt: skip
     """The judge's exit code and report, at one temperature; nothing is asked again where all is as it was. `memory` is
     vLLM's share of the device, on which no answer depends.
@@ -129,7 +132,7 @@ def judge(
     """
     folder = out / JUDGE / f"at_{temperature:g}"
     report, note = folder / "judge.json", folder / "inputs.json"
-    arguments = judge_arguments(config, students, base, temperature, folder)
+    arguments = judge_arguments(config, students, base, seeds, temperature, folder)
     files = [Path(file).expanduser().absolute() for file in listed(config.data.val_files)]
     inputs = {
         "arguments": arguments,

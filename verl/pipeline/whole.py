@@ -147,8 +147,10 @@ class Pipeline:
             temperatures = self.options.judge_temperatures[: None if by_discriminators else 1]
             for temperature in temperatures:
                 judge_model = base if by_discriminators else ""
-                memory = self.options.judge_memory
-                code, report = judge(self.processes, self.out, config, students, judge_model, temperature, memory)
+                seeds, memory = self.options.judge_seeds, self.options.judge_memory
+                code, report = judge(
+                    self.processes, self.out, config, students, judge_model, seeds, temperature, memory
+                )
                 if code and self.processes.received is None:
                     say(JUDGE_FAILED)
                 if code:

@@ -6,7 +6,6 @@ answers/NAME.settings.json: a run that wants the same takes them from there.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ from verl.models.sharding import full_parameters
 from verl.models.tokenizer import all_eos_token_ids, load_tokenizer
 from verl.protocol import DataProto
 from verl.tools.judge.answers import Answer, Answers, prompt_ids
+from verl.tools.judge.kept import digest, model_files
 from verl.tools.prompts import Limits, Prompt
 from verl.utils.dataset.texts import SpecialText, Tokenization
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
@@ -123,11 +123,8 @@ def prepare(name: str, path: Path, prompts: Sequence[Prompt], drawing: Drawing) 
 
 def _fingerprint(job: Job, drawing: Drawing) -> dict[str, Any]:
     """What the answers depend on; of the model, its files' names, sizes and times."""
-    files = [path for path in job.path.rglob("*") if path.suffix in (".safetensors", ".bin", ".json")]
-    stats = {str(file.relative_to(job.path)): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
-    digests = {"model_files": sorted(stats.items()), "prompts": job.prompts}
-    hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in digests.items()}
-    return {"model": str(job.path.resolve()), **hashes, **drawing.shaping()}
+    model = {"model": str(job.path.resolve()), "model_files": model_files(job.path)}
+    return {**model, "prompts": digest(job.prompts), **drawing.shaping()}
 
 
 def _paths(folder: Path, name: str) -> tuple[Path, Path]:

@@ -7,19 +7,15 @@ contradict each other, 0 for a loss in both. Verdicts are kept as they come, and
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from verl.tools.judge.endpoint import Endpoint, EndpointError
+from verl.tools.judge.kept import Kept, digest
 from verl.tools.judge.statistics import Estimate, clustered_mean
 from verl.utils.progress import Progress
 
@@ -74,44 +70,6 @@ def read_verdict(reply: str, order: int) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kept verdicts
-
-
-class Verdicts:
-    """Replies with a verdict in a JSONL file, one per line, by a digest of the whole request; safe among threads.
-
-    A line that a killed run left unfinished is passed over.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.lock = path, threading.Lock()
-        self.replies: dict[str, str] = {}
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        for line in text.split("\n"):
-            try:
-                row = json.loads(line)
-                self.replies[row["request"]] = row["reply"]
-            except (ValueError, KeyError, TypeError):
-                continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if text and not text.endswith("\n"):
-            with path.open("a", encoding="utf-8") as file:
-                file.write("\n")
-
-    def put(self, request: str, reply: str, **about: Any) -> None:
-        """Keep a reply; on disk when this returns."""
-        line = json.dumps({"request": request, **about, "reply": reply}, ensure_ascii=False)
-        with self.lock, self.path.open("a", encoding="utf-8") as file:
-            self.replies[request] = reply
-            file.write(line + "\n")
-
-
-def digest(body: dict[str, Any]) -> str:
-    """What a request is known by."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Asking
 
 
@@ -155,7 +113,7 @@ def tally(matches: Sequence[Match], verdicts: Sequence[tuple[float | None, float
 
 
 def compare(
-    matches: Sequence[Match], asked: str, endpoint: Endpoint, kept: Verdicts, concurrency: int, name: str
+    matches: Sequence[Match], asked: str, endpoint: Endpoint, kept: Kept, concurrency: int, name: str
 ) -> Pairwise:
     """Ask for every verdict that is not kept, `concurrency` at a time.
 

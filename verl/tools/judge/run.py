@@ -1,5 +1,6 @@
 """The judge's work, in order: `command.py` has the command, `options.py` its flags, `answers.py` reads, `generate.py`
-generates, `two_sample.py`, `pairwise.py` and `numbers.py` judge, `report.py` writes.
+generates, `two_sample.py` (in `trials.py`), `pairwise.py` and `numbers.py` judge, `report.py` writes; `kept.py` keeps
+what is found out.
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from verl.models.finding import check_files, is_discriminator
+from verl.models.layers import compile_layers
 from verl.models.loading import load_config
 from verl.models.tokenizer import all_eos_token_ids, find_tokenizer, load_tokenizer
 from verl.tools.command import check_device
@@ -32,16 +35,17 @@ from verl.tools.judge.answers import (
 )
 from verl.tools.judge.endpoint import Endpoint
 from verl.tools.judge.generate import Drawing, Job, choose_engine, generate, kept_answers, prepare
+from verl.tools.judge.kept import Kept, model_files
 from verl.tools.judge.numbers import Numbers, numbers_of
-from verl.tools.judge.pairwise import Match, Pairwise, Verdicts, compare
+from verl.tools.judge.pairwise import Match, Pairwise, compare
 from verl.tools.judge.report import Verdict, check_plotting, plot, render, to_json, write_json
-from verl.tools.judge.two_sample import Ids, Judge, JudgeSettings, TwoSample, make_pairs, training_updates, two_sample
+from verl.tools.judge.trials import two_sample
+from verl.tools.judge.two_sample import Ids, Judge, JudgeSettings, TwoSample, make_pairs
 from verl.tools.prompts import Limits, Prompt
 from verl.utils.checkpoint.whole import refuse_pointers
 from verl.utils.console import printable
 from verl.utils.dataset.texts import Tokenization, eos_texts
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
-from verl.utils.progress import Progress
 
 
 def run(options: argparse.Namespace) -> str:
@@ -250,14 +254,30 @@ def _two_samples(
         options.judge_seeds, options.folds, options.judge_epochs, options.judge_batch_size, options.judge_lr,
         options.max_tokens,
     )  # fmt: skip
-    judge = Judge(options.judge_model, settings, options.device, options.dtype, options.trust_remote_code)
-    pairs = {name: make_pairs(prompts, ids[options.against], ids[name]) for name in names}
+    known_by = {
+        "model": model_files(Path(options.judge_model).expanduser()),
+        "training": [settings.epochs, settings.batch_size, settings.lr],
+        "numbers": [options.dtype, torch.device(options.device).type],
+    }
+    kept = Kept(Path(options.out).expanduser() / "discriminators.jsonl")
+
+    @cache
+    def judge() -> Judge:
+        return _judge(options, settings)
+
     tests = {}
     for name in names:
-        updates = training_updates(pairs[name], settings)
-        with Progress(updates, f"discriminators of {name}", "update") as progress:
-            tests[name] = two_sample(judge, pairs[name], tokenizer.eos_token_id, progress)
+        pairs = make_pairs(prompts, ids[options.against], ids[name])
+        tests[name] = two_sample(name, pairs, judge, settings, known_by, tokenizer.eos_token_id, kept)
     return tests
+
+
+def _judge(options: argparse.Namespace, settings: JudgeSettings) -> Judge:
+    judge = Judge(options.judge_model, settings, options.device, options.dtype, options.trust_remote_code)
+    if options.device.startswith("cuda"):
+        # Small models wait for the host, which has half as much to do for layers whose kernels are fused.
+        compile_layers(judge.model.hf)
+    return judge
 
 
 def _pairwise(
@@ -268,7 +288,7 @@ def _pairwise(
     answers: dict[str, Answers],
 ) -> dict[str, Pairwise]:
     """Of each student's first answer to every prompt."""
-    kept = Verdicts(Path(options.out).expanduser() / "verdicts.jsonl")
+    kept = Kept(Path(options.out).expanduser() / "verdicts.jsonl")
     results = {}
     for name in names:
         matches = [

@@ -233,33 +233,3 @@ class TwoSample:
         """Over the pairs whose lengths differ by at most `gap` of the longer one: length tells little in these."""
         near = self.gaps <= gap + 1e-9
         return clustered_mean(self.per_pair[near], self.prompts[near], widening=CROSS_VALIDATED)
-
-
-def training_updates(pairs: Sequence[Pair], settings: JudgeSettings) -> int:
-    """Updates of all discriminators of one student."""
-    prompts = np.array([pair.prompt for pair in pairs])
-    total = 0
-    for seed in range(settings.seeds):
-        test = fold_of_prompts(prompts.max() + 1, settings.folds, seed)[prompts]
-        total += sum(updates_per_epoch(int((test != fold).sum()), settings) for fold in range(settings.folds))
-    return settings.epochs * total
-
-
-def two_sample(judge: Judge, pairs: Sequence[Pair], eos_token_id: int, progress: Progress) -> TwoSample:
-    """Cross-validate: for every seed and fold a fresh discriminator, trained on the other folds' prompts.
-
-    Folds, heads and the order of pairs are functions of the seed and the fold, so that students compare.
-    """
-    settings = judge.settings
-    prompts = np.array([pair.prompt for pair in pairs])
-    outcomes = np.zeros((settings.seeds, len(pairs)))
-    fitted = []
-    for seed in range(settings.seeds):
-        fold_of_pair = fold_of_prompts(prompts.max() + 1, settings.folds, seed)[prompts]
-        for fold in range(settings.folds):
-            inside = fold_of_pair == fold
-            learned = [pair for pair, held_out in zip(pairs, inside, strict=True) if not held_out]
-            tested = [pair for pair, held_out in zip(pairs, inside, strict=True) if held_out]
-            fitted.append(judge.train(learned, seed * settings.folds + fold, progress))
-            outcomes[seed, inside] = outcome_of(judge.differences(tested, eos_token_id))
-    return TwoSample(outcomes, prompts, np.array([pair.length_gap for pair in pairs]), float(np.mean(fitted)))
