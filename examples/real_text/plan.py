@@ -22,6 +22,7 @@ TEMPERATURES = (0.8, 1.0)  # they are drawn at
 COMMON = (
     f"data.train_batch_size={BATCH}",
     "data.filter_overlong_prompts=True",
+    "data.max_response_length=256",  # the teacher's short answers; 768 for chat: --extra data.max_response_length=768
     "actor_rollout_ref.rollout.max_num_seqs=512",
     "trainer.logger=[file]",
     "trainer.log_val_generations=0",
