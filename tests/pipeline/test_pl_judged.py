@@ -10,18 +10,23 @@ from verl.tools.judge.options import build_parser
 from verl.trainer.config import compose_config
 
 
-def made(folder):
+def made(folder, *settings):
     write_data(folder / "val.jsonl", rows=4)
     files = [f"data.{name}_files={folder}/val.jsonl" for name in ("train", "val")]
-    return compose_config([*files, "actor_rollout_ref.model.path=m", "critic.model.path=m",
+    return compose_config([*files, *settings, "actor_rollout_ref.model.path=m", "critic.model.path=m",
                            "trainer.experiment_name=x"])  # fmt: skip
 
 
-def test_discriminators_are_as_many_as_was_said(tmp_path):
+def test_discriminators_are_asked_as_was_said(tmp_path):
     config, students = made(tmp_path), [Student("seqkd", tmp_path, SimpleNamespace(digest="d"))]
     flags = build_parser().parse_args(judge_arguments(config, students, "base", 2, 0.8, tmp_path)[1:])
     assert (flags.judge_model, flags.judge_seeds, flags.temperature) == ("base", 2, 0.8)
     assert "--judge_seeds" not in judge_arguments(config, students, "", 2, 0.8, tmp_path)
+    # Whoever does not have layers compiled in training has it nowhere.
+    for compiled in (True, False):
+        config = made(tmp_path, f"actor_rollout_ref.actor.fsdp_config.use_torch_compile={compiled}")
+        flags = build_parser().parse_args(judge_arguments(config, students, "base", 1, 1.0, tmp_path)[1:])
+        assert flags.no_compile is not compiled
 
 
 def test_a_judge_that_failed_is_asked_with_less_memory_and_one_that_did_not_is_not_asked_again(tmp_path):
@@ -37,6 +42,7 @@ def test_a_judge_that_failed_is_asked_with_less_memory_and_one_that_did_not_is_n
 
     shares = (0.8, 0.3, 0.5)
     (tmp_path / "judge" / "at_1").mkdir(parents=True)
-    answers = [judge(SimpleNamespace(run=run), tmp_path, config, students, "", 1, 1.0, share) for share in shares]
+    asking = (SimpleNamespace(run=run), tmp_path, config, students, "")
+    answers = [judge(*asking, seeds=1, temperature=1.0, memory=share) for share in shares]
     assert answers == [(1, None), (0, {"students": {}}), (0, {"students": {}})]
     assert [arguments[arguments.index("--gpu_memory_utilization") + 1] for arguments in asked] == ["0.8", "0.3"]

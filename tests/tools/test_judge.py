@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from tests.tiny import byte_tokenizer, causal_lm, scorer, write_model
 from tests.tools.chat_server import Server, part
-from verl.tools.judge import generate
+from verl.tools.judge import generate, run
 from verl.tools.judge.__main__ import main
 from verl.tools.judge.answers import (
     Answer,
@@ -23,6 +24,7 @@ from verl.tools.judge.answers import (
     read_prompts,
 )
 from verl.tools.judge.generate import Drawing, choose_engine, keep, kept_answers, prepare
+from verl.tools.judge.two_sample import JudgeSettings
 from verl.tools.prompts import Limits
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from verl.utils.dataset.texts import Tokenization
@@ -80,7 +82,8 @@ def test_sees_what_is_there_and_nothing_else(inputs, tmp_path, capsys):
     students = ["--student", f"a={model}", "--student", f"b={model}", "--student", f"bad={inputs / 'bad.jsonl'}"]
     flags = [*students, "--against", "a", "--judge_model", model, *QUICK, "--plot"]
     report = judge(inputs, tmp_path, *flags)
-    text = capsys.readouterr().out
+    first = capsys.readouterr()
+    text = first.out
     same, other = (report["students"][name]["two_sample"]["accuracy"] for name in ("b", "bad"))
     assert same["low"] <= 0.5 <= same["high"] and same["high"] - same["low"] < 0.5
     assert other["value"] > 0.9 and other["clusters"] == PROMPTS
@@ -92,8 +95,14 @@ def test_sees_what_is_there_and_nothing_else(inputs, tmp_path, capsys):
     a, b = (tmp_path / "answers" / f"{name}.jsonl" for name in "ab")
     assert a.read_text() != b.read_text()
     before = a.stat().st_mtime_ns
+    # So are the discriminators', of 2 folds and 2 seeds each.
+    assert "taken from" not in first.err
     again = judge(inputs, tmp_path, *flags)
     assert again["students"] == report["students"] and a.stat().st_mtime_ns == before
+    taken = f"4 of 4 are taken from {tmp_path / 'discriminators.jsonl'}"
+    assert capsys.readouterr().err.count(taken) == 2
+    judge(inputs, tmp_path, *flags, "--judge_lr", "1e-3")
+    assert taken not in capsys.readouterr().err
     judge(inputs, tmp_path, *students, "--tokenizer", model, "--max_response_length", "12", "--temperature", "1.0")
     assert a.stat().st_mtime_ns != before
 
@@ -267,7 +276,7 @@ def test_kept_answers_are_of_the_same_model(inputs, tmp_path):
     assert len(kept) == PROMPTS
     write_model(tmp_path / "m", seed=1)
     kept, says = kept_answers(places, prepare("m", tmp_path / "m", prompts, drawing), drawing)
-    assert kept is None and "is of another model_files" in says
+    assert kept is None and "is of another model and is written anew" in says
 
 
 def test_any_answer_can_be_kept(inputs, tmp_path):
@@ -277,6 +286,21 @@ def test_any_answer_can_be_kept(inputs, tmp_path):
     answers = [[Answer("one\u2028two\x85three\r\n四", True), Answer("")] for _ in prompts]
     keep(tmp_path, job, drawing, prompts, answers)
     assert kept_answers(tmp_path, job, drawing)[0] == answers
+
+
+@pytest.mark.parametrize(
+    ("device", "no_compile", "compiled"), [("cuda:0", False, 1), ("cuda", True, 0), ("cpu", False, 0)]
+)
+def test_layers_are_compiled_on_a_gpu_alone(monkeypatch, device, no_compile, compiled):
+    """Where there is none: what the judge is made with."""
+    asked = []
+    monkeypatch.setattr(run, "Judge", lambda *_: SimpleNamespace(model=SimpleNamespace(hf="its model")))
+    monkeypatch.setattr(run, "compile_layers", asked.append)
+    options = SimpleNamespace(
+        judge_model="m", device=device, dtype="bfloat16", trust_remote_code=False, no_compile=no_compile
+    )
+    run._judge(options, JudgeSettings())
+    assert asked == ["its model"] * compiled
 
 
 # ---- errors

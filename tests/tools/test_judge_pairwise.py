@@ -113,7 +113,8 @@ def test_goes_on_where_a_killed_run_stopped(server, tmp_path):
     path = tmp_path / "v.jsonl"
     compare(MATCHES, "better", endpoint(server), Kept(path), 1, "s")
     lines = path.read_text().splitlines()
-    path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])
+    # The line under way was cut within a character.
+    path.write_bytes(("\n".join(lines[:3]) + "\n" + lines[3][:40] + "四").encode()[:-1])
     server.asked.clear()
     result = compare(MATCHES, "better", endpoint(server), Kept(path), 1, "s")
     assert result.scores.tolist() == [1.0, 0.0, 0.5, 0.5] and len(server.asked) == 3

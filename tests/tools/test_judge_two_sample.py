@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tests.tiny import write_model
-from verl.models.layers import compile_layers
+from verl.models.layers import compile_layers, decoder_layers
 from verl.tools.judge.kept import Kept
 from verl.tools.judge.numbers import Numbers
 from verl.tools.judge.report import Verdict, changes, render
-from verl.tools.judge.trials import trials_of, two_sample
+from verl.tools.judge.trials import Trial, trials_of, two_sample
 from verl.tools.judge.two_sample import (
     Judge,
     JudgeSettings,
@@ -55,10 +55,11 @@ class Recorder:
 SETTINGS = JudgeSettings(seeds=3, folds=4)
 
 
-def of_eleven(recorder, path, settings=SETTINGS, known_by="base"):
-    pairs = make_pairs([(9,)] * 11, [[(5, EOS)]] * 11, [[(6, EOS), (7, 8, EOS)]] * 11)
-    pairs = [dataclasses.replace(pair, reference=PromptAndAnswer((pair.prompt,), (5, EOS))) for pair in pairs]
-    return two_sample("s", pairs, lambda: recorder, settings, known_by, EOS, Kept(path))
+def of_eleven(recorder, path, settings=SETTINGS, known_by="base", first=(6, EOS)):
+    """Of eleven prompts with two answers each; `first` is the first prompt's first one."""
+    answers = [[first, (7, 8, EOS)], *[[(6, EOS), (7, 8, EOS)]] * 10]
+    pairs = make_pairs([(9, n) for n in range(11)], [[(5, EOS)]] * 11, answers)
+    return two_sample("s", pairs, lambda: recorder, settings, known_by=known_by, eos_token_id=EOS, kept=Kept(path))
 
 
 def test_every_prompt_is_tested_once_and_never_trained_on(tmp_path):
@@ -82,13 +83,32 @@ def test_what_was_tried_is_kept(tmp_path, capsys):
     assert "discriminators of s: 7 of 12 are taken from" in capsys.readouterr().err
     whole = of_eleven(Recorder(), tmp_path / "another.jsonl")
     np.testing.assert_array_equal(result.outcomes, whole.outcomes)
-    assert result.fitted == whole.fitted and len(second.seen) < 11 * 2 * 2
+    # The last of the second repetition's four folds was missing, that of 2 or 3 prompts, and all of the third's.
+    assert result.fitted == whole.fitted and len(second.seen) in (2 * (2 + 11), 2 * (3 + 11))
     assert of_eleven(None, path).fitted == whole.fitted
     # Fewer seeds are among them; another base, other folds or another answer are not.
     assert of_eleven(None, path, JudgeSettings(seeds=1, folds=4)).fitted == pytest.approx(0.015)
-    for changed in ({"known_by": "another base"}, {"settings": JudgeSettings(seeds=3, folds=3)}):
+    others = {"known_by": "another base"}, {"settings": JudgeSettings(seeds=3, folds=3)}, {"first": (8, EOS)}
+    for changed in others:
         with pytest.raises(RuntimeError, match="killed"):
             of_eleven(Recorder(fails_after=0), path, **changed)
+
+
+def test_an_outcome_is_of_its_seed():
+    """The same pairs to train on and to test, by chance: with another seed it is another discriminator."""
+    first, second, third = (
+        Trial(repetition, 0, seed, np.array([1, 0, 0])) for repetition, seed in ((0, 0), (7, 0), (0, 1))
+    )
+    assert first.request("abc", "base") == second.request("abc", "base") != third.request("abc", "base")
+
+
+def test_all_that_shapes_a_discriminator_is_said(monkeypatch):
+    said = JudgeSettings().shaping()
+    free = [JudgeSettings(seeds=9), JudgeSettings(folds=9), JudgeSettings(max_tokens=9)]
+    shaping = [JudgeSettings(epochs=9), JudgeSettings(batch_size=9), JudgeSettings(lr=9)]
+    assert all(settings.shaping() == said for settings in free) and all(s.shaping() != said for s in shaping)
+    monkeypatch.setattr("verl.tools.judge.two_sample.MADE_BY", 0)
+    assert JudgeSettings().shaping() != said
 
 
 def test_folds_are_even_and_drawn():
@@ -134,6 +154,7 @@ def test_one_whose_layers_are_compiled_is_the_same_judge(model):
         judge = Judge(model, JudgeSettings(lr=1e-3, batch_size=8), "cpu", "float32")
         if compiled:
             compile_layers(judge.model.hf)
+            assert len(decoder_layers(judge.model.hf)) == 2
         judge.train(pairs, 0, Progress(0, "discriminators", "update"))
         scores.append(judge.differences(pairs, EOS))
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-3)

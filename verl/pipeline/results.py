@@ -16,6 +16,7 @@ import torch
 from verl.config.run import Config
 from verl.model_merger import merge
 from verl.model_merger.cli import DEFAULT_DTYPE
+from verl.models.content import Content, content_of_model
 from verl.models.loading import load_config
 from verl.models.shape import ModelShape
 from verl.monitor.reading import METRICS_FILE, NotARun, read_run
@@ -29,7 +30,6 @@ from verl.pipeline.preflight import listed
 from verl.pipeline.processes import Processes
 from verl.pipeline.state import read_json, write_json
 from verl.tools.judge.answers import read_prompts
-from verl.trainer.ppo.origin import Content, content_of_model
 from verl.utils.checkpoint.checksums import checksums_of
 
 STUDENTS, JUDGE, REPORT = "students", "judge", "report.html"
@@ -118,11 +118,12 @@ def judge_arguments(
     arguments += ["--device", config.trainer.device, "--engine", rollout.name]
     arguments += ["--trust_remote_code"] if model.trust_remote_code else []
     arguments += ["--judge_model", base, "--judge_seeds", str(seeds)] if base else []
+    arguments += ["--no_compile"] if base and not config.actor_rollout_ref.actor.fsdp_config.use_torch_compile else []
     return [*arguments, *(part for each in students for part in ("--student", f"{each.name}={each.folder}"))]
 
 
 def judge(
-    processes: Processes, out: Path, config: Config, students: Sequence[Student], base: str, seeds: int,
+    processes: Processes, out: Path, config: Config, students: Sequence[Student], base: str, *, seeds: int,
     temperature: float, memory: float,
 ) -> tuple[int, dict[str, Any] | None]:  # fmt: skip
     """The judge's exit code and report, at one temperature; nothing is asked again where all is as it was. `memory` is

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from verl.models.content import content_of_model
 from verl.pipeline.needs import room
 from verl.pipeline.options import NUMBERS
 from verl.pipeline.preflight import Look, Preflight
@@ -16,7 +17,6 @@ from verl.pipeline.results import STUDENTS, Student, judge, judges_by_discrimina
 from verl.pipeline.settings import arguments_of, run_folder, user_settings
 from verl.pipeline.state import State, handed_on
 from verl.pipeline.summary import BASE, conclude, describe, headline, problems
-from verl.trainer.ppo.origin import content_of_model
 from verl.utils.checkpoint.checkpoint_manager import checkpoints_in, tracked_step
 from verl.utils.console import say
 from verl.utils.refusals import Refused
@@ -147,10 +147,10 @@ class Pipeline:
             temperatures = self.options.judge_temperatures[: None if by_discriminators else 1]
             for temperature in temperatures:
                 judge_model = base if by_discriminators else ""
-                seeds, memory = self.options.judge_seeds, self.options.judge_memory
                 code, report = judge(
-                    self.processes, self.out, config, students, judge_model, seeds, temperature, memory
-                )
+                    self.processes, self.out, config, students, judge_model, seeds=self.options.judge_seeds,
+                    temperature=temperature, memory=self.options.judge_memory,
+                )  # fmt: skip
                 if code and self.processes.received is None:
                     say(JUDGE_FAILED)
                 if code:

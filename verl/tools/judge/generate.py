@@ -28,7 +28,7 @@ from verl.models.sharding import full_parameters
 from verl.models.tokenizer import all_eos_token_ids, load_tokenizer
 from verl.protocol import DataProto
 from verl.tools.judge.answers import Answer, Answers, prompt_ids
-from verl.tools.judge.kept import digest, model_files
+from verl.tools.judge.kept import digest, model_content
 from verl.tools.prompts import Limits, Prompt
 from verl.utils.dataset.texts import SpecialText, Tokenization
 from verl.utils.dataset.tokenizer_checks import check_tokenizer
@@ -122,9 +122,8 @@ def prepare(name: str, path: Path, prompts: Sequence[Prompt], drawing: Drawing) 
 
 
 def _fingerprint(job: Job, drawing: Drawing) -> dict[str, Any]:
-    """What the answers depend on; of the model, its files' names, sizes and times."""
-    model = {"model": str(job.path.resolve()), "model_files": model_files(job.path)}
-    return {**model, "prompts": digest(job.prompts), **drawing.shaping()}
+    """What the answers depend on."""
+    return {"model": model_content(job.path), "prompts": digest(job.prompts), **drawing.shaping()}
 
 
 def _paths(folder: Path, name: str) -> tuple[Path, Path]:

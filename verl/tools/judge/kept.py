@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from verl.models.content import content_of_model, words_of_model
+
 
 class Kept:
     """Replies in a JSONL file, one per line, by a digest of the whole request; safe among threads.
@@ -18,7 +20,8 @@ class Kept:
     def __init__(self, path: Path):
         self.path, self.lock = path, threading.Lock()
         self.replies: dict[str, Any] = {}
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        # A killed run may have left half a character.
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         for line in text.split("\n"):
             try:
                 row = json.loads(line)
@@ -43,8 +46,6 @@ def digest(body: Any) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def model_files(folder: Path) -> str:
-    """What a model is known by: a digest of its files' names, sizes and times."""
-    files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".json")]
-    stats = {str(file.relative_to(folder)): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
-    return digest(sorted(stats.items()))
+def model_content(path: str | Path) -> str:
+    """What a model is known by, wherever it lies; adapters with their base."""
+    return digest([content_of_model(str(path)).digest, words_of_model(str(path))])

@@ -32,8 +32,9 @@ To see that the judge does not see what is not there, judge a student against a 
     --student a=FOLDER --student b=FOLDER --against a
 The interval should hold 0.5. To see that it sees what is there, judge the base model too.
 
---out gets judge.json, judge.png with --plot, answers/NAME.jsonl and verdicts.jsonl; a later run with the same settings
-generates no answer and asks for no verdict again. The endpoint's key is read from OPENAI_API_KEY and written nowhere.
+--out gets judge.json, judge.png with --plot, answers/NAME.jsonl, discriminators.jsonl and verdicts.jsonl; a later run
+with the same settings generates no answer, trains no discriminator and asks for no verdict again. The endpoint's key is
+read from OPENAI_API_KEY and written nowhere.
 """
 
 
@@ -115,6 +116,7 @@ def _add_two_sample(group: argparse._ArgumentGroup) -> None:
     add("--judge_lr", type=number(1e-12), default=2e-5, metavar="X", help="(default: 2e-5)")
     add("--judge_batch_size", type=whole(1), default=16, metavar="N", help="pairs per update (default: 16)")
     add("--max_tokens", type=whole(1), default=8192, metavar="N", help="tokens per forward (default: 8192)")
+    add("--no_compile", action="store_true", help="do not compile their layers, as is done on a GPU")
 
 
 def _add_pairwise(group: argparse._ArgumentGroup) -> None:

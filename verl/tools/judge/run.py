@@ -35,7 +35,7 @@ from verl.tools.judge.answers import (
 )
 from verl.tools.judge.endpoint import Endpoint
 from verl.tools.judge.generate import Drawing, Job, choose_engine, generate, kept_answers, prepare
-from verl.tools.judge.kept import Kept, model_files
+from verl.tools.judge.kept import Kept, model_content
 from verl.tools.judge.numbers import Numbers, numbers_of
 from verl.tools.judge.pairwise import Match, Pairwise, compare
 from verl.tools.judge.report import Verdict, check_plotting, plot, render, to_json, write_json
@@ -255,9 +255,9 @@ def _two_samples(
         options.max_tokens,
     )  # fmt: skip
     known_by = {
-        "model": model_files(Path(options.judge_model).expanduser()),
-        "training": [settings.epochs, settings.batch_size, settings.lr],
-        "numbers": [options.dtype, torch.device(options.device).type],
+        "model": model_content(options.judge_model),
+        "settings": settings.shaping(),
+        "computing": [options.dtype, torch.device(options.device).type, options.trust_remote_code],
     }
     kept = Kept(Path(options.out).expanduser() / "discriminators.jsonl")
 
@@ -268,13 +268,15 @@ def _two_samples(
     tests = {}
     for name in names:
         pairs = make_pairs(prompts, ids[options.against], ids[name])
-        tests[name] = two_sample(name, pairs, judge, settings, known_by, tokenizer.eos_token_id, kept)
+        tests[name] = two_sample(
+            name, pairs, judge, settings, known_by=known_by, eos_token_id=tokenizer.eos_token_id, kept=kept
+        )
     return tests
 
 
 def _judge(options: argparse.Namespace, settings: JudgeSettings) -> Judge:
     judge = Judge(options.judge_model, settings, options.device, options.dtype, options.trust_remote_code)
-    if options.device.startswith("cuda"):
+    if options.device.startswith("cuda") and not options.no_compile:
         # Small models wait for the host, which has half as much to do for layers whose kernels are fused.
         compile_layers(judge.model.hf)
     return judge

@@ -45,6 +45,10 @@ class Trial:
             sides[int(tested)].append(value)
         return sides
 
+    def request(self, pairs: Sequence[str], known_by: Any) -> str:
+        """What the outcome is kept by; `pairs` by their digests, and all else that it depends on, in JSON."""
+        return digest([known_by, self.seed, *self.split(pairs)])
+
     def updates(self, settings: JudgeSettings) -> int:
         """That its training takes."""
         return settings.epochs * updates_per_epoch(int((~self.tested).sum()), settings)
@@ -91,6 +95,7 @@ def two_sample(
     pairs: Sequence[Pair],
     judge: Callable[[], Judge],
     settings: JudgeSettings,
+    *,
     known_by: Any,
     eos_token_id: int,
     kept: Kept,
@@ -102,16 +107,15 @@ def two_sample(
         known_by: all that outcomes depend on beside pairs, seeds and folds; JSON can hold it.
     """
     known_pairs = [digest([pair.reference, pair.candidate]) for pair in pairs]
-    requests = {
-        digest([known_by, trial.seed, *trial.split(known_pairs)]): trial for trial in trials_of(pairs, settings)
-    }
+    requests = {trial.request(known_pairs, known_by): trial for trial in trials_of(pairs, settings)}
     missing = {request: trial for request, trial in requests.items() if request not in kept.replies}
     if len(missing) < len(requests):
         taken = f"{len(requests) - len(missing)} of {len(requests)} are taken from {kept.path}"
         print(printable(f"discriminators of {student}: {taken}"), file=sys.stderr)
-    updates = sum(trial.updates(settings) for trial in missing.values())
-    with Progress(updates, f"discriminators of {student}", "update") as progress:
-        for request, trial in missing.items():
-            outcome = try_one(judge(), trial, pairs, eos_token_id, progress)
-            kept.put(request, asdict(outcome), student=student, seed=trial.seed, fold=trial.fold)
+    if missing:
+        fresh, updates = judge(), sum(trial.updates(settings) for trial in missing.values())
+        with Progress(updates, f"discriminators of {student}", "update") as progress:
+            for request, trial in missing.items():
+                outcome = try_one(fresh, trial, pairs, eos_token_id, progress)
+                kept.put(request, asdict(outcome), student=student, repetition=trial.repetition, fold=trial.fold)
     return together(pairs, settings, [(trial, Outcome(**kept.replies[request])) for request, trial in requests.items()])

@@ -11,7 +11,8 @@ Written apart from the trainer's discriminator: fresh head, own loop, one loss. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ SCORING = Scoring(pooling="mean", exclude_eos=False)
 MATCHES = (0.1, 0.2)  # how far lengths of a pair may differ, of the longer one
 WARMUP = 0.1  # of the updates
 WEIGHT_DECAY, MAX_GRADIENT_NORM = 0.01, 1.0
+# Of `Judge`: raised when it is changed, so that what was found by another one is not taken again.
+MADE_BY = 1
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,14 @@ class JudgeSettings:
     batch_size: int = 16
     lr: float = 2e-5
     max_tokens: int = 8192
+
+    # What changes the outcome of no discriminator, or by the pairs alone that it is trained and tested on.
+    _FREE = ("seeds", "folds", "max_tokens")
+
+    def shaping(self) -> dict[str, Any]:
+        """What outcomes that are to be taken again must have been found with."""
+        own = {key: value for key, value in asdict(self).items() if key not in self._FREE}
+        return own | {"made_by": MADE_BY, "scoring": asdict(SCORING), "rest": [WARMUP, WEIGHT_DECAY, MAX_GRADIENT_NORM]}
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import json
 import logging
-import zlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from verl.config.run import Config
-from verl.models.finding import find_model
+from verl.models.content import Content, content_of, content_of_model, digest_of
 from verl.trainer.ppo.rejected import refuse_another_stage
 from verl.utils.checkpoint.checkpoint_manager import ORIGIN_FILE, REJECTED_FILE
 from verl.utils.checkpoint.checksums import checksums_of
-from verl.utils.checkpoint.whole import BASE_QUANTIZATION, part_checksums, weight_files
 from verl.utils.dataset.rl_dataset import find_files
-from verl.utils.hub import hub_origin
 
 logger = logging.getLogger(__name__)
 
@@ -31,25 +27,6 @@ FREE = (
     "learning rates and schedules (*.optim.*), losses and their coefficients, micro-batches and token budgets, nnodes, "
     "n_gpus_per_node, total_training_steps, total_epochs, and when and where it saves, validates and logs"
 )
-# Of a file of weights, so many bytes in so many places: training moves all of them.
-PLACES, PIECE = 8, 1 << 16
-
-
-@dataclass(frozen=True)
-class Content:
-    """The path of a model or a data file, or its name on the hub with the commit, and what is in it.
-
-    revision: the commit, or commits of several files; None of what does not come from the hub.
-    """
-
-    where: str
-    digest: int
-    revision: str | None = None
-
-    def differs(self, now: Content) -> bool:
-        """Whether `now` is something else: another content, or another commit."""
-        commits = {self.revision, now.revision} - {None}
-        return self.digest != now.digest or len(commits) > 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +53,7 @@ class Origin:
             stage=config.stage,
             actor=content_of_model(config.actor_rollout_ref.model.path),
             critic=content_of_model(config.critic.model.path) if config.use_critic else None,
-            data=_content(files, _digest(sums)),
+            data=content_of(files, digest_of(sums)),
             rows=rows,
             order=f"shuffled with seed {data.seed}" if data.shuffle else "as in the files",
             batch_size=data.train_batch_size,
@@ -157,37 +134,3 @@ def check_same_run(folder: Path, now: Origin, config: Config) -> None:
         "with trainer.resume_mode=disable; if it is meant, trainer.resume_mode=resume_path "
         f"trainer.resume_from_path={folder}. What may change as you like: {FREE}"
     )
-
-
-def content_of_model(path: str) -> Content:
-    """A model, by the contents of its weights; adapters by theirs and their base's."""
-    source = find_model(path)
-    if source.adapter is not None:
-        beside = source.adapter.folder / BASE_QUANTIZATION
-        own = _digest([_sample(file) for file in [*source.adapter.files, *([beside] if beside.is_file() else [])]])
-        return _content([path], _digest([own, content_of_model(source.adapter.base).digest]))
-    sums = None if source.shards is None else part_checksums(source.shards.parent)
-    if sums is not None:
-        return Content(path, _digest([value for name, value in sorted(sums.items()) if name.startswith("model/")]))
-    files = sorted(source.shards.glob("*.safetensors")) if source.shards else weight_files(source.huggingface)
-    return _content([path], _digest([_sample(file) for file in files]))
-
-
-def _content(paths: Sequence[str | Path], digest: int) -> Content:
-    origins = [hub_origin(path) for path in paths]
-    names = [str(path) if origin is None else origin.where for path, origin in zip(paths, origins, strict=True)]
-    commits = sorted({origin.commit for origin in origins if origin is not None})
-    return Content(", ".join(names), digest, ", ".join(commits) or None)
-
-
-def _sample(file: Path) -> int:
-    size, value = file.stat().st_size, 0
-    with file.open("rb") as stream:
-        for place in range(PLACES + 1):
-            stream.seek(max(0, size - PIECE) * place // PLACES)
-            value = zlib.crc32(stream.read(PIECE), value)
-    return zlib.crc32(str(size).encode(), value)
-
-
-def _digest(values: list[int]) -> int:
-    return zlib.crc32(json.dumps(values).encode())
