@@ -21,7 +21,7 @@ def test_wherever_a_model_lies_it_is_the_same(tmp_path):
     assert model_content(tmp_path / "copy") == known
 
 
-@pytest.mark.parametrize("changed", ["weights", "config", "code"])
+@pytest.mark.parametrize("changed", ["weights", "config", "ends", "code"])
 def test_what_makes_another_model(tmp_path, changed):
     folder = write_model(tmp_path / "m")
     known = model_content(folder)
@@ -30,6 +30,8 @@ def test_what_makes_another_model(tmp_path, changed):
     elif changed == "config":
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    elif changed == "ends":
+        (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
     else:
         (folder / "modeling_x.py").write_text("")
     assert model_content(folder) != known

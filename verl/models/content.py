@@ -14,8 +14,8 @@ from verl.utils.hub import hub_origin
 
 # Of a file of weights, so many bytes in so many places: training moves all of them.
 PLACES, PIECE = 8, 1 << 16
-# What a folder says of its model beside the weights; code of its own (*.py) too.
-SAYS = ("config.json", "adapter_config.json")
+# What a folder says of its model beside the weights, and of how its answers end; code of its own (*.py) too.
+SAYS = ("config.json", "adapter_config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
