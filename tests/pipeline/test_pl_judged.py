@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from tests.tiny import write_data
-from verl.pipeline.results import Student, judge, judge_arguments
+from verl.models.content import Content
+from verl.pipeline.results import Student, judge, judge_arguments, judged_once
 from verl.tools.judge.options import build_parser
 from verl.trainer.config import compose_config
 
@@ -46,3 +47,11 @@ def test_a_judge_that_failed_is_asked_with_less_memory_and_one_that_did_not_is_n
     answers = [judge(*asking, seeds=1, temperature=1.0, memory=share) for share in shares]
     assert answers == [(1, None), (0, {"students": {}}), (0, {"students": {}})]
     assert [arguments[arguments.index("--gpu_memory_utilization") + 1] for arguments in asked] == ["0.8", "0.3"]
+
+
+def test_a_stage_that_left_the_student_as_it_was_has_none_of_its_own_to_judge(tmp_path):
+    digests = {"seqkd": 1, "warmup": 1, "gad": 2, "soda": 1}
+    seqkd, warmup, gad, soda = (Student(name, tmp_path, Content(name, digest)) for name, digest in digests.items())
+    assert judged_once([seqkd, warmup, gad]) == ([seqkd, gad], {"warmup": "seqkd"})
+    assert judged_once([seqkd, warmup, soda]) == ([seqkd], {"warmup": "seqkd", "soda": "seqkd"})
+    assert judged_once([warmup, gad]) == ([warmup, gad], {})

@@ -80,7 +80,7 @@ def test_an_accuracy_that_could_not_be_told_is_left_out(tmp_path):
 
 def concluded(out, reports):
     flags = ["--model", "m", "--data", "t", "--val", "v", "--exp_name", "x", "--out", str(out)]
-    return conclude(parse_options(flags), {"seqkd": out / "students" / "seqkd"}, reports, {"seqkd": "Healthy"})
+    return conclude(parse_options(flags), {"seqkd": out / "students" / "seqkd"}, {}, reports, {"seqkd": "Healthy"})
 
 
 def test_what_comes_next(tmp_path, monkeypatch):
@@ -96,3 +96,16 @@ def test_what_comes_next(tmp_path, monkeypatch):
         advice = text.partition("next:")[2]
         assert "vllm" not in advice and "chat" not in advice and "--stages" not in advice
         assert all(word in advice for word in ("total_epochs", "optim.lr", "--judge_temperatures"))
+
+
+@pytest.mark.parametrize("accuracy", [0.7, None])
+def test_a_student_that_is_an_earlier_one_is_neither_judged_nor_the_closest(tmp_path, accuracy):
+    flags = ["--model", "m", "--data", "t", "--val", "v", "--exp_name", "x", "--out", str(tmp_path)]
+    options = parse_options([*flags, "--stages", "seqkd,warmup,gad"])
+    folders = {stage: tmp_path / "students" / stage for stage in options.stages}
+    base = (0.1, None if accuracy is None else 0.9)
+    reports = {0.8: report({"base": base, "seqkd": (0.3, accuracy), "gad": (0.2, accuracy and 0.8)})}
+    text = conclude(options, folders, {"warmup": "seqkd"}, reports, {})
+    assert f"student of warmup:  {tmp_path}/students/warmup (the weights of seqkd's)\n" in text
+    assert "closest to the teacher: seqkd" in text and "warmup at" not in text
+    assert f"{tmp_path}/students/seqkd\n" in text.partition("next:")[2] + "\n"

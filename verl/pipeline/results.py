@@ -98,6 +98,16 @@ def judges_by_discriminators(options: Namespace, config: Config, base: str) -> t
     return True, "fresh discriminators, which begin as the base model"
 
 
+def judged_once(students: Sequence[Student]) -> tuple[list[Student], dict[str, str]]:
+    """The students to be judged, and for every other the earlier one whose weights it has, as a warmup's has that train
+    the discriminator alone."""
+    first: dict[int, Student] = {}
+    for student in students:
+        first.setdefault(student.content.digest, student)
+    same = {each.name: first[each.content.digest].name for each in students}
+    return list(first.values()), {name: earlier for name, earlier in same.items() if name != earlier}
+
+
 def judge_arguments(
     config: Config, students: Sequence[Student], base: str, seeds: int, temperature: float, out: Path
 ) -> list[str]:

@@ -118,6 +118,7 @@ def problems(found: Sequence[str]) -> str:
 def conclude(
     options: Namespace,
     folders: Mapping[str, Path],
+    same: Mapping[str, str],
     reports: Mapping[float, dict[str, Any]],
     health: Mapping[str, str],
 ) -> str:
@@ -125,21 +126,27 @@ def conclude(
 
     Args:
         folders: of each student, the base left out.
+        same: those that have an earlier one's weights, and which; they are not judged.
         reports: the judge's, by temperature.
     """
     lines = [f"{options.exp_name}: {', '.join(options.stages)} done"]
     if reports:
         lines += ["", _table(reports), ""]
-    best, says = closest(reports, list(folders))
+    best, says = closest(reports, [name for name in folders if name not in same])
     student = None if best is None else folders[best]
     lines += [f"closest to the teacher: {says}"] if says else []
     lines += [f"{stage}: {sentence}" for stage, sentence in health.items()]
-    lines += ["", *(f"{f'student of {stage}:':<19} {folder}" for stage, folder in folders.items())]
+    lines += ["", *(_where(stage, folder, same) for stage, folder in folders.items())]
     if reports:
         lines.append(f"{'judge:':<19} {options.out / JUDGE}")
     if (options.out / REPORT).is_file():
         lines.append(f"{'report of all runs:':<19} {options.out / REPORT}")
     return "\n".join([*lines, "", "next:", *(f"  {line}" for line in _next(options, student))])
+
+
+def _where(stage: str, folder: Path, same: Mapping[str, str]) -> str:
+    weights = f" (the weights of {same[stage]}'s)" if stage in same else ""
+    return f"{f'student of {stage}:':<19} {folder}{weights}"
 
 
 def _next(options: Namespace, best: Path | None) -> list[str]:

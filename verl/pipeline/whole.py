@@ -7,13 +7,22 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from verl.models.content import content_of_model
 from verl.pipeline.needs import room
 from verl.pipeline.options import NUMBERS
 from verl.pipeline.preflight import Look, Preflight
 from verl.pipeline.processes import Processes, wait_until_left
-from verl.pipeline.results import STUDENTS, Student, judge, judges_by_discriminators, merge_student, write_report
+from verl.pipeline.results import (
+    STUDENTS,
+    Student,
+    judge,
+    judged_once,
+    judges_by_discriminators,
+    merge_student,
+    write_report,
+)
 from verl.pipeline.settings import arguments_of, run_folder, user_settings
 from verl.pipeline.state import State, handed_on
 from verl.pipeline.summary import BASE, conclude, describe, headline, problems
@@ -129,36 +138,48 @@ class Pipeline:
         """Merge, judge, report, and say what came of it."""
         now = Preflight(self.options, State(self.out))
         now.look_at(len(self.options.stages))
-        looks = now.looks
-        config, folders = looks[-1].config, {}
-        base = looks[0].config.actor_rollout_ref.model.path
-        students = [Student(BASE, Path(base), content_of_model(base))]
+        students = self._merged(now.looks)
+        trained, same = judged_once(students)
+        for name, earlier in same.items():
+            say(f"{name} left the student of {earlier} as it was, which is judged once")
+        code, reports = (OK, {}) if self.options.no_judge else self._judge(now.looks, trained)
+        if code:
+            return code
+        health = write_report(self.out, self.options.stages)
+        folders = {student.name: student.folder for student in students}
+        say(f"\n{conclude(self.options, folders, same, reports, health)}")
+        return OK
+
+    def _merged(self, looks: list[Look]) -> list[Student]:
+        """Each stage's student."""
+        students = []
         for look in looks:
             checkpoint = handed_on(run_folder(self.options, look.stage), look.config)
             trust = look.config.actor_rollout_ref.model.trust_remote_code
-            folders[look.stage], made = merge_student(self.out, look.stage, checkpoint, trust)
+            folder, made = merge_student(self.out, look.stage, checkpoint, trust)
             says = f"merged {checkpoint.name} of {look.stage} into" if made else f"{look.stage} is merged:"
             say(f"{says} {self.out / STUDENTS / look.stage}")
-            students.append(Student(look.stage, folders[look.stage], content_of_model(str(folders[look.stage]))))
+            students.append(Student(look.stage, folder, content_of_model(str(folder))))
+        return students
+
+    def _judge(self, looks: list[Look], trained: list[Student]) -> tuple[int, dict[float, dict[str, Any]]]:
+        """The judge's exit code, and its reports on base and students by temperature."""
+        config, base = looks[-1].config, looks[0].config.actor_rollout_ref.model.path
+        students = [Student(BASE, Path(base), content_of_model(base)), *trained]
+        by_discriminators, _ = judges_by_discriminators(self.options, config, base)
+        say(f"judging {len(students)} students: {self._judging(looks)}")
         reports = {}
-        if not self.options.no_judge:
-            by_discriminators, _ = judges_by_discriminators(self.options, config, base)
-            say(f"judging {len(students)} students: {self._judging(looks)}")
-            temperatures = self.options.judge_temperatures[: None if by_discriminators else 1]
-            for temperature in temperatures:
-                judge_model = base if by_discriminators else ""
-                code, report = judge(
-                    self.processes, self.out, config, students, judge_model, seeds=self.options.judge_seeds,
-                    temperature=temperature, memory=self.options.judge_memory,
-                )  # fmt: skip
-                if code and self.processes.received is None:
-                    say(JUDGE_FAILED)
-                if code:
-                    return code
-                reports[temperature] = report
-        health = write_report(self.out, self.options.stages)
-        say(f"\n{conclude(self.options, folders, reports, health)}")
-        return OK
+        for temperature in self.options.judge_temperatures[: None if by_discriminators else 1]:
+            code, report = judge(
+                self.processes, self.out, config, students, base if by_discriminators else "",
+                seeds=self.options.judge_seeds, temperature=temperature, memory=self.options.judge_memory,
+            )  # fmt: skip
+            if code and self.processes.received is None:
+                say(JUDGE_FAILED)
+            if code:
+                return code, {}
+            reports[temperature] = report
+        return OK, reports
 
 
 @contextmanager

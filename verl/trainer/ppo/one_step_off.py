@@ -150,10 +150,7 @@ class OneStepOff:
         compared, self.compared = self.compared, None
         if compared is None:
             return metrics
-        gap = self.student.check_sync(compared.prompts, compared.wait(), None, step)
-        # Of the beginnings of a few.
-        del gap["actor/entropy"]
-        return metrics | gap
+        return metrics | self.student.check_sync(compared.prompts, compared.wait(), None, step)
 
     # ------------------------------------------------------------ in checkpoints
 

@@ -129,8 +129,8 @@ class Student:
         """Compare the engine's log-probs with the trainer's where the engine reported them; warn if they part.
 
         Returns:
-            the gap, and the entropy of the same answers, or of all, if all have log-probs already; an update that sees
-            them all for the first time knows better.
+            the gap and, if all answers have log-probs already, their entropy: that of the few which the engine
+            reports moves with what they are about.
         """
         metrics = {} if log_probs is None else mean_entropy(table(answers, log_probs))
         reported = table(prompts, answers, log_probs).select_idxs(answers.rollout_log_probs_mask.bool())
@@ -138,7 +138,6 @@ class Student:
             return metrics
         if log_probs is None:
             reported.union(self.workers.compute_log_prob(columns(reported, PROMPT_KEYS + STUDENT_KEYS)))
-            metrics = mean_entropy(reported)
         gap = compute_sync_metrics(reported)
         tolerance = self.config.rollout.sync_check_tolerance
         if gap["training/rollout_probs_diff_mean"] > tolerance:
