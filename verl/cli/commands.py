@@ -43,7 +43,7 @@ VERL = Group(
     "Black-box distillation: a student learns to answer like a teacher that can only be asked for text.",
     {
         "distill": Command(
-            "all stages one after the other, from data to a merged student",
+            "SeqKD, or any stages one after the other, merged and judged",
             "verl.pipeline.command",
             "verl.pipeline.options",
         ),

@@ -104,8 +104,10 @@ def test_a_head_start_is_not_spoken_of(caplog):
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize(("accuracy", "worked"), [(0.59, False), (0.6, True)])
-@pytest.mark.parametrize("held_out", [True, False])
+@pytest.mark.parametrize(
+    ("held_out", "accuracy", "worked"),
+    [(True, 0.559, False), (True, 0.6, True), (False, 0.599, False), (False, 0.6, True)],
+)
 def test_a_warmup_ends_with_a_verdict(caplog, accuracy, worked, held_out):
     """By held-out pairs, or where there are none by those of training."""
     start = HeadStart(config("trainer.critic_warmup=5"), None, 9)
@@ -118,6 +120,14 @@ def test_a_warmup_ends_with_a_verdict(caplog, accuracy, worked, held_out):
     assert f"tells {accuracy:.3f} " in caplog.text and "critic.head_start.accuracy=0.6" in caplog.text
     assert ("pairs of 32 held-out prompts" if held_out else "training pairs") in caplog.text
     assert ("critic.optim.lr=5e-06 (5 to 10 times)" in caplog.text) != worked
+
+
+@pytest.mark.parametrize(("accuracy", "error"), [(0.588, 0.03), (0.597, 0.003), (0.59, 0.04)])
+def test_a_warmup_that_is_within_its_error_of_what_was_wanted_has_worked(caplog, accuracy, error):
+    start = HeadStart(config("trainer.critic_warmup=5"), None, 9)
+    with caplog.at_level(logging.INFO):
+        start.conclude(lambda: HeldOutAccuracy(accuracy, error, 128), None)
+    assert "warmup worked" in caplog.text and "accuracy=0.6 within that error: go on with GAD" in caplog.text
 
 
 def test_a_warmup_that_may_be_guessing_has_not_worked(caplog):
