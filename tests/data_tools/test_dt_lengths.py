@@ -195,6 +195,14 @@ def test_every_line_is_taken_by_the_trainer(stage, limits):
     assert "stage" not in advice.settings
 
 
+def test_only_names_that_stand_in_a_command_are_to_be_filled_in(model, tmp_path, capsys):
+    train = write_rows(tmp_path / "train.jsonl", [("q" * 10, "a" * 20)] * 40)
+    said = {"seqkd": "MODEL, TRAIN, VAL and NAME are", "gad": "MODEL, CRITIC and NAME are"}
+    for stage, names in said.items():
+        main(["--data", str(train), "--model", str(model), "--stage", stage])
+        assert f"\n{names} yours to fill in" in capsys.readouterr().out
+
+
 def test_one_command_gives_each_stage_what_its_script_gets():
     """The pipeline reads it: shared settings once, others for their stage alone; of SODA and GAD, GAD."""
     by_stage = {stage: advise(stage, LONG, 700, 0.99, "x", 8, None) for stage in ("gad", "seqkd", "soda", "warmup")}
@@ -255,6 +263,7 @@ def test_the_command_on_files(model, tmp_path, capsys):
     main([*flags, "--json", str(out), "--chart", str(chart)])
     printed = capsys.readouterr().out
     settings = settings_of(printed, "gpt5-8b-SeqKD-gspo.sh")
+    assert "\nMODEL, CRITIC, TRAIN, VAL and NAME are yours to fill in; " in printed
     script = ["bash", "scripts/train/gpt5-8b-SeqKD-gspo.sh", "--model", str(model), "--exp_name", "x", *settings]
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": "echo", "N_GPUS_PER_NODE": "1", "DATA_DIR": str(tmp_path)}
     handed = subprocess.run(script, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)

@@ -18,6 +18,8 @@ from verl.data_tools.writing import write_whole
 from verl.utils.console import table
 
 BAR = 40
+# Of the printed commands.
+FOR_THE_USER = ("MODEL", "CRITIC", "TRAIN", "VAL", "NAME")
 
 
 def sides(lengths: Lengths) -> dict[str, np.ndarray]:
@@ -68,11 +70,13 @@ def render(lengths: Lengths, source: str, advices: Sequence[Advice]) -> str:
     for advice in advices[1:]:
         own = [entry for entry in in_words(advice) if entry not in shared]
         parts.append(f"{_title(advice)}, {advice.steps} steps; other than above:\n{_reasons(own)}\n  {advice.command}")
+    commands = [advice.command for advice in advices]
     if (command := in_one_command(advices)) is not None:
         parts.append(f"all in one command:\n  {command}")
-    parts.append(
-        "MODEL, CRITIC, TRAIN, VAL and NAME are yours to fill in; what follows --nnodes 1 goes behind that script."
-    )
+        commands.append(command)
+    *names, last = [name for name in FOR_THE_USER if any(name in line.split() for line in commands)]
+    yours = f"{', '.join(names)} and {last} are yours to fill in"
+    parts.append(f"{yours}; what follows --nnodes 1 goes behind that script.")
     return "\n\n".join(parts)
 
 
