@@ -99,8 +99,8 @@ def judges_by_discriminators(options: Namespace, config: Config, base: str) -> t
 
 
 def judged_once(students: Sequence[Student]) -> tuple[list[Student], dict[str, str]]:
-    """The students to be judged, and for every other the earlier one whose weights it has, as a warmup's has that train
-    the discriminator alone."""
+    """The students to be judged, and of each other one the earlier student whose weights it has: a warmup that trains
+    the discriminator alone leaves the student as it was."""
     first: dict[int, Student] = {}
     for student in students:
         first.setdefault(student.content.digest, student)
