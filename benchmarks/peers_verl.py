@@ -38,6 +38,8 @@ STEP_LINE = re.compile(r"\bstep:(\d+) - ")
 # The chat template's marks: one before the question and one before the answer.
 TEMPLATE_TOKENS = 2
 EPOCHS = 1000  # more than the steps need
+# Its GRPO's actors reserve a core of Ray's each, eight for what they store alone; without one they wait without a word.
+RAY_CORES = 64
 
 
 class PeerError(RuntimeError):
@@ -86,6 +88,15 @@ def check(args: argparse.Namespace) -> None:
         sys.exit(f"--peer-path {args.peer_path}: expected a folder with upstream verl, found none in it: {how}")
     if args.device == "cpu" and "peer-grpo" in args.runs:
         sys.exit("upstream verl generates with vLLM on a GPU alone: on CPU pass --runs ours-sft peer-sft")
+    with tempfile.TemporaryDirectory() as name:
+        environment = environment_of(args, Path(name))
+        begun = subprocess.run(
+            [sys.executable, "-c", "import verl"], env=environment, cwd=name, capture_output=True, text=True
+        )
+    if begun.returncode:
+        # What one package wants of another stands in the lines before the last.
+        said = "\n".join(begun.stderr.strip().splitlines()[-3:])
+        sys.exit(f"--peer-path {args.peer_path}: upstream verl in it cannot be imported:\n{said}")
 
 
 def attention(folder: Path) -> str:
@@ -213,6 +224,7 @@ def grpo_command(args: argparse.Namespace, models: Path, folder: Path, rows: str
         f"reward.custom_reward_function.path={FOR_UPSTREAM / 'benchmark_reward.py'}",
         "reward.custom_reward_function.name=compute_score",
         "trainer.val_before_train=False",
+        f"ray_kwargs.ray_init.num_cpus={RAY_CORES}",
         *trainer_settings(args, folder),
     ]
 

@@ -91,6 +91,7 @@ def test_commands_say_what_is_compared(tmp_path):
     assert given[f"{actor}.model.use_remove_padding"] == "True"
     assert given[f"+{actor}.model.override_config.attn_implementation"] == "sdpa"
     assert given["trainer.total_training_steps"] == "2"
+    assert given["ray_kwargs.ray_init.num_cpus"] == "64"
     assert command[-2:] == ["trainer.use_v1=False", "data.seed=3"], "the last of two settings holds"
 
     given = settings_of(peers_verl.sft_command(args, Path("models"), Path("data"), "padded", batch=6))
@@ -163,9 +164,23 @@ def test_what_is_missing_is_said_before_work_starts(tmp_path, options, said):
         peers.main(["--shape", "tiny", "--device", "cpu", "--peer", "verl", *given])
 
 
+def write_package(folder: Path, code: str = "") -> None:
+    (folder / "verl-0.9.1.dist-info").mkdir()
+    (folder / "verl-0.9.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: verl\nVersion: 0.9.1\n")
+    (folder / "verl").mkdir()
+    (folder / "verl" / "__init__.py").write_text(code)
+
+
+def test_upstream_that_cannot_be_imported_is_said_before_work_starts(tmp_path):
+    write_package(tmp_path, "raise ImportError('tokenizers<=0.23.0 is required, but found 0.23.2')")
+    with pytest.raises(SystemExit, match=r"cannot be imported:\n(.*\n)*.*is required, but found 0\.23\.2"):
+        peers.main(
+            ["--shape", "tiny", "--device", "cpu", "--peer", "verl", "--peer-path", str(tmp_path), "--runs", "peer-sft"]
+        )
+
+
 def test_generation_needs_a_gpu(tmp_path):
-    (tmp_path / "verl-0.9.1.dist-info").mkdir()
-    (tmp_path / "verl-0.9.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: verl\nVersion: 0.9.1\n")
+    write_package(tmp_path)
     assert peers_verl.versions(tmp_path) == {"peer verl": "0.9.1"}
     with pytest.raises(SystemExit, match="on CPU pass --runs ours-sft peer-sft"):
         peers.main(["--shape", "tiny", "--device", "cpu", "--peer", "verl", "--peer-path", str(tmp_path)])
