@@ -1,0 +1,74 @@
+"""Room in the engine's KV cache: asked for once a block, and at every token as vLLM asks by itself.
+
+    python -m benchmarks.room --shape 1.5b --out room.json
+    TORCHDYNAMO_DISABLE=1 python -m benchmarks.room --device cpu --shape tiny --prompt-tokens 32 --new-tokens 96
+
+Both by one engine in turn, with the answers of one drawn as those of the other; the model never writes EOS. `step` is
+the time over the tokens of an answer, in milliseconds: that of all sequences' next token. On CPU it takes vLLM's CPU
+build, and a shape so small that most of a step is the scheduler's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import median
+from typing import Any
+
+from benchmarks.common import Report, parser, say, timed
+from benchmarks.engines import engine_settings, random_prompts, start_engine
+from benchmarks.inputs import model_folder
+from benchmarks.shapes import SHAPES
+
+COLUMNS = ("way", "sequences", "seconds", "step", "tokens_per_s", "of_every_token")
+ENGINE_SHARE = 0.5
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    result = parser(__doc__)
+    result.add_argument("--prompts", type=int, default=128)
+    result.add_argument("--prompt-tokens", type=int, default=256)
+    result.add_argument("--n", type=int, default=8, help="answers per prompt, all at once")
+    result.add_argument("--new-tokens", type=int, default=256)
+    result.add_argument("--times", type=int, default=3, help="each; medians are told (default: 3)")
+    result.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the trainer's")
+    return result
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run; returns what the JSON file gets."""
+    args = arguments().parse_args(argv)
+    # vLLM is not everywhere where the command line is asked for.
+    from verl.workers.rollout.vllm_rollout.room import ask_once_a_block, cache_manager
+
+    report = Report("room", args, COLUMNS)
+    sequences = args.prompts * args.n
+    engine = ["actor_rollout_ref.rollout.name=vllm"]
+    if args.device == "cpu":
+        engine.append("actor_rollout_ref.rollout.enforce_eager=True")
+    with model_folder(SHAPES[args.shape], args.device) as folder:
+        sizes = (args.prompt_tokens, args.new_tokens, args.n, sequences)
+        config = engine_settings(folder, args.device, *sizes, memory=ENGINE_SHARE, more=[*engine, *args.set])
+        rollout, sampling = start_engine(config), config.actor_rollout_ref.rollout.sampling
+        prompts = random_prompts(SHAPES[args.shape], args.prompts, args.prompt_tokens)
+        manager = cache_manager(rollout.llm)
+        seconds: dict[str, list[float]] = {"every token": [], "once a block": []}
+        for number in range(args.times + 1):
+            for way, times in seconds.items():
+                vars(manager).pop("allocate_slots", None)
+                if way == "once a block" and not ask_once_a_block(manager):
+                    raise SystemExit("the cache of this model is not one that is asked once a block")
+                times.append(timed(args.device, lambda: rollout.generate(prompts, sampling, 1, 0)))
+                say(f"{way}: {times[-1]:.2f} s{'' if number else ', not counted'}")
+    whole = median(seconds["every token"][1:])
+    for way, times in seconds.items():
+        middle = median(times[1:])
+        report.add(
+            way=way, sequences=sequences, seconds=middle, step=1000 * middle / args.new_tokens,
+            tokens_per_s=sequences * args.new_tokens / middle, of_every_token=middle / whole, all_seconds=times[1:],
+        )  # fmt: skip
+    return report.finish()
+
+
+if __name__ == "__main__":
+    main()

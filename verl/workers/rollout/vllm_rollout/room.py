@@ -1,0 +1,49 @@
+"""Room in the engine's KV cache, asked for where it may be lacking.
+
+For every token of every answer vLLM's scheduler has the manager of the KV cache count the blocks that the answer has
+and those that it needs. A block holds 16 tokens or more, so 15 times of 16 there is room. Where a step of the model is
+short, the GPU waits until the scheduler has been through all answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm import LLM
+from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
+
+# What the scheduler says besides of a request whose prompt is in the cache.
+FURTHER_TOKENS = {"num_lookahead_tokens": 0}
+
+
+def cache_manager(llm: LLM) -> KVCacheManager:
+    """The manager of the KV cache of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+
+
+def ask_once_a_block(manager: KVCacheManager) -> bool:
+    """Let the manager look at an answer's blocks only when its next tokens do not fit into the last of them.
+
+    Nothing else is put off but this: a block that has become full is found by later prompts once the next one is begun,
+    not at once. Layers that give blocks back as they go, or that are of several kinds, are left as they are.
+
+    Returns:
+        Whether the manager does so from now on.
+    """
+    kind, managers = type(manager.coordinator), manager.coordinator.single_type_managers
+    if kind is not UnitaryKVCacheCoordinator or type(managers[0]) is not FullAttentionManager:
+        return False
+    blocks, size, none = managers[0].req_to_blocks, managers[0].block_size, manager.empty_kv_cache_blocks
+
+    def allocate_slots(request: Request, num_new_tokens: int, **more: Any) -> KVCacheBlocks | None:
+        if more == FURTHER_TOKENS:
+            room = len(blocks.get(request.request_id, ())) * size
+            if request.num_computed_tokens + num_new_tokens <= room:
+                return none
+        return KVCacheManager.allocate_slots(manager, request, num_new_tokens, **more)
+
+    manager.allocate_slots = allocate_slots
+    return True
