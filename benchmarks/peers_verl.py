@@ -39,7 +39,9 @@ STEP_LINE = re.compile(r"\bstep:(\d+) - ")
 TEMPLATE_TOKENS = 2
 EPOCHS = 1000  # more than the steps need
 # Its GRPO's actors reserve a core of Ray's each, eight for what they store alone; without one they wait without a word.
-RAY_CORES = 64
+RAY_CORES = 24
+# What the runs' commands load.
+MODULES = {"peer-sft": "verl.trainer.sft_trainer", "peer-grpo": "verl.trainer.main_ppo, vllm"}
 
 
 class PeerError(RuntimeError):
@@ -88,15 +90,20 @@ def check(args: argparse.Namespace) -> None:
         sys.exit(f"--peer-path {args.peer_path}: expected a folder with upstream verl, found none in it: {how}")
     if args.device == "cpu" and "peer-grpo" in args.runs:
         sys.exit("upstream verl generates with vLLM on a GPU alone: on CPU pass --runs ours-sft peer-sft")
+    check_imports(args)
+
+
+def check_imports(args: argparse.Namespace) -> None:
+    """Stop where the commands that will be run cannot be loaded."""
+    modules = [MODULES[run] for run in args.runs if run in MODULES]
     with tempfile.TemporaryDirectory() as name:
+        command = [sys.executable, "-c", f"import {', '.join(modules)}"]
         environment = environment_of(args, Path(name))
-        begun = subprocess.run(
-            [sys.executable, "-c", "import verl"], env=environment, cwd=name, capture_output=True, text=True
-        )
-    if begun.returncode:
+        done = subprocess.run(command, env=environment, cwd=name, capture_output=True, text=True)
+    if done.returncode:
         # What one package wants of another stands in the lines before the last.
-        said = "\n".join(begun.stderr.strip().splitlines()[-3:])
-        sys.exit(f"--peer-path {args.peer_path}: upstream verl in it cannot be imported:\n{said}")
+        said = "\n".join(done.stderr.strip().splitlines()[-3:])
+        sys.exit(f"--peer-path {args.peer_path}: upstream verl cannot be imported ({done.returncode}):\n{said}")
 
 
 def attention(folder: Path) -> str:
@@ -224,7 +231,7 @@ def grpo_command(args: argparse.Namespace, models: Path, folder: Path, rows: str
         f"reward.custom_reward_function.path={FOR_UPSTREAM / 'benchmark_reward.py'}",
         "reward.custom_reward_function.name=compute_score",
         "trainer.val_before_train=False",
-        f"ray_kwargs.ray_init.num_cpus={RAY_CORES}",
+        f"ray_kwargs.ray_init.num_cpus={max(RAY_CORES, os.cpu_count() or 1)}",
         *trainer_settings(args, folder),
     ]
 

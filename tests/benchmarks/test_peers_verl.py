@@ -91,7 +91,7 @@ def test_commands_say_what_is_compared(tmp_path):
     assert given[f"{actor}.model.use_remove_padding"] == "True"
     assert given[f"+{actor}.model.override_config.attn_implementation"] == "sdpa"
     assert given["trainer.total_training_steps"] == "2"
-    assert given["ray_kwargs.ray_init.num_cpus"] == "64"
+    assert int(given["ray_kwargs.ray_init.num_cpus"]) >= 24
     assert command[-2:] == ["trainer.use_v1=False", "data.seed=3"], "the last of two settings holds"
 
     given = settings_of(peers_verl.sft_command(args, Path("models"), Path("data"), "padded", batch=6))
@@ -172,8 +172,8 @@ def write_package(folder: Path, code: str = "") -> None:
 
 
 def test_upstream_that_cannot_be_imported_is_said_before_work_starts(tmp_path):
-    write_package(tmp_path, "raise ImportError('tokenizers<=0.23.0 is required, but found 0.23.2')")
-    with pytest.raises(SystemExit, match=r"cannot be imported:\n(.*\n)*.*is required, but found 0\.23\.2"):
+    write_package(tmp_path, r"raise ImportError('tokenizers<=0.23.0 is required, but found 0.23.2\nTry another')")
+    with pytest.raises(SystemExit, match=r"cannot be imported \(1\):\n(.*\n)*.*found 0\.23\.2\nTry another"):
         peers.main(
             ["--shape", "tiny", "--device", "cpu", "--peer", "verl", "--peer-path", str(tmp_path), "--runs", "peer-sft"]
         )

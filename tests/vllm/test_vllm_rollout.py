@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +23,8 @@ from tests.vllm.tiny_engine import (
     greedy_answers,
     prompts,
     real_tokens,
+    running_engine,
     sampled,
-    start_engine,
     tiny_model,
 )
 from verl.batch import student_rows
@@ -41,13 +40,6 @@ LENGTHS = [3, 150, 1, 9, 200, 2]
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def tied(request):
     return request.param
-
-
-@cache
-def running_engine(tied):
-    """Kept to the end: an engine that is collected takes the process group with it."""
-    # On CPU the share is of the whole process, so the second engine has to count the first one's in.
-    return start_engine(tied, gpu_memory_utilization=0.15 if tied else 0.3)
 
 
 @pytest.fixture

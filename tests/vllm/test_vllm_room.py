@@ -1,35 +1,38 @@
-"""Room in the KV cache is asked for once a block: as few questions as that takes by hand, and the answers as before."""
+"""Room in the KV cache is asked for where a block fills or begins, as often as by hand, and all else is as before."""
 
 from functools import cache
+from random import Random
 
 import pytest
 import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
 
-from tests.vllm.tiny_engine import GREEDY, LIMIT, prompts, real_tokens, sampled, start_engine, tiny_model
+from tests.vllm.tiny_engine import GREEDY, LIMIT, prompts, real_tokens, running_engine, sampled, tiny_model
 from verl.workers.rollout.vllm_rollout.room import ask_once_a_block, cache_manager
 
 pytestmark = pytest.mark.vllm
 
-# Those of vLLM's CPU build.
+# The blocks of vLLM's CPU build. Behind a prompt seven of an answer's eight tokens are put in: the block is full with
+# the 128th token, and the next one begins with the 129th.
 BLOCK = 128
-# Of the answers' tokens but the last, which nothing follows, those to 126 and 128 need a second block, in the third and
-# the first step behind the prompt; that to 121 ends in its block's last place, that to 200 began in its second.
-LENGTHS = [126, 128, 121, 200, 3]
-CROSSING = 2
-
-
-@cache
-def running_engine():
-    """Kept to the end: an engine that is collected takes the process group with it."""
-    return start_engine()
+LENGTHS_AND_CALLS = {126: 2, 128: 1, 121: 1, 200: 0, 3: 0}
+LENGTHS = list(LENGTHS_AND_CALLS)
 
 
 @pytest.fixture
 def engine(alone, monkeypatch):
     """An engine with weights, whose answers all have `LIMIT` tokens."""
-    running = running_engine()
+    running = running_engine(True)
     running.push_weights(tiny_model().named_parameters())
     monkeypatch.setattr(running, "eos_token_ids", [])
     return running
@@ -42,7 +45,7 @@ def manager(engine):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Names of the requests that the manager was asked for."""
+    """Names of the requests that vLLM's own way was asked for."""
     names, whole = [], KVCacheManager.allocate_slots
 
     def allocate_slots(self, request, *args, **more):
@@ -53,20 +56,14 @@ def asked(monkeypatch):
     return names
 
 
-def asked_for_every_token(manager, monkeypatch):
-    """The manager as vLLM has it."""
-    monkeypatch.delattr(manager, "allocate_slots")
-
-
 def test_the_manager_is_asked_for_prompts_and_for_blocks(engine, manager, asked, monkeypatch):
     assert manager.coordinator.block_size == BLOCK
     answers = engine.generate(prompts(LENGTHS), GREEDY, seed=0)
     assert [len(answer) for answer in real_tokens(answers)] == [LIMIT] * len(LENGTHS)
-    assert len(asked) == len(LENGTHS) + CROSSING
+    assert len(asked) == len(LENGTHS) + sum(LENGTHS_AND_CALLS.values())
     asked.clear()
-    asked_for_every_token(manager, monkeypatch)
+    monkeypatch.delattr(manager, "allocate_slots")
     engine.generate(prompts(LENGTHS), GREEDY, seed=0)
-    # The last of a row's tokens is never put in.
     assert len(asked) == len(LENGTHS) * LIMIT
 
 
@@ -74,45 +71,107 @@ def test_answers_are_the_same(engine, manager, monkeypatch):
     free = manager.block_pool.get_num_free_blocks()
     drawn = [engine.generate(prompts(LENGTHS), sampled(3), seed=7)]
     assert manager.block_pool.get_num_free_blocks() == free
-    asked_for_every_token(manager, monkeypatch)
+    monkeypatch.delattr(manager, "allocate_slots")
     drawn.append(engine.generate(prompts(LENGTHS), sampled(3), seed=7))
     assert torch.equal(*(batch.batch["responses"] for batch in drawn))
     assert torch.equal(*(batch.batch["response_mask"] for batch in drawn))
 
 
-def test_answers_are_the_same_where_the_cache_is_too_small_for_all(engine, manager, monkeypatch):
-    expected = real_tokens(engine.generate(prompts([126, 127, 128]), GREEDY, seed=0))
-    pool, preempted = manager.block_pool, []
-    scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
-    whole = scheduler._preempt_request
+# ---- schedules, without a model: the scheduler of CPUs, and that of GPUs, which is a step ahead of the answers' tokens
 
-    def preempt(request, *args, **more):
-        preempted.append(request.request_id)
-        return whole(request, *args, **more)
-
-    monkeypatch.setattr(scheduler, "_preempt_request", preempt)
-    reset, held = engine.llm.reset_prefix_cache, []
-
-    def reset_and_fill() -> bool:
-        done = reset()
-        # Four are left, for six.
-        held.extend(pool.get_new_blocks(pool.get_num_free_blocks() - 4))
-        return done
-
-    monkeypatch.setattr(engine.llm, "reset_prefix_cache", reset_and_fill)
-    try:
-        answers = real_tokens(engine.generate(prompts([126, 127, 128]), GREEDY, seed=0))
-    finally:
-        pool.free_blocks(held)
-    assert preempted
-    assert answers == expected
+SMALL_BLOCK, MOST_TOKENS = 16, 256
 
 
-@pytest.mark.parametrize(("spec", "expected"), [(FullAttentionSpec, True), (SlidingWindowSpec, False)])
-def test_windows_which_give_blocks_back_are_asked_for_at_every_token(spec, expected):
-    sizes = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
-    window = {"sliding_window": 32} if spec is SlidingWindowSpec else {}
-    config = KVCacheConfig(8, [], [KVCacheGroupSpec(["layer"], spec(**sizes, **window))])
+@pytest.fixture(scope="module")
+def engine_config(tmp_path_factory):
+    """The engine's configuration by the tokens that a step may hold."""
+    folder = tmp_path_factory.mktemp("config")
+    tiny_model().config.save_pretrained(folder)
+    init_none_hash(sha256)
+
+    @cache
+    def config(step_tokens: int):
+        return EngineArgs(
+            model=str(folder), skip_tokenizer_init=True, load_format="dummy", max_model_len=MOST_TOKENS,
+            max_num_seqs=32, max_num_batched_tokens=step_tokens, enable_chunked_prefill=True, block_size=SMALL_BLOCK,
+        ).create_engine_config()  # fmt: skip
+
+    return config
+
+
+def cache_of(blocks: int, spec=FullAttentionSpec, **window) -> KVCacheConfig:
+    layer = spec(block_size=SMALL_BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32, **window)
+    return KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], layer)])
+
+
+def some_requests(draw: Random) -> list[Request]:
+    """Of six prompts, some with several answers, of up to 90 tokens."""
+    hasher, copies = get_request_block_hasher(SMALL_BLOCK, sha256), draw.choice([1, 4])
+    lengths = [draw.choice([1, 15, 16, 17, 32, 100, draw.randrange(1, 160)]) for _ in range(6)]
+    texts = [[draw.randrange(500) for _ in range(length)] for length in lengths]
+
+    def request(number: int) -> Request:
+        limits = SamplingParams(max_tokens=draw.randrange(1, 90), ignore_eos=True)
+        return Request(str(number), list(texts[number // copies]), limits, None, block_hasher=hasher)
+
+    return [request(number) for number in range(6 * copies)]
+
+
+def schedule(scheduler_class, config, blocks: int, requests: list[Request], once_a_block: bool) -> list[tuple]:
+    """Of each step: tokens by request, the blocks that each has, those that are free, and who lost theirs."""
+    config.cache_config.num_gpu_blocks = blocks
+    scheduler = scheduler_class(
+        vllm_config=config, kv_cache_config=cache_of(blocks), structured_output_manager=StructuredOutputManager(config),
+        block_size=SMALL_BLOCK, hash_block_size=SMALL_BLOCK,
+    )  # fmt: skip
+    manager, steps, on_the_way = scheduler.kv_cache_manager, [], []
+    assert not once_a_block or ask_once_a_block(manager)
+    for request in requests:
+        scheduler.add_request(request)
+    while scheduler.has_requests() or on_the_way:
+        step = scheduler.schedule()
+        held = manager.coordinator.single_type_managers[0].req_to_blocks
+        tables = {name: [block.block_id for block in table] for name, table in held.items()}
+        free, lost = manager.block_pool.get_num_free_blocks(), sorted(step.preempted_req_ids or ())
+        steps.append((dict(step.num_scheduled_tokens), tables, free, lost))
+        if step.num_scheduled_tokens:
+            unfinished = {name for name in step.num_scheduled_tokens if scheduler.requests[name].is_prefill_chunk}
+            on_the_way.append((step, unfinished))
+        ahead = scheduler_class is AsyncScheduler and bool(step.num_scheduled_tokens)
+        if len(on_the_way) > ahead:
+            done, unfinished = on_the_way.pop(0)
+            names = list(done.num_scheduled_tokens)
+            tokens = [[] if name in unfinished else [len(steps) * 7 % 500] for name in names]
+            places = {name: place for place, name in enumerate(names)}
+            output = ModelRunnerOutput(
+                req_ids=names, req_id_to_index=places, sampled_token_ids=tokens, logprobs=None,
+                prompt_logprobs_dict={}, pooler_output=[],
+            )  # fmt: skip
+            scheduler.update_from_output(done, output)
+    assert manager.block_pool.get_num_free_blocks() == blocks - 1, "all but the one that stands for none"
+    return steps
+
+
+@pytest.mark.parametrize("scheduler_class", [Scheduler, AsyncScheduler])
+def test_schedules_are_the_same(scheduler_class, engine_config):
+    lost = 0
+    for seed in range(24):
+        draw = Random(seed)
+        config, blocks = engine_config(draw.choice([32, 40, 100, 512])), draw.choice([40, 60, 400])
+        expected, found = (
+            schedule(scheduler_class, config, blocks, some_requests(Random(seed)), once_a_block)
+            for once_a_block in (False, True)
+        )
+        assert found == expected, seed
+        lost += sum(len(step[-1]) for step in expected)
+    assert lost, "blocks must be scarce for this to prove everything"
+
+
+@pytest.mark.parametrize(("layers", "expected"), [("all", True), ("windows", False), ("both", False)])
+def test_layers_that_give_blocks_back_are_left_alone(layers, expected):
+    whole, windows = cache_of(8), cache_of(8, SlidingWindowSpec, sliding_window=32)
+    both = KVCacheConfig(8, [], whole.kv_cache_groups + windows.kv_cache_groups)
+    config = {"all": whole, "windows": windows, "both": both}[layers]
     manager = KVCacheManager(config, max_model_len=128, scheduler_block_size=16, hash_block_size=16)
     assert ask_once_a_block(manager) == expected
     assert ("allocate_slots" in vars(manager)) == expected

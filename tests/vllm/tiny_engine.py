@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -50,6 +51,13 @@ def start_engine(tied: bool = True, **changes) -> BaseRollout:
         settings("gspo").actor_rollout_ref.rollout, name="vllm", prompt_length=PROMPT, response_length=LIMIT, **options
     )
     return get_rollout_class("vllm")(tiny_model(tied=tied).config, byte_tokenizer(), config, "cpu")
+
+
+@cache
+def running_engine(tied: bool) -> BaseRollout:
+    """One for all tests of a process, kept to its end: an engine that is collected takes the process group with it."""
+    # On CPU the share is of the whole process, so the second engine has to count the first one's in.
+    return start_engine(tied, gpu_memory_utilization=0.15 if tied else 0.3)
 
 
 def sampled(n: int) -> SamplingConfig:

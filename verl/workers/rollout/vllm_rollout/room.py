@@ -1,8 +1,8 @@
 """Room in the engine's KV cache, asked for where it may be lacking.
 
 For every token of every answer vLLM's scheduler has the manager of the KV cache count the blocks that the answer has
-and those that it needs. A block holds 16 tokens or more, so 15 times of 16 there is room. Where a step of the model is
-short, the GPU waits until the scheduler has been through all answers.
+and those that it needs. A block holds 16 tokens or more, so nearly always there is room. Where a step of the model
+takes less time than the scheduler needs for all answers, the GPU waits for that.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-# What the scheduler says besides of a request whose prompt is in the cache.
-FURTHER_TOKENS = {"num_lookahead_tokens": 0}
+# What the scheduler says besides of a request that runs already.
+RUNNING = {"num_lookahead_tokens": 0}
 
 
 def cache_manager(llm: LLM) -> KVCacheManager:
@@ -25,23 +25,25 @@ def cache_manager(llm: LLM) -> KVCacheManager:
 
 
 def ask_once_a_block(manager: KVCacheManager) -> bool:
-    """Let the manager look at an answer's blocks only when its next tokens do not fit into the last of them.
+    """Let the manager look at a request's blocks only when its next tokens fill the last of them, which is then there
+    for other prompts to find, or need another.
 
-    Nothing else is put off but this: a block that has become full is found by later prompts once the next one is begun,
-    not at once. Layers that give blocks back as they go, or that are of several kinds, are left as they are.
+    Everything comes out as without it. Layers that give blocks back as they go, or that are of several kinds, are left
+    as they are.
 
     Returns:
         Whether the manager does so from now on.
     """
-    kind, managers = type(manager.coordinator), manager.coordinator.single_type_managers
-    if kind is not UnitaryKVCacheCoordinator or type(managers[0]) is not FullAttentionManager:
+    of_blocks = manager.coordinator.single_type_managers[0]
+    kinds = type(manager), type(manager.coordinator), type(of_blocks)
+    if kinds != (KVCacheManager, UnitaryKVCacheCoordinator, FullAttentionManager):
         return False
-    blocks, size, none = managers[0].req_to_blocks, managers[0].block_size, manager.empty_kv_cache_blocks
+    blocks, size, none = of_blocks.req_to_blocks, of_blocks.block_size, manager.empty_kv_cache_blocks
 
     def allocate_slots(request: Request, num_new_tokens: int, **more: Any) -> KVCacheBlocks | None:
-        if more == FURTHER_TOKENS:
+        if more == RUNNING:
             room = len(blocks.get(request.request_id, ())) * size
-            if request.num_computed_tokens + num_new_tokens <= room:
+            if request.num_computed_tokens + num_new_tokens < room:
                 return none
         return KVCacheManager.allocate_slots(manager, request, num_new_tokens, **more)
 
