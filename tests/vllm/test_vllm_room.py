@@ -1,24 +1,11 @@
 """Room in the KV cache is asked for where a block fills or begins, as often as by hand, and all else is as before."""
 
-from functools import cache
 from random import Random
 
 import pytest
 import torch
-from vllm import SamplingParams
-from vllm.engine.arg_utils import EngineArgs
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
-from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.vllm.tiny_engine import GREEDY, LIMIT, prompts, real_tokens, running_engine, sampled, tiny_model
-from verl.workers.rollout.vllm_rollout.room import ask_once_a_block, cache_manager
 
 pytestmark = pytest.mark.vllm
 
@@ -40,12 +27,16 @@ def engine(alone, monkeypatch):
 
 @pytest.fixture
 def manager(engine):
+    from verl.workers.rollout.vllm_rollout.room import cache_manager
+
     return cache_manager(engine.llm)
 
 
 @pytest.fixture
 def asked(monkeypatch):
     """Names of the requests that vLLM's own way was asked for."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
     names, whole = [], KVCacheManager.allocate_slots
 
     def allocate_slots(self, request, *args, **more):
@@ -77,89 +68,26 @@ def test_answers_are_the_same(engine, manager, monkeypatch):
     assert torch.equal(*(batch.batch["response_mask"] for batch in drawn))
 
 
-# ---- schedules, without a model: the scheduler of CPUs, and that of GPUs, which is a step ahead of the answers' tokens
-
-SMALL_BLOCK, MOST_TOKENS = 16, 256
+# ---- schedules, without a model
 
 
 @pytest.fixture(scope="module")
-def engine_config(tmp_path_factory):
-    """The engine's configuration by the tokens that a step may hold."""
-    folder = tmp_path_factory.mktemp("config")
-    tiny_model().config.save_pretrained(folder)
-    init_none_hash(sha256)
+def schedules():
+    from tests.vllm import schedules
 
-    @cache
-    def config(step_tokens: int):
-        return EngineArgs(
-            model=str(folder), skip_tokenizer_init=True, load_format="dummy", max_model_len=MOST_TOKENS,
-            max_num_seqs=32, max_num_batched_tokens=step_tokens, enable_chunked_prefill=True, block_size=SMALL_BLOCK,
-        ).create_engine_config()  # fmt: skip
-
-    return config
+    return schedules
 
 
-def cache_of(blocks: int, spec=FullAttentionSpec, **window) -> KVCacheConfig:
-    layer = spec(block_size=SMALL_BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32, **window)
-    return KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], layer)])
-
-
-def some_requests(draw: Random) -> list[Request]:
-    """Of six prompts, some with several answers, of up to 90 tokens."""
-    hasher, copies = get_request_block_hasher(SMALL_BLOCK, sha256), draw.choice([1, 4])
-    lengths = [draw.choice([1, 15, 16, 17, 32, 100, draw.randrange(1, 160)]) for _ in range(6)]
-    texts = [[draw.randrange(500) for _ in range(length)] for length in lengths]
-
-    def request(number: int) -> Request:
-        limits = SamplingParams(max_tokens=draw.randrange(1, 90), ignore_eos=True)
-        return Request(str(number), list(texts[number // copies]), limits, None, block_hasher=hasher)
-
-    return [request(number) for number in range(6 * copies)]
-
-
-def schedule(scheduler_class, config, blocks: int, requests: list[Request], once_a_block: bool) -> list[tuple]:
-    """Of each step: tokens by request, the blocks that each has, those that are free, and who lost theirs."""
-    config.cache_config.num_gpu_blocks = blocks
-    scheduler = scheduler_class(
-        vllm_config=config, kv_cache_config=cache_of(blocks), structured_output_manager=StructuredOutputManager(config),
-        block_size=SMALL_BLOCK, hash_block_size=SMALL_BLOCK,
-    )  # fmt: skip
-    manager, steps, on_the_way = scheduler.kv_cache_manager, [], []
-    assert not once_a_block or ask_once_a_block(manager)
-    for request in requests:
-        scheduler.add_request(request)
-    while scheduler.has_requests() or on_the_way:
-        step = scheduler.schedule()
-        held = manager.coordinator.single_type_managers[0].req_to_blocks
-        tables = {name: [block.block_id for block in table] for name, table in held.items()}
-        free, lost = manager.block_pool.get_num_free_blocks(), sorted(step.preempted_req_ids or ())
-        steps.append((dict(step.num_scheduled_tokens), tables, free, lost))
-        if step.num_scheduled_tokens:
-            unfinished = {name for name in step.num_scheduled_tokens if scheduler.requests[name].is_prefill_chunk}
-            on_the_way.append((step, unfinished))
-        ahead = scheduler_class is AsyncScheduler and bool(step.num_scheduled_tokens)
-        if len(on_the_way) > ahead:
-            done, unfinished = on_the_way.pop(0)
-            names = list(done.num_scheduled_tokens)
-            tokens = [[] if name in unfinished else [len(steps) * 7 % 500] for name in names]
-            places = {name: place for place, name in enumerate(names)}
-            output = ModelRunnerOutput(
-                req_ids=names, req_id_to_index=places, sampled_token_ids=tokens, logprobs=None,
-                prompt_logprobs_dict={}, pooler_output=[],
-            )  # fmt: skip
-            scheduler.update_from_output(done, output)
-    assert manager.block_pool.get_num_free_blocks() == blocks - 1, "all but the one that stands for none"
-    return steps
-
-
-@pytest.mark.parametrize("scheduler_class", [Scheduler, AsyncScheduler])
-def test_schedules_are_the_same(scheduler_class, engine_config):
-    lost = 0
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_schedules_are_the_same(kind, schedules, tmp_path_factory):
+    lost, folder = 0, tmp_path_factory.mktemp("config")
     for seed in range(24):
         draw = Random(seed)
-        config, blocks = engine_config(draw.choice([32, 40, 100, 512])), draw.choice([40, 60, 400])
+        config, blocks = schedules.engine_config(folder, draw.choice([32, 40, 100, 512])), draw.choice([40, 60, 400])
         expected, found = (
-            schedule(scheduler_class, config, blocks, some_requests(Random(seed)), once_a_block)
+            schedules.schedule(
+                schedules.SCHEDULERS[kind], config, blocks, schedules.some_requests(Random(seed)), once_a_block
+            )
             for once_a_block in (False, True)
         )
         assert found == expected, seed
@@ -168,10 +96,7 @@ def test_schedules_are_the_same(scheduler_class, engine_config):
 
 
 @pytest.mark.parametrize(("layers", "expected"), [("all", True), ("windows", False), ("both", False)])
-def test_layers_that_give_blocks_back_are_left_alone(layers, expected):
-    whole, windows = cache_of(8), cache_of(8, SlidingWindowSpec, sliding_window=32)
-    both = KVCacheConfig(8, [], whole.kv_cache_groups + windows.kv_cache_groups)
-    config = {"all": whole, "windows": windows, "both": both}[layers]
-    manager = KVCacheManager(config, max_model_len=128, scheduler_block_size=16, hash_block_size=16)
-    assert ask_once_a_block(manager) == expected
+def test_layers_that_give_blocks_back_are_left_alone(layers, expected, schedules):
+    manager = schedules.manager_of(layers)
+    assert schedules.ask_once_a_block(manager) == expected
     assert ("allocate_slots" in vars(manager)) == expected

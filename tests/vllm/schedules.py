@@ -1,0 +1,100 @@
+"""Schedules of vLLM's own schedulers without a model; imported where vLLM is there alone."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from random import Random
+
+import torch
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from tests.vllm.tiny_engine import tiny_model
+from verl.workers.rollout.vllm_rollout.room import ask_once_a_block
+
+SMALL_BLOCK, MOST_TOKENS = 16, 256
+# Of CPUs, and of GPUs, which is a step ahead of the answers' tokens.
+SCHEDULERS = {"sync": Scheduler, "async": AsyncScheduler}
+
+
+@cache
+def engine_config(folder: Path, step_tokens: int) -> VllmConfig:
+    """The engine's configuration where a step may hold so many tokens."""
+    tiny_model().config.save_pretrained(folder)
+    init_none_hash(sha256)
+    return EngineArgs(
+        model=str(folder), skip_tokenizer_init=True, load_format="dummy", max_model_len=MOST_TOKENS,
+        max_num_seqs=32, max_num_batched_tokens=step_tokens, enable_chunked_prefill=True, block_size=SMALL_BLOCK,
+    ).create_engine_config()  # fmt: skip
+
+
+def cache_of(blocks: int, spec=FullAttentionSpec, **window) -> KVCacheConfig:
+    layer = spec(block_size=SMALL_BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32, **window)
+    return KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], layer)])
+
+
+def some_requests(draw: Random) -> list[Request]:
+    """Of six prompts, some with several answers, of up to 90 tokens."""
+    hasher, copies = get_request_block_hasher(SMALL_BLOCK, sha256), draw.choice([1, 4])
+    lengths = [draw.choice([1, 15, 16, 17, 32, 100, draw.randrange(1, 160)]) for _ in range(6)]
+    texts = [[draw.randrange(500) for _ in range(length)] for length in lengths]
+
+    def request(number: int) -> Request:
+        limits = SamplingParams(max_tokens=draw.randrange(1, 90), ignore_eos=True)
+        return Request(str(number), list(texts[number // copies]), limits, None, block_hasher=hasher)
+
+    return [request(number) for number in range(6 * copies)]
+
+
+def schedule(scheduler_class, config, blocks: int, requests: list[Request], once_a_block: bool) -> list[tuple]:
+    """Of each step: tokens by request, the blocks that each has, those that are free, and who lost theirs."""
+    config.cache_config.num_gpu_blocks = blocks
+    scheduler = scheduler_class(
+        vllm_config=config, kv_cache_config=cache_of(blocks), structured_output_manager=StructuredOutputManager(config),
+        block_size=SMALL_BLOCK, hash_block_size=SMALL_BLOCK,
+    )  # fmt: skip
+    manager, steps, on_the_way = scheduler.kv_cache_manager, [], []
+    assert not once_a_block or ask_once_a_block(manager)
+    for request in requests:
+        scheduler.add_request(request)
+    while scheduler.has_requests() or on_the_way:
+        step = scheduler.schedule()
+        held = manager.coordinator.single_type_managers[0].req_to_blocks
+        tables = {name: [block.block_id for block in table] for name, table in held.items()}
+        free, lost = manager.block_pool.get_num_free_blocks(), sorted(step.preempted_req_ids or ())
+        steps.append((dict(step.num_scheduled_tokens), tables, free, lost))
+        if step.num_scheduled_tokens:
+            unfinished = {name for name in step.num_scheduled_tokens if scheduler.requests[name].is_prefill_chunk}
+            on_the_way.append((step, unfinished))
+        ahead = scheduler_class is AsyncScheduler and bool(step.num_scheduled_tokens)
+        if len(on_the_way) > ahead:
+            done, unfinished = on_the_way.pop(0)
+            names = list(done.num_scheduled_tokens)
+            tokens = [[] if name in unfinished else [len(steps) * 7 % 500] for name in names]
+            places = {name: place for place, name in enumerate(names)}
+            output = ModelRunnerOutput(
+                req_ids=names, req_id_to_index=places, sampled_token_ids=tokens, logprobs=None,
+                prompt_logprobs_dict={}, pooler_output=[],
+            )  # fmt: skip
+            scheduler.update_from_output(done, output)
+    assert manager.block_pool.get_num_free_blocks() == blocks - 1, "all but the one that stands for none"
+    return steps
+
+
+def manager_of(layers: str) -> KVCacheManager:
+    """Of layers that look at all, at windows, or of both kinds."""
+    whole, windows = cache_of(8), cache_of(8, SlidingWindowSpec, sliding_window=32)
+    both = KVCacheConfig(8, [], whole.kv_cache_groups + windows.kv_cache_groups)
+    config = {"all": whole, "windows": windows, "both": both}[layers]
+    return KVCacheManager(config, max_model_len=128, scheduler_block_size=SMALL_BLOCK, hash_block_size=SMALL_BLOCK)
