@@ -9,6 +9,7 @@ console gets for one step to the next one's.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -106,10 +107,25 @@ def check_imports(args: argparse.Namespace) -> None:
         sys.exit(f"--peer-path {args.peer_path}: upstream verl cannot be imported ({done.returncode}):\n{said}")
 
 
-def attention(folder: Path) -> str:
-    """flash-attn where upstream finds it, else what PyTorch has."""
+def attention(args: argparse.Namespace) -> str:
+    """flash-attn where upstream finds it and there is a GPU for it, else what PyTorch has."""
+    return "flash_attention_2" if args.device == "cuda" and _finds("flash_attn", args) else "sdpa"
+
+
+def attention_told(args: argparse.Namespace) -> str:
+    """As `attention`, and whose kernels they are."""
+    return f"{attention(args)}{', kernels of PyTorch' if lacks_kernels(args) else ''}"
+
+
+def lacks_kernels(args: argparse.Namespace) -> bool:
+    """Whether flash-attn is there without its compiled half, for which `upstream/attention` stands in."""
+    compiled = importlib.util.find_spec("flash_attn_2_cuda") or any(args.peer_path.glob("flash_attn_2_cuda*.so"))
+    return attention(args) != "sdpa" and not compiled
+
+
+def _finds(package: str, args: argparse.Namespace) -> bool:
     here = {dist.metadata["Name"].replace("-", "_") for dist in distributions()}
-    return "flash_attention_2" if "flash_attn" in here or "peer flash_attn" in versions(folder) else "sdpa"
+    return package in here or f"peer {package}" in versions(args.peer_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +170,7 @@ def model_settings(args: argparse.Namespace, rows: str) -> list[str]:
     return [
         "enable_gradient_checkpointing=False",
         f"use_remove_padding={rows == 'packed'}",
-        f"+override_config.attn_implementation={attention(args.peer_path)}",
+        f"+override_config.attn_implementation={attention(args)}",
     ]
 
 
@@ -238,8 +254,9 @@ def grpo_command(args: argparse.Namespace, models: Path, folder: Path, rows: str
 
 def environment_of(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     """Upstream's: its own packages alone, metrics in `folder/metrics.jsonl`, and nothing looked up in the network."""
+    folders = [args.peer_path.resolve(), FOR_UPSTREAM, *([FOR_UPSTREAM / "attention"] if lacks_kernels(args) else [])]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(args.peer_path.resolve()), str(FOR_UPSTREAM)]),
+        "PYTHONPATH": os.pathsep.join(map(str, folders)),
         "PYTHONUNBUFFERED": "1",
         "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
         "HF_HUB_OFFLINE": "1",
@@ -349,4 +366,4 @@ def _report(args: argparse.Namespace, report: Report, task: str, rows: str, comm
         report.failures.append(f"verl {task}, {rows} rows")
         return
     row = (sft_row if task == "sft" else grpo_row)(done, args.warmup)
-    report.add(task=task, who=f"verl {rows}", attention=attention(args.peer_path), **row)
+    report.add(task=task, who=f"verl {rows}", attention=attention_told(args), **row)

@@ -312,6 +312,16 @@ def test_without_resharding_all_layers_are_gathered(actor):
     assert parts["gathered layers"] == 2 * PARAMETERS + 2 * (EMBEDDING + 1536) + 6 * LAYER
 
 
+def test_a_model_of_few_parameters_is_gathered_at_once(actor):
+    key = f"{ACTOR}.fsdp_config.wrap_policy.min_num_params"
+    at_once = estimate_memory(run_of(f"{key}={PARAMETERS + 1}"), actor, None, 80 * GIB).phases["update_actor"]
+    # Weights and gradients in two bytes, and the layers' gradients once more in four.
+    assert at_once["gathered layers"] == 2 * PARAMETERS + 2 * PARAMETERS + 4 * 28 * LAYER
+    by_layers = [estimate_memory(run_of(f"{key}={few}"), actor, None, 80 * GIB) for few in (0, PARAMETERS)]
+    layer_by_layer = 2 * (EMBEDDING + 1536 + 2 * LAYER) + 2 * (EMBEDDING + 1536) + 6 * LAYER
+    assert [one.phases["update_actor"]["gathered layers"] for one in by_layers] == [layer_by_layer] * 2
+
+
 def test_offloading_moves_parts_to_the_host_while_others_work(actor, critic):
     flags = [f"{ACTOR}.fsdp_config.param_offload=True", f"{ACTOR}.fsdp_config.optimizer_offload=True"]
     flags += ["critic.model.fsdp_config.optimizer_offload=True", "actor_rollout_ref.ref.fsdp_config.param_offload=True"]

@@ -17,6 +17,8 @@ from verl.models.loading import load_model
 from verl.models.sharding import build_sharded_model, full_parameters, shard
 
 LOSSES, KINDS = ("sft", "gspo", "bradley_terry"), ("lora", "dora", "4bit")
+# Of gathering weights.
+WAYS = {"by-layers": [], "at-once": ["actor_rollout_ref.actor.fsdp_config.wrap_policy.min_num_params=1000000"]}
 
 
 def run(rank: int, world_size: int, folder: Path) -> None:
@@ -32,10 +34,11 @@ def run(rank: int, world_size: int, folder: Path) -> None:
     mine = slice(share * rank, share * (rank + 1))
     for loss in LOSSES:
         for kind in KINDS:
-            config = settings(loss, "tokens")
-            result = adapted_update(loss, config, batch()[mine], kind, lambda m, c=config: _sharded(m, c))
-            if rank == 0:
-                torch.save(result, folder / f"{loss}-{kind}.pt")
+            for way, overrides in WAYS.items():
+                config = settings(loss, "tokens", overrides)
+                result = adapted_update(loss, config, batch()[mine], kind, lambda m, c=config: _sharded(m, c))
+                if rank == 0:
+                    torch.save(result, folder / f"{loss}-{kind}-{way}.pt")
     _check_what_is_built(folder)
     _check_what_is_built_in_4bit(folder)
     leave()

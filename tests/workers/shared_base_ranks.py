@@ -13,6 +13,7 @@ from tests.ranks import leave
 from tests.tiny import answer_rows
 from tests.workers.adapters_setup import gradients_of
 from tests.workers.updates_setup import EOS, PROMPTS, batch, settings
+from verl.config import WrapPolicy
 from verl.memory.offload import Offloader
 from verl.models.answer_models import AnswerModel
 from verl.models.sharding import build_sharded_model, full_parameters, reshard
@@ -43,12 +44,15 @@ def own_part(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def build(folder: Path, case: str, shared: bool, offload: bool = False, reshard: bool = True) -> Pair:
+def build(
+    folder: Path, case: str, shared: bool, offload: bool = False, reshard: bool = True, at_once: bool = False
+) -> Pair:
     """From `folder`'s base, in the type that the case names; its adapters are `dora`, its weights in `4bit`."""
     dtype, _, kind = case.partition("-")
     config = settings("gspo")
     group, critic = config.actor_rollout_ref, config.critic.model
     fsdp = replace(group.actor.fsdp_config, dtype=dtype, reshard_after_forward=reshard)
+    fsdp = replace(fsdp, wrap_policy=WrapPolicy(10**6 if at_once else 0))
     adapters = {"path": str(folder / "base"), "lora_rank": 3, "use_dora": kind == "dora"}
     adapters["load_in_4bit"] = kind == "4bit"
     torch.manual_seed(5)
@@ -92,6 +96,7 @@ def seen_of(pair: Pair) -> dict[str, dict[str, torch.Tensor]]:
     with pair.students.on_device(), torch.no_grad():
         seen["values"] |= {"log_probs": pair.student(ROWS)[0]}
     with pair.students.on_device():
+        reshard(pair.student)
         seen["pushed"] = {name: tensor.clone() for name, tensor in full_parameters(pair.student.hf)}
     return seen
 
@@ -153,6 +158,7 @@ def run(rank: int, world_size: int, folder: Path, cases: tuple[str, ...]) -> Non
         if world_size == 2:
             check_offloading(offloaded)
         seen["offloaded"] = seen_of(offloaded)
+        seen["at once"] = seen_of(build(folder, case, shared=True, at_once=True))
         if rank == 0:
             torch.save(seen, folder / f"{case}{world_size}.pt")
     leave()

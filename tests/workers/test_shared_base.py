@@ -26,9 +26,9 @@ from verl.trainer.config import compose_config
     ],
 )
 def test_nothing_but_memory_differs_from_two_bases(tmp_path, ranks, cases):
-    """Gradients after an update of each, values and merged weights, to the bit, offloaded or not; the child looks at
-    the memory. On three ranks the last one's shards are shorter, 86 of 260 rows of the embedding and 10 of 32 of
-    others."""
+    """Gradients after an update of each, values and merged weights, to the bit, offloaded or not, gathered layer by
+    layer or at once; the child looks at the memory. On three ranks the last one's shards are shorter, 86 of 260 rows of
+    the embedding and 10 of 32 of others."""
     write_model(tmp_path / "base")
     torch.multiprocessing.spawn(shared_base_ranks.run, args=(ranks, tmp_path, cases), nprocs=ranks)
     for case in cases:
@@ -38,7 +38,7 @@ def test_nothing_but_memory_differs_from_two_bases(tmp_path, ranks, cases):
         assert adapters == 2 * 2 * (3 if case.endswith("dora") else 2)
         for part, expected in seen[False].items():
             assert all(tensor.any() for name, tensor in expected.items() if ".lora_" in name), part
-            for way in (True, "offloaded"):
+            for way in (True, "offloaded", "at once"):
                 assert_equal_tensors(seen[way][part], expected)
 
 

@@ -54,9 +54,17 @@ def test_gradient_and_metrics_do_not_depend_on_the_number_of_ranks(tmp_path):
             assert result["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (loss, name)
         # Two layers and what is around them, once for the whole mini-batch, however many micro-batches it had.
         assert result["reductions"] == 3, loss
-    every = torch.load(tmp_path / "every.pt", weights_only=True)
-    assert_same_gradients(every["gradients"], gradients(update("gspo", settings("gspo"), batch())[0]))
-    assert every["reductions"] > 3, "one micro-batch shows nothing"
+    more = {name: torch.load(tmp_path / f"{name}.pt", weights_only=True) for name, _, _ in updates_on_two_ranks.MORE}
+    for name, loss, _ in updates_on_two_ranks.MORE:
+        whole, expected = update(loss, settings(loss), batch())
+        assert_same_gradients(more[name]["gradients"], gradients(whole))
+        for metric, value in expected.items():
+            assert more[name]["metrics"][metric] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, metric)
+    assert more["every"]["reductions"] > 3, "one micro-batch shows nothing"
+    assert more["every"]["reductions"] == 3 * more["every-at-once"]["reductions"]
+    # Weights that are gathered at once stay so from the first micro-batch to the last.
+    assert {more[f"{loss}-at-once"]["gathers"] for loss in ("sft", "gspo", "ranking", "soda")} == {1}
+    assert {more[f"{loss}-at-once"]["reductions"] for loss in ("sft", "gspo", "ranking", "soda")} == {1}
 
 
 def test_sft_loss_and_gradient_equal_hugging_face_cross_entropy():

@@ -15,13 +15,21 @@ from verl.models.sharding import full_parameters, shard
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.updates import MetricSums
 
+OLD_NAMES = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
 ACTOR_SYNC = "actor_rollout_ref.actor.fsdp_config.sync_gradients_once"
+AT_ONCE = "actor_rollout_ref.actor.fsdp_config.wrap_policy.min_num_params=1000000"
+# Name, loss and settings of updates beside those of all losses.
+MORE = [
+    ("every", "gspo", [f"{ACTOR_SYNC}=False"]),
+    ("every-at-once", "gspo", [f"{ACTOR_SYNC}=False", AT_ONCE]),
+    *((f"{loss}-at-once", loss, [AT_ONCE]) for loss in ("sft", "gspo", "ranking", "soda")),
+]
 
 
 def run(rank: int, world_size: int, folder: Path, device: str = "cpu") -> None:
     """One rank: every loss once, cut by tokens; rank 0 writes gradients and metrics, and the number of times that
-    gradients were reduced, to `folder`. Then one loss with gradients reduced at every micro-batch, and the weights that
-    an engine would get before and after a forward pass in bf16."""
+    weights were gathered and gradients reduced, to `folder`. Some with gradients reduced at every micro-batch or the
+    model gathered at once. And the weights that an engine would get before and after a forward pass in bf16."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     backend = "gloo"
@@ -32,18 +40,19 @@ def run(rank: int, world_size: int, folder: Path, device: str = "cpu") -> None:
     dist.init_process_group(
         backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size, timeout=timeout
     )
-    reductions = _count_reductions()
+    gathers, reductions = _count("all_gather"), _count("reduce_scatter")
     # Ranks get different rows and different numbers of tokens.
     share = PROMPTS // world_size
     mine = slice(share * rank, share * (rank + 1))
-    for name, loss, overrides in [*((loss, loss, []) for loss in LOSSES), ("every", "gspo", [f"{ACTOR_SYNC}=False"])]:
+    for name, loss, overrides in [*((loss, loss, []) for loss in LOSSES), *MORE]:
         config = settings(loss, "tokens", overrides)
+        gathers.clear()
         reductions.clear()
         module, metrics = update(loss, config, batch()[mine], lambda m, c=config: _sharded(m, c, device))
         gradients = {name: parameter.grad.full_tensor().cpu() for name, parameter in module.named_parameters()}
         if rank == 0:
-            result = {"gradients": gradients, "metrics": metrics, "reductions": len(reductions)}
-            torch.save(result, folder / f"{name}.pt")
+            counts = {"gathers": len(gathers), "reductions": len(reductions)}
+            torch.save({"gradients": gradients, "metrics": metrics, **counts}, folder / f"{name}.pt")
     _check_metrics_that_some_ranks_have()
     _check_weights_after_a_forward(mine, device)
     leave()
@@ -76,9 +85,9 @@ def _check_weights_after_a_forward(mine: slice, device: str) -> None:
         assert torch.equal(tensor, before[name]), name
 
 
-def _count_reductions() -> list[int]:
-    """A list that grows by one with every reduce-scatter, which FSDP calls by a new name from torch 2.13."""
-    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+def _count(collective: str) -> list[int]:
+    """A list that grows by one with every one of FSDP's, which calls them by new names from torch 2.13."""
+    name = f"{collective}_single" if hasattr(dist, f"{collective}_single") else OLD_NAMES[collective]
     calls, original = [], getattr(dist, name)
 
     def counted(*args, **kwargs):

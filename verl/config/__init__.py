@@ -14,7 +14,7 @@ from verl.config.critic import (
     ReplayConfig,
     TwoSidedHingeConfig,
 )
-from verl.config.engine import FSDPConfig, ModelConfig, OptimizerConfig
+from verl.config.engine import FSDPConfig, ModelConfig, OptimizerConfig, WrapPolicy
 from verl.config.rollout import RolloutConfig, SamplingConfig
 from verl.config.soda import SodaConfig
 
@@ -39,4 +39,5 @@ __all__ = [
     "SamplingConfig",
     "SodaConfig",
     "TwoSidedHingeConfig",
+    "WrapPolicy",
 ]

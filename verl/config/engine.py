@@ -28,6 +28,13 @@ class ModelConfig:
 
 
 @settings
+class WrapPolicy:
+    """What FSDP2 gathers at once: a decoder layer, or a whole model of fewer than `min_num_params` parameters."""
+
+    min_num_params: Count
+
+
+@settings
 class FSDPConfig:
     """Sharding: one FSDP2 mesh over all ranks."""
 
@@ -36,6 +43,7 @@ class FSDPConfig:
     param_offload: bool
     optimizer_offload: bool
     reshard_after_forward: bool
+    wrap_policy: WrapPolicy
     sync_gradients_once: bool
     dtype: Literal["float32", "bfloat16"]
     use_torch_compile: bool

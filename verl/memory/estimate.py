@@ -315,16 +315,17 @@ def _update(
 def _gathered(shape: ModelShape, fsdp: FSDPConfig) -> float:
     """Gathered weights in compute type: two layers (one at work, one on its way) and what is outside the layers, or
     everything without reshard_after_forward. Their gradients: of what is outside the layers and of one layer, the
-    latter once more in fp32; with adapters, of one layer's alone. Weights in 4 bits are not gathered: of them, one
-    layer's at most are there as they are computed with."""
+    latter once more in fp32; with adapters, of one layer's alone. A model of few parameters is gathered as one layer.
+    Weights in 4 bits are not gathered: of them, one layer's at most are there as they are computed with."""
     b, layers = _itemsize(fsdp.dtype), shape.layers
+    at_once = layers if shape.parameters < fsdp.wrap_policy.min_num_params else 1
     whole = b * shape.layer_parameters
     packed = b * shape.packed / max(1, layers)
     outside = b * (shape.parameters - layers * shape.layer_parameters)
-    weights = outside + (2 if fsdp.reshard_after_forward else layers) * (whole - packed)
+    weights = outside + (2 if fsdp.reshard_after_forward and at_once == 1 else layers) * (whole - packed)
     if shape.frozen:
-        return weights + packed + (b + GRADIENT) * shape.trained / max(1, layers)
-    return weights + outside + whole + GRADIENT * shape.layer_parameters
+        return weights + packed + (b + GRADIENT) * at_once * shape.trained / max(1, layers)
+    return weights + outside + at_once * (whole + GRADIENT * shape.layer_parameters)
 
 
 def _activations(shape: ModelShape, fsdp: FSDPConfig, model: ModelConfig) -> float:

@@ -145,8 +145,8 @@ def _adapt(hf: PreTrainedModel, model: ModelConfig, adapters: LoraConfig, dtype:
 
 
 def shard(module: AnswerModel, fsdp: FSDPConfig, device: str) -> None:
-    """Apply FSDP2 layer by layer; what is outside the layers (embedding, norm, head) belongs to the root. Weights in 4
-    bits are on every rank whole."""
+    """Apply FSDP2 layer by layer; what is outside the layers (embedding, norm, head) belongs to the root, as everything
+    does of a model of few parameters. Weights in 4 bits are on every rank whole."""
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     compute = getattr(torch, fsdp.dtype)
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -155,7 +155,8 @@ def shard(module: AnswerModel, fsdp: FSDPConfig, device: str) -> None:
         if not parameter.is_meta:
             parameter.data = parameter.data.to(device)
     options = {"mesh": mesh, "mp_policy": precision, "ignored_params": whole}
-    for layer in decoder_layers(module.hf):
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    for layer in decoder_layers(module.hf) if parameters >= fsdp.wrap_policy.min_num_params else ():
         fully_shard(layer, reshard_after_forward=fsdp.reshard_after_forward, **options)
     fully_shard(module, **options)
     register_fsdp_forward_method(module, "plain")
@@ -167,11 +168,14 @@ def with_gradient_sync(module: nn.Module, micro_batches: Sequence[Part], once: b
     Every rank must have the same number of them.
 
     With `once`, gradients stay whole on their rank until the last backward pass, which reduces the sum of all;
-    otherwise every one reduces its own.
+    otherwise every one reduces its own. Weights that are gathered all at once stay so until then.
     """
+    units = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for number, micro_batch in enumerate(micro_batches, start=1):
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(not once or number == len(micro_batches))
+        last = number == len(micro_batches)
+        if units:
+            module.set_requires_gradient_sync(not once or last)
+            module.set_reshard_after_backward(len(units) > 1 or last)
         yield micro_batch
 
 
