@@ -1,11 +1,12 @@
-"""Room in the engine's KV cache: asked for once a block, and at every token as vLLM asks by itself.
+"""What the engine's scheduler does for every token of every answer: as vLLM does it, and once a block where it can.
 
     python -m benchmarks.room --shape 1.5b --out room.json
     TORCHDYNAMO_DISABLE=1 python -m benchmarks.room --device cpu --shape tiny --prompt-tokens 32 --new-tokens 224
 
-Both by one engine in turn, and the answers have to be the same; the model never writes EOS. `step` is the time over the
-tokens of an answer, in milliseconds: that of all sequences' next token, the prompts' time spread over them. On CPU it
-takes vLLM's CPU build, whose blocks have 128 tokens, and a shape so small that the scheduler is a large part of a step.
+All by one engine in turn, and the answers have to be the same; the model never writes EOS. `room` asks for room in the
+KV cache once a block, `room and tokens` also takes the model's tokens so, as the trainer does. `step` is the time over
+the tokens of an answer, in milliseconds: that of all sequences' next token, the prompts' time spread over them. On CPU
+it takes vLLM's CPU build, whose blocks have 128 tokens, and a shape so small that the scheduler is a large part of it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from benchmarks.engines import engine_settings, random_prompts, start_engine
 from benchmarks.inputs import model_folder
 from benchmarks.shapes import SHAPES
 
-COLUMNS = ("way", "sequences", "seconds", "step", "tokens_per_s", "of_every_token")
+COLUMNS = ("way", "sequences", "seconds", "step", "tokens_per_s", "of_vllms")
+WAYS = ("vLLM's", "room", "room and tokens")
 ENGINE_SHARE = 0.5
 
 
@@ -41,7 +43,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run; returns what the JSON file gets."""
     args = arguments().parse_args(argv)
     # vLLM is not everywhere where the command line is asked for.
-    from verl.workers.rollout.vllm_rollout.room import ask_once_a_block, cache_manager
+    from verl.workers.rollout.vllm_rollout.room import ask_once_a_block, scheduler_of
+    from verl.workers.rollout.vllm_rollout.tokens import take_tokens_quickly
 
     report = Report("room", args, COLUMNS)
     sequences = args.prompts * args.n
@@ -53,26 +56,29 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         config = engine_settings(folder, args.device, *sizes, memory=ENGINE_SHARE, more=[*engine, *args.set])
         rollout, sampling = start_engine(config), config.actor_rollout_ref.rollout.sampling
         prompts = random_prompts(SHAPES[args.shape], args.prompts, args.prompt_tokens)
-        manager = cache_manager(rollout.llm)
-        seconds: dict[str, list[float]] = {"every token": [], "once a block": []}
+        scheduler = scheduler_of(rollout.llm)
+        manager = scheduler.kv_cache_manager
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         drawn: list[torch.Tensor] = []
         for number in range(args.times + 1):
-            # Neither is always the first.
-            for way in sorted(seconds, reverse=bool(number % 2)):
+            # None is always the first.
+            for way in WAYS[number % 3 :] + WAYS[: number % 3]:
                 vars(manager).pop("allocate_slots", None)
-                if way == "once a block" and not ask_once_a_block(manager):
-                    raise SystemExit("the cache of this model is not one that is asked once a block")
+                vars(scheduler).pop("_update_request_with_output", None)
+                done = way == "vLLM's" or ask_once_a_block(manager)
+                if not done or (way == "room and tokens" and not take_tokens_quickly(scheduler)):
+                    raise SystemExit("the cache of this model is not one of which that is known")
                 work = lambda: drawn.append(rollout.generate(prompts, sampling, 1, 0).batch["responses"])  # noqa: E731
                 seconds[way].append(timed(args.device, work))
                 say(f"{way}: {seconds[way][-1]:.2f} s{'' if number else ', not counted'}")
     if any(not torch.equal(drawn[0], answers) for answers in drawn):
         raise SystemExit("the answers are not the same in all generations")
-    whole = median(seconds["every token"][1:])
+    whole = median(seconds["vLLM's"][1:])
     for way, times in seconds.items():
         middle = median(times[1:])
         report.add(
             way=way, sequences=sequences, seconds=middle, step=1000 * middle / args.new_tokens,
-            tokens_per_s=sequences * args.new_tokens / middle, of_every_token=middle / whole, all_seconds=times[1:],
+            tokens_per_s=sequences * args.new_tokens / middle, of_vllms=middle / whole, all_seconds=times[1:],
         )  # fmt: skip
     return report.finish()
 

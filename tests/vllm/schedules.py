@@ -22,8 +22,11 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.vllm.tiny_engine import tiny_model
 from verl.workers.rollout.vllm_rollout.room import ask_once_a_block
+from verl.workers.rollout.vllm_rollout.tokens import take_tokens_quickly
 
 SMALL_BLOCK, MOST_TOKENS = 16, 256
+# The model's tokens are multiples of it, each step's the next.
+TOKENS_APART = 7
 # Of CPUs, and of GPUs, which is a step ahead of the answers' tokens.
 SCHEDULERS = {"sync": Scheduler, "async": AsyncScheduler}
 
@@ -45,27 +48,32 @@ def cache_of(blocks: int, spec=FullAttentionSpec, **window) -> KVCacheConfig:
 
 
 def some_requests(draw: Random) -> list[Request]:
-    """Of six prompts, some with several answers, of up to 90 tokens."""
+    """Of six prompts, some with several answers, of up to 90 tokens or as many as the model can take; some of them end
+    before, at a token that stops them."""
     hasher, copies = get_request_block_hasher(SMALL_BLOCK, sha256), draw.choice([1, 4])
     lengths = [draw.choice([1, 15, 16, 17, 32, 100, draw.randrange(1, 160)]) for _ in range(6)]
     texts = [[draw.randrange(500) for _ in range(length)] for length in lengths]
 
     def request(number: int) -> Request:
-        limits = SamplingParams(max_tokens=draw.randrange(1, 90), ignore_eos=True)
+        stops = [TOKENS_APART * draw.randrange(150) % 500 for _ in range(draw.choice([0, 1, 3]))]
+        longest = draw.choice([draw.randrange(1, 90), MOST_TOKENS])
+        limits = SamplingParams(max_tokens=longest, ignore_eos=True, stop_token_ids=stops)
         return Request(str(number), list(texts[number // copies]), limits, None, block_hasher=hasher)
 
     return [request(number) for number in range(6 * copies)]
 
 
 def schedule(scheduler_class, config, blocks: int, requests: list[Request], once_a_block: bool) -> list[tuple]:
-    """Of each step: tokens by request, the blocks that each has, those that are free, and who lost theirs."""
+    """Of each step: tokens by request, the blocks that each has, those that are free, those that others can find, how
+    each request stands, and who lost their blocks."""
     config.cache_config.num_gpu_blocks = blocks
     scheduler = scheduler_class(
         vllm_config=config, kv_cache_config=cache_of(blocks), structured_output_manager=StructuredOutputManager(config),
         block_size=SMALL_BLOCK, hash_block_size=SMALL_BLOCK,
     )  # fmt: skip
     manager, steps, on_the_way = scheduler.kv_cache_manager, [], []
-    assert not once_a_block or ask_once_a_block(manager)
+    if once_a_block:
+        assert ask_once_a_block(manager) and take_tokens_quickly(scheduler)
     for request in requests:
         scheduler.add_request(request)
     while scheduler.has_requests() or on_the_way:
@@ -73,7 +81,9 @@ def schedule(scheduler_class, config, blocks: int, requests: list[Request], once
         held = manager.coordinator.single_type_managers[0].req_to_blocks
         tables = {name: [block.block_id for block in table] for name, table in held.items()}
         free, lost = manager.block_pool.get_num_free_blocks(), sorted(step.preempted_req_ids or ())
-        steps.append((dict(step.num_scheduled_tokens), tables, free, lost))
+        found = {name: list(map(str, block_hashes(table))) for name, table in held.items()}
+        stand = [(one.status, one.stop_reason, list(one.all_token_ids), len(one.block_hashes)) for one in requests]
+        steps.append((dict(step.num_scheduled_tokens), tables, free, found, stand, lost))
         if step.num_scheduled_tokens:
             unfinished = {name for name in step.num_scheduled_tokens if scheduler.requests[name].is_prefill_chunk}
             on_the_way.append((step, unfinished))
@@ -81,7 +91,7 @@ def schedule(scheduler_class, config, blocks: int, requests: list[Request], once
         if len(on_the_way) > ahead:
             done, unfinished = on_the_way.pop(0)
             names = list(done.num_scheduled_tokens)
-            tokens = [[] if name in unfinished else [len(steps) * 7 % 500] for name in names]
+            tokens = [[] if name in unfinished else [len(steps) * TOKENS_APART % 500] for name in names]
             places = {name: place for place, name in enumerate(names)}
             output = ModelRunnerOutput(
                 req_ids=names, req_id_to_index=places, sampled_token_ids=tokens, logprobs=None,
@@ -90,6 +100,10 @@ def schedule(scheduler_class, config, blocks: int, requests: list[Request], once
             scheduler.update_from_output(done, output)
     assert manager.block_pool.get_num_free_blocks() == blocks - 1, "all but the one that stands for none"
     return steps
+
+
+def block_hashes(table) -> list:
+    return [block.block_hash for block in table]
 
 
 def manager_of(layers: str) -> KVCacheManager:

@@ -1,4 +1,5 @@
-"""Room in the KV cache is asked for where a block fills or begins, as often as by hand, and all else is as before."""
+"""Room in the KV cache is asked for where a block fills or begins, as often as by hand, tokens are taken without what
+they do not need, and all else is as before."""
 
 from random import Random
 
@@ -26,10 +27,15 @@ def engine(alone, monkeypatch):
 
 
 @pytest.fixture
-def manager(engine):
-    from verl.workers.rollout.vllm_rollout.room import cache_manager
+def scheduler(engine):
+    from verl.workers.rollout.vllm_rollout.room import scheduler_of
 
-    return cache_manager(engine.llm)
+    return scheduler_of(engine.llm)
+
+
+@pytest.fixture
+def manager(scheduler):
+    return scheduler.kv_cache_manager
 
 
 @pytest.fixture
@@ -58,12 +64,23 @@ def test_the_manager_is_asked_for_prompts_and_for_blocks(engine, manager, asked,
     assert len(asked) == len(LENGTHS) * LIMIT
 
 
-def test_answers_are_the_same(engine, manager, monkeypatch):
+@pytest.mark.parametrize("ends", [range(0), range(0, 200, 3)])
+def test_answers_are_the_same(engine, manager, scheduler, ends, monkeypatch):
+    from vllm.v1.request import Request
+
+    taken, whole = [], Request.append_output_token_ids
+    monkeypatch.setattr(Request, "append_output_token_ids", lambda *args: (taken.append(args), whole(*args)))
+    monkeypatch.setattr(engine, "eos_token_ids", list(ends))
     free = manager.block_pool.get_num_free_blocks()
     drawn = [engine.generate(prompts(LENGTHS), sampled(3), seed=7)]
     assert manager.block_pool.get_num_free_blocks() == free
+    assert not taken
     monkeypatch.delattr(manager, "allocate_slots")
+    monkeypatch.delattr(scheduler, "_update_request_with_output")
     drawn.append(engine.generate(prompts(LENGTHS), sampled(3), seed=7))
+    lengths = [len(answer) for answer in real_tokens(drawn[1])]
+    assert len(taken) == sum(lengths)
+    assert (set(lengths) == {LIMIT}) == (not ends)
     assert torch.equal(*(batch.batch["responses"] for batch in drawn))
     assert torch.equal(*(batch.batch["response_mask"] for batch in drawn))
 

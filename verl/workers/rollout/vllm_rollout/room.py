@@ -12,6 +12,7 @@ from typing import Any
 from vllm import LLM
 from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
@@ -19,9 +20,15 @@ from vllm.v1.request import Request
 RUNNING = {"num_lookahead_tokens": 0}
 
 
-def cache_manager(llm: LLM) -> KVCacheManager:
-    """The manager of the KV cache of an engine in this process."""
-    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+def scheduler_of(llm: LLM) -> Scheduler:
+    """The scheduler of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def has_plain_blocks(manager: KVCacheManager) -> bool:
+    """Whether all layers are of one kind, which keeps every block that it has."""
+    kinds = type(manager), type(manager.coordinator), type(manager.coordinator.single_type_managers[0])
+    return kinds == (KVCacheManager, UnitaryKVCacheCoordinator, FullAttentionManager)
 
 
 def ask_once_a_block(manager: KVCacheManager) -> bool:
@@ -34,10 +41,9 @@ def ask_once_a_block(manager: KVCacheManager) -> bool:
     Returns:
         Whether the manager does so from now on.
     """
-    of_blocks = manager.coordinator.single_type_managers[0]
-    kinds = type(manager), type(manager.coordinator), type(of_blocks)
-    if kinds != (KVCacheManager, UnitaryKVCacheCoordinator, FullAttentionManager):
+    if not has_plain_blocks(manager):
         return False
+    of_blocks = manager.coordinator.single_type_managers[0]
     blocks, size, none = of_blocks.req_to_blocks, of_blocks.block_size, manager.empty_kv_cache_blocks
 
     def allocate_slots(request: Request, num_new_tokens: int, **more: Any) -> KVCacheBlocks | None:
