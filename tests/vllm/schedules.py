@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -11,7 +12,6 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -21,14 +21,13 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.vllm.tiny_engine import tiny_model
-from verl.workers.rollout.vllm_rollout.room import ask_once_a_block
-from verl.workers.rollout.vllm_rollout.tokens import take_tokens_quickly
+from verl.workers.rollout.vllm_rollout.scheduling import make_lean
 
 SMALL_BLOCK, MOST_TOKENS = 16, 256
 # The model's tokens are multiples of it, each step's the next.
 TOKENS_APART = 7
-# Of CPUs, and of GPUs, which is a step ahead of the answers' tokens.
-SCHEDULERS = {"sync": Scheduler, "async": AsyncScheduler}
+# Of CPUs, and of GPUs, which is a step ahead of the answers' tokens; and whether for the newer of the model runners.
+SCHEDULERS = {"sync": (Scheduler, False), "async": (AsyncScheduler, False), "newer": (AsyncScheduler, True)}
 
 
 @cache
@@ -63,17 +62,18 @@ def some_requests(draw: Random) -> list[Request]:
     return [request(number) for number in range(6 * copies)]
 
 
-def schedule(scheduler_class, config, blocks: int, requests: list[Request], once_a_block: bool) -> list[tuple]:
-    """Of each step: tokens by request, the blocks that each has, those that are free, those that others can find, how
-    each request stands, and who lost their blocks."""
-    config.cache_config.num_gpu_blocks = blocks
-    scheduler = scheduler_class(
-        vllm_config=config, kv_cache_config=cache_of(blocks), structured_output_manager=StructuredOutputManager(config),
-        block_size=SMALL_BLOCK, hash_block_size=SMALL_BLOCK,
-    )  # fmt: skip
+def schedule(kind: str, config, blocks: int, requests: list[Request], lean: bool) -> tuple[list[tuple], int]:
+    """Of each step: all that the model is told, in its order, the blocks that each request has, those that are free,
+    those that others can find, how each request stands, and who lost their blocks. And how many requests vLLM's own way
+    has looked at in all."""
+    scheduler_class, newer = SCHEDULERS[kind]
+    scheduler = new_scheduler(scheduler_class, config, cache_of(blocks))
+    scheduler.use_v2_model_runner = newer
     manager, steps, on_the_way = scheduler.kv_cache_manager, [], []
-    if once_a_block:
-        assert ask_once_a_block(manager) and take_tokens_quickly(scheduler)
+    if lean:
+        assert make_lean(scheduler)
+    looks, told = [], scheduler._make_cached_request_data
+    scheduler._make_cached_request_data = lambda running, *rest: (looks.append(len(running)), told(running, *rest))[1]
     for request in requests:
         scheduler.add_request(request)
     while scheduler.has_requests() or on_the_way:
@@ -83,7 +83,7 @@ def schedule(scheduler_class, config, blocks: int, requests: list[Request], once
         free, lost = manager.block_pool.get_num_free_blocks(), sorted(step.preempted_req_ids or ())
         found = {name: list(map(str, block_hashes(table))) for name, table in held.items()}
         stand = [(one.status, one.stop_reason, list(one.all_token_ids), len(one.block_hashes)) for one in requests]
-        steps.append((dict(step.num_scheduled_tokens), tables, free, found, stand, lost))
+        steps.append((copy.deepcopy(step), list(step.num_scheduled_tokens), tables, free, found, stand, lost))
         if step.num_scheduled_tokens:
             unfinished = {name for name in step.num_scheduled_tokens if scheduler.requests[name].is_prefill_chunk}
             on_the_way.append((step, unfinished))
@@ -99,16 +99,25 @@ def schedule(scheduler_class, config, blocks: int, requests: list[Request], once
             )  # fmt: skip
             scheduler.update_from_output(done, output)
     assert manager.block_pool.get_num_free_blocks() == blocks - 1, "all but the one that stands for none"
-    return steps
+    return steps, sum(looks)
 
 
 def block_hashes(table) -> list:
     return [block.block_hash for block in table]
 
 
-def manager_of(layers: str) -> KVCacheManager:
+def scheduler_of(layers: str, folder: Path) -> Scheduler:
     """Of layers that look at all, at windows, or of both kinds."""
     whole, windows = cache_of(8), cache_of(8, SlidingWindowSpec, sliding_window=32)
     both = KVCacheConfig(8, [], whole.kv_cache_groups + windows.kv_cache_groups)
-    config = {"all": whole, "windows": windows, "both": both}[layers]
-    return KVCacheManager(config, max_model_len=128, scheduler_block_size=SMALL_BLOCK, hash_block_size=SMALL_BLOCK)
+    return new_scheduler(
+        Scheduler, engine_config(folder, 100), {"all": whole, "windows": windows, "both": both}[layers]
+    )
+
+
+def new_scheduler(scheduler_class: type[Scheduler], config: VllmConfig, cache: KVCacheConfig) -> Scheduler:
+    config.cache_config.num_gpu_blocks = cache.num_blocks
+    return scheduler_class(
+        vllm_config=config, kv_cache_config=cache, structured_output_manager=StructuredOutputManager(config),
+        block_size=SMALL_BLOCK, hash_block_size=SMALL_BLOCK,
+    )  # fmt: skip

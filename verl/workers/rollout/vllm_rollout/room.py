@@ -9,20 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm import LLM
 from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 # What the scheduler says besides of a request that runs already.
 RUNNING = {"num_lookahead_tokens": 0}
-
-
-def scheduler_of(llm: LLM) -> Scheduler:
-    """The scheduler of an engine in this process."""
-    return llm.llm_engine.engine_core.engine_core.scheduler
 
 
 def has_plain_blocks(manager: KVCacheManager) -> bool:

@@ -28,8 +28,7 @@ from verl.config import SamplingConfig
 from verl.models.published import checkpoint_tensors
 from verl.protocol import DataProto
 from verl.workers.rollout.base import BaseRollout
-from verl.workers.rollout.vllm_rollout.room import ask_once_a_block, scheduler_of
-from verl.workers.rollout.vllm_rollout.tokens import take_tokens_quickly
+from verl.workers.rollout.vllm_rollout.scheduling import make_lean, scheduler_of
 from verl.workers.rollout.vllm_rollout.weights import (
     PushCheck,
     classes_as_they_are,
@@ -72,9 +71,7 @@ class VLLMRollout(BaseRollout):
         folder = _model_folder(model_config, type(self._structure).__name__, config.dtype)
         with self._generators(config.seed), classes_as_they_are(self._structure):
             self.llm = self._start(folder, trust_remote_code)
-        scheduler = scheduler_of(self.llm)
-        ask_once_a_block(scheduler.kv_cache_manager)
-        take_tokens_quickly(scheduler)
+        make_lean(scheduler_of(self.llm))
         if self.on_gpu and config.kv_cache_dtype == "fp8":
             self.llm.collective_rpc(list_cache_tensors)
         in_place = self.llm.collective_rpc(keeps_checkpoint_layout)[0]

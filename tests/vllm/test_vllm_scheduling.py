@@ -1,5 +1,5 @@
-"""Room in the KV cache is asked for where a block fills or begins, as often as by hand, tokens are taken without what
-they do not need, and all else is as before."""
+"""The scheduler looks at answers that need more than a token, and asks for room where a block fills or begins, as often
+as by hand; all that the model is told, and all that comes of it, is as before."""
 
 from random import Random
 
@@ -28,9 +28,11 @@ def engine(alone, monkeypatch):
 
 @pytest.fixture
 def scheduler(engine):
-    from verl.workers.rollout.vllm_rollout.room import scheduler_of
+    from verl.workers.rollout.vllm_rollout.scheduling import make_lean, make_whole, scheduler_of
 
-    return scheduler_of(engine.llm)
+    yield scheduler_of(engine.llm)
+    make_whole(scheduler_of(engine.llm))
+    make_lean(scheduler_of(engine.llm))
 
 
 @pytest.fixture
@@ -53,13 +55,15 @@ def asked(monkeypatch):
     return names
 
 
-def test_the_manager_is_asked_for_prompts_and_for_blocks(engine, manager, asked, monkeypatch):
+def test_the_manager_is_asked_for_prompts_and_for_blocks(engine, manager, scheduler, asked):
+    from verl.workers.rollout.vllm_rollout.scheduling import make_whole
+
     assert manager.coordinator.block_size == BLOCK
     answers = engine.generate(prompts(LENGTHS), GREEDY, seed=0)
     assert [len(answer) for answer in real_tokens(answers)] == [LIMIT] * len(LENGTHS)
     assert len(asked) == len(LENGTHS) + sum(LENGTHS_AND_CALLS.values())
     asked.clear()
-    monkeypatch.delattr(manager, "allocate_slots")
+    make_whole(scheduler)
     engine.generate(prompts(LENGTHS), GREEDY, seed=0)
     assert len(asked) == len(LENGTHS) * LIMIT
 
@@ -68,6 +72,8 @@ def test_the_manager_is_asked_for_prompts_and_for_blocks(engine, manager, asked,
 def test_answers_are_the_same(engine, manager, scheduler, ends, monkeypatch):
     from vllm.v1.request import Request
 
+    from verl.workers.rollout.vllm_rollout.scheduling import make_whole
+
     taken, whole = [], Request.append_output_token_ids
     monkeypatch.setattr(Request, "append_output_token_ids", lambda *args: (taken.append(args), whole(*args)))
     monkeypatch.setattr(engine, "eos_token_ids", list(ends))
@@ -75,8 +81,7 @@ def test_answers_are_the_same(engine, manager, scheduler, ends, monkeypatch):
     drawn = [engine.generate(prompts(LENGTHS), sampled(3), seed=7)]
     assert manager.block_pool.get_num_free_blocks() == free
     assert not taken
-    monkeypatch.delattr(manager, "allocate_slots")
-    monkeypatch.delattr(scheduler, "_update_request_with_output")
+    make_whole(scheduler)
     drawn.append(engine.generate(prompts(LENGTHS), sampled(3), seed=7))
     lengths = [len(answer) for answer in real_tokens(drawn[1])]
     assert len(taken) == sum(lengths)
@@ -95,25 +100,31 @@ def schedules():
     return schedules
 
 
-@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("kind", ["sync", "async", "newer"])
 def test_schedules_are_the_same(kind, schedules, tmp_path_factory):
-    lost, folder = 0, tmp_path_factory.mktemp("config")
+    lost, looked_at, folder = 0, [0, 0], tmp_path_factory.mktemp("config")
     for seed in range(24):
         draw = Random(seed)
         config, blocks = schedules.engine_config(folder, draw.choice([32, 40, 100, 512])), draw.choice([40, 60, 400])
-        expected, found = (
-            schedules.schedule(
-                schedules.SCHEDULERS[kind], config, blocks, schedules.some_requests(Random(seed)), once_a_block
-            )
-            for once_a_block in (False, True)
+        (expected, looks), (found, fewer) = (
+            schedules.schedule(kind, config, blocks, schedules.some_requests(Random(seed)), lean)
+            for lean in (False, True)
         )
         assert found == expected, seed
+        looked_at = [looked_at[0] + looks, looked_at[1] + fewer]
         lost += sum(len(step[-1]) for step in expected)
     assert lost, "blocks must be scarce for this to prove everything"
+    assert looked_at[1] < 0.7 * looked_at[0], "few of these requests are many at a time, and yet"
 
 
 @pytest.mark.parametrize(("layers", "expected"), [("all", True), ("windows", False), ("both", False)])
-def test_layers_that_give_blocks_back_are_left_alone(layers, expected, schedules):
-    manager = schedules.manager_of(layers)
-    assert schedules.ask_once_a_block(manager) == expected
-    assert ("allocate_slots" in vars(manager)) == expected
+def test_layers_that_give_blocks_back_are_left_alone(layers, expected, schedules, tmp_path_factory):
+    from verl.workers.rollout.vllm_rollout.scheduling import make_lean, make_whole
+
+    scheduler = schedules.scheduler_of(layers, tmp_path_factory.mktemp("config"))
+    changed = {"schedule", "_update_after_schedule", "_update_request_with_output"}
+    assert make_lean(scheduler) == expected
+    assert changed & set(vars(scheduler)) == (changed if expected else set())
+    assert ("allocate_slots" in vars(scheduler.kv_cache_manager)) == expected
+    make_whole(scheduler)
+    assert not changed & set(vars(scheduler)) and "allocate_slots" not in vars(scheduler.kv_cache_manager)

@@ -1,12 +1,11 @@
-"""What the engine's scheduler does for every token of every answer: as vLLM does it, and once a block where it can.
+"""What the engine's scheduler does at every step for every answer: all that vLLM's does, and as the trainer has it.
 
-    python -m benchmarks.room --shape 1.5b --out room.json
-    TORCHDYNAMO_DISABLE=1 python -m benchmarks.room --device cpu --shape tiny --prompt-tokens 32 --new-tokens 224
+    python -m benchmarks.scheduling --shape 1.5b --out scheduling.json
+    TORCHDYNAMO_DISABLE=1 python -m benchmarks.scheduling --device cpu --shape tiny --new-tokens 224
 
-All by one engine in turn, and the answers have to be the same; the model never writes EOS. `room` asks for room in the
-KV cache once a block, `room and tokens` also takes the model's tokens so, as the trainer does. `step` is the time over
-the tokens of an answer, in milliseconds: that of all sequences' next token, the prompts' time spread over them. On CPU
-it takes vLLM's CPU build, whose blocks have 128 tokens, and a shape so small that the scheduler is a large part of it.
+Both by one engine in turn, and the answers have to be the same; the model never writes EOS. `step` is the time over the
+tokens of an answer, in milliseconds: that of all sequences' next token, the prompts' time spread over them. On CPU it
+takes vLLM's CPU build, whose blocks have 128 tokens, and a shape so small that the scheduler is a large part of a step.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from benchmarks.inputs import model_folder
 from benchmarks.shapes import SHAPES
 
 COLUMNS = ("way", "sequences", "seconds", "step", "tokens_per_s", "of_vllms")
-WAYS = ("vLLM's", "room", "room and tokens")
+WAYS = ("vLLM's", "lean")
 ENGINE_SHARE = 0.5
 
 
@@ -43,10 +42,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run; returns what the JSON file gets."""
     args = arguments().parse_args(argv)
     # vLLM is not everywhere where the command line is asked for.
-    from verl.workers.rollout.vllm_rollout.room import ask_once_a_block, scheduler_of
-    from verl.workers.rollout.vllm_rollout.tokens import take_tokens_quickly
+    from verl.workers.rollout.vllm_rollout.scheduling import make_lean, make_whole, scheduler_of
 
-    report = Report("room", args, COLUMNS)
+    report = Report("scheduling", args, COLUMNS)
     sequences = args.prompts * args.n
     engine = ["actor_rollout_ref.rollout.name=vllm"]
     if args.device == "cpu":
@@ -57,17 +55,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         rollout, sampling = start_engine(config), config.actor_rollout_ref.rollout.sampling
         prompts = random_prompts(SHAPES[args.shape], args.prompts, args.prompt_tokens)
         scheduler = scheduler_of(rollout.llm)
-        manager = scheduler.kv_cache_manager
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         drawn: list[torch.Tensor] = []
         for number in range(args.times + 1):
-            # None is always the first.
-            for way in WAYS[number % 3 :] + WAYS[: number % 3]:
-                vars(manager).pop("allocate_slots", None)
-                vars(scheduler).pop("_update_request_with_output", None)
-                done = way == "vLLM's" or ask_once_a_block(manager)
-                if not done or (way == "room and tokens" and not take_tokens_quickly(scheduler)):
-                    raise SystemExit("the cache of this model is not one of which that is known")
+            # Neither is always the first.
+            for way in sorted(WAYS, reverse=bool(number % 2)):
+                make_whole(scheduler)
+                if way == "lean" and not make_lean(scheduler):
+                    raise SystemExit("the scheduler or the cache of this model is of a kind that stays as it is")
                 work = lambda: drawn.append(rollout.generate(prompts, sampling, 1, 0).batch["responses"])  # noqa: E731
                 seconds[way].append(timed(args.device, work))
                 say(f"{way}: {seconds[way][-1]:.2f} s{'' if number else ', not counted'}")
