@@ -23,7 +23,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 from tests.vllm.tiny_engine import tiny_model
 from verl.workers.rollout.vllm_rollout.scheduling import make_lean
 
-SMALL_BLOCK, MOST_TOKENS = 16, 256
+SMALL_BLOCK, MOST_TOKENS = 16, 250
+# What the hash of a prompt's first block goes on from: the same for both ways.
+init_none_hash(sha256)
 # The model's tokens are multiples of it, each step's the next.
 TOKENS_APART = 7
 # Of CPUs, and of GPUs, which is a step ahead of the answers' tokens; and whether for the newer of the model runners.
@@ -31,13 +33,12 @@ SCHEDULERS = {"sync": (Scheduler, False), "async": (AsyncScheduler, False), "new
 
 
 @cache
-def engine_config(folder: Path, step_tokens: int) -> VllmConfig:
-    """The engine's configuration where a step may hold so many tokens."""
+def engine_config(folder: Path) -> VllmConfig:
+    """The engine's configuration."""
     tiny_model().config.save_pretrained(folder)
-    init_none_hash(sha256)
     return EngineArgs(
         model=str(folder), skip_tokenizer_init=True, load_format="dummy", max_model_len=MOST_TOKENS,
-        max_num_seqs=32, max_num_batched_tokens=step_tokens, enable_chunked_prefill=True, block_size=SMALL_BLOCK,
+        max_num_seqs=32, max_num_batched_tokens=512, enable_chunked_prefill=True, block_size=SMALL_BLOCK,
     ).create_engine_config()  # fmt: skip
 
 
@@ -62,13 +63,15 @@ def some_requests(draw: Random) -> list[Request]:
     return [request(number) for number in range(6 * copies)]
 
 
-def schedule(kind: str, config, blocks: int, requests: list[Request], lean: bool) -> tuple[list[tuple], int]:
+def schedule(
+    kind: str, folder: Path, step_tokens: int, blocks: int, requests: list[Request], lean: bool
+) -> tuple[list[tuple], int]:
     """Of each step: all that the model is told, in its order, the blocks that each request has, those that are free,
     those that others can find, how each request stands, and who lost their blocks. And how many requests vLLM's own way
     has looked at in all."""
     scheduler_class, newer = SCHEDULERS[kind]
-    scheduler = new_scheduler(scheduler_class, config, cache_of(blocks))
-    scheduler.use_v2_model_runner = newer
+    scheduler = new_scheduler(scheduler_class, engine_config(folder), cache_of(blocks))
+    scheduler.use_v2_model_runner, scheduler.max_num_scheduled_tokens = newer, step_tokens
     manager, steps, on_the_way = scheduler.kv_cache_manager, [], []
     if lean:
         assert make_lean(scheduler)
@@ -110,9 +113,7 @@ def scheduler_of(layers: str, folder: Path) -> Scheduler:
     """Of layers that look at all, at windows, or of both kinds."""
     whole, windows = cache_of(8), cache_of(8, SlidingWindowSpec, sliding_window=32)
     both = KVCacheConfig(8, [], whole.kv_cache_groups + windows.kv_cache_groups)
-    return new_scheduler(
-        Scheduler, engine_config(folder, 100), {"all": whole, "windows": windows, "both": both}[layers]
-    )
+    return new_scheduler(Scheduler, engine_config(folder), {"all": whole, "windows": windows, "both": both}[layers])
 
 
 def new_scheduler(scheduler_class: type[Scheduler], config: VllmConfig, cache: KVCacheConfig) -> Scheduler:

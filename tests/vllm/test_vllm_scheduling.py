@@ -103,11 +103,11 @@ def schedules():
 @pytest.mark.parametrize("kind", ["sync", "async", "newer"])
 def test_schedules_are_the_same(kind, schedules, tmp_path_factory):
     lost, looked_at, folder = 0, [0, 0], tmp_path_factory.mktemp("config")
-    for seed in range(24):
+    for seed in range(32):
         draw = Random(seed)
-        config, blocks = schedules.engine_config(folder, draw.choice([32, 40, 100, 512])), draw.choice([40, 60, 400])
+        sizes = draw.choice([32, 40, 100, 512]), draw.choice([40, 60, 400])
         (expected, looks), (found, fewer) = (
-            schedules.schedule(kind, config, blocks, schedules.some_requests(Random(seed)), lean)
+            schedules.schedule(kind, folder, *sizes, schedules.some_requests(Random(seed)), lean)
             for lean in (False, True)
         )
         assert found == expected, seed

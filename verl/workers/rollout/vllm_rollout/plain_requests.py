@@ -85,7 +85,6 @@ class _Joining:
             or any(more.values())
             or scheduler.pause_state is not PauseState.UNPAUSED
             or bool(scheduler.get_request_counts()[1])
-            or len(scheduler.running) > scheduler.max_num_scheduled_tokens
         )
 
     def _needing_more(self, running: list[Request]) -> list[Request]:
@@ -94,8 +93,6 @@ class _Joining:
         scheduler = self.scheduler
         of_blocks = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
         blocks, size, longest = of_blocks.req_to_blocks, of_blocks.block_size, scheduler.max_model_len
-        # vLLM's older model runner is told all tokens of a request that was left out of the step before.
-        known = None if scheduler.use_v2_model_runner else scheduler.prev_step_scheduled_req_ids
         alone = []
         for request in running:
             name, done, ahead = request.request_id, request.num_computed_tokens, request.num_output_placeholders
@@ -104,12 +101,11 @@ class _Joining:
                 return []
             if (
                 not alone
-                or tokens < 1
+                or tokens != 1
                 or done + 1 >= len(blocks[name]) * size
                 or done + 2 > longest
                 or (ahead and done + 2 - ahead >= request.num_prompt_tokens + request.max_tokens)
                 or request.mm_features
-                or (known is not None and name not in known)
             ):
                 alone.append(request)
         return alone
@@ -140,5 +136,6 @@ class _Joining:
         )  # fmt: skip
         step.num_scheduled_tokens = tokens
         step.total_num_scheduled_tokens += len(plain)
+        # vLLM's older model runner is told all tokens of a request that was left out of the step before.
         if not self.scheduler.use_v2_model_runner:
             self.scheduler.prev_step_scheduled_req_ids.update(plain)
