@@ -107,6 +107,30 @@ def test_upstream_finds_its_own_packages_and_none_of_ours(tmp_path, monkeypatch)
     assert environment["PYTHONPATH"].split(os.pathsep) == [str(tmp_path), str(ROOT / "benchmarks" / "upstream")]
 
 
+@pytest.mark.parametrize(
+    ("device", "parts", "setting", "told", "stands_in"),
+    [
+        ("cuda", [], "sdpa", "sdpa", False),
+        ("cuda", ["python"], "flash_attention_2", "flash_attention_2, kernels of PyTorch", True),
+        ("cuda", ["python", "compiled"], "flash_attention_2", "flash_attention_2", False),
+        # The kernels are a GPU's.
+        ("cpu", ["python"], "sdpa", "sdpa", False),
+    ],
+)
+def test_flash_attention_is_taken_as_far_as_it_is_there(tmp_path, device, parts, setting, told, stands_in):
+    if "python" in parts:
+        metadata = tmp_path / "flash_attn-2.8.3.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text("Metadata-Version: 2.1\nName: flash_attn\nVersion: 2.8.3\n")
+    if "compiled" in parts:
+        (tmp_path / "flash_attn_2_cuda.cpython-312-x86_64-linux-gnu.so").touch()
+    args = parsed("--device", device, folder=tmp_path)
+    assert (peers_verl.attention(args), peers_verl.attention_told(args)) == (setting, told)
+    assert f"+override_config.attn_implementation={setting}" in peers_verl.model_settings(args, "packed")
+    folders = peers_verl.environment_of(args, tmp_path)["PYTHONPATH"].split(os.pathsep)
+    assert (str(ROOT / "benchmarks" / "upstream" / "attention") in folders) == stands_in
+
+
 # ---- how it is read
 
 
