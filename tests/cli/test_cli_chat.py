@@ -141,7 +141,15 @@ def test_in_a_terminal_ctrl_c_ends_an_answer_and_then_the_conversation(tmp_path)
         start_new_session=True,
     )  # fmt: skip
     os.close(slave)
-    screen = Screen(master)
+    try:
+        _talk_and_interrupt(process, Screen(master))
+    finally:
+        # It would write for hours.
+        process.kill()
+        os.close(master)
+
+
+def _talk_and_interrupt(process: subprocess.Popen, screen: Screen) -> None:
     screen.wait_for("> ")
     screen.type("go\n")
     screen.wait_for("abababab")
@@ -157,7 +165,6 @@ def test_in_a_terminal_ctrl_c_ends_an_answer_and_then_the_conversation(tmp_path)
     assert process.wait(60) == 130
     screen.drain()
     assert "Traceback" not in screen.shown
-    os.close(master)
 
 
 class Screen:

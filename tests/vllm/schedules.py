@@ -14,6 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -80,7 +81,11 @@ def schedule(
     for request in requests:
         scheduler.add_request(request)
     while scheduler.has_requests() or on_the_way:
+        # Now and then the engine is paused for a step.
+        paused = len(steps) % 23 == 22
+        scheduler.set_pause_state(PauseState.PAUSED_ALL if paused else PauseState.UNPAUSED)
         step = scheduler.schedule()
+        scheduler.set_pause_state(PauseState.UNPAUSED)
         held = manager.coordinator.single_type_managers[0].req_to_blocks
         tables = {name: [block.block_id for block in table] for name, table in held.items()}
         free, lost = manager.block_pool.get_num_free_blocks(), sorted(step.preempted_req_ids or ())

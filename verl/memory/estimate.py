@@ -318,7 +318,7 @@ def _gathered(shape: ModelShape, fsdp: FSDPConfig) -> float:
     latter once more in fp32; with adapters, of one layer's alone. A model of few parameters is gathered as one layer.
     Weights in 4 bits are not gathered: of them, one layer's at most are there as they are computed with."""
     b, layers = _itemsize(fsdp.dtype), shape.layers
-    at_once = layers if shape.parameters < fsdp.wrap_policy.min_num_params else 1
+    at_once = layers if shape.parameters - shape.packed < fsdp.wrap_policy.min_num_params else 1
     whole = b * shape.layer_parameters
     packed = b * shape.packed / max(1, layers)
     outside = b * (shape.parameters - layers * shape.layer_parameters)

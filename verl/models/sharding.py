@@ -155,8 +155,8 @@ def shard(module: AnswerModel, fsdp: FSDPConfig, device: str) -> None:
         if not parameter.is_meta:
             parameter.data = parameter.data.to(device)
     options = {"mesh": mesh, "mp_policy": precision, "ignored_params": whole}
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    for layer in decoder_layers(module.hf) if parameters >= fsdp.wrap_policy.min_num_params else ():
+    gathered = sum(parameter.numel() for parameter in module.parameters() if parameter not in whole)
+    for layer in decoder_layers(module.hf) if gathered >= fsdp.wrap_policy.min_num_params else ():
         fully_shard(layer, reshard_after_forward=fsdp.reshard_after_forward, **options)
     fully_shard(module, **options)
     register_fsdp_forward_method(module, "plain")

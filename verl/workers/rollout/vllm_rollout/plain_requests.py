@@ -30,15 +30,16 @@ def schedule_together(scheduler: Scheduler) -> bool:
 
     Every step comes out as without it, to the order of its requests. Steps with requests that wait, or with fewer free
     blocks than there are requests that may take one, go vLLM's own way as a whole, as all do with schedulers and caches
-    of other kinds, with adapters of vLLM's, pipelines, speculation and connectors.
+    of other kinds, with adapters of vLLM's, speculation and connectors.
 
     Returns:
         Whether the scheduler does so from now on.
     """
-    config, told = scheduler.vllm_config, {field.name for field in fields(CachedRequestData)}
+    told = {field.name for field in fields(CachedRequestData)}
     beyond = (
-        *(scheduler.connector, scheduler.ec_connector, scheduler.lora_config, config.speculative_config),
-        *(scheduler.is_encoder_decoder, config.parallel_config.pipeline_parallel_size > 1),
+        *(scheduler.connector, scheduler.ec_connector, scheduler.lora_config, scheduler.is_encoder_decoder),
+        # The last one came after 0.26.
+        *(scheduler.vllm_config.speculative_config, getattr(scheduler, "aux_output_connector", None)),
     )
     kinds = type(scheduler) in (Scheduler, AsyncScheduler) and has_plain_blocks(scheduler.kv_cache_manager)
     if not kinds or told != TOLD or any(beyond):
@@ -93,6 +94,8 @@ class _Joining:
         scheduler = self.scheduler
         of_blocks = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
         blocks, size, longest = of_blocks.req_to_blocks, of_blocks.block_size, scheduler.max_model_len
+        # vLLM's older model runner is told all tokens of a request that was left out of the step before, as in a pause.
+        known = None if scheduler.use_v2_model_runner else scheduler.prev_step_scheduled_req_ids
         alone = []
         for request in running:
             name, done, ahead = request.request_id, request.num_computed_tokens, request.num_output_placeholders
@@ -106,6 +109,7 @@ class _Joining:
                 or done + 2 > longest
                 or (ahead and done + 2 - ahead >= request.num_prompt_tokens + request.max_tokens)
                 or request.mm_features
+                or (known is not None and name not in known)
             ):
                 alone.append(request)
         return alone
@@ -136,6 +140,5 @@ class _Joining:
         )  # fmt: skip
         step.num_scheduled_tokens = tokens
         step.total_num_scheduled_tokens += len(plain)
-        # vLLM's older model runner is told all tokens of a request that was left out of the step before.
         if not self.scheduler.use_v2_model_runner:
             self.scheduler.prev_step_scheduled_req_ids.update(plain)

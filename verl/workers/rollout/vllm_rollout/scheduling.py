@@ -21,7 +21,12 @@ def scheduler_of(llm: LLM) -> Scheduler:
 
 
 def make_lean(scheduler: Scheduler) -> bool:
-    """Leave all of that out that can be; returns whether all can, as with schedulers and caches of the usual kind."""
+    """Leave all of that out that can be; returns whether all can, as with schedulers and caches of the usual kind.
+
+    Nothing where several steps may be on their way at once, as in pipelines: a block would be found a step later.
+    """
+    if scheduler.vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return False
     done = ask_once_a_block(scheduler.kv_cache_manager), take_tokens_quickly(scheduler), schedule_together(scheduler)
     return all(done)
 
