@@ -1,7 +1,7 @@
 """Answers that need nothing but their next token, scheduled together.
 
 For every answer, at every step, vLLM's scheduler looks at whatever a request could need. Once the prompts are read, an
-answer needs one token, and a block of the KV cache at every sixteenth. So vLLM's own way is gone with the answers that
+answer needs one token, and now and then a block of the KV cache. So vLLM's own way is gone with the answers that
 need more than a token, and the others are joined to what it returns.
 """
 
