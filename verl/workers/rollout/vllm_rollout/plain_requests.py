@@ -7,16 +7,16 @@ need more than a token, and the others are joined to what it returns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from verl.workers.rollout.vllm_rollout.room import has_plain_blocks
+from verl.workers.rollout.vllm_rollout.room import room_beyond
 
 # What the engine's model is told about requests that it knows.
 TOLD = {
@@ -29,8 +29,8 @@ def schedule_together(scheduler: Scheduler) -> bool:
     """Let the scheduler join requests that need one token, and have room for it, without a look at each.
 
     Every step comes out as without it, to the order of its requests. Steps with requests that wait, or with fewer free
-    blocks than there are requests that may take one, go vLLM's own way as a whole, as all do with schedulers and caches
-    of other kinds, with adapters of vLLM's, speculation and connectors.
+    blocks than there are requests that may take one, go vLLM's own way as a whole, as all do with adapters of vLLM's,
+    speculation and connectors.
 
     Returns:
         Whether the scheduler does so from now on.
@@ -41,10 +41,9 @@ def schedule_together(scheduler: Scheduler) -> bool:
         # The last one came after 0.26.
         *(scheduler.vllm_config.speculative_config, getattr(scheduler, "aux_output_connector", None)),
     )
-    kinds = type(scheduler) in (Scheduler, AsyncScheduler) and has_plain_blocks(scheduler.kv_cache_manager)
-    if not kinds or told != TOLD or any(beyond):
+    if told != TOLD or any(beyond):
         return False
-    joining = _Joining(scheduler)
+    joining = _Joining(scheduler, room_beyond(scheduler.kv_cache_manager))
     scheduler.schedule, scheduler._update_after_schedule = joining.schedule, joining.update_after_schedule
     return True
 
@@ -54,6 +53,7 @@ class _Joining:
     """The two ways into a scheduler, and between them the requests of a step: all, and the names of those to join."""
 
     scheduler: Scheduler
+    has_room: Callable[[Request, int], bool]
     running: list[Request] | None = None
     plain: set[str] | None = None
 
@@ -91,9 +91,7 @@ class _Joining:
     def _needing_more(self, running: list[Request]) -> list[Request]:
         """Those that need a look: the first, by whose blocks vLLM finds a common prefix; answers whose last token is on
         its way; and where a block fills or begins, as in `room`. None where prompts share the step's tokens."""
-        scheduler = self.scheduler
-        of_blocks = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
-        blocks, size, longest = of_blocks.req_to_blocks, of_blocks.block_size, scheduler.max_model_len
+        scheduler, has_room, longest = self.scheduler, self.has_room, self.scheduler.max_model_len
         # vLLM's older model runner is told all tokens of a request that was left out of the step before, as in a pause.
         known = None if scheduler.use_v2_model_runner else scheduler.prev_step_scheduled_req_ids
         alone = []
@@ -105,7 +103,7 @@ class _Joining:
             if (
                 not alone
                 or tokens != 1
-                or done + 1 >= len(blocks[name]) * size
+                or not has_room(request, 1)
                 or done + 2 > longest
                 or (ahead and done + 2 - ahead >= request.num_prompt_tokens + request.max_tokens)
                 or request.mm_features

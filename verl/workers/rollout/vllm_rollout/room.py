@@ -7,44 +7,36 @@ takes less time than the scheduler needs for all answers, the GPU waits for that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 # What the scheduler says besides of a request that runs already.
 RUNNING = {"num_lookahead_tokens": 0}
 
 
-def has_plain_blocks(manager: KVCacheManager) -> bool:
-    """Whether all layers are of one kind, which keeps every block that it has."""
-    kinds = type(manager), type(manager.coordinator), type(manager.coordinator.single_type_managers[0])
-    return kinds == (KVCacheManager, UnitaryKVCacheCoordinator, FullAttentionManager)
-
-
-def ask_once_a_block(manager: KVCacheManager) -> bool:
-    """Let the manager look at a request's blocks only when its next tokens fill the last of them, which is then there
-    for other prompts to find, or need another.
-
-    Everything comes out as without it. Layers that give blocks back as they go, or that are of several kinds, are left
-    as they are.
-
-    Returns:
-        Whether the manager does so from now on.
-    """
-    if not has_plain_blocks(manager):
-        return False
+def room_beyond(manager: KVCacheManager) -> Callable[[Request, int], bool]:
+    """A function of a request and its next tokens: whether its last block has room for more than these. Where not, they
+    fill it, and it is there for other prompts to find, or they need another."""
     of_blocks = manager.coordinator.single_type_managers[0]
-    blocks, size, none = of_blocks.req_to_blocks, of_blocks.block_size, manager.empty_kv_cache_blocks
+    blocks, size = of_blocks.req_to_blocks, of_blocks.block_size
+
+    def has_room(request: Request, new_tokens: int) -> bool:
+        return request.num_computed_tokens + new_tokens < len(blocks.get(request.request_id, ())) * size
+
+    return has_room
+
+
+def ask_once_a_block(manager: KVCacheManager) -> None:
+    """Let the manager look at a request's blocks only where a block is filled or begins; everything comes out as
+    without it."""
+    has_room, none = room_beyond(manager), manager.empty_kv_cache_blocks
 
     def allocate_slots(request: Request, num_new_tokens: int, **more: Any) -> KVCacheBlocks | None:
-        if more == RUNNING:
-            room = len(blocks.get(request.request_id, ())) * size
-            if request.num_computed_tokens + num_new_tokens < room:
-                return none
+        if more == RUNNING and has_room(request, num_new_tokens):
+            return none
         return KVCacheManager.allocate_slots(manager, request, num_new_tokens, **more)
 
     manager.allocate_slots = allocate_slots
-    return True

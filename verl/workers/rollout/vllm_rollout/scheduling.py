@@ -8,7 +8,11 @@ the order of the requests.
 from __future__ import annotations
 
 from vllm import LLM
+from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from verl.workers.rollout.vllm_rollout.plain_requests import schedule_together
 from verl.workers.rollout.vllm_rollout.room import ask_once_a_block
@@ -21,14 +25,24 @@ def scheduler_of(llm: LLM) -> Scheduler:
 
 
 def make_lean(scheduler: Scheduler) -> bool:
-    """Leave all of that out that can be; returns whether all can, as with schedulers and caches of the usual kind.
+    """Leave all of that out that can be; returns whether all can.
 
-    Nothing where several steps may be on their way at once, as in pipelines: a block would be found a step later.
+    Nothing can with schedulers or caches of kinds that are not known here, nor where several steps may be on their way
+    at once, as in pipelines: a block would be found a step later.
     """
-    if scheduler.vllm_config.parallel_config.pipeline_parallel_size > 1:
+    if not _of_usual_kind(scheduler) or scheduler.vllm_config.parallel_config.pipeline_parallel_size > 1:
         return False
-    done = ask_once_a_block(scheduler.kv_cache_manager), take_tokens_quickly(scheduler), schedule_together(scheduler)
-    return all(done)
+    ask_once_a_block(scheduler.kv_cache_manager)
+    take_tokens_quickly(scheduler)
+    return schedule_together(scheduler)
+
+
+def _of_usual_kind(scheduler: Scheduler) -> bool:
+    """Whether it is vLLM's own, of CPUs or of GPUs, and all layers are of one kind, which keeps every block it has."""
+    manager = scheduler.kv_cache_manager
+    kinds = type(manager), type(manager.coordinator), type(manager.coordinator.single_type_managers[0])
+    usual = KVCacheManager, UnitaryKVCacheCoordinator, FullAttentionManager
+    return type(scheduler) in (Scheduler, AsyncScheduler) and kinds == usual
 
 
 def make_whole(scheduler: Scheduler) -> None:

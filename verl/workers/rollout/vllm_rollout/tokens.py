@@ -14,23 +14,15 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.request import Request, RequestStatus
 
-from verl.workers.rollout.vllm_rollout.room import has_plain_blocks
 
-
-def take_tokens_quickly(scheduler: Scheduler) -> bool:
+def take_tokens_quickly(scheduler: Scheduler) -> None:
     """Let the scheduler write an answer's next token down, and do what vLLM's own way does besides only for a token
     that fills a block or ends the answer.
 
     Everything comes out as without it. Several tokens at once, an answer that lost its blocks while its token was on
-    the way, and requests with a shortest length or a search for repetition go vLLM's own way, as all do with schedulers
-    and caches of other kinds.
-
-    Returns:
-        Whether the scheduler does so from now on.
+    the way, and requests with a shortest length or a search for repetition go vLLM's own way.
     """
     manager = scheduler.kv_cache_manager
-    if type(scheduler) not in (Scheduler, AsyncScheduler) or not has_plain_blocks(manager):
-        return False
     # The one that schedules ahead of the tokens lets others find a block only once all of its tokens are known.
     ahead, longest = type(scheduler) is AsyncScheduler, scheduler.max_model_len
     named_size, of_blocks = manager.block_pool.hash_block_size, manager.coordinator.single_type_managers[0]
@@ -42,7 +34,6 @@ def take_tokens_quickly(scheduler: Scheduler) -> bool:
         if (
             len(new_token_ids) != 1
             or request.status is not RequestStatus.RUNNING
-            or request.num_output_placeholders < ahead
             or limits.min_tokens
             or limits.repetition_detection is not None
             or more.get("is_stale")
@@ -68,4 +59,3 @@ def take_tokens_quickly(scheduler: Scheduler) -> bool:
         return new_token_ids, stopped
 
     scheduler._update_request_with_output = update
-    return True
