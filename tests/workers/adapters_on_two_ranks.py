@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tests.ranks import leave
 from tests.workers.adapters_setup import adapted_update
 from tests.workers.updates_setup import PROMPTS, batch, settings
+from verl.config.engine import WrapPolicy
 from verl.models.four_bit import linear_layers, round_to_4bit, whole_weight
 from verl.models.loading import load_model
 from verl.models.sharding import build_sharded_model, full_parameters, shard
@@ -41,6 +43,7 @@ def run(rank: int, world_size: int, folder: Path) -> None:
                     torch.save(result, folder / f"{loss}-{kind}-{way}.pt")
     _check_what_is_built(folder)
     _check_what_is_built_in_4bit(folder)
+    _check_what_is_few_in_4bit(folder)
     leave()
 
 
@@ -98,3 +101,15 @@ def _check_what_is_built_in_4bit(folder: Path) -> None:
         assert pushed.keys() == expected.keys()
         for key, tensor in pushed.items():
             torch.testing.assert_close(tensor, expected[key], atol=1e-6, rtol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def _check_what_is_few_in_4bit(folder: Path) -> None:
+    """What is gathered is counted: of two layers, embedding, norms, biases and adapters of rank 3."""
+    few = 260 * 32 + 2 * (2 * 32 + 32 + 16 + 16) + 32 + 2 * 3 * (32 + 32)
+    group = settings("gspo").actor_rollout_ref
+    adapters = {"lora_rank": 3, "load_in_4bit": True, "target_modules": ["q_proj"]}
+    model = replace(group.model, path=str(folder / "base"), **adapters)
+    for limit, units in ((few, 3), (few + 1, 1)):
+        fsdp = replace(group.actor.fsdp_config, wrap_policy=WrapPolicy(min_num_params=limit))
+        module = build_sharded_model(model, "policy", fsdp, "cpu")
+        assert sum(isinstance(part, FSDPModule) for part in module.modules()) == units, (limit, units)
