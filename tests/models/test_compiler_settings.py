@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
-from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir, triton_cache_dir
 
 from tests.tiny import answer_rows, causal_lm, write_model
 from tests.workers.updates_setup import settings
@@ -60,6 +60,19 @@ def test_an_engine_changes_the_compiler_for_itself_alone(monkeypatch):
         assert inductor.compile_threads == 7
     assert os.environ["TRITON_CACHE_DIR"] == "/before"
     assert not {"TORCHINDUCTOR_COMPILE_THREADS", KEPT_IN} & os.environ.keys()
+
+
+def test_engines_share_the_kernels_that_are_theirs(monkeypatch, tmp_path):
+    """vLLM's are Triton's, and the same whatever the engine; by itself each engine has them in a folder of its own."""
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    with compiler_as_before():
+        assert triton_cache_dir(0) == str(tmp_path / "cache" / "kernels")
+    assert "TRITON_CACHE_DIR" not in os.environ
+    (tmp_path / "file").write_text("")
+    for name, expected in (("VERL_CACHE_DIR", None), ("TRITON_CACHE_DIR", str(tmp_path / "file"))):
+        monkeypatch.setenv(name, str(tmp_path / "file"))
+        with compiler_as_before():
+            assert os.environ.get("TRITON_CACHE_DIR") == expected
 
 
 def test_a_graph_is_traced_once_and_found_again():

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.vllm
 UNLIKE_TRANSFORMERS = {"deepseek_v3"}
 
 
-def run(what: str, family: str):
-    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+def run(what: str, family: str, **variables: str):
+    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"} | variables
     command = [sys.executable, "-m", "tests.vllm.family_engine", what, family]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -37,3 +37,10 @@ def test_answers_after_a_push_are_those_of_an_engine_that_read_the_model(family)
     (_, _, first), (_, _, second) = run("pushed", family)
     assert first == run("loaded", family)
     assert first != second
+
+
+def test_no_process_is_started_to_look_at_a_class(tmp_path):
+    """vLLM keeps what it saw of a class in such a process, so that the next start need not have one."""
+    run("pushed", "mixtral", VLLM_CACHE_ROOT=str(tmp_path))
+    assert (tmp_path / "verl_models").is_dir()
+    assert not (tmp_path / "modelinfos").exists()

@@ -7,6 +7,7 @@ of all of them, with its own part of the weights, and returns the answers to its
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import os
 import secrets
@@ -68,6 +69,7 @@ class VLLMRollout(BaseRollout):
         self._join_engine()
         self._structure = structure(model_config, trust_remote_code)
         check_family(self._structure)
+        load_class(type(self._structure).__name__)
         folder = _model_folder(model_config, type(self._structure).__name__, config.dtype)
         with self._generators(config.seed), classes_as_they_are(self._structure):
             self.llm = self._start(folder, trust_remote_code)
@@ -98,6 +100,9 @@ class VLLMRollout(BaseRollout):
         if self.on_gpu:
             # What torch keeps for itself looks taken to vLLM.
             torch.cuda.empty_cache()
+        # While it starts, vLLM has all of the process's objects gone through a dozen times, a third of a second each.
+        gc.collect()
+        gc.freeze()
         try:
             return LLM(
                 model=folder,
@@ -282,6 +287,14 @@ def check_family(model: PreTrainedModel) -> None:
             f"actor_rollout_ref.rollout.name=vllm: vLLM {__version__} has no {name}, and cannot run the class that "
             "transformers has: install a later vLLM, or set actor_rollout_ref.rollout.name=hf, which is slow"
         )
+
+
+def load_class(name: str) -> None:
+    """Load vLLM's class of that name, if there is one, and have it known by it. By itself vLLM first looks at it in a
+    process of its own, which loads all libraries again (19 s on a host with a GPU), so that CUDA need not begin in this
+    one, where it has begun; and keeps what it saw for later starts, where its cache folder is kept."""
+    if name in ModelRegistry.models:
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def list_cache_tensors(worker) -> None:
