@@ -13,7 +13,7 @@ from tests.workers.updates_setup import LOSSES, PROMPTS, batch, settings, update
 from verl.models.answer_models import PolicyModel
 from verl.models.sharding import full_parameters, shard
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.updates import MetricSums
+from verl.workers.updates import MetricSums, build_optimizer, optimizer_step
 
 OLD_NAMES = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
 ACTOR_SYNC = "actor_rollout_ref.actor.fsdp_config.sync_gradients_once"
@@ -55,6 +55,7 @@ def run(rank: int, world_size: int, folder: Path, device: str = "cpu") -> None:
             torch.save({"gradients": gradients, "metrics": metrics, **counts}, folder / f"{name}.pt")
     _check_metrics_that_some_ranks_have()
     _check_weights_after_a_forward(mine, device)
+    _check_steps_are_torchs(device)
     leave()
 
 
@@ -83,6 +84,32 @@ def _check_weights_after_a_forward(mine: slice, device: str) -> None:
     DataParallelPPOActor(group.actor, group.rollout, module).compute_log_prob(batch()[mine])
     for name, tensor in full_parameters(module):
         assert torch.equal(tensor, before[name]), name
+
+
+def _check_steps_are_torchs(device: str) -> None:
+    """On distributed tensors: a step, and one whose gradients are clipped."""
+    config = settings("gspo", "whole")
+    ours, theirs = (_sharded(PolicyModel(causal_lm()), config, device) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optim = config.actor_rollout_ref.actor.optim
+    optimizer, _ = build_optimizer(ours, optim, total_steps=1)
+    options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    expected = torch.optim.AdamW(theirs.parameters(), fused=optimizer.param_groups[0]["fused"], **options)
+    for max_norm in (1e9, 0.5):
+        for module in (ours, theirs):
+            for number, parameter in enumerate(module.parameters(), start=1):
+                parameter.grad = (parameter.detach() - max_norm).sin() * number
+        whole = torch.cat([parameter.grad.full_tensor().flatten() for parameter in theirs.parameters()])
+        norm = optimizer_step(ours, optimizer, max_norm)
+        assert abs(norm / whole.norm().item() - 1) < 1e-5 and norm > 1
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+        expected.step()
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            tolerance = 0 if max_norm > norm else 1e-6
+            torch.testing.assert_close(mine.full_tensor(), other.full_tensor(), rtol=tolerance, atol=tolerance)
+            for name, value in expected.state[other].items():
+                got, value = (getattr(t, "full_tensor", lambda t=t: t)() for t in (optimizer.state[mine][name], value))
+                torch.testing.assert_close(got, value, rtol=10 * tolerance, atol=tolerance)
 
 
 def _count(collective: str) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LRScheduler
 
 from verl.config import OptimizerConfig
@@ -29,12 +30,49 @@ from verl.utils.torch_functional import (
 logger = logging.getLogger(__name__)
 
 
-def build_optimizer(
-    module: nn.Module, config: OptimizerConfig, total_steps: int
-) -> tuple[torch.optim.AdamW, LRScheduler]:
-    """AdamW (arXiv 1711.05101) over all parameters that are not frozen, and the schedule that is stepped once per
-    training step."""
-    optimizer = torch.optim.AdamW(
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW (arXiv 1711.05101, algorithm 2) on this rank's shards as plain tensors.
+
+    It works element by element, so that the result is the same. Of distributed tensors each list is taken apart and put
+    together by Python in every step, while the device waits.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of every parameter that has a gradient; its state was made beforehand (`_make_states`)."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            states = [self.state[parameter] for parameter in parameters]
+            first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+            beta1, beta2 = group["betas"]
+            adamw(
+                own_shards(parameters),
+                own_shards(parameter.grad for parameter in parameters),
+                own_shards(first),
+                own_shards(second),
+                [],
+                steps,
+                foreach=group["foreach"],
+                fused=group["fused"],
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+@torch.no_grad()
+def own_shards(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """This rank's part of each, which shares its memory."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig, total_steps: int) -> tuple[ShardedAdamW, LRScheduler]:
+    """AdamW over all parameters that are not frozen, and the schedule that is stepped once per training step."""
+    optimizer = ShardedAdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=config.lr,
         betas=config.betas,
@@ -61,7 +99,7 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def _make_states(optimizer: torch.optim.AdamW) -> None:
+def _make_states(optimizer: ShardedAdamW) -> None:
     """Allocate AdamW's state now instead of on its first step.
 
     The state stays for good. By the first step PyTorch holds large pieces of GPU memory that activations were in, and
@@ -88,17 +126,30 @@ def optimizer_step(
         FloatingPointError: the norm, or the loss of any rank, is not finite. The weights are left as they were, on
             every rank, and so is the optimizer.
     """
-    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-    value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    losses, broken = sum_over_ranks([float(loss), not (math.isfinite(value) and math.isfinite(loss))])
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    norm = total_norm(gradients)
+    losses, broken = sum_over_ranks([float(loss), not (math.isfinite(norm) and math.isfinite(loss))])
     if broken:
         raise FloatingPointError(
-            f"the loss is {losses / world_size():.6g} and the gradient norm {value:.6g}, so the update was not "
+            f"the loss is {losses / world_size():.6g} and the gradient norm {norm:.6g}, so the update was not "
             f"applied; {_what_is_not_finite(module)}"
         )
-    nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
+    # As torch's clip_grads_with_norm_ scales them.
+    scale = max_norm / (norm + 1e-6)
+    if gradients and scale < 1:
+        torch._foreach_mul_(own_shards(gradients), scale)
     optimizer.step()
-    return value
+    return norm
+
+
+def total_norm(gradients: Sequence[torch.Tensor]) -> float:
+    """The L2 norm of all gradients as one vector, of sharded ones over all ranks; collective then."""
+    norm = nn.utils.get_total_norm(own_shards(gradients))
+    if gradients and isinstance(gradients[0], DTensor):
+        squares = norm.double().square()
+        dist.all_reduce(squares, group=gradients[0].device_mesh.get_group())
+        norm = squares.sqrt()
+    return norm.item()
 
 
 def _what_is_not_finite(module: nn.Module) -> str:
