@@ -18,6 +18,7 @@ gets a process of its own on a GPU.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def arguments() -> argparse.ArgumentParser:
     result.add_argument("--peer-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings for upstream verl")
     result.add_argument("--warmup", type=int, default=2, help="steps that are not timed")
     result.add_argument("--steps", type=int, default=3, help="steps that are timed")
+    # What the processes of the single runs are told: loading upstream's libraries takes as long as a run.
+    result.add_argument("--peer-checked", action="store_true", help=argparse.SUPPRESS)
     return result
 
 
@@ -99,14 +102,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     peer = PEERS[args.peer]
     if args.warmup < 1:
         arguments().error("--warmup must be at least 1: when a peer's first step begins is not noted")
-    if any(run.startswith("peer") for run in args.runs):
+    if any(run.startswith("peer") for run in args.runs) and not args.peer_checked:
         peer.check(args)
     report = Report("peers", args, COLUMNS)
     if args.peer_path is not None:
         report.head["versions"] |= peers_verl.versions(args.peer_path)
     if args.device == "cuda" and len(args.runs) > 1:
         # What an engine leaves on the device must not stand in the next one's way.
-        in_processes("benchmarks.peers", argv, "--runs", args.runs, report)
+        given = sys.argv[1:] if argv is None else argv
+        in_processes("benchmarks.peers", [*given, "--peer-checked"], "--runs", args.runs, report)
     else:
         runs = {"ours-sft": ours_sft, "ours-grpo": ours_grpo, "peer-sft": peer.sft, "peer-grpo": peer.grpo}
         for run in args.runs:

@@ -97,6 +97,7 @@ def check(args: argparse.Namespace) -> None:
 def check_imports(args: argparse.Namespace) -> None:
     """Stop where the commands that will be run cannot be loaded."""
     modules = [MODULES[run] for run in args.runs if run in MODULES]
+    say(f"loading {', '.join(modules)} of {args.peer_path}, to see whether upstream can be run")
     with tempfile.TemporaryDirectory() as name:
         command = [sys.executable, "-c", f"import {', '.join(modules)}"]
         environment = environment_of(args, Path(name))

@@ -10,7 +10,8 @@ validates before the first step; `gad` has everything on: discriminator, referen
 finds empty folders for what torch, Triton and vLLM compile and for what is known of the rows; the warm ones after it
 find what it left there. Libraries and models stay in the system's memory, so that a first start on a machine takes
 longer than either. With `--against` the package of another working tree starts in turn with this one's, each with
-folders of its own, and `of_other` is this one's median over the other's.
+folders of its own, and `of_other` is this one's seconds over the other's. What a run prints is printed here, and every
+start is a row as soon as it has ended, so that one which is cut short is not for nothing.
 """
 
 from __future__ import annotations
@@ -115,9 +116,9 @@ def start(settings: list[str], saved: Path, caches: Path, tree: Path) -> dict[st
     environment = os.environ | {name: str(caches / name.lower()) for name in CACHES}
     environment |= {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *settings]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(command, cwd=tree, env=environment)
     if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-8000:]}")
+        sys.exit(f"this ended with {done.returncode}, its output is above: {' '.join(command)}")
     return json.loads((saved / "run.json").read_text(encoding="utf-8"))["starts"][-1]["seconds_to_first_step"]
 
 
@@ -140,7 +141,8 @@ def median_row(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
 
 def measure(args: argparse.Namespace, model: Path, run: str, report: Report) -> None:
     """One cold start and `--warm` warm ones, of each tree in turn."""
-    trees = {THIS: ROOT} | ({} if args.against is None else {OTHER: args.against.resolve()})
+    # This one's comes second, so that there is something to hold it against.
+    trees = ({} if args.against is None else {OTHER: args.against.resolve()}) | {THIS: ROOT}
     size = SAVED_BYTES * sum(file.stat().st_size for file in model.glob("*.safetensors"))
     with (
         tempfile.TemporaryDirectory(prefix="start-") as made,
@@ -156,18 +158,23 @@ def measure(args: argparse.Namespace, model: Path, run: str, report: Report) -> 
         rows: dict[str, list[dict[str, float | None]]] = {name: [] for name in trees}
         for number in range(1 + args.warm):
             for name, tree in trees.items():
-                say(f"{run}, {name}: {f'warm start {number} of {args.warm}' if number else 'a cold start'}")
+                caches = f"warm {number}" if number else "cold"
+                say(f"{run}, {name}: {caches}, of {1 + args.warm} starts")
                 rows[name].append(row_of(start(settings, saved, folder / f"caches-{name}", tree)))
-    for caches, chosen in (("cold", slice(0, 1)), ("warm", slice(1, None))):
-        medians = {name: median_row(some) for name, all_of in rows.items() if (some := all_of[chosen])}
-        for name, row in medians.items():
-            compared = {}
-            if caches == "warm":
-                compared["of_cold"] = row["seconds"] / rows[name][0]["seconds"]
-                compared["all_seconds"] = [one["seconds"] for one in rows[name][chosen]]
-            if name == THIS and OTHER in medians:
-                compared["of_other"] = row["seconds"] / medians[OTHER]["seconds"]
-            report.add(run=run, tree=name, caches=caches, **compared, **row)
+                report.add(run=run, tree=name, caches=caches, **summed_up(rows, name, slice(number, None)))
+    if args.warm > 1:
+        for name in trees:
+            report.add(run=run, tree=name, caches="warm, median", **summed_up(rows, name, slice(1, None)))
+
+
+def summed_up(rows: dict[str, list[dict[str, float | None]]], name: str, chosen: slice) -> dict[str, float | None]:
+    """The median of a tree's chosen starts, over its cold one if it is none of them; this one's over the other's."""
+    row = dict(median_row(rows[name][chosen]))
+    if chosen.start:
+        row["of_cold"] = row["seconds"] / rows[name][0]["seconds"]
+    if name == THIS and OTHER in rows:
+        row["of_other"] = row["seconds"] / median_row(rows[OTHER][chosen])["seconds"]
+    return row
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from benchmarks.shapes import (
     training_flops,
     training_flops_done,
 )
-from benchmarks.start import SAVED_BYTES, median_row, row_of
+from benchmarks.start import OTHER, SAVED_BYTES, THIS, median_row, row_of, summed_up
 from benchmarks.step import even_share, random_texts, summarize
 from tests.tiny import answer_rows, causal_lm
 from verl.models.answer_models import PolicyModel
@@ -384,6 +384,17 @@ def test_a_starts_phases_become_columns_by_hand():
     assert median_row([{"seconds": s} for s in (5.0, 2.0, 4.0, 3.0)]) == {"seconds": 3.0}
 
 
+def test_starts_are_compared_with_the_cold_one_and_with_the_other_trees():
+    seconds = {OTHER: (60.0, 50.0, 20.0, 40.0), THIS: (30.0, 10.0, 15.0, 12.0)}
+    rows = {name: [{"seconds": one} for one in starts] for name, starts in seconds.items()}
+    assert summed_up({name: starts[:1] for name, starts in rows.items()}, THIS, slice(0, None)) == {
+        "seconds": 30.0, "of_other": 0.5,
+    }  # fmt: skip
+    assert summed_up(rows, THIS, slice(1, None)) == {"seconds": 12.0, "of_cold": 0.4, "of_other": 0.3}
+    assert summed_up(rows, OTHER, slice(1, None)) == {"seconds": 40.0, "of_cold": pytest.approx(2 / 3)}
+    assert summed_up({THIS: rows[THIS]}, THIS, slice(3, None)) == {"seconds": 12.0, "of_cold": 0.4}
+
+
 def test_what_has_room_is_in_memory(tmp_path, monkeypatch):
     """A checkpoint of 12 bytes a parameter for each of student and discriminator: 12 for each byte of a bf16 folder."""
     assert SAVED_BYTES == 12
@@ -399,7 +410,7 @@ def test_what_has_room_is_in_memory(tmp_path, monkeypatch):
 def test_start_runs(tmp_path):
     sizes = ("--prompts", "4", "--n", "2", "--tokens", "16", "16", "--rows", "16")
     cold, warm = run("start", tmp_path / "out.json", "--runs", "seqkd", "--warm", "1", *sizes)
-    assert (cold["run"], cold["caches"], warm["caches"]) == ("seqkd", "cold", "warm")
+    assert (cold["run"], cold["caches"], warm["caches"]) == ("seqkd", "cold", "warm 1")
     for row in (cold, warm):
         assert row["engine"] is None and row["validation"] is None and row["first_step"] > 0
         parts = ("settings", "libraries", "checks", "data", "ray", "ranks", "models", "first_step", "rest")
