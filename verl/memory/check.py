@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 from verl.config import ModelConfig
 from verl.config.run import Config
 from verl.memory.estimate import RunSettings, check_memory
+from verl.memory.small import larger_micro_batches
 from verl.models.adapters import base_in_4bit
 from verl.models.finding import find_model
 from verl.models.loading import Kind, load_config
@@ -12,9 +15,12 @@ from verl.models.shape import ModelShape
 from verl.models.sharding import trained_adapters
 from verl.models.shared_base import shares_base
 
+logger = logging.getLogger(__name__)
+
 
 def check_run_memory(config: Config, sizes: tuple[int, int] | None) -> None:
-    """Log the estimate, and warn where it does not fit (see `check_memory`, which raises where it cannot).
+    """Log the estimate, and warn where it does not fit (see `check_memory`, which raises where it cannot); say where a
+    small model has room for larger micro-batches.
 
     Args:
         sizes: bytes of one GPU and of one machine's memory; None on CPU, where there is no estimate.
@@ -22,8 +28,14 @@ def check_run_memory(config: Config, sizes: tuple[int, int] | None) -> None:
     if sizes is None:
         return
     run = run_settings(config, config.use_critic and shares_base(config.actor_rollout_ref, config.critic))
-    critic_shape = None if run.critic is None else _shape(run.critic.model, "score")
-    check_memory(run, _shape(config.actor_rollout_ref.model, "policy"), critic_shape, *sizes)
+    shapes = (
+        _shape(config.actor_rollout_ref.model, "policy"),
+        None if run.critic is None else _shape(run.critic.model, "score"),
+    )
+    check_memory(run, *shapes, *sizes)
+    if larger := larger_micro_batches(run, *shapes, sizes[0])[0]:
+        logger.info("Speed: a small model's GPU waits for the host between micro-batches, and larger ones fit: %s",
+                    ", ".join(map(str, larger)))  # fmt: skip
 
 
 def run_settings(config: Config, share_base: bool = False) -> RunSettings:

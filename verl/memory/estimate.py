@@ -318,7 +318,7 @@ def _gathered(shape: ModelShape, fsdp: FSDPConfig) -> float:
     latter once more in fp32; with adapters, of one layer's alone. A model of few parameters is gathered as one layer.
     Weights in 4 bits are not gathered: of them, one layer's at most are there as they are computed with."""
     b, layers = _itemsize(fsdp.dtype), shape.layers
-    at_once = layers if shape.parameters - shape.packed < fsdp.wrap_policy.min_num_params else 1
+    at_once = layers if gathered_whole(shape, fsdp) else 1
     whole = b * shape.layer_parameters
     packed = b * shape.packed / max(1, layers)
     outside = b * (shape.parameters - layers * shape.layer_parameters)
@@ -326,6 +326,11 @@ def _gathered(shape: ModelShape, fsdp: FSDPConfig) -> float:
     if shape.frozen:
         return weights + packed + (b + GRADIENT) * at_once * shape.trained / max(1, layers)
     return weights + outside + at_once * (whole + GRADIENT * shape.layer_parameters)
+
+
+def gathered_whole(shape: ModelShape, fsdp: FSDPConfig) -> bool:
+    """Whether a model has so few parameters that it is gathered as one layer (see `sharding.shard`)."""
+    return shape.parameters - shape.packed < fsdp.wrap_policy.min_num_params
 
 
 def _activations(shape: ModelShape, fsdp: FSDPConfig, model: ModelConfig) -> float:
@@ -360,14 +365,15 @@ def _savings(run: RunSettings, actor: ModelShape, critic: ModelShape | None, gpu
 
     savings = []
     for knob in knobs(phase, run.actor_rollout_ref, run.critic):
-        savings.append((need(run) - need(_turned(run, knob)), str(knob)))
+        savings.append((need(run) - need(turned(run, knob)), str(knob)))
     doubled = replace(run, ranks=2 * run.ranks)
     savings.append((need(run) - need(doubled), f"twice as many GPUs (now {run.ranks})"))
     useful = sorted((s for s in savings if s[0] > 0.05 * GIB), reverse=True)
     return ", ".join(f"{text} saves {saved / GIB:.1f} GiB" for saved, text in useful)
 
 
-def _turned(run: RunSettings, knob: Knob) -> RunSettings:
+def turned(run: RunSettings, knob: Knob) -> RunSettings:
+    """The run with a setting at its better value."""
     return _with_value(run, knob.key.split("."), knob.better)
 
 

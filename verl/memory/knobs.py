@@ -29,7 +29,7 @@ CRITIC_FSDP = "critic.model.fsdp_config"
 
 @dataclass(frozen=True)
 class Knob:
-    """A setting by its whole key, its present value, and one that needs less memory."""
+    """A setting by its whole key, its present value, and a better one, which mostly is one that needs less memory."""
 
     key: str
     now: Any

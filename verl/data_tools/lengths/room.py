@@ -10,6 +10,7 @@ from verl.config.run import Config
 from verl.memory.check import run_settings
 from verl.memory.estimate import PHASES, MemoryEstimate, estimate_memory
 from verl.memory.knobs import Phase, knobs
+from verl.memory.small import larger_micro_batches
 from verl.models.loading import load_config
 from verl.models.shape import ModelShape
 from verl.utils.units import GIB
@@ -56,7 +57,8 @@ class Room:
 
 
 def find_room(compose: Callable[[Mapping[str, Any]], Config], machine: Machine) -> Room:
-    """Turn settings, the cheapest first, until every phase fits or no setting helps.
+    """Turn settings, the cheapest first, until every phase fits or no setting helps; what is left where it fits goes to
+    the micro-batches of small models.
 
     Args:
         compose: the run's settings with some changed, by key.
@@ -66,9 +68,24 @@ def find_room(compose: Callable[[Mapping[str, Any]], Config], machine: Machine) 
         config = compose(room.changes)
         estimate = _estimate(config, machine)
         room.phase, room.need = estimate.largest, estimate.need(estimate.largest)
-        if room.need <= machine.gpu_bytes or not _turn_one(room, config, compose, machine):
+        if room.need <= machine.gpu_bytes:
+            _use_what_is_left(room, config, machine)
+            return room
+        if not _turn_one(room, config, compose, machine):
             return room
     return room
+
+
+def _use_what_is_left(room: Room, config: Config, machine: Machine) -> None:
+    """Give small models larger micro-batches where these fit too."""
+    critic = machine.critic if config.use_critic else None
+    larger, run = larger_micro_batches(run_settings(config), machine.actor, critic, machine.gpu_bytes)
+    for knob in larger:
+        room.changes[knob.key] = knob.better
+        why = "a small model's GPU waits for the host between micro-batches, and larger ones fit"
+        room.reasons.append((knob.key, why))
+    estimate = estimate_memory(run, machine.actor, critic, machine.gpu_bytes)
+    room.phase, room.need = estimate.largest, estimate.need(estimate.largest)
 
 
 def _estimate(config: Config, machine: Machine) -> MemoryEstimate:
