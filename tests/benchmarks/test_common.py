@@ -295,6 +295,15 @@ def test_host_memory_runs(tmp_path):
     assert all(row["take"] > 0 and row["copy"] > 0 for row in rows) and rows[0]["of_plain"] == 1
 
 
+@pytest.mark.e2e
+def test_packing_runs(tmp_path):
+    rows = run("packing", tmp_path / "out.json", "--tokens", "16384", "--times", "3", "--against", str(ROOT))
+    assert [(row["tree"], len(row["all_seconds"])) for row in rows] == [("other", 3), ("this", 3)]
+    # Whole prompts, each with its eight answers.
+    assert 8192 < rows[0]["tokens"] == rows[1]["tokens"] <= 16384 and rows[0]["rows"] % 8 == 0
+    assert rows[1]["of_other"] == pytest.approx(rows[1]["seconds"] / rows[0]["seconds"])
+
+
 def test_gains_of_answers_a_step_ahead_are_compared_with_those_in_turn():
     in_turn = learned([0.3, 0.4], 0.25, None)
     assert (in_turn["exact"], in_turn["gain"]) == pytest.approx((0.35, 0.1))

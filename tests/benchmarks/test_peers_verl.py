@@ -203,6 +203,15 @@ def test_upstream_that_cannot_be_imported_is_said_before_work_starts(tmp_path):
         )
 
 
+def test_the_process_of_one_run_does_not_load_upstream_once_more(tmp_path, capfd):
+    """It goes on to upstream's command, which fails."""
+    write_package(tmp_path, "raise ImportError('none')")
+    options = ["--peer-path", str(tmp_path), "--runs", "peer-sft", "--peer-rows", "packed", "--peer-checked"]
+    with pytest.raises(SystemExit, match="these have failed, see above: verl sft, packed rows"):
+        peers.main(["--shape", "tiny", "--device", "cpu", "--peer", "verl", *options])
+    assert "to see whether upstream can be run" not in capfd.readouterr().out
+
+
 def test_generation_needs_a_gpu(tmp_path):
     write_package(tmp_path)
     assert peers_verl.versions(tmp_path) == {"peer verl": "0.9.1"}

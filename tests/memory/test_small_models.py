@@ -1,6 +1,7 @@
 """Larger micro-batches for small models: where they fit and are worth it, and where not."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig
@@ -95,6 +96,30 @@ def test_a_run_says_so_before_it_starts(tmp_path, caplog):
         assert "Memory: the run needs" in caplog.text and "larger ones fit" not in caplog.text
 
 
+def test_a_large_model_in_4_bits_is_no_small_one():
+    """Of 1.3 billion parameters all but the embedding's 98 million are packed; it is gathered whole for that."""
+    (policy, _), sizes = small(), {"hidden_size": 2000, "intermediate_size": 6000, "num_attention_heads": 10}
+    large = small(**sizes, num_key_value_heads=10)[0]
+    packed = replace(large, frozen=large.parameters - 10**6, packed=large.layers * large.layer_parameters)
+    assert large.parameters > 10**9 and large.parameters - packed.packed < 300_000_000
+    run = run_settings(config_of("stage=seqkd"))
+    assert not larger_micro_batches(run, packed, None, 140 * GIB)[0]
+    assert larger_micro_batches(run, policy, None, 140 * GIB)[0]
+
+
+def test_one_micro_batch_instead_of_two_may_take_less():
+    """Nine rows of 1,890 tokens on each of eight ranks: as one they are 626 tokens more, 890 of 1,890 with logits, and
+    no rank sums gradients of two micro-batches whole."""
+    lengths = ["data.max_prompt_length=1000", "data.max_response_length=890", "data.train_batch_size=72"]
+    run, (shape, _) = run_settings(config_of("stage=seqkd", "trainer.n_gpus_per_node=8", *lengths)), small()
+    knobs, larger = larger_micro_batches(run, shape, None, 80 * GIB)
+    assert knobs == [Knob(f"{ACTOR}.{TOKENS}", 16384, 32768)]
+    before, after = (estimate_memory(one, shape, None, 80 * GIB).need("update_actor") for one in (run, larger))
+    more = 626 * 30 * KEPT + 626 * 890 / 1890 * 49152 * 2
+    assert before - after == pytest.approx(4 * shape.parameters * 7 / 8 - more)
+    assert before > after
+
+
 def test_settings_for_measured_lengths_have_them():
     machine = Machine(*small(), gpu_bytes=80 * GIB)
     advice = advise("gad", Limits(512, 512, 0.0, 0.0, 1.0), 10_000, 0.99, "x", 1, machine)
@@ -106,3 +131,25 @@ def test_settings_for_measured_lengths_have_them():
     estimate = estimate_memory(run_settings(config), machine.actor, machine.critic, machine.gpu_bytes)
     need = f"about {estimate.need(estimate.largest) / GIB:.1f} GiB of 80.0 GiB"
     assert advice.reasons[-1][1].startswith(need)
+
+
+@pytest.mark.parametrize("stage", ["seqkd", "gad"])
+@pytest.mark.parametrize("gib", [8, 10, 12, 16, 24, 32, 80])
+def test_every_setting_is_advised_once_whatever_the_card(stage, gib):
+    """Where memory is short, what saves it is not undone; and a micro-batch always holds a row."""
+    machine = Machine(*small(), gpu_bytes=gib * GIB)
+    advice = advise(stage, Limits(2048, 8192, 0.0, 0.0, 1.0), 10_000, 0.99, "x", 1, machine)
+    keys = [key for key, _ in advice.reasons]
+    assert len(keys) == len(set(keys))
+    larger = [key for key, why in advice.reasons if "waits for the host" in why]
+    assert not (larger and any("saves memory" in why for _, why in advice.reasons))
+    if stage == "gad":
+        assert advice.settings.get(f"{CRITIC}.{TOKENS}", 32768) >= 2048 + 8192
+
+
+def test_long_rows_have_settings_for_a_small_card():
+    """Halving the discriminator's micro-batches stops at a whole row of 20,480 tokens."""
+    machine = Machine(*small(), gpu_bytes=32 * GIB)
+    advice = advise("gad", Limits(8192, 12288, 0.0, 0.0, 1.0), 10_000, 0.99, "x", 1, machine)
+    assert advice.settings.get(f"{CRITIC}.{TOKENS}", 32768) >= 20480
+    assert "by the trainer's estimate" in advice.reasons[-1][1]

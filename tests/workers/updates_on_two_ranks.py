@@ -1,6 +1,7 @@
 """Child of the update tests: the same updates on several ranks, gradients gathered whole."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import leave
-from tests.tiny import causal_lm
+from tests.tiny import causal_lm, scorer
 from tests.workers.updates_setup import LOSSES, PROMPTS, batch, settings, update
-from verl.models.answer_models import PolicyModel
+from verl.models.answer_models import AnswerModel, PolicyModel, ScoreModel
 from verl.models.sharding import full_parameters, shard
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.updates import MetricSums, build_optimizer, optimizer_step
@@ -55,7 +56,8 @@ def run(rank: int, world_size: int, folder: Path, device: str = "cpu") -> None:
             torch.save({"gradients": gradients, "metrics": metrics, **counts}, folder / f"{name}.pt")
     _check_metrics_that_some_ranks_have()
     _check_weights_after_a_forward(mine, device)
-    _check_steps_are_torchs(device)
+    for build in (lambda: PolicyModel(causal_lm()), lambda: ScoreModel(scorer())):
+        _check_steps_are_torchs(build, device)
     leave()
 
 
@@ -86,10 +88,11 @@ def _check_weights_after_a_forward(mine: slice, device: str) -> None:
         assert torch.equal(tensor, before[name]), name
 
 
-def _check_steps_are_torchs(device: str) -> None:
-    """On distributed tensors: a step, and one whose gradients are clipped."""
+def _check_steps_are_torchs(build: Callable[[], AnswerModel], device: str) -> None:
+    """On distributed tensors, one of which has no gradient, and of the score head one rank has nothing: a step, and one
+    whose gradients are clipped."""
     config = settings("gspo", "whole")
-    ours, theirs = (_sharded(PolicyModel(causal_lm()), config, device) for _ in range(2))
+    ours, theirs = (_sharded(build(), config, device) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     optim = config.actor_rollout_ref.actor.optim
     optimizer, _ = build_optimizer(ours, optim, total_steps=1)
@@ -98,8 +101,9 @@ def _check_steps_are_torchs(device: str) -> None:
     for max_norm in (1e9, 0.5):
         for module in (ours, theirs):
             for number, parameter in enumerate(module.parameters(), start=1):
-                parameter.grad = (parameter.detach() - max_norm).sin() * number
-        whole = torch.cat([parameter.grad.full_tensor().flatten() for parameter in theirs.parameters()])
+                parameter.grad = None if number == 2 else (parameter.detach() - max_norm).sin() * number
+        gradients = [parameter.grad for parameter in theirs.parameters() if parameter.grad is not None]
+        whole = torch.cat([gradient.full_tensor().flatten() for gradient in gradients])
         norm = optimizer_step(ours, optimizer, max_norm)
         assert abs(norm / whole.norm().item() - 1) < 1e-5 and norm > 1
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)

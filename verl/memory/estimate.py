@@ -246,11 +246,7 @@ def _actor_update(run: RunSettings, shape: ModelShape) -> Sizes:
     policy_settings = run.actor_rollout_ref
     actor, rollout = policy_settings.actor, policy_settings.rollout
     shards = actor.ulysses_sequence_parallel_size
-    prompts = max(1, actor.ppo_mini_batch_size * shards // run.ranks)
-    answers = 2 if run.pairs else 1 if actor.use_sft_mode else rollout.n
-    sharing = answers if policy_settings.model.use_remove_padding else 1
-    together = answers if run.pairs else 1
-    tokens, several = _largest_micro_batch(actor, rollout, prompts * answers, sharing, together)
+    tokens, several, sharing = _actor_micro_batch(run)
     parts = _update("actor", run, shape, actor.fsdp_config, policy_settings.model, tokens, several, shards)
     # Only answers have logits. What is kept of them beyond a chunk is kept where there is room.
     answered = tokens / shards * sharing * rollout.response_length / _tokens(rollout, sharing, sharing)
@@ -259,13 +255,35 @@ def _actor_update(run: RunSettings, shape: ModelShape) -> Sizes:
 
 
 def _critic_update(run: RunSettings, shape: ModelShape) -> Sizes:
-    critic, rollout = run.critic, run.actor_rollout_ref.rollout
+    critic = run.critic
+    tokens, several = _critic_micro_batch(run)
     shards = critic.ulysses_sequence_parallel_size
-    prompts = max(1, critic.ppo_mini_batch_size * shards // run.ranks)
+    return _update("critic", run, shape, critic.model.fsdp_config, critic.model, tokens, several, shards)
+
+
+def micro_batch_tokens(run: RunSettings, phase: Phase) -> int:
+    """Tokens of the largest micro-batch of the actor's update, or of the critic's."""
+    return _actor_micro_batch(run)[0] if phase == "update_actor" else _critic_micro_batch(run)[0]
+
+
+def _actor_micro_batch(run: RunSettings) -> tuple[int, bool, int]:
+    """As `_largest_micro_batch`, and how many rows have a prompt between them."""
+    policy_settings = run.actor_rollout_ref
+    actor, rollout = policy_settings.actor, policy_settings.rollout
+    prompts = max(1, actor.ppo_mini_batch_size * actor.ulysses_sequence_parallel_size // run.ranks)
+    answers = 2 if run.pairs else 1 if actor.use_sft_mode else rollout.n
+    sharing = answers if policy_settings.model.use_remove_padding else 1
+    together = answers if run.pairs else 1
+    return *_largest_micro_batch(actor, rollout, prompts * answers, sharing, together), sharing
+
+
+def _critic_micro_batch(run: RunSettings) -> tuple[int, bool]:
+    """As `_largest_micro_batch`."""
+    critic, rollout = run.critic, run.actor_rollout_ref.rollout
+    prompts = max(1, critic.ppo_mini_batch_size * critic.ulysses_sequence_parallel_size // run.ranks)
     members = rollout.n + 1
     sharing = members if critic.model.use_remove_padding else 1
-    tokens, several = _largest_micro_batch(critic, rollout, prompts * members, sharing, together=members)
-    return _update("critic", run, shape, critic.model.fsdp_config, critic.model, tokens, several, shards)
+    return _largest_micro_batch(critic, rollout, prompts * members, sharing, together=members)
 
 
 def _largest_micro_batch(
@@ -318,7 +336,7 @@ def _gathered(shape: ModelShape, fsdp: FSDPConfig) -> float:
     latter once more in fp32; with adapters, of one layer's alone. A model of few parameters is gathered as one layer.
     Weights in 4 bits are not gathered: of them, one layer's at most are there as they are computed with."""
     b, layers = _itemsize(fsdp.dtype), shape.layers
-    at_once = layers if gathered_whole(shape, fsdp) else 1
+    at_once = layers if shape.parameters - shape.packed < fsdp.wrap_policy.min_num_params else 1
     whole = b * shape.layer_parameters
     packed = b * shape.packed / max(1, layers)
     outside = b * (shape.parameters - layers * shape.layer_parameters)
@@ -326,11 +344,6 @@ def _gathered(shape: ModelShape, fsdp: FSDPConfig) -> float:
     if shape.frozen:
         return weights + packed + (b + GRADIENT) * at_once * shape.trained / max(1, layers)
     return weights + outside + at_once * (whole + GRADIENT * shape.layer_parameters)
-
-
-def gathered_whole(shape: ModelShape, fsdp: FSDPConfig) -> bool:
-    """Whether a model has so few parameters that it is gathered as one layer (see `sharding.shard`)."""
-    return shape.parameters - shape.packed < fsdp.wrap_policy.min_num_params
 
 
 def _activations(shape: ModelShape, fsdp: FSDPConfig, model: ModelConfig) -> float:

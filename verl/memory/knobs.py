@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal
 
-from verl.config import ActorConfig, ActorRolloutRefConfig, CriticConfig, FSDPConfig, ModelConfig
+from verl.config import ActorConfig, ActorRolloutRefConfig, CriticConfig, FSDPConfig, ModelConfig, RolloutConfig
 
 Phase = Literal[
     "init",
@@ -49,7 +49,7 @@ def knobs(phase: Phase, policy_settings: ActorRolloutRefConfig | None, critic: C
     if policy_settings is not None:
         found += _own_of_policy(phase, policy_settings)
     if critic is not None and phase in ("compute_scores", "update_critic"):
-        found += _own_of_critic(phase, critic)
+        found += _own_of_critic(phase, critic, None if policy_settings is None else policy_settings.rollout)
     if policy_settings is not None:
         found += _resting_of_policy(phase, policy_settings)
     if critic is not None:
@@ -90,8 +90,9 @@ def _own_of_policy(phase: Phase, policy_settings: ActorRolloutRefConfig) -> Iter
             yield Knob(f"{POLICY}.rollout.max_num_seqs", rollout.max_num_seqs, rollout.max_num_seqs // 2)
 
 
-def _own_of_critic(phase: Phase, critic: CriticConfig) -> Iterator[Knob]:
-    yield from _micro_batch("critic", critic, longest=1)
+def _own_of_critic(phase: Phase, critic: CriticConfig, rollout: RolloutConfig | None) -> Iterator[Knob]:
+    longest = 1 if rollout is None else rollout.prompt_length + rollout.response_length
+    yield from _micro_batch("critic", critic, ceil(longest / critic.ulysses_sequence_parallel_size))
     if phase == "update_critic":
         yield from _recomputation("critic.model", critic.model)
         yield from _gradients(CRITIC_FSDP, critic.model.fsdp_config)

@@ -204,45 +204,74 @@ def pack(rows: AnswerRows, window: int = 0) -> PackedRows:
         ValueError: a row without a prompt token: its first answer token could not be predicted; or padding between
             tokens.
     """
-    if not rows.prompt_mask.any(-1).all():
-        empty = (~rows.prompt_mask.bool().any(-1)).nonzero().flatten().tolist()
+    first, prompts, answers = _extents(rows)
+    count, before, after = len(rows), rows.prompts.shape[1], rows.responses.shape[1]
+    begins = rows.begins_family()
+    family = begins.long().cumsum(0) - 1
+    leader = begins.nonzero().flatten()[family]
+    shared = (torch.bincount(family) > 1)[family]
+
+    # Runs of tokens, section by section, one for each row in each: where they begin in S, and in what is laid down.
+    counts = [prompts * (shared & begins), answers * shared, (prompts + answers) * ~shared]
+    lengths, row, none = torch.cat(counts), torch.arange(count), torch.zeros_like(prompts)
+    in_prompts, in_answers, in_others = (lengths.cumsum(0) - lengths).view(3, count)
+    prompt_at = torch.where(shared, in_prompts[leader], in_others)
+    answer_at = torch.where(shared, in_answers, in_others + prompts)
+    cells, positions = torch.stack([first, none + before, first]), torch.stack([none, prompts, none])
+
+    answer_index = _ranges(answer_at, answers)
+    # What stands before an answer's first token is its prompt's last, which may be laid down elsewhere.
+    before_index, real = answer_index - 1, answers > 0
+    before_index[(answers.cumsum(0) - answers)[real]] = (prompt_at + prompts - 1)[real]
+    grid_index = _ranges(row * after, answers)
+    ids = torch.cat([rows.prompts, rows.responses], dim=-1).flatten()
+    width = int((prompts + answers).max())
+    window = window if window < width else 0
+    return PackedRows(
+        input_ids=ids[_ranges((cells + row * (before + after)).flatten(), lengths)].unsqueeze(0),
+        position_ids=_ranges(positions.flatten(), lengths).unsqueeze(0),
+        answer_index=answer_index,
+        before_index=before_index,
+        answer_ids=rows.responses.flatten()[grid_index],
+        grid_index=grid_index,
+        layout=Layout(
+            **_segments(*counts, family),
+            **_windowed(*counts, family, window),
+            source=_source(prompts, answers, prompt_at, answer_at, width),
+            place=_ranges((positions + row * width).flatten(), lengths),
+            rows=count,
+            width=width,
+        ),
+    )
+
+
+def _extents(rows: AnswerRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(R,) each: the column of a row's first token, the tokens of its prompt, and those of its answer.
+
+    Raises:
+        ValueError: see `pack`.
+    """
+    mask = torch.cat([rows.prompt_mask.bool(), rows.response_mask.bool()], dim=-1)
+    prompts, tokens = mask[:, : rows.prompts.shape[1]].count_nonzero(-1), mask.count_nonzero(-1)
+    if not prompts.all():
+        empty = (prompts == 0).nonzero().flatten().tolist()
         raise ValueError(f"every row needs at least one prompt token; rows {empty[:10]} have none")
-    answer_mask = rows.response_mask.bool()
-    mask = torch.cat([rows.prompt_mask.bool(), answer_mask], dim=-1)
-    gaps = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, 0] > 1
+    numbers = mask.byte()
+    first, end = numbers.argmax(-1), mask.shape[1] - numbers.flip(-1).argmax(-1)
+    gaps = end - first != tokens
     if gaps.any():
         raise ValueError(
             "a row's tokens must follow each other, prompts left-padded and answers right-padded; rows "
             f"{gaps.nonzero().flatten().tolist()[:10]} have padding between tokens"
         )
-    width = rows.prompts.shape[1]
-    begins = rows.begins_family()
-    family = begins.long().cumsum(0) - 1
-    shared = (torch.bincount(family) > 1)[family]
+    return first, prompts, tokens - prompts
 
-    # Which cells are computed, section by section; by them, the cell that each token of S stands in.
-    prompt_cells, answer_cells = mask & (shared & begins).unsqueeze(-1), mask & shared.unsqueeze(-1)
-    prompt_cells[:, width:] = False
-    answer_cells[:, :width] = False
-    sections = (prompt_cells, answer_cells, mask & ~shared.unsqueeze(-1))
-    cell = torch.cat([section.flatten().nonzero().flatten() for section in sections])
 
-    # Where each cell's token sits in S; a prompt that is not laid down again is the family's first.
-    token = torch.zeros(mask.numel(), dtype=torch.long).index_copy(0, cell, torch.arange(len(cell))).view_as(mask)
-    token[:, :width] = token[begins.nonzero().flatten()[family], :width]
-    position = mask.cumsum(-1) - 1
-    counts = [section.sum(-1) for section in sections]
-    grid = _grid(mask, cell, token, position)
-    window = window if window < grid["width"] else 0
-    return PackedRows(
-        input_ids=torch.cat([rows.prompts, rows.responses], dim=-1).flatten()[cell].unsqueeze(0),
-        position_ids=position.flatten()[cell].unsqueeze(0),
-        answer_index=token[:, width:][answer_mask],
-        before_index=token[:, width - 1 : -1][answer_mask],
-        answer_ids=rows.responses[answer_mask],
-        grid_index=answer_mask.flatten().nonzero().flatten(),
-        layout=Layout(**_segments(*counts, family), **_windowed(*counts, family, window), **grid),
-    )
+def _ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """For each start the numbers from it on, as many as its length says, one run after the other."""
+    ends = lengths.cumsum(0)
+    total = int(ends[-1])
+    return torch.repeat_interleave(starts - (ends - lengths), lengths, output_size=total).add_(torch.arange(total))
 
 
 def _segments(prompts: torch.Tensor, answers: torch.Tensor, others: torch.Tensor, family: torch.Tensor) -> dict:
@@ -296,13 +325,14 @@ def _windowed(
     }
 
 
-def _grid(mask: torch.Tensor, cell: torch.Tensor, token: torch.Tensor, position: torch.Tensor) -> dict:
-    """The fields of a layout as a grid, from the (R, P + T) mask of cells with a token, the number and position of each
-    one's token, and the cell (S,) of each token."""
-    rows, width = len(mask), int(mask.sum(-1).max())
-    place = torch.arange(rows).unsqueeze(-1) * width + position
-    source = torch.zeros(rows * width, dtype=torch.long).index_copy(0, place[mask], token[mask])
-    return {"source": source, "place": place.flatten()[cell], "rows": rows, "width": width}
+def _source(
+    prompts: torch.Tensor, answers: torch.Tensor, prompt_at: torch.Tensor, answer_at: torch.Tensor, width: int
+) -> torch.Tensor:
+    """The `source` of a layout as a grid, from the tokens of each row's prompt and answer and where they begin in S."""
+    # Numbers of the padding are all below 0.
+    starts = torch.stack([prompt_at, answer_at, torch.full_like(prompts, -width)], dim=-1)
+    lengths = torch.stack([prompts, answers, width - prompts - answers], dim=-1)
+    return _ranges(starts.flatten(), lengths.flatten()).clamp_(min=0)
 
 
 def _starts(lengths: torch.Tensor) -> torch.Tensor:

@@ -54,9 +54,10 @@ class Advice:
         return f"bash scripts/train/{SCRIPTS[self.stage]} --model MODEL {critic}--exp_name NAME --nnodes 1 {self.line}"
 
     def say(self, key: str, reason: str, value: Any = None) -> None:
-        """A reason, and the setting it is for unless that is left as it is."""
+        """A reason, and the setting it is for unless that is left as it is; one that was set before is set anew."""
         if value is not None:
             self.settings[key] = value
+            self.reasons = [said for said in self.reasons if said[0] != key]
         self.reasons.append((key, reason))
 
 

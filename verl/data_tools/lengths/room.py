@@ -57,8 +57,8 @@ class Room:
 
 
 def find_room(compose: Callable[[Mapping[str, Any]], Config], machine: Machine) -> Room:
-    """Turn settings, the cheapest first, until every phase fits or no setting helps; what is left where it fits goes to
-    the micro-batches of small models.
+    """Turn settings, the cheapest first, until every phase fits or no setting helps. Where all fits as it is, small
+    models get larger micro-batches of what is left.
 
     Args:
         compose: the run's settings with some changed, by key.
@@ -69,7 +69,8 @@ def find_room(compose: Callable[[Mapping[str, Any]], Config], machine: Machine) 
         estimate = _estimate(config, machine)
         room.phase, room.need = estimate.largest, estimate.need(estimate.largest)
         if room.need <= machine.gpu_bytes:
-            _use_what_is_left(room, config, machine)
+            if not room.changes:
+                _use_what_is_left(room, config, machine)
             return room
         if not _turn_one(room, config, compose, machine):
             return room
